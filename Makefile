@@ -1,0 +1,146 @@
+# Papers, studies, arms: the experimental design of the whole project. An arm is the flags that make it; a study is
+# its contrasts, arm:reference, the primary one first.
+
+PAPERS := simsiam
+
+simsiam.base              :=
+simsiam.no-stop-gradient  := --no-stop-gradient
+simsiam.no-predictor      := --predictor none
+simsiam.frozen-predictor  := --predictor frozen
+simsiam.no-projector      := --projector none
+simsiam.projector-bn      := --projector bn
+simsiam.narrow            := --dim backbone
+simsiam.asymmetric        := --loss asymmetric
+simsiam.asymmetric-2x     := --loss asymmetric-2x
+
+simsiam := simsiam-stop-gradient simsiam-predictor simsiam-projector simsiam-symmetric-loss
+simsiam-stop-gradient     := no-stop-gradient:base
+simsiam-predictor         := no-predictor:base frozen-predictor:base
+simsiam-projector         := no-projector:base projector-bn:base $(if $(filter paper,$(SCALE)),,narrow:base)
+simsiam-symmetric-loss    := asymmetric:base asymmetric-2x:base
+# (At paper scale narrow would be base: 2048 is ResNet-50's own width.)
+
+simsiam.data.gpu := $(if $(findstring --data-set,$(EXTRA)),,cifar-10-batches-py)
+
+# ------------------------------------------------------------------------------------------------- what can be set
+
+SCALE  ?= gpu
+SEEDS  ?= 0 1 2 3 4
+DEVICE ?= auto
+DATA   ?= data
+EXTRA  ?=
+LAUNCH ?=
+PYTHON ?=
+RUNS    := runs/$(SCALE)
+RESULTS ?= $(if $(EXTRA)$(subst x0 1 2 3 4x,,x$(strip $(SEEDS))x),$(RUNS)/report,results/$(SCALE))
+# (So what is committed, the seeds 0 to 4 without EXTRA, is never touched by a try.)
+
+# ------------------------------------------------------------------------------------------------- machinery
+
+ifneq ($(filter 3.% 4.0% 4.1%,$(MAKE_VERSION)),)
+$(error GNU make 4.2 or newer is needed, this is $(MAKE_VERSION); on a Mac: brew install make, then gmake)
+endif
+MAKEFLAGS += --no-builtin-rules
+.SUFFIXES:
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+STUDIES := $(foreach paper,$(PAPERS),$($(paper)))
+VENV := $(if $(PYTHON),,.venv/installed)
+RUN_PYTHON := $(if $(PYTHON),$(PYTHON),python)
+export PATH := $(if $(PYTHON),,$(CURDIR)/.venv/bin:)$(PATH)
+export PYTHONPATH := $(if $(PYTHON),$(CURDIR):)$(PYTHONPATH)
+
+paper-of  = $(firstword $(subst -, ,$1))
+arms-of   = $(sort $(subst :, ,$($1)))
+run-of    = $(RUNS)/$(call paper-of,$1)/$2/$3
+drawn     = $(RESULTS)/.drawn/$1@$2
+drawings  = $(foreach seed,$(SEEDS),$(foreach study,$1,$(call drawn,$(study),$(seed))))
+
+# A run: its model is made again when the arm's flags are not those it was made with; $1 paper, $2 arm, $3 seed.
+flags-of  = $(strip flags: $($1.$2) $(EXTRA))
+define RUN
+$(RUNS)/$1/$2/$3/model.pt: $(if $(subst x$(call flags-of,$1,$2)x,,x$(file <$(RUNS)/$1/$2/$3/flags)x),FORCE) \
+		| $(VENV) $(addprefix $(DATA)/,$($1.data.$(SCALE)))
+	$(LAUNCH) $(RUN_PYTHON) $1/train.py --scale $(SCALE) --out $(RUNS)/$1/$2/$3 --seed $3 --device $(DEVICE) \
+		--data $(DATA) --replace $($1.$2) $(EXTRA)
+	@echo '$(call flags-of,$1,$2)' >$(RUNS)/$1/$2/$3/flags
+$(RUNS)/$1/$2/$3/metrics.json: $(RUNS)/$1/$2/$3/model.pt
+	$(LAUNCH) $(RUN_PYTHON) $1/eval.py $(RUNS)/$1/$2/$3 --device $(DEVICE) --data $(DATA)
+endef
+
+# A study is drawn after each seed, with holes for the seeds to come; $1 study, $2 seed.
+define DRAWING
+$(call drawn,$1,$2): $(foreach arm,$(call arms-of,$1),$(call run-of,$1,$(arm),$2)/metrics.json) \
+		$(call paper-of,$1)/plot.py
+	$$(call plot,$1)
+	@mkdir -p $$(@D) && touch $$@
+endef
+plot = $(RUN_PYTHON) $(call paper-of,$1)/plot.py $1 $($1) --scale $(SCALE) --runs $(RUNS)/$(call paper-of,$1) \
+	--seeds $(SEEDS) --results $(RESULTS)
+page = $(RUN_PYTHON) -m common.report --results $(RESULTS) --title 'Ablation studies, scale $(SCALE)' \
+	--command 'make {} SCALE=$(SCALE)' $(STUDIES)
+
+$(foreach paper,$(PAPERS),$(foreach arm,$(sort $(foreach study,$($(paper)),$(call arms-of,$(study)))),$(foreach \
+	seed,$(SEEDS),$(eval $(call RUN,$(paper),$(arm),$(seed))))))
+$(foreach study,$(STUDIES),$(foreach seed,$(SEEDS),$(eval $(call DRAWING,$(study),$(seed)))))
+
+.PHONY: FORCE
+FORCE: ;
+
+# A study, a paper, everything: runs and drawings seed by seed, then the page; what there is also after a failure.
+.PHONY: $(STUDIES) $(PAPERS) all demo report page
+$(STUDIES): %: ; @$(call carefully,$*)
+$(PAPERS): %: ; @$(call carefully,$($*))
+all: ; @$(call carefully,$(STUDIES))
+carefully = +$(MAKE) --no-print-directory page ASKED="$1" || { code=$$?; \
+	$(MAKE) --no-print-directory report; exit $$code; }
+
+page: $(RESULTS)/index.html
+	@echo "the page: $<"
+$(RESULTS)/index.html: $(call drawings,$(ASKED)) common/report.py
+	$(page)
+
+report: | $(VENV)
+	@$(foreach study,$(STUDIES),$(call plot,$(study)) &&) $(page)
+
+demo:
+	@+$(MAKE) --no-print-directory all SCALE=demo SEEDS=0 DEVICE=cpu RESULTS=runs/demo/report \
+		$(if $(findstring -j,$(MAKEFLAGS)),,-j$(shell nproc))
+
+# ------------------------------------------------------------------------------------------------- the rest
+
+.PHONY: help test lint doctor bench data
+help:
+	@echo 'make demo                    every study once, small, on the CPU; the page is runs/demo/report/index.html'
+	@echo 'make STUDY | PAPER | all     SCALE=gpu|demo|paper SEEDS="0 1 2 3 4" DEVICE=auto EXTRA= LAUNCH= PYTHON= RESULTS='
+	@echo 'make report                  draws what there is; make -n STUDY shows what would run'
+	@echo 'make test lint doctor bench data'
+	@$(foreach paper,$(PAPERS),echo; echo '$(paper)'; $(foreach study,$($(paper)),echo '  $(study): $($(study))';) \
+		$(foreach arm,$(sort $(foreach study,$($(paper)),$(call arms-of,$(study)))),printf '    %-20s %s\n' \
+		'$(arm)' '$($(paper).$(arm))';))
+
+.venv/installed: pyproject.toml
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'error: python3 is older than 3.11: install a newer one, or give make PYTHON=your-python'; exit 2; }
+	python3 -m venv .venv || { echo 'error: python3 has no venv; on Debian: apt install python3-venv'; exit 2; }
+	.venv/bin/python -m pip install --quiet --editable .
+	@touch $@
+.venv/installed-dev: .venv/installed
+	.venv/bin/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+DEV := $(if $(PYTHON),,.venv/installed-dev)
+
+test: $(DEV)
+	$(RUN_PYTHON) -m pytest
+lint: $(DEV)
+	$(RUN_PYTHON) -m ruff check
+	$(RUN_PYTHON) -m ruff format --check
+	$(RUN_PYTHON) -m mypy
+doctor: $(VENV)
+	@$(RUN_PYTHON) -m common.doctor --data $(DATA)
+bench: $(VENV)
+	$(RUN_PYTHON) tests/bench.py --device $(DEVICE)
+data: $(DATA)/cifar-10-batches-py
+$(DATA)/cifar-10-batches-py: | $(VENV)
+	$(RUN_PYTHON) -m common.images cifar10 --data $(DATA)

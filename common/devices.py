@@ -1,0 +1,114 @@
+"""Where a script computes: the device, its precision, and the ranks of a distributed run."""
+
+import os
+import resource
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from common.exits import stop
+
+
+def choose(name: str, scale: str) -> torch.device:
+    """The device for `--device NAME`. Stops (exit 2) where it is absent, or where a GPU's work would fall on a CPU."""
+    cuda = torch.cuda.is_available()
+    if name == "auto" and not cuda and scale != "demo":
+        stop(f"--scale {scale} wants a CUDA GPU and none was found: use --scale demo, or --device cpu if you mean it")
+    if name == "auto":
+        name = "cuda" if cuda else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        stop(f"--device {name} is no device: use auto, cpu, cuda or cuda:1")
+    if device.type == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", device.index or 0))
+        if local >= (torch.cuda.device_count() if cuda else 0):
+            stop(f"--device {name}: this machine shows no such CUDA GPU; use --device cpu --scale demo")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    return device
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """bfloat16 autocast for `--precision auto` on CUDA and for `bfloat16`; else an autocast that does nothing.
+
+    On a CPU without bfloat16 instructions autocast is two to five times slower, hence not in auto.
+    """
+    wanted = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted)
+
+
+def start_ranks(device: torch.device) -> tuple[int, int]:
+    """(rank, world): joins the process group when torchrun started this process, else (0, 1)."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    return dist.get_rank(), dist.get_world_size()
+
+
+def distribute(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model under DistributedDataParallel, on CUDA with synchronised batch norms; as it is on a single rank."""
+    if not dist.is_initialized():
+        return model
+    if device.type == "cuda":  # torch has no SyncBatchNorm for CPUs
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return DistributedDataParallel(model, [device] if device.type == "cuda" else None)
+
+
+def ranks() -> tuple[int, int]:
+    """(rank, world) of this process."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def barrier() -> None:
+    """Wait for all ranks; nothing to do without a process group."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    """The mean of `value` over the ranks, on every rank."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+        value /= dist.get_world_size()
+    return value
+
+
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """The rows (n, ...) of all ranks, rank after rank, on every rank; ranks may hold different n."""
+    if not dist.is_initialized():
+        return rows
+    counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+    longest = int(torch.cat(counts).max())
+    padded = torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])])
+    blocks = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(blocks, padded)
+    return torch.cat([block[: int(count)] for block, count in zip(blocks, counts, strict=True)])
+
+
+def stop_ranks() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: what torch held at most on the GPU, or the process's largest resident size on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def facts(device: torch.device) -> dict[str, object]:
+    """What a run's numbers depend on beside its flags: a run goes on only where these are as at its beginning."""
+    return {
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "world": ranks()[1],
+    }

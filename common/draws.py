@@ -1,0 +1,71 @@
+"""Random numbers as a pure function of (seed, purpose, step, device): the base of exact resume.
+
+Nothing here keeps a state between steps, so a run that goes on after a kill needs no generator
+saved, and arms with one seed see equal batches, views and initial weights.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def key(seed: int, purpose: str, step: int = 0) -> int:
+    """A 63-bit key that differs for every (seed, purpose, step)."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{step}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def generator(seed: int, purpose: str, step: int, device: torch.device | str) -> torch.Generator:
+    """A fresh generator on `device` for this one purpose and step."""
+    return torch.Generator(device=device).manual_seed(key(seed, purpose, step))
+
+
+@contextmanager
+def forked(seed: int, purpose: str) -> Iterator[None]:
+    """Build one part of a network under a seed of its own: arms that lack another part start equal in this one."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(key(seed, purpose))
+        yield
+
+
+class Draws:
+    """Per-sample random numbers of one step, on the device where they are used.
+
+    They are drawn for the `count` rows of the global batch and cut to `rows`, so every rank of a
+    distributed run (and a run on one device) gives the same sample the same numbers.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        purpose: str,
+        step: int,
+        count: int,
+        rows: slice = slice(None),
+        device: torch.device | str = "cpu",
+    ):
+        self.count, self.rows, self.device = count, rows, device
+        self._key = key(seed, purpose, step)
+        self._generator = generator(seed, purpose, step, device)
+
+    def uniform(self, low: float = 0.0, high: float = 1.0, shape: tuple[int, ...] = ()) -> Tensor:
+        """Uniform numbers in [low, high), (rows, *shape) float32 on the device."""
+        numbers = torch.rand((self.count, *shape), generator=self._generator, device=self.device)
+        return numbers[self.rows] * (high - low) + low
+
+    def orders(self, length: int) -> np.ndarray:
+        """One random order of 0..length-1 a row, (rows, length) int64, known to the host.
+
+        Who groups samples by such an order needs its shapes without asking the device, hence numpy.
+        """
+        host = np.random.Generator(np.random.Philox(key=self._key))
+        return host.random((self.count, length)).argsort(axis=1)[self.rows]
+
+
+def permutation(seed: int, purpose: str, step: int, length: int, device: torch.device | str) -> Tensor:
+    """A random order of 0..length-1, (length,) int64 on the device."""
+    return torch.randperm(length, generator=generator(seed, purpose, step, device), device=device)

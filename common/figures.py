@@ -1,0 +1,193 @@
+"""The house style of every figure: curves over training, and dots with intervals. Made without pyplot.
+
+An arm's colour follows from its place in the study; the reference is dark grey. Colours: Okabe and Ito's,
+which colour-blind readers can tell apart; dashes help where a print has no colour.
+"""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from common.files import write_bytes
+from common.records import Curve
+from common.statistics import summary
+
+REFERENCE, GREY = "#333333", "#777777"
+SMALL: Any = {"fontsize": 8.5, "color": "#555555"}
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
+DASHES: tuple[Any, ...] = ("-", (0, (6, 1.5)), (0, (3, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
+STYLE: Any = {  # Any: matplotlib types its keys one by one
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.labelsize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#666666",
+    "xtick.color": "#333333",
+    "ytick.color": "#333333",
+    "legend.frameon": False,
+    "legend.fontsize": 10,
+    "lines.linewidth": 1.8,
+    "figure.facecolor": "white",
+    "svg.fonttype": "none",  # text can be searched; a missing font falls back to a narrower one
+    "figure.constrained_layout.h_pad": 0.08,
+    "svg.hashsalt": "figures",
+}
+
+
+class Curves(NamedTuple):
+    """One panel of `curves`: by arm the (x, y) of each seed, and dotted horizontal lines by their label."""
+
+    title: str
+    values: Mapping[str, Sequence[Curve]]
+    lines: Mapping[str, float] = {}
+    x_label: str = "epoch"
+    x_scale: str = "linear"
+    y_scale: str = "linear"
+
+
+class Dots(NamedTuple):
+    """One panel of `dots`: by arm one value a seed and those of a hollow mark; vertical lines by label."""
+
+    title: str
+    values: Mapping[str, Sequence[float]]
+    hollow: Mapping[str, Sequence[float]] = {}
+    lines: Mapping[str, float] = {}
+
+
+def looks(arms: Sequence[str], reference: str) -> dict[str, dict[str, Any]]:
+    """Colour and dashes of every arm, for the figures here and a paper's own."""
+    others = [arm for arm in arms if arm != reference]
+    found = {
+        arm: {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]} for i, arm in enumerate(others)
+    }
+    return {arm: found.get(arm, {"color": REFERENCE, "linestyle": "-"}) for arm in arms}
+
+
+def _grid(count: int, width: float, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
+    columns = count if count <= 3 else 2
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(max(5.0, columns * width), rows * height + 0.8), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False, **options).flat)
+    for spare in axes[count:]:
+        spare.remove()
+    return figure, axes[:count]
+
+
+def _reference_lines(axis: Axes, lines: Mapping[str, float], vertical: bool) -> None:
+    """Dotted lines with their labels outside the data, at the top or on the right."""
+    for label, level in lines.items():
+        (axis.axvline if vertical else axis.axhline)(level, color=GREY, linewidth=1, linestyle=":", zorder=1)
+        place: dict[str, Any] = {"xy": (1, level), "xycoords": ("axes fraction", "data"), "va": "center"}
+        if vertical:
+            place = {"xy": (level, 1), "xycoords": ("data", "axes fraction"), "va": "bottom", "ha": "center"}
+        axis.annotate(label, xytext=(0, 3) if vertical else (3, 0), textcoords="offset points", **place, **SMALL)
+
+
+def curves(panels: Sequence[Curves], arms: Sequence[str], reference: str, caption: str = "") -> Figure:
+    """Panels side by side (two columns if more than three): mean line over seeds, band from low to high.
+
+    A seed that ends before its arm's others is drawn alone, thin, and never averaged.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _grid(len(panels), 3.5, 2.7)
+        style = looks(arms, reference)
+        for axis, panel in zip(axes, panels, strict=True):
+            axis.set(xlabel=panel.x_label, title=panel.title, xscale=panel.x_scale, yscale=panel.y_scale)
+            for arm in sorted(arms, key=lambda arm: arm == reference):  # the reference on top
+                _band(axis, panel.values.get(arm, []), style[arm])
+            _reference_lines(axis, panel.lines, vertical=False)
+        handles = [Line2D([], [], label=arm, **style[arm]) for arm in arms]
+        widths = [6.5 * len(arm) + 50 for arm in arms]  # points, about
+        fitting = figure.get_figwidth() * 72 / (max(widths) if sum(widths) > figure.get_figwidth() * 72 else 1)
+        figure.legend(
+            handles=handles,
+            loc="outside upper left",
+            ncols=max(1, min(len(arms), int(fitting))),
+            handlelength=2.6,
+        )
+        seeds = [found for panel in panels for found in panel.values.values()]
+        text = "One seed. "
+        if any(len(found) > 1 for found in seeds):
+            text = "Line: mean over seeds; band: lowest to highest seed. "
+        if any(len({len(x) for x, _ in found}) > 1 for found in seeds):
+            text += "Thin line: a seed that stopped early. "
+        figure.supxlabel(text + caption, x=0.01, ha="left", **SMALL)
+    return figure
+
+
+def _band(axis: Axes, seeds: Sequence[Curve], style: Mapping[str, Any]) -> None:
+    longest = max((x for x, _ in seeds), key=len, default=[])
+    whole = [y for x, y in seeds if x == longest]
+    for x, y in seeds:
+        if x != longest:
+            axis.plot(x, y, linewidth=0.8, marker="x", markevery=[len(x) - 1], **style)
+    if whole:
+        low, high, marker = np.min(whole, axis=0), np.max(whole, axis=0), "o" if len(longest) <= 8 else ""
+        axis.fill_between(longest, low, high, color=style["color"], alpha=0.18, linewidth=0)
+        axis.plot(longest, np.mean(whole, axis=0), marker=marker, markersize=4, **style)
+
+
+def dots(
+    panels: Sequence[Dots],
+    arms: Sequence[str],
+    reference: str,
+    remarks: Mapping[str, str] | None = None,
+    hollow: str = "untrained",
+    caption: str = "",
+) -> Figure:
+    """Arms on the y axis: a dot a seed, a stroke for the mean, a bar for its 95 % interval.
+
+    `remarks` stand under an arm's name (diverged seeds); `hollow` says what the hollow marks are.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _grid(len(panels), 3.3, 0.45 * len(arms) + 0.5, sharey=True)
+        style = looks(arms, reference)
+        names = [f"{arm}\n{remarks[arm]}" if remarks and remarks.get(arm) else arm for arm in arms]
+        for axis, panel in zip(axes, panels, strict=True):
+            axis.set(yticks=range(len(arms)), yticklabels=names, ylim=(len(arms) - 0.5, -0.5), axisbelow=True)
+            axis.set_title(panel.title, pad=18 if panel.lines else 6)
+            axis.tick_params(axis="y", length=0)
+            axis.grid(axis="x", color="#E5E5E5", linewidth=0.8)
+            axis.margins(x=0.08)
+            for place, arm in enumerate(arms):
+                _interval(axis, place, panel.values.get(arm, []), style[arm]["color"])
+                if marked := panel.hollow.get(arm):
+                    axis.plot(np.mean(marked), place - 0.12, "D", color=style[arm]["color"], mfc="white", ms=6)
+            _reference_lines(axis, panel.lines, vertical=True)
+        text = "Dots: training seeds; stroke: mean; bar: 95 % Student-t interval (data and split fixed)"
+        if all(len(found) < 2 for panel in panels for found in panel.values.values()):
+            text = "One training seed: no interval"
+        marks = f"; hollow: {hollow}. " if any(panel.hollow for panel in panels) else ". "
+        figure.supxlabel(text + marks + caption, x=0.01, ha="left", **SMALL)
+    return figure
+
+
+def _interval(axis: Axes, place: int, found: Sequence[float], colour: str) -> None:
+    if not found:
+        return
+    whole, level = summary(found), place - 0.12
+    axis.plot(found, np.full(whole.n, place + 0.18), "o", color=colour, ms=4, alpha=0.6, mec="none")
+    axis.plot(whole.mean, level, "|", color=colour, ms=11, mew=2)
+    if whole.low is not None and whole.high is not None:
+        axis.plot([whole.low, whole.high], [level] * 2, color=colour, lw=8, alpha=0.35, solid_capstyle="butt")
+
+
+def save(figure: Figure, folder: Path, name: str) -> None:
+    """Write <name>.svg and <name>.png (200 dpi) atomically; equal figures give equal bytes."""
+    for kind, facts in {"svg": ("Date", "Creator", "Format", "Type"), "png": ("Software",)}.items():
+        buffer = io.BytesIO()
+        with matplotlib.rc_context(STYLE):
+            figure.savefig(buffer, format=kind, dpi=200, metadata=dict.fromkeys(facts))
+        write_bytes(Path(folder) / f"{name}.{kind}", buffer.getvalue())

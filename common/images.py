@@ -1,0 +1,152 @@
+"""Image data sets as uint8 tensors that live on the device, and the fixed splits of them."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision import datasets
+
+from common import checkpoints, command, draws, files, folders, glyphs
+from common.exits import stop
+
+DATA_SEED = 0  # of every split; a run's own seed never moves it
+GLYPHS = {"train": 5000, "test": 1000}
+NAMES = (*glyphs.PRESETS, "cifar10", "cifar100", "folder")
+
+
+class Images(NamedTuple):
+    """A data set on the device: images (N, 3, S, S) uint8, labels (N,) int64."""
+
+    train: Tensor
+    train_labels: Tensor
+    test: Tensor
+    test_labels: Tensor
+    classes: int
+    mean: Tensor  # (3, 1, 1), of the training images scaled to [0, 1]
+    deviation: Tensor  # (3, 1, 1)
+    digest: str  # sha256; of an image folder: of its names and sizes
+
+    @property
+    def count(self) -> int:
+        """Number of training images."""
+        return len(self.train)
+
+    @property
+    def device(self) -> torch.device:
+        return self.train.device
+
+    def batches(self, part: str, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """Normalised images (B, 3, S, S) and labels (B,) of `part` ("train", "test"), in order; every world-th batch."""
+        pixels, labels = (self.train, self.train_labels) if part == "train" else (self.test, self.test_labels)
+        for x, y in list(zip(pixels.split(500), labels.split(500), strict=True))[rank::world]:
+            yield self.normalise(x), y
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Scale uint8 images to [0, 1], then subtract the channel means and divide by the deviations."""
+        images = images / 255 if images.dtype == torch.uint8 else images
+        return (images - self.mean) / self.deviation
+
+
+def load(name: str, data: Path, size: int, device: torch.device, workers: int = 0) -> Images:
+    """The data set `name` from the folder `data`. Stops (exit 2) where it is absent or broken.
+
+    `size` (pixels) counts for image folders only, which are decoded once into one file.
+    """
+    if name in glyphs.PRESETS:
+        (train, train_labels), (test, test_labels) = (cached_glyphs(name, part, data) for part in GLYPHS)
+        classes = glyphs.classes(name)
+    elif name in ("cifar10", "cifar100"):
+        (train, train_labels), (test, test_labels) = cifar(name, data, True), cifar(name, data, False)
+        classes = int(name[5:])
+    else:
+        (train, train_labels), (test, test_labels) = (
+            folders.resident(data / part, size, data, workers) for part in ("train", "val")
+        )
+        classes = int(train_labels.max()) + 1
+    digest = folders.digest(data) if name == "folder" else sha256(train, train_labels, test, test_labels)
+    train, test = train.to(device), test.to(device)
+    mean, deviation = channel_statistics(train)
+    return Images(train, train_labels.to(device), test, test_labels.to(device), classes, mean, deviation, digest)
+
+
+def cached_glyphs(name: str, part: str, data: Path) -> tuple[Tensor, Tensor]:
+    """Glyphs from the cache file, or drawn now; a folder that cannot be written only costs the drawing again."""
+    path = data / f"{name}-{part}-{GLYPHS[part]}.pt"
+    try:
+        cached = checkpoints.load(path)
+        return cached["images"], cached["labels"]
+    except (FileNotFoundError, files.Damaged):
+        images, labels = glyphs.glyphs(name, GLYPHS[part], part)
+    try:
+        data.mkdir(parents=True, exist_ok=True)
+        checkpoints.save(path, {"images": images, "labels": labels})
+    except OSError:
+        pass
+    return images, labels
+
+
+def cifar(name: str, data: Path, train: bool) -> tuple[Tensor, Tensor]:
+    """CIFAR through torchvision, whose checksums stand before its unpickling: (N, 3, 32, 32) uint8 and labels."""
+    kind, archive = (
+        (datasets.CIFAR10, "cifar-10-python.tar.gz")
+        if name == "cifar10"
+        else (datasets.CIFAR100, "cifar-100-python.tar.gz")
+    )
+    try:
+        found = kind(str(data), train=train)
+    except RuntimeError:
+        stop(
+            f"{name} is not in {data}, or damaged: `make data` downloads it; "
+            f"where that fails put {archive} there and unpack it"
+        )
+    return torch.from_numpy(np.ascontiguousarray(found.data.transpose(0, 3, 1, 2))), torch.tensor(found.targets)
+
+
+def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of every channel of uint8 images scaled to [0, 1], (3, 1, 1) each."""
+    count = images.numel() // 3
+    sums = torch.zeros(2, 3, dtype=torch.float64, device=images.device)
+    for block in images.split(4096):
+        scaled = block.double() / 255
+        sums += torch.stack([scaled.sum((0, 2, 3)), scaled.square().sum((0, 2, 3))])
+    mean, square = sums / count
+    return mean.float().view(3, 1, 1), (square - mean**2).sqrt().float().view(3, 1, 1)
+
+
+def held_out(count: int, device: torch.device) -> Tensor:
+    """(count,) bool: a fixed tenth of the training set, for choices; a test split never makes one."""
+    order = draws.permutation(DATA_SEED, "held-out tenth", 0, count, "cpu")
+    chosen = torch.zeros(count, dtype=torch.bool)
+    chosen[order[: count // 10]] = True
+    return chosen.to(device)
+
+
+def sha256(*tensors: Tensor) -> str:
+    """Hex digest of the tensors' bytes."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(np.ascontiguousarray(tensor.numpy()).data)
+    return digest.hexdigest()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Download what can be downloaded: `python -m common.images cifar10 cifar100 --data data`."""
+    parser = command.Parser(main.__doc__)
+    parser.add_argument("names", nargs="+", choices=("cifar10", "cifar100"))
+    parser.add_argument("--data", type=Path, default=Path("data"))
+    args = parser.parse_args(argv)
+    for name in args.names:
+        kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+        try:
+            kind(str(args.data), download=True)
+        except (OSError, RuntimeError) as error:
+            stop(f"{name} could not be downloaded ({error}): put {kind.filename} into {args.data} and run this again")
+        print(f"{name} is in {args.data}")
+
+
+if __name__ == "__main__":
+    main()

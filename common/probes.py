@@ -1,0 +1,138 @@
+"""What frozen features are worth: k nearest neighbours and a linear classifier. Accuracies in percent."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common import devices, draws, folders, images
+from common.schedules import cosine
+
+
+@torch.no_grad()
+def represent(
+    stages: Sequence[nn.Module], data: images.Images | folders.Streamed, part: str, precision: str
+) -> list[Tensor]:
+    """The output (N, D) of every stage, each fed with the one before, in eval mode; and the labels (N,) last.
+
+    Each rank does its share of the batches; every rank gets all rows. The stages go back to train mode.
+    """
+    for stage in stages:
+        stage.eval()
+    found: list[list[Tensor]] = []
+    for x, labels in data.batches(part, *devices.ranks()):
+        outputs = []
+        with devices.autocast(precision, data.device):
+            for stage in stages:
+                x = stage(x)
+                outputs.append(x.float())
+        found.append([*outputs, labels])
+    for stage in stages:
+        stage.train()
+    return [devices.gather_rows(torch.cat(rows)) for rows in zip(*found, strict=True)]
+
+
+def knn_accuracy(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    labels: Tensor,
+    classes: int,
+    k: int = 200,
+    tau: float = 0.1,
+) -> float:
+    """Weighted k-nearest-neighbour accuracy by cosine similarity, in percent.
+
+    score(c) = sum over the k most similar v_j of class c of exp(cos(u, v_j) / tau) (Wu et al., CVPR 2018).
+    bank (M, D), queries (N, D) float; labels int64. k is cut to M.
+    """
+    bank, queries = F.normalize(bank.float(), dim=1), F.normalize(queries.float(), dim=1)
+    correct = torch.zeros((), device=bank.device)
+    for block, truth in zip(queries.split(512), labels.split(512), strict=True):
+        cosines, nearest = (block @ bank.T).topk(min(k, len(bank)), dim=1)
+        votes = F.one_hot(bank_labels[nearest], classes).float()  # (block, k, classes)
+        scores = ((cosines / tau).exp().unsqueeze(1) @ votes).squeeze(1)
+        correct += (scores.argmax(1) == truth).sum()
+    return 100.0 * correct.item() / len(queries)
+
+
+def standardise(train: Tensor, *others: Tensor) -> list[Tensor]:
+    """Subtract the training mean and divide by the training deviation of every feature, (N, D) each."""
+    mean, deviation = train.float().mean(0), train.float().std(0).clamp_min(1e-12)
+    return [(features.float() - mean) / deviation for features in (train, *others)]
+
+
+def fit_linear(
+    features: Tensor, labels: Tensor, classes: int, rates: Tensor, epochs: int, batch: int, seed: int
+) -> Tensor:
+    """Softmax regression at several learning rates at once: weights (R, D + 1, classes), the last row the bias.
+
+    SGD with momentum 0.9, cosine schedule, no weight decay, zero start. features (N, D) float32, rates (R,).
+    """
+    features = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
+    weights = features.new_zeros(len(rates), features.shape[1], classes)
+    momentum = torch.zeros_like(weights)
+    batch = min(batch, len(features))
+    steps = len(features) // batch
+    for epoch in range(epochs):
+        order = draws.permutation(seed, "linear probe", epoch, len(features), features.device)
+        for step, rows in enumerate(order[: steps * batch].view(steps, batch)):
+            x, y = features[rows], F.one_hot(labels[rows], classes)
+            slope = x.T @ ((x @ weights).softmax(-1) - y) / batch  # d cross-entropy / d weights, (R, D + 1, classes)
+            momentum.mul_(0.9).add_(slope)
+            weights -= rates.view(-1, 1, 1) * cosine((epoch + step / steps) / epochs) * momentum
+    return weights
+
+
+def linear_accuracy(
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    classes: int,
+    held_out: Tensor,
+    seed: int,
+    rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
+    epochs: int = 100,
+    batch: int = 256,
+) -> float:
+    """Test accuracy in percent of a linear classifier on standardised features, (N, D) each.
+
+    The learning rate is chosen on `held_out` (N,) bool, a part of the training set, among all `rates` trained
+    side by side; the classifier is then trained on the whole training set at the chosen one.
+    """
+    kept = standardise(train[~held_out], train[held_out])
+    trial = fit_linear(
+        kept[0],
+        train_labels[~held_out],
+        classes,
+        torch.tensor(rates, device=train.device),
+        epochs,
+        batch,
+        seed,
+    )
+    best = correct_share(kept[1], train_labels[held_out], trial).argmax()
+    whole = standardise(train, test)
+    chosen = torch.tensor(rates, device=train.device)[best].view(1)
+    weights = fit_linear(whole[0], train_labels, classes, chosen, epochs, batch, seed)
+    return 100.0 * correct_share(whole[1], test_labels, weights).item()
+
+
+def correct_share(features: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """Share of rows classified correctly at every learning rate, (R,): features (N, D), weights (R, D + 1, classes)."""
+    scores = features @ weights[:, :-1] + weights[:, -1:]
+    return (scores.argmax(-1) == labels).float().mean(-1)
+
+
+def scale_gradients_by_layer(parameters: list[torch.nn.Parameter], trust: float = 0.001) -> None:
+    """LARS as the official linear probe uses it (LARC without clipping), before a plain SGD step without decay.
+
+    Every gradient g of a tensor w becomes g * trust * |w| / (|g| + 1e-8), where both norms are non-zero: the
+    zero-initialised bias therefore takes its first step unscaled.
+    """
+    for weight in parameters:
+        assert weight.grad is not None
+        size, slope = weight.detach().norm(), weight.grad.norm()
+        factor = trust * size / (slope + 1e-8)
+        weight.grad.mul_(torch.where((size > 0) & (slope > 0), factor, torch.ones_like(factor)))

@@ -1,0 +1,178 @@
+"""The page: all studies of a results folder in one file that opens from disk; a README.md beside it.
+
+    python -m common.report --results results/gpu --title "Twelve ablations" simsiam-stop-gradient ...
+
+Reads <study>.json and <study>*.svg; runs nothing. A study without a JSON file is shown as a hole.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from common import tables
+from common.command import Parser
+from common.exits import stop
+from common.files import read_json, write_text
+from common.statistics import counts
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: auto; padding: 1rem; }
+h1, h2 { line-height: 1.2; } h2 { margin-top: 3rem; border-top: 1px solid #ccc; padding-top: 1rem; }
+.wide { overflow-x: auto; } .wide > svg { display: block; width: 100%; min-width: 36rem; height: auto; }
+table { border-collapse: collapse; font-size: .85rem; margin: .5rem 0; }
+th, td { text-align: left; vertical-align: top; padding: .25rem .7rem .25rem 0; }
+.short { white-space: nowrap; } tr { border-bottom: 1px solid #ddd; }
+figure { margin: 1rem 0; } code { background: #f3f3f3; padding: .1rem .3rem; overflow-wrap: anywhere; }
+.finding { border-left: 4px solid #0072b2; padding-left: .8rem; } .hole { border-left: 4px solid #d55e00;
+  padding-left: .8rem; } small, .small { font-size: .8rem; color: #555; overflow-wrap: anywhere; }
+@media print { h2 { break-after: avoid; } figure, table { break-inside: avoid; } body { max-width: none; } }
+"""
+HEADER = ["study", "question", "primary contrast", "n", "positive control", "verdict", "published"]
+
+
+def read(folder: Path, study: str) -> dict[str, Any] | str:
+    """A study's summary, or a sentence that says why there is none."""
+    try:
+        return dict(read_json(folder / f"{study}.json"))
+    except FileNotFoundError:
+        return "It has not been run"
+    except (ValueError, TypeError):
+        return f"{study}.json cannot be read"
+
+
+def pictures(folder: Path, studies: Sequence[str]) -> dict[str, list[Path]]:
+    """The <study>.svg and <study>-*.svg of each; the longest study name that fits owns it."""
+    result: dict[str, list[Path]] = {study: [] for study in [*studies, *(p.stem for p in folder.glob("*.json"))]}
+    for path in sorted(folder.glob("*.svg"), key=lambda path: path.stem):
+        owners = [study for study in result if path.stem == study or path.stem.startswith(f"{study}-")]
+        if owners:
+            result[max(owners, key=len)].append(path)
+    return result
+
+
+def inline(path: Path) -> str:
+    """An SVG file as an element of the page: no prolog, its ids made unique by the file's name."""
+    text = path.read_text(encoding="utf-8")
+    text = re.sub(r"<metadata>.*?</metadata>|<script.*?</script>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{path.stem}-", text)
+    return text.replace("<svg", f'<svg role="img" aria-label="{escape(path.stem)}"', 1)
+
+
+def overview(study: str, found: Mapping[str, Any] | str) -> list[str]:
+    """A study's line of the first table, under HEADER."""
+    if isinstance(found, str):
+        return [study, found, *[tables.HOLE] * 5]
+    metric = found["metrics"][found["primary_metric"]]
+    primary = [one for one in found["contrasts"] if one["primary"]]
+    told = [
+        f"{one['arm']}:{one['reference']} {tables.number(one['mean'], metric)}"
+        + (f" ({tables.interval(one, metric)})" if one["low"] is not None else "")
+        for one in primary
+    ]
+    words = {True: "passed", False: "not passed", None: "no interval"}
+    passed = [f"{control['name']}: {words[control['passed']]}" for control in found["controls"]]
+    contrast = f"{metric['label']}: {'; '.join(told)}"
+    n = "; ".join(dict.fromkeys(counts(one["n"], one["n_reference"]) for one in primary))
+    return [study, found["question"], contrast, n, "; ".join(passed), found["verdict"], found["published"]]
+
+
+def table(rows: Sequence[Sequence[str]], links: bool = False) -> str:
+    """An HTML table of escaped cells, the first row its header; `links`: the first column links to its anchor."""
+    lines = []
+    for place, row in enumerate(rows):
+        cells = [escape(cell) for cell in row]
+        if links and place:
+            cells[0] = f'<a href="#{cells[0]}">{cells[0]}</a>'
+        tag, kinds = "td" if place else "th", [' class="short"' if len(cell) < 25 else "" for cell in row]
+        line = "".join(f"<{tag}{kind}>{cell}</{tag}>" for kind, cell in zip(kinds, cells, strict=True))
+        lines.append(f"<tr>{line}</tr>")
+    return '<div class="wide"><table>' + "\n".join(lines) + "</table></div>"
+
+
+def section(study: str, found: Mapping[str, Any] | str, figures: Sequence[Path], command: str) -> str:
+    """One study of the page."""
+    head = f'<section id="{escape(study)}">\n<h2>{escape(study)}</h2>\n'
+    if isinstance(found, str):
+        return f'{head}<p class="hole">{escape(found)}. Run it: <code>{escape(command)}</code></p>\n</section>'
+    facts = []
+    for key, value in found["provenance"].items():
+        told = ", ".join(str(one)[:20] for one in (value if isinstance(value, list) else [value]))
+        facts.append(f"{key}: {told}")
+    notes = "".join(f"<li>{escape(note)}</li>" for note in found["notes"])
+    parts = [
+        f"<p><strong>{escape(found['question'])}</strong></p>",
+        f'<p class="finding"><strong>Verdict: {escape(found["verdict"])}.</strong> {escape(found["finding"])}</p>',
+        *(f'<figure class="wide">{inline(path)}</figure>' for path in figures),
+        table(tables.arms_table(found)) + f'<p class="small">{escape(tables.caption(found))}</p>',
+        table(tables.differences_table(found)) + f'<p class="small">{escape(tables.UNADJUSTED)}</p>',
+        f"<p>Published: {escape(found['published'])}. Here: scale {escape(found['scale'])}, {escape(found['data'])}.</p>",
+        f"<p>Reproduce: <code>{escape(found['reproduce'])}</code></p>",
+        f"<ul>{notes}</ul>" if notes else "",
+        f'<p class="small">{escape("; ".join(facts))}</p>',
+    ]
+    return head + "\n".join(parts) + "\n</section>"
+
+
+def write(folder: Path, title: str, studies: Sequence[str], command: str) -> list[str]:
+    """Write index.html and README.md into `folder`; one line a study of what was found."""
+    everything = {study: read(folder, study) for study in studies}
+    drawn = pictures(folder, studies)
+    summaries = [found for found in everything.values() if not isinstance(found, str)]
+    lead = f"{len(studies)} studies, {len(summaries)} run, {sum(one['counted'] for one in summaries)} with a finding."
+    rows = [HEADER, *(overview(study, found) for study, found in everything.items())]
+    sections = [
+        section(study, found, drawn[study], command.replace("{}", study)) for study, found in everything.items()
+    ]
+    page = f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(title)}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<h1>{escape(title)}</h1>
+<p>{lead} Differences with Welch's 95 % intervals over training seeds; data and split are fixed.</p>
+{table(rows, links=True)}
+{"".join(sections)}
+</body>
+</html>
+"""
+    write_text(folder / "index.html", page)
+    text = [
+        f"# {title}",
+        lead + " The page with everything: [index.html](index.html).",
+        tables.markdown(rows),
+    ]
+    for study, found in everything.items():
+        told = f"{found}. Run it: `{command.replace('{}', study)}`" if isinstance(found, str) else found["finding"]
+        images = [f"![{path.stem}]({path.stem}.png)" for path in drawn[study] if path.with_suffix(".png").exists()]
+        text += [f"## {study}", told, *images]
+    write_text(folder / "README.md", "\n\n".join(text) + "\n")
+    return [f"{s}: {found if isinstance(found, str) else found['finding']}" for s, found in everything.items()]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line; see the module's docstring. Stops (exit 2) on names that are no study's."""
+    parser = Parser("Draw the page of a results folder; runs nothing.")
+    parser.add_argument("--results", type=Path, required=True, help="folder of the studies' tables and figures")
+    parser.add_argument("--title", required=True, help="heading of the page")
+    parser.add_argument("--command", default="make {}", help="what runs a study, {} being its name")
+    parser.add_argument("studies", nargs="+", metavar="STUDY", help="names, in the order of the page")
+    args = parser.parse_args(argv)
+    for study in args.studies:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", study) or args.studies.count(study) > 1:
+            stop(f"{study}: a study is a make target's name, given once")
+    try:
+        args.results.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        stop(f"--results {args.results} cannot be made ({error.strerror}): choose another folder")
+    lines = write(args.results, args.title, args.studies, args.command)
+    print("\n".join([str(args.results / "index.html"), *lines]))
+
+
+if __name__ == "__main__":
+    main()

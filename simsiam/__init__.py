@@ -1,0 +1,1 @@
+"""SimSiam (Chen & He, CVPR 2021): training, evaluation and figures."""

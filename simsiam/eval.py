@@ -1,0 +1,238 @@
+"""What a SimSiam run has learnt: linear probe, kNN and the meters of collapse, written to metrics.json.
+
+    python simsiam/eval.py runs/scratch                                # a finished run of train.py
+    python simsiam/eval.py runs/official --weights checkpoint.pth.tar --data ImageNet   # released weights
+
+Features are the backbone's (section 3.1 of the paper: before the projector), the test split is used for measuring
+alone; the linear probe chooses its learning rate on a fixed tenth of the training set. Up to 64 pixels the probe runs
+on features computed once, standardised without affine. At 224 pixels it is the paper's: LARS, batch 4096, 90 epochs,
+random crops and flips, base rate 0.1 (the authors' code; the paper prints 0.02, with which PyTorch users lose about
+two points).
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from common import checkpoints, command, devices, draws, files, folders, images, probes, schedules, spread
+from common.exits import stop
+from common.run import held, read_log
+from simsiam import train
+from simsiam.train import SimSiam, build_model, load_data, represent
+
+PREFIXES = ("module.encoder.", "encoder.", "module.backbone.", "backbone.")
+PROBE = {"epochs": 90, "batch": 4096, "lr": 0.1}  # appendix A and the authors' code, at 224 pixels
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = command.Parser(__doc__)
+    parser.add_argument("folder", type=Path, help="folder of a finished run; with --weights: where metrics.json goes")
+    parser.add_argument("--weights", type=Path, help="an official checkpoint (ResNet-50) instead of the folder's model")
+    parser.add_argument("--data", type=Path, help="where the data lie; default: as in training")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=command.whole(1), help="default: as in training")
+    parser.add_argument(
+        "--held-out", action="store_true", help="measure on the training set's held-out tenth: for tuning"
+    )
+    return parser.parse_args(argv)
+
+
+def official_weights(path: Path) -> dict[str, dict[str, Tensor]]:
+    """State of backbone and projector from a checkpoint under the authors' names (PREFIXES, projector in `fc`).
+
+    Returns {"backbone": ..., "projector": ...}; linear-probe heads and predictors are left out. Stops (exit 2) where
+    no known name is found.
+    """
+    try:
+        state = checkpoints.load(path)
+    except FileNotFoundError:
+        stop(f"--weights {path}: no such file")
+    except files.Damaged as error:
+        stop(f"--weights: {error}")
+    state = state.get("state_dict", state)
+    found: dict[str, dict[str, Tensor]] = {"backbone": {}, "projector": {}}
+    for name, tensor in state.items():
+        prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
+        if prefix:
+            short = name[len(prefix) :]
+            part, short = ("projector", short[3:]) if short.startswith("fc.") else ("backbone", short)
+            found[part][short] = tensor
+    if not found["backbone"]:
+        stop(
+            f"--weights {path}: no name begins with one of {', '.join(PREFIXES)}; the first is {next(iter(state), None)}"
+        )
+    return found
+
+
+def load_weights(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Strict loading; a mismatch stops (exit 2) with the first names and shapes that do not fit."""
+    own = model.state_dict()
+    wrong = [name for name in own if name not in state or state[name].shape != own[name].shape]
+    wrong += [name for name in state if name not in own]
+    if wrong:
+        stop(
+            f"{path} does not fit this network: {len(wrong)} tensors missing, extra or of other shape, first {wrong[:3]}"
+        )
+    model.load_state_dict(state)
+
+
+def probe_at_full_size(
+    model: SimSiam,
+    data: folders.Streamed,
+    folder: Path,
+    precision: str,
+    seed: int,
+    epochs: int,
+    batch: int,
+    lr: float,
+) -> float:
+    """The paper's linear evaluation: test accuracy in percent after the last epoch. Goes on from eval_state.pt."""
+    device, (rank, world) = data.device, devices.ranks()
+    with draws.forked(seed, "linear probe"):
+        head = nn.Linear(model.backbone(torch.zeros(2, 3, 64, 64, device=device)).shape[1], data.classes)
+        nn.init.normal_(head.weight, std=0.01)
+        nn.init.zeros_(head.bias)
+    head.to(device)
+    optimizer = torch.optim.SGD(head.parameters(), lr * batch / 256, momentum=0.9)
+    first, path = 0, folder / "eval_state.pt"
+    if path.exists():
+        state = checkpoints.load(path, device)
+        head.load_state_dict(state["head"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["epoch"]
+    transform = v2.Compose([v2.RandomResizedCrop(data.size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
+    steps = data.count // batch
+    model.eval()
+    for epoch in range(first, epochs):
+        optimizer.param_groups[0]["lr"] = lr * batch / 256 * schedules.cosine(epoch / epochs)
+        order = draws.permutation(seed, "linear probe order", epoch, data.count, "cpu")[: steps * batch].view(
+            steps, batch
+        )
+        rows = slice(rank * batch // world, (rank + 1) * batch // world)
+        labels = torch.tensor(data.train.targets)
+        made = data.views(transform, 1, order[:, rows].tolist(), seed, epoch)
+        for picked, (x,) in zip(order[:, rows], made, strict=True):
+            with torch.no_grad(), devices.autocast(precision, device):
+                features = model.backbone(data.normalise(x))
+            loss = F.cross_entropy(head(features.float()), labels[picked].to(device))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            for parameter in head.parameters():
+                devices.mean_over_ranks(parameter.grad)
+            probes.scale_gradients_by_layer(list(head.parameters()))
+            optimizer.step()
+        if rank == 0:
+            checkpoints.save(path, {"head": head.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1})
+    features, _, truth = represent(model, data, "test", precision)
+    return 100.0 * (head(features).argmax(1) == truth).float().mean().item()
+
+
+def measure(
+    model: SimSiam,
+    data: images.Images | folders.Streamed,
+    settings: dict[str, Any],
+    held_out: bool,
+    folder: Path,
+) -> dict[str, float]:
+    """The claim in numbers: accuracies in percent, and the spread of z in eval mode."""
+    bank = represent(model, data, "train", settings["precision"])
+    if held_out:
+        tenth = images.held_out(len(bank[0]), data.device)
+        bank, queries = tuple(rows[~tenth] for rows in bank), tuple(rows[tenth] for rows in bank)
+    else:
+        queries = represent(model, data, "test", settings["precision"])
+    (known, known_z, known_labels), (features, z, labels) = bank, queries
+    k, classes, seed = settings["neighbours"], data.classes, settings["seed"]
+    if isinstance(data, folders.Streamed):
+        linear = probe_at_full_size(model, data, folder, settings["precision"], seed, **PROBE)
+    else:
+        tenth = images.held_out(len(known), data.device)
+        linear = probes.linear_accuracy(known, known_labels, features, labels, classes, tenth, seed)
+    return {
+        "linear_accuracy": linear,
+        "knn_accuracy": probes.knn_accuracy(known, known_labels, features, labels, classes, k),
+        "knn_accuracy_z": probes.knn_accuracy(known_z, known_labels, z, labels, classes, k),
+        "std_ratio": spread.std_ratio(z),
+        "mean_cosine": spread.mean_cosine(z),
+        "effective_rank": spread.effective_rank(z),
+    }
+
+
+def finished_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(arguments, model.pt) of a finished run; stops (exit 2) where there is none."""
+    try:
+        return files.read_json(folder / "args.json")["arguments"], checkpoints.load(folder / "model.pt")
+    except FileNotFoundError:
+        stop(
+            f"{folder} holds no finished run (no args.json or model.pt): train it first, simsiam/train.py --out {folder}"
+        )
+    except files.Damaged as error:
+        stop(f"{error}: train this run again")
+
+
+def training_facts(folder: Path) -> dict[str, float | None]:
+    """The keys that only training knows, from train.jsonl: its last line, and the untrained values of epoch 0."""
+    log = read_log(folder)
+    first, last = log[0], log[-1]
+    return {
+        "train_loss": last["loss"],
+        "std_ratio_train_mode": last["std_ratio_train_mode"],
+        "untrained_knn_accuracy": first["knn_accuracy"],
+        "untrained_std_ratio": first["std_ratio"],
+        "examples_per_second": sorted(line["examples_per_second"] for line in log[1:])[len(log) // 2 - 1],
+        "train_seconds": sum(line["seconds"] for line in log[1:]),
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    if args.weights:
+        arguments, saved = vars(train.parse_args(["--scale", "paper"])), None
+    else:
+        arguments, saved = finished_run(args.folder)
+    torch.set_num_threads(args.threads or arguments["threads"])
+    device = devices.choose(args.device, arguments["scale"])
+    rank, _ = devices.start_ranks(device)
+    with held(args.folder, rank):
+        data_folder = args.data or Path(arguments["data"])
+        data = load_data(arguments["data_set"], data_folder, arguments["size"], arguments["workers"], device)
+        model = build_model(arguments, device)
+        started = time.perf_counter()
+        if args.weights:
+            for part, state in official_weights(args.weights).items():
+                load_weights(getattr(model, part), state, args.weights)
+            facts: dict[str, Any] = {}
+        else:
+            load_weights(model, saved["model"], args.folder / "model.pt")
+            facts = {
+                **training_facts(args.folder),
+                **files.read_json(args.folder / "args.json")["provenance"],
+            }
+        metrics = measure(model, data, arguments, args.held_out, args.folder)
+        diverged = bool(saved and saved["diverged"])
+        if diverged:
+            metrics = dict.fromkeys(metrics)
+        metrics |= facts | {
+            "diverged": diverged,
+            "seconds": facts.get("train_seconds", 0.0) + time.perf_counter() - started,
+            "peak_memory": devices.peak_memory(device),
+        }
+        if rank == 0:
+            name = "held_out.json" if args.held_out else "metrics.json"
+            files.write_json(args.folder / name, metrics)
+            (args.folder / "eval_state.pt").unlink(missing_ok=True)
+            print(
+                f"{args.folder}: "
+                + "  ".join(f"{key} {value:.4g}" for key, value in metrics.items() if type(value) is float)
+            )
+    devices.stop_ranks()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,401 @@
+"""SimSiam: two views, one network, a predictor and a stop-gradient; no negatives, no momentum encoder.
+
+Chen & He, "Exploring Simple Siamese Representation Learning", CVPR 2021, arXiv 2011.10566.
+
+Two augmented views x1, x2 of an image pass through the same encoder f (backbone and projector); the predictor h
+has to find the other view's output, which is held constant (section 3, equations 1 to 4):
+
+    z_i = f(x_i)    p_i = h(z_i)    D(p, z) = - <p / |p|, z / |z|>
+    L   = 1/2 D(p1, sg(z2)) + 1/2 D(p2, sg(z1))
+
+    x  view        (B, 3, S, S)      h   predictor, a bottleneck of dim/4
+    z  projection  (B, dim)          sg  stop-gradient: leak * z + (1 - leak) * z.detach(), leak 0 in the paper
+    p  prediction  (B, dim)
+
+    python simsiam/train.py                                          # demo: under a minute and a half of one core
+    python simsiam/train.py --no-stop-gradient --out runs/scratch2   # an ablation
+    python simsiam/train.py --scale gpu --out runs/cifar             # CIFAR-10, ResNet-18, 200 epochs
+    torchrun --nproc-per-node 8 simsiam/train.py --scale paper --data ImageNet --out runs/imagenet
+
+Differs from the authors' code:
+ 1. The predictor's learning rate is constant by default, as in the released checkpoints and most of the paper's
+    tables; the paper's first two ablations decayed it (section 4.2): --predictor-schedule cosine.
+ 2. Up to 64 pixels the ResNet has the CIFAR stem (3x3, stride 1, no max-pool), and the projector two layers, 2048
+    wide (appendix D); the output layer has a (frozen) bias only in the three-layer projector, where the released
+    checkpoints have one.
+ 3. Small images live on the device and are augmented there in batches; at 224 pixels workers decode and augment
+    with torchvision (its 23-pixel Gaussian kernel, where the authors use Pillow's).
+ 4. CUDA trains under bfloat16 autocast; loss and all measurements are float32. --precision float32 undoes it.
+ 5. The demo scale (glyphs, a small ResNet, its own crop and hue) is ours.
+"""
+
+import argparse
+import copy
+import functools
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from common import augment, command, devices, draws, folders, images, probes, schedules, spread
+from common.exits import stop
+from common.run import Run, held
+from simsiam.net import NETWORKS, SMALL, build_backbone
+
+Data = images.Images | folders.Streamed
+Pairs = list[tuple[int, int]]  # (view that predicts, view that is predicted)
+
+# ------------------------------------------------------------------------------------------------- arguments
+
+SCALES = {  #                demo             gpu             paper
+    "data_set":          ("glyphs10",      "cifar10",      "folder"),
+    "size":              (32,              32,             224),  # pixels; of a folder's images
+    "network":           ("resnet8",       "resnet18",     "resnet50"),
+    "projector_layers":  (2,               2,              3),  # section 3; appendix D
+    "epochs":            (20,              200,            100),  # the paper on CIFAR-10: 800
+    "batch":             (64,              512,            512),
+    "lr":                (0.24,            0.03,           0.05),  # times batch / 256
+    "weight_decay":      (5e-4,            5e-4,           1e-4),
+    "neighbours":        (20,              200,            200),  # of the kNN monitor
+    "monitor_every":     (1,               5,              10),
+    "workers":           (0,               4,              8),
+}  # fmt: skip
+
+AUGMENTATION = {  # the paper's (appendix A; CIFAR: appendix D, no blur), and for glyphs, which must not be mirrored
+    "glyphs": {"crop": (0.4, 1.0), "flip": 0.0, "hue": 0.5, "blur": 0.0},
+    "cifar": {"crop": (0.2, 1.0), "flip": 0.5, "hue": 0.1, "blur": 0.0},
+    "folder": {"crop": (0.2, 1.0), "flip": 0.5, "hue": 0.1, "blur": 0.5},
+}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """All flags, resolved: contradictions stop (exit 2), and `dim` is a number."""
+    parser = command.Parser(__doc__, SCALES)
+    data = command.run_flags(parser)
+    data.add_argument("--data-set", choices=images.NAMES, help="folder: --data holds train/CLASS/*, val/CLASS/*")
+    data.add_argument("--size", type=command.whole(16), help=f"of a folder's images; above {SMALL} workers decode")
+    data.add_argument("--workers", type=command.whole(0), help="processes that decode a folder's images")
+    data.add_argument("--neighbours", type=command.whole(1), help="k of the kNN monitor; the paper gives none")
+    data.add_argument("--monitor-every", type=command.whole(1), help="epochs between kNN and collapse measures")
+    optimisation = parser.add_argument_group("optimisation")
+    optimisation.add_argument("--epochs", type=command.whole(1), help="paper: 100 on ImageNet, 800 on CIFAR-10")
+    optimisation.add_argument("--batch", type=command.whole(2), help="global batch; paper: 512")
+    optimisation.add_argument("--lr", type=command.number(0), help="base rate, times batch / 256 (section 3)")
+    optimisation.add_argument("--weight-decay", type=command.number(0), help="on every parameter (appendix A)")
+    optimisation.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
+    optimisation.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
+    optimisation.add_argument("--compile", action="store_true", help="torch.compile; for long runs on a GPU")
+    method = parser.add_argument_group("method (defaults: the paper's)")
+    method.add_argument("--network", choices=tuple(NETWORKS))
+    method.add_argument("--gradient-leak", type=command.number(0, 1), help="share of the target's gradient, default 0")
+    method.add_argument("--no-stop-gradient", action="store_true", help="--gradient-leak 1 (figure 2)")
+    method.add_argument("--predictor", choices=("mlp", "frozen", "none"), default="mlp", help="table 1")
+    method.add_argument("--projector", choices=("mlp", "bn", "none"), default="mlp", help="bn: affine-free batch norm")
+    method.add_argument("--projector-layers", type=int, choices=(2, 3), help="3 on ImageNet, 2 on CIFAR")
+    method.add_argument("--dim", help="output width: a number, or `backbone` for the backbone's (appendix B)")
+    method.add_argument("--loss", choices=tuple(PAIRS), default="symmetric", help="section 4.6")
+    method.add_argument("--predictor-schedule", choices=("constant", "cosine"), default="constant", help="table 1c")
+    args = command.parse(parser, SCALES, argv)
+
+    if args.no_stop_gradient and args.gradient_leak not in (None, 1.0):
+        stop(f"--no-stop-gradient is --gradient-leak 1, but --gradient-leak {args.gradient_leak} was given: drop one")
+    args.gradient_leak = 1.0 if args.no_stop_gradient else args.gradient_leak or 0.0
+    del args.no_stop_gradient
+    width, dim = NETWORKS[args.network]
+    if args.projector != "mlp" and args.dim not in (None, "backbone", str(width)):
+        stop(f"--dim {args.dim}: with --projector {args.projector} the width is the backbone's, {width}; drop --dim")
+    if args.dim == "backbone" or args.projector != "mlp":
+        dim = width
+    elif args.dim is not None:
+        dim = int(args.dim) if args.dim.isdecimal() else 0
+    if dim < 4 or dim % 4:
+        stop(f"--dim {args.dim} is neither `backbone` nor a multiple of 4 (the predictor's bottleneck is dim / 4)")
+    args.dim = dim
+    return args
+
+
+# ------------------------------------------------------------------------------------------------- model
+
+
+def build_projector(kind: str, layers: int, width: int, hidden: int, dim: int) -> nn.Module:
+    """ABLATION (projector): `layers` fully connected layers with batch norm, the last one affine-free."""
+    if kind == "none":
+        return nn.Identity()
+    if kind == "bn":
+        return nn.BatchNorm1d(width, affine=False)
+    parts: list[nn.Module] = []
+    for inputs in (width, hidden)[: layers - 1]:
+        parts += [nn.Linear(inputs, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
+    output = nn.Linear(hidden, dim, bias=layers == 3)
+    if output.bias is not None:
+        output.bias.requires_grad_(False)  # the batch norm subtracts it; kept for the official checkpoints' names
+    return nn.Sequential(*parts, output, nn.BatchNorm1d(dim, affine=False))
+
+
+def build_predictor(kind: str, dim: int) -> nn.Module:
+    """ABLATION (predictor): a bottleneck dim -> dim/4 -> dim without batch norm at its output."""
+    if kind == "none":
+        return nn.Identity()
+    predictor = nn.Sequential(
+        nn.Linear(dim, dim // 4, bias=False),
+        nn.BatchNorm1d(dim // 4),
+        nn.ReLU(inplace=True),
+        nn.Linear(dim // 4, dim),
+    )
+    return predictor.requires_grad_(kind == "mlp")
+
+
+class SimSiam(nn.Module):
+    """Encoder and predictor. Each part starts from a seed of its own, so arms share what they have in common."""
+
+    def __init__(
+        self,
+        network: str,
+        size: int,
+        projector: str,
+        projector_layers: int,
+        dim: int,
+        predictor: str,
+        seed: int,
+    ):
+        super().__init__()
+        width, hidden = NETWORKS[network]
+        with draws.forked(seed, "backbone"):
+            self.backbone = build_backbone(network, size)
+        with draws.forked(seed, "projector"):
+            self.projector = build_projector(projector, projector_layers, width, hidden, dim)
+        with draws.forked(seed, "predictor"):
+            self.predictor = build_predictor(predictor, dim)
+
+    def forward(self, views: list[Tensor], pairs: Pairs, leak: float) -> tuple[dict[int, Tensor], list[Tensor]]:
+        """Predictions p by view and projections z of all views, (B, dim) each.
+
+        Each view has a forward pass, and so batch statistics, of its own. A view that is only ever a constant target
+        needs no autograd; it moves the running statistics all the same.
+        """
+        predicting = {view for view, _ in pairs}
+        p: dict[int, Tensor] = {}
+        z = []
+        for view, x in enumerate(views):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and (view in predicting or leak > 0)):
+                z.append(self.projector(self.backbone(x)))
+                if view in predicting:
+                    p[view] = self.predictor(z[view])
+        return p, z
+
+
+def build_model(args: Mapping[str, Any], device: torch.device) -> SimSiam:
+    """The network that a run's arguments (args.json) describe, on `device`."""
+    names = ("network", "size", "projector", "projector_layers", "dim", "predictor", "seed")
+    layout = torch.channels_last if args["channels_last"] else torch.contiguous_format
+    return SimSiam(**{name: args[name] for name in names}).to(device, memory_format=layout)
+
+
+# ------------------------------------------------------------------------------------------------- loss
+
+PAIRS: dict[str, Pairs] = {  # ABLATION (symmetric loss); the loss is the mean over the pairs
+    "symmetric": [(0, 1), (1, 0)],  # equation 4
+    "asymmetric": [(0, 1)],
+    "asymmetric-2x": [(0, 1), (2, 3)],  # two independent pairs an image (section 4.6)
+}
+
+
+def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
+    """D(p, z), equation 1: minus the mean cosine of the rows of p and z, (B, dim) each; float32, in [-1, 1]."""
+    return -F.cosine_similarity(p.float(), z.float(), dim=1).mean()
+
+
+def simsiam_loss(p: dict[int, Tensor], z: list[Tensor], pairs: Pairs, leak: float) -> Tensor:
+    """Mean of D(p_a, sg(z_b)) over the pairs (a, b), equation 4. Its value does not depend on `leak`.
+
+    ABLATION (stop-gradient): `leak` is the share of the target's gradient that passes; 0 is the paper's sg.
+    """
+    targets = [leak * x + (1 - leak) * x.detach() for x in z]
+    return torch.stack([negative_cosine(p[a], targets[b]) for a, b in pairs]).mean()
+
+
+# ------------------------------------------------------------------------------------------------- data
+
+
+def load_data(name: str, folder: Path, size: int, workers: int, device: torch.device) -> Data:
+    """Resident on the device; only a folder's images above 64 pixels are read by workers."""
+    if name == "folder" and size > SMALL:
+        return folders.Streamed(folder, size, workers, device)
+    return images.load(name, folder, size, device, workers)
+
+
+def one_view(source: Tensor, kind: dict[str, Any], numbers: draws.Draws) -> Tensor:
+    """Crop, flip, jitter, grey, blur (appendix A): (B, 3, S, S) uint8 to float32 in [0, 1]."""
+    view = augment.random_resized_crop(source, numbers, scale=kind["crop"], flip=kind["flip"])
+    view = augment.random_color_jitter(view, numbers, 0.4, 0.4, 0.4, kind["hue"], probability=0.8)
+    view = augment.random_grayscale(view, numbers, probability=0.2)
+    return augment.random_gaussian_blur(view, numbers, (0.1, 2.0), kind["blur"]) if kind["blur"] else view
+
+
+def worker_view(size: int, kind: dict[str, Any]) -> v2.Compose:
+    """The same view of one Pillow image by torchvision's own transforms: (3, S, S) uint8."""
+    jitter = v2.ColorJitter(0.4, 0.4, 0.4, kind["hue"])
+    steps = [v2.RandomResizedCrop(size, kind["crop"]), v2.RandomHorizontalFlip(kind["flip"])]
+    steps += [v2.RandomApply([jitter], 0.8), v2.RandomGrayscale(0.2)]
+    return v2.Compose([*steps, v2.RandomApply([v2.GaussianBlur(23, (0.1, 2.0))], kind["blur"]), v2.PILToTensor()])
+
+
+def batches(
+    data: Data, kind: dict[str, Any], views: int, batch: int, rows: slice, seed: int, epoch: int
+) -> Iterator[list[Tensor]]:
+    """One epoch of lists of normalised views (B, 3, S, S), cut to this rank's `rows` of the global batch.
+
+    The order and every view follow from (seed, epoch) alone; the last incomplete batch is dropped.
+    """
+    steps = data.count // batch
+    order = draws.permutation(seed, "order", epoch, data.count, data.device)[: steps * batch].view(steps, batch)
+    if isinstance(data, folders.Streamed):
+        for made in data.views(worker_view(data.size, kind), views, order[:, rows].tolist(), seed, epoch):
+            yield [data.normalise(view) for view in made]
+        return
+    for step, picked in enumerate(order, epoch * steps):
+        source = data.train[picked[rows]]
+        numbers = [draws.Draws(seed, f"view {view}", step, batch, rows, data.device) for view in range(views)]
+        yield [data.normalise(one_view(source, kind, number)) for number in numbers]
+
+
+# ------------------------------------------------------------------------------------------------- train
+
+
+def represent(model: SimSiam, data: Data, part: str, precision: str) -> list[Tensor]:
+    """Backbone features (N, width), projections (N, dim) and labels (N,) of `part` ("train", "test"), in eval mode."""
+    return probes.represent([model.backbone, model.projector], data, part, precision)
+
+
+def measure(bank: Sequence[Tensor], queries: Sequence[Tensor], classes: int, k: int) -> dict[str, float]:
+    """Collapse meters of the queries' z, and kNN accuracy on features and on z; both as `represent` returns them."""
+    (known, known_z, known_labels), (features, z, labels) = bank, queries
+    return {
+        "std_ratio": spread.std_ratio(z),
+        "mean_cosine": spread.mean_cosine(z),
+        "effective_rank": spread.effective_rank(z),
+        "knn_accuracy": probes.knn_accuracy(known, known_labels, features, labels, classes, k),
+        "knn_accuracy_z": probes.knn_accuracy(known_z, known_labels, z, labels, classes, k),
+    }
+
+
+def monitor(model: SimSiam, data: Data, k: int, precision: str) -> dict[str, float]:
+    """`measure` on the training and the test set."""
+    bank, queries = (represent(model, data, part, precision) for part in ("train", "test"))
+    return measure(bank, queries, data.classes, k)
+
+
+@torch.no_grad()
+def untrained(model: SimSiam, made: Iterator[list[Tensor]], data: Data, k: int, precision: str) -> dict[str, float]:
+    """The record of epoch 0, from a copy of the model whose running statistics have seen 20 batches."""
+    copied = copy.deepcopy(model)
+    for views in itertools.islice(made, 20):
+        with devices.autocast(precision, data.device):
+            z = copied.projector(copied.backbone(views[0]))
+    return {"std_ratio_train_mode": spread.std_ratio(z), **monitor(copied, data, k, precision)}
+
+
+def build_optimizer(model: SimSiam, lr: float, weight_decay: float, predictor_schedule: str) -> torch.optim.Optimizer:
+    """SGD on every trainable parameter, decay included (appendix A); `schedule` says how a group's rate moves."""
+    groups = [
+        {"params": [*model.backbone.parameters(), *model.projector.parameters()], "schedule": "cosine"},
+        {"params": [*model.predictor.parameters()], "schedule": predictor_schedule},
+    ]
+    for group in groups:
+        group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
+    return torch.optim.SGD(groups, lr, momentum=0.9, weight_decay=weight_decay)
+
+
+def train(
+    run: Run, model: SimSiam, data: Data, made: Callable[[int], Iterator[list[Tensor]]], optimizer: torch.optim.Optimizer,
+    *, pairs: Pairs, leak: float, epochs: int, batch: int, lr: float, precision: str, monitor_every: int, k: int,
+    compiled: bool,
+) -> None:  # fmt: skip
+    """The whole training; saves after every epoch, and goes on from there when started again."""
+
+    def state() -> dict[str, Any]:
+        return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+
+    saved = run.state(data.device)
+    if saved is None:
+        run.save(0, untrained(model, made(0), data, k, precision), state())
+    else:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+    first, steps = saved["epoch"] if saved else 0, data.count // batch
+    forward = devices.distribute(torch.compile(model) if compiled else model, data.device)
+
+    for epoch in tqdm(range(first, epochs), run.name, epochs, initial=first, disable=None, leave=False):
+        started, total = time.perf_counter(), torch.zeros((), device=data.device)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * (schedules.cosine(epoch / epochs) if group["schedule"] == "cosine" else 1.0)
+        for views in made(epoch):
+            with devices.autocast(precision, data.device):
+                p, z = forward(views, pairs, leak)
+            loss = simsiam_loss(p, z, pairs, leak)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            total += loss.detach()
+        mean_loss = devices.mean_over_ranks(total / steps).item()
+        seconds = time.perf_counter() - started
+        if not math.isfinite(mean_loss) or not all(bool(weight.isfinite().all()) for weight in model.parameters()):
+            run.diverge(epoch + 1, data.device)
+            return
+        record = {
+            "loss": mean_loss,
+            "lr": optimizer.param_groups[0]["lr"],
+            "std_ratio_train_mode": spread.std_ratio(z[0].detach()),
+            "examples_per_second": steps * batch / seconds,
+            "seconds": seconds,
+        }
+        if (epoch + 1) % monitor_every == 0 or epoch + 1 == epochs:
+            record |= monitor(model, data, k, precision)
+        run.save(epoch + 1, record, state())
+        run.say(epoch + 1, epochs, record)
+    run.finish({"model": model.state_dict(), "epoch": epochs, "diverged": False})
+
+
+# ------------------------------------------------------------------------------------------------- main
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    torch.set_num_threads(args.threads)
+    device = devices.choose(args.device, args.scale)
+    rank, world = devices.start_ranks(device)
+    if args.batch % world:
+        stop(f"--batch {args.batch} is the global batch: {world} processes do not divide it")
+    rows = slice(rank * args.batch // world, (rank + 1) * args.batch // world)
+    pairs, lr = PAIRS[args.loss], args.lr * args.batch / 256
+    views = 1 + max(view for pair in pairs for view in pair)
+    kind = next(kind for name, kind in AUGMENTATION.items() if args.data_set.startswith(name))
+    with held(args.out, rank):
+        run = Run(args.out, vars(args), __file__, args.replace, rank)
+        if run.finished:
+            return
+        data = load_data(args.data_set, args.data, args.size, args.workers, device)
+        if args.batch > data.count:
+            stop(f"--batch {args.batch} is more than the {data.count} training images")
+        run.begin(devices.facts(device) | {"data": data.digest})
+        model = build_model(vars(args), device)
+        optimizer = build_optimizer(model, lr, args.weight_decay, args.predictor_schedule)
+        made = functools.partial(batches, data, kind, views, args.batch, rows, args.seed)
+        train(
+            run, model, data, made, optimizer, pairs=pairs, leak=args.gradient_leak, epochs=args.epochs,
+            batch=args.batch, lr=lr, precision=args.precision, monitor_every=args.monitor_every, k=args.neighbours,
+            compiled=args.compile,
+        )  # fmt: skip
+    devices.stop_ranks()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""The embedded pictures: what they are, that they never change, and how hard they are."""
+
+import hashlib
+import os
+import random
+import string
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common import glyphs
+from common.draws import Draws
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def digest(images: Tensor, labels: Tensor) -> str:
+    return hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("preset, number", [(name, 36 if "36" in name else 10) for name in glyphs.PRESETS])
+def test_shapes_and_balance(preset: str, number: int) -> None:
+    images, labels = glyphs.glyphs(preset, 607, "train")
+    assert images.shape == (607, 3, 32, 32) and images.dtype == torch.uint8
+    assert labels.shape == (607,) and labels.dtype == torch.int64
+    assert glyphs.classes(preset) == number
+    sizes = labels.bincount(minlength=number)
+    assert len(sizes) == number and sizes.max() - sizes.min() <= 1
+    assert (labels.diff() % number == 1).float().mean() < 0.3  # in random order
+    assert images.amin() == 0 and images.amax() == 255
+
+
+def test_unknown_preset_names_the_known() -> None:
+    with pytest.raises(ValueError, match=r"'glyphs11'.*glyphs10, glyphs10-hard, glyphs36, glyphs36-hard"):
+        glyphs.glyphs("glyphs11", 10, "train")
+    with pytest.raises(ValueError, match="known"):
+        glyphs.classes("glyphs11")
+
+
+def test_same_pictures_in_every_call_thread_count_and_process() -> None:
+    expected = digest(*glyphs.glyphs("glyphs36-hard", 600, "train"))
+    torch.manual_seed(1)
+    random.seed(1)
+    state = torch.get_rng_state()
+    torch.set_num_threads(2)
+    try:
+        again = glyphs.glyphs("glyphs36-hard", 600, "train")
+    finally:
+        torch.set_num_threads(1)
+    assert digest(*again) == expected
+    assert torch.equal(torch.get_rng_state(), state), "the default generator was used"
+    script = (
+        "import hashlib; from common.glyphs import glyphs; i, l = glyphs('glyphs36-hard', 600, 'train');"
+        "print(hashlib.sha256(i.numpy().tobytes() + l.numpy().tobytes()).hexdigest())"
+    )
+    environment = os.environ | {"PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    other = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
+    assert other.stdout.strip() == expected
+
+
+def test_full_chunks_do_not_depend_on_the_count() -> None:
+    few, few_labels = glyphs.glyphs("glyphs10", glyphs.CHUNK + 7, "train")
+    many, many_labels = glyphs.glyphs("glyphs10", 2 * glyphs.CHUNK, "train")
+    assert torch.equal(few[: glyphs.CHUNK], many[: glyphs.CHUNK])
+    assert torch.equal(few_labels[: glyphs.CHUNK], many_labels[: glyphs.CHUNK])
+
+
+def test_parts_and_chunks_share_nothing() -> None:
+    train, train_labels = glyphs.glyphs("glyphs10", 1000, "train")
+    test, test_labels = glyphs.glyphs("glyphs10", 1000, "test")
+    assert (train_labels == test_labels).float().mean() < 0.2
+    corners = torch.cat([train, test])[:, :, 0, 0].float()  # mostly background, hence a colour of its own
+    half = train_labels.view(-1, glyphs.CHUNK)
+    assert (half[0] == half[1]).float().mean() < 0.2
+    for other in range(1, len(corners) // glyphs.CHUNK):
+        here, there = corners[: glyphs.CHUNK], corners[other * glyphs.CHUNK : (other + 1) * glyphs.CHUNK]
+        assert abs(torch.corrcoef(torch.stack([here.flatten(), there.flatten()]))[0, 1]) < 0.2
+
+
+def test_every_face_has_every_character() -> None:
+    masks = glyphs.render(string.ascii_letters + string.digits)
+    assert masks.shape == (21, 62, 48, 48) and masks.dtype == torch.uint8
+    for face, drawn in zip(glyphs.FACES, masks, strict=True):
+        flat = drawn.flatten(1).int()
+        assert flat.sum(1).min() > 20 * 255, f"{face}: an empty mask"
+        distance = (flat[:, None] - flat[None]).abs().sum(2) + torch.eye(62, dtype=torch.int) * 10**9
+        assert distance.min() > 10 * 255, f"{face}: two characters look the same"
+        rim = torch.ones(48, 48, dtype=torch.bool)
+        rim[1:-1, 1:-1] = False
+        assert drawn[:, rim].max() == 0, f"{face}: a character is cut off"
+        ink = (drawn > 0).int()
+        for axis in (1, 2):
+            first, last = ink.amax(axis).argmax(1), 47 - ink.amax(axis).flip(1).argmax(1)
+            assert (first + last - 47).abs().max() <= 1, f"{face}: a character is off the centre"
+    assert len({mask.numpy().tobytes() for mask in masks}) == 21, "a face twice"
+
+
+def test_contrast_of_the_colours() -> None:
+    background, foreground = glyphs._colours(Draws(0, "test", 0, 20_000))
+    for colour in (background, foreground):
+        assert colour.shape == (20_000, 3) and colour.min() >= 0 and colour.max() <= 1
+    luma = torch.tensor([0.299, 0.587, 0.114])
+    difference = foreground @ luma - background @ luma
+    assert difference.abs().min() > 0.35 - 1e-5 and difference.abs().min() < 0.36
+    assert 0.4 < (difference > 0).float().mean() < 0.6, "one polarity is favoured"
+
+
+def test_scale_and_place() -> None:
+    masks = torch.zeros(len(glyphs.FACES), 1, 48, 48, dtype=torch.uint8)
+    masks[:, :, 18:30, 18:30] = 255  # an 8-pixel square in a 32-pixel picture at scale 1
+    zero = torch.zeros(500, dtype=torch.int64)
+    centre = torch.tensor([[0.4, -0.2]]).expand(500, 2)
+    setting = glyphs.PRESETS["glyphs10-hard"]
+    drawn = glyphs._warp(masks, zero, centre, setting, Draws(0, "test", 0, 500))[:, 0]
+    side = drawn.sum((1, 2)).sqrt() / 8
+    assert 0.98 < side.min() < 1.05 and 1.3 < side.max() < 1.37
+    pixels = (torch.arange(32) + 0.5) / 16 - 1
+    across, down = ((drawn.sum(axis) * pixels).sum(1) / drawn.sum((1, 2)) for axis in (1, 2))
+    assert (across - 0.4).abs().max() < 0.02 and (down + 0.2).abs().max() < 0.02
+
+
+def test_rotation_and_shear() -> None:
+    masks = torch.zeros(len(glyphs.FACES), 1, 48, 48, dtype=torch.uint8)
+    masks[:, :, 8:40, 22:26] = 255  # an upright bar
+    zero, centre = torch.zeros(500, dtype=torch.int64), torch.zeros(500, 2)
+    pixels = (torch.arange(32) + 0.5) / 16 - 1
+
+    def lean(rotation: float, shear: float) -> Tensor:
+        setting = glyphs.PRESETS["glyphs10"]._replace(rotation=rotation, shear=shear)
+        drawn = glyphs._warp(masks, zero, centre, setting, Draws(0, "test", 0, 500))[:, 0]
+        across, down = pixels[None, None, :], pixels[None, :, None]
+        return (drawn * across * down).sum((1, 2)) / (drawn * down**2).sum((1, 2))
+
+    assert lean(0, 0).abs().max() < 0.01
+    assert 0.15 < lean(10, 0).abs().max() < 0.19  # tan 10 degrees = 0.176
+    assert 0.18 < lean(0, 0.2).abs().max() < 0.22
+
+
+def test_clutter_stands_at_the_rim_and_texture_spreads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(glyphs, "NOISE", 0.0)
+
+    def flatness(clutter: int, texture: float) -> tuple[float, float]:
+        """Share of pixels that have exactly their picture's most common colour: at the rim, in the middle."""
+        setting = glyphs.PRESETS["glyphs10"]._replace(clutter=clutter, texture=texture)
+        monkeypatch.setitem(glyphs.PRESETS, "glyphs10", setting)
+        images, _ = glyphs.glyphs("glyphs10", 250, "train")
+        code = (images.int() * torch.tensor([1, 256, 65536])[:, None, None]).sum(1)
+        common = code.flatten(1).mode(1).values
+        same = (code == common[:, None, None]).float()
+        middle = same[:, 8:24, 8:24].mean().item()
+        return (same.sum() / 250 - 256 * middle).item() / 768, middle
+
+    rim, middle = flatness(0, 0.0)
+    rim_cluttered, middle_cluttered = flatness(2, 0.0)
+    print(rim, middle, rim_cluttered, middle_cluttered, flatness(0, 0.1))
+    assert rim - rim_cluttered > 2 * (middle - middle_cluttered) > 0
+    assert flatness(0, 0.1)[0] < 0.1 < 0.8 < rim
+
+
+def network(seed: int, outputs: int | None) -> nn.Sequential:
+    """A small convolutional network, (rows, 3, 32, 32) to (rows, 64) features or (rows, outputs)."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        layers: list[nn.Module] = []
+        for inputs, width, stride in ((3, 16, 2), (16, 32, 1), (32, 64, 2)):
+            layers += [nn.Conv2d(inputs, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        if outputs is not None:
+            layers.append(nn.Linear(64, outputs))
+        return nn.Sequential(*layers).to(memory_format=torch.channels_last)
+
+
+def neighbours(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> float:
+    """Accuracy in per cent of the majority among the 20 nearest by cosine, features (rows, dimension)."""
+    similarity = F.normalize(test, dim=1) @ F.normalize(train, dim=1).T
+    votes = F.one_hot(train_labels[similarity.topk(20, dim=1).indices]).sum(1)
+    return 100 * (votes.argmax(1) == test_labels).float().mean().item()
+
+
+@pytest.fixture(scope="module")
+def data(request: pytest.FixtureRequest) -> tuple[str, Tensor, Tensor, Tensor, Tensor]:
+    train, train_labels = glyphs.glyphs(request.param, 4000, "train")
+    test, test_labels = glyphs.glyphs(request.param, 1000, "test")
+    train, test = ((images / 127.5 - 1).contiguous(memory_format=torch.channels_last) for images in (train, test))
+    return request.param, train, train_labels, test, test_labels
+
+
+@pytest.mark.parametrize("data", ["glyphs10", "glyphs36"], indirect=True)
+def test_hard_for_pixels_and_a_random_network(data: tuple[str, Tensor, Tensor, Tensor, Tensor]) -> None:
+    preset, train, train_labels, test, test_labels = data
+    pixels = neighbours(train.flatten(1), train_labels, test.flatten(1), test_labels)
+    untrained = network(0, None).eval()
+    with torch.no_grad():
+        features, test_features = untrained(train), untrained(test)
+    chance = neighbours(features, train_labels, test_features, test_labels)
+    print(preset, pixels, chance)
+    low, high, most = {"glyphs10": (25, 50, 25), "glyphs36": (8, 28, 10)}[preset]
+    assert low < pixels < high
+    assert 100 / glyphs.classes(preset) < chance < most
+
+
+@pytest.mark.parametrize("data", ["glyphs10"], indirect=True)
+def test_easy_for_a_trained_network(data: tuple[str, Tensor, Tensor, Tensor, Tensor]) -> None:
+    _, train, train_labels, test, test_labels = data
+    for seed in map(int, os.environ.get("S", "0").split()):
+        model = network(seed, 10)
+        optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+        steps = int(os.environ.get("N", 250))
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps)
+        import time
+        t = time.process_time()
+        for step in range(steps):
+            rows = torch.randint(len(train), (64,), generator=torch.Generator().manual_seed(step))
+            loss = F.cross_entropy(model(train[rows]), train_labels[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        model.eval()
+        with torch.no_grad():
+            accuracy = 100 * (model(test).argmax(1) == test_labels).float().mean().item()
+        print(seed, steps, accuracy, time.process_time() - t)

@@ -1,0 +1,330 @@
+"""From run folders to the page: the arithmetic of a study, what it says, and what it refuses to say."""
+
+import csv
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from scipy import stats
+
+from common import figures, records, report, studies, tables
+from common.studies import Control, Metric, Study
+
+METRICS = {
+    "knn": Metric("kNN accuracy", "%", 1),
+    "spread": Metric("std ratio", "", 2),
+    "loss": Metric("training loss", "", 3, judged=False),
+}
+BASE, ARM, CONTROL = [60.0, 64.0, 62.0, 66.0, 61.0], [12.0, 13.0, 11.0, 12.5, 11.5], [20.0, 21.0, 19.0, 20.5, 20.2]
+
+
+def study(**changes) -> Study:
+    given = Study(
+        study="toy-arm",
+        paper="toy",
+        scale="demo",
+        question="What does <b>the arm</b> do?",
+        data="ten pictures",
+        reproduce="make toy-arm SCALE=demo",
+        primary_metric="knn",
+        contrasts=["arm:base"],
+        controls=[Control("untrained", "knn", other_metric="untrained_knn")],
+    )
+    return given._replace(**changes)
+
+
+def run(root, arm, seed, knn, control=20.0, source="a" * 64, device="cpu", **metrics):
+    """One finished run; `knn` None is a diverged one."""
+    folder = root / arm / str(seed)
+    folder.mkdir(parents=True)
+    provenance = {"commit": "c", "dirty": False, "torch": "2", "device": device, "threads": 1, "world": 1}
+    provenance |= {"data": "d" * 64, "source": source}
+    arguments = {"seed": seed, "epochs": 2, "out": str(folder)}
+    (folder / "args.json").write_text(json.dumps({"arguments": arguments, "provenance": provenance}))
+    lines = [{"epoch": epoch, "knn": epoch * (knn or 1.0), "loss": -epoch} for epoch in range(3)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "flags").write_text(f"--{arm}\n")
+    found = {"knn": knn, "spread": 0.5 + seed / 10, "loss": -0.5, "untrained_knn": control} | metrics
+    found = dict.fromkeys(found) if knn is None else found
+    (folder / "metrics.json").write_text(json.dumps(found | {"diverged": knn is None, "seconds": 36.0}))
+    return folder
+
+
+def grid(root, **arms):
+    """Runs of several arms, one value a seed; their untrained accuracy is CONTROL."""
+    for arm, found in arms.items():
+        for seed, knn in enumerate(found):
+            run(root, arm.replace("_", "-"), seed, knn, CONTROL[seed % 5])
+
+
+def summarise(root, seeds=5, rule=None, **changes):
+    design = study(**changes)
+    return studies.summarise(design, records.read_runs(root, design.arms, range(seeds)), METRICS, rule)
+
+
+def test_numbers_equal_scipy(tmp_path):
+    grid(tmp_path, base=BASE, arm=ARM)
+    found = summarise(tmp_path)
+    contrast = found["contrasts"][0]
+    welch = stats.ttest_ind(ARM, BASE, equal_var=False).confidence_interval()
+    paired = stats.ttest_rel(ARM, BASE).confidence_interval()
+    assert contrast["mean"] == pytest.approx(-50.6)
+    assert (contrast["low"], contrast["high"]) == pytest.approx((welch.low, welch.high))
+    assert (contrast["paired_low"], contrast["paired_high"]) == pytest.approx((paired.low, paired.high))
+    assert contrast["correlation"] == pytest.approx(stats.pearsonr(ARM, BASE).statistic)
+    assert (found["verdict"], found["counted"]) == ("lower", True)
+    control = stats.ttest_ind(BASE, CONTROL, equal_var=False).confidence_interval()
+    assert (found["controls"][0]["low"], found["controls"][0]["passed"]) == (pytest.approx(control.low), True)
+    row = found["rows"][0]
+    assert (row["arm"], row["flags"], row["metrics"]["knn"]["values"]["3"]) == ("base", "--base", 66.0)
+    numbers = f"arm: 12.0, base: 62.6; 95 % interval {welch.low:.1f} to {welch.high:.1f}, n = 5"
+    assert found["finding"] == f"kNN accuracy is 50.6 points lower for arm than for base ({numbers})."
+    assert found["provenance"]["source"] == "a" * 64 and found["provenance"]["hours"] == pytest.approx(0.1)
+    assert found["notes"] == []
+
+
+def test_holes_are_counted_and_said(tmp_path):
+    grid(tmp_path, base=BASE[:3], arm=[12.0, None, 13.0, 11.0])
+    run(tmp_path, "base", 4, 65.0, source="b" * 64, device="NVIDIA H200")
+    (tmp_path / "arm" / "3" / "metrics.json").write_text('{"knn": 11')
+    with open(tmp_path / "base" / "0" / "train.jsonl", "a") as log:
+        log.write('{"epoch": 3, "kn')
+    arguments = json.loads((tmp_path / "arm" / "2" / "args.json").read_text())
+    arguments["arguments"]["epochs"] = 7
+    (tmp_path / "arm" / "2" / "args.json").write_text(json.dumps(arguments))
+    found = summarise(tmp_path)
+    assert found["notes"] == [
+        "base: 1 of 5 missing (seed 3).",
+        "base, seed 0: an unreadable line of train.jsonl is left out.",
+        "arm: 2 of 5 missing (seed 3, 4).",
+        "arm: 1 of 5 diverged, not averaged (seed 1).",
+        "arm, seed 3: metrics.json cannot be read.",
+        "arm: its seeds differ in --epochs (2, 7).",
+        "The runs mix versions of train.py (sha256): aaaaaaaaaaaa, bbbbbbbbbbbb.",
+        "The runs mix devices: NVIDIA H200, cpu.",
+    ]
+    row = found["rows"][1]
+    assert (row["diverged"], row["missing"]) == ([1], [3, 4])
+    assert (row["metrics"]["knn"]["n"], row["metrics"]["knn"]["mean"]) == (2, 12.5)
+    assert (found["contrasts"][0]["n"], found["contrasts"][0]["n_reference"]) == (2, 4)
+    assert "arm: 1 of 5 diverged, not averaged." in found["finding"] and "n = 2 and 4" in found["finding"]
+    cells = tables.arms_table(found)[2]
+    assert cells[-2:] == ["2", "1 of 5 diverged; 2 of 5 missing"]
+
+
+def test_a_finite_value_of_a_diverged_run_is_not_averaged(tmp_path):
+    grid(tmp_path, base=BASE, arm=ARM[:4])
+    run(tmp_path, "arm", 4, 99.0, diverged=True)
+    path = tmp_path / "arm" / "4" / "metrics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"diverged": True}))
+    assert summarise(tmp_path)["rows"][1]["metrics"]["knn"]["n"] == 4
+
+
+def test_every_seed_diverged(tmp_path):
+    grid(tmp_path, base=BASE, arm=[None] * 5)
+    found = summarise(tmp_path)
+    assert (found["verdict"], found["counted"]) == ("arm: 5 of 5 diverged", False)
+    assert "arm:base has no difference in kNN accuracy" in found["finding"]
+
+
+def test_a_failed_control_silences_the_study(tmp_path):
+    grid(tmp_path, base=CONTROL[::-1], arm=ARM)  # base learnt nothing; the arm is still far lower
+    found = summarise(tmp_path)
+    assert found["contrasts"][0]["word"] == "lower" and found["controls"][0]["passed"] is False
+    assert (found["verdict"], found["counted"]) == ("not informative at this scale", False)
+    assert found["finding"].startswith("Not informative at this scale: kNN accuracy of base (20.1)")
+
+
+def test_controls_by_arm_direction_and_setting(tmp_path):
+    grid(tmp_path, base=BASE, arm=ARM, scratch=CONTROL)
+    other = Control("no pretraining", "knn", other_arm="scratch")
+    assert summarise(tmp_path, controls=[other])["controls"][0]["passed"] is True
+    lower = summarise(tmp_path, controls=[other._replace(lower_wins=True)])
+    assert (lower["controls"][0]["passed"], lower["counted"]) == (False, False)
+    for setting, found in {"a": BASE, "b": CONTROL[::-1]}.items():  # base learns in setting a alone
+        grid(tmp_path, **{f"base@{setting}": found, f"arm@{setting}": ARM})
+    guards = [Control("untrained", "knn", f"base@{setting}", "untrained_knn") for setting in "ab"]
+    both = summarise(tmp_path, contrasts=["arm@a:base@a", "arm@b:base@b"], primaries=2, controls=guards)
+    assert both["verdict"] == "arm@a: lower; arm@b: not informative at this scale" and both["counted"]
+
+
+def test_no_control_no_finding(tmp_path):
+    grid(tmp_path, base=BASE, arm=ARM)
+    missing = summarise(tmp_path, controls=[Control("no pretraining", "knn", other_arm="scratch")])
+    assert (missing["verdict"], missing["counted"]) == ("no positive control", False)
+
+
+def test_margin_and_unresolved(tmp_path):
+    grid(tmp_path, base=BASE, arm=[x + 0.1 for x in BASE])
+    assert summarise(tmp_path)["verdict"] == "not resolved at n = 5"
+    wide = summarise(tmp_path, margin=4.0)
+    assert (wide["verdict"], wide["counted"]) == ("no difference", True)
+    assert "no difference between arm and base within 4.0 points" in wide["finding"]
+    assert {one["word"] for one in wide["all_contrasts"] if one["metric"] == "spread"} == {"not resolved at n = 5"}
+
+
+def test_one_seed_has_numbers_but_no_interval(tmp_path):
+    grid(tmp_path, base=[60.0], arm=[12.0])
+    found = summarise(tmp_path, seeds=1)
+    assert (found["verdict"], found["counted"]) == ("one seed: no interval", False)
+    assert found["controls"][0]["passed"] is None and found["contrasts"][0]["low"] is None
+    assert (
+        found["finding"]
+        == "kNN accuracy: arm minus base is -48.0 points (arm: 12.0, base: 60.0); no interval at n = 1."
+    )
+    assert "±" not in tables.markdown(tables.arms_table(found)) and "one" in tables.caption(found)
+
+
+def test_training_loss_is_never_judged(tmp_path):
+    grid(tmp_path, base=BASE, arm=ARM)
+    assert {one["word"] for one in summarise(tmp_path)["all_contrasts"] if one["metric"] == "loss"} == {"not judged"}
+    with pytest.raises(ValueError, match="may not be judged"):
+        summarise(tmp_path, primary_metric="loss")
+
+
+def test_the_rule_sees_finished_seeds_and_its_word_is_told(tmp_path):
+    grid(tmp_path, base=BASE, arm=[*ARM[:4], None], other=ARM)
+    seen = []
+
+    def rule(found):
+        seen.append(len(found))
+        return "collapsed in every seed" if all(one["knn"] < 15 for one in found) else None
+
+    found = summarise(tmp_path, rule=rule, contrasts=["arm:base", "other:base"])
+    assert seen == [5, 4, 5]
+    assert [row["word"] for row in found["rows"]] == [None, *["collapsed in every seed"] * 2]
+    assert "arm collapsed in every seed" in found["finding"]
+    assert re.search(r"Further, descriptive: other:base lower \(-50\.6, -\d+\.\d to -\d+\.\d\)\.$", found["finding"])
+
+
+def test_written_tables(tmp_path):
+    grid(tmp_path, base=BASE, arm=ARM)
+    found = summarise(tmp_path)
+    tables.write_tables(found, tmp_path)
+    assert json.loads((tmp_path / "toy-arm.json").read_text()) == json.loads(json.dumps(found))
+    rows = list(csv.DictReader((tmp_path / "toy-arm.csv").open()))
+    knn = [row for row in rows if row["metric"] == "knn"]
+    assert [float(row["value"]) for row in knn if row["kind"] == "seed" and row["arm"] == "arm"] == ARM
+    assert [float(row["mean"]) for row in knn if row["kind"] == "arm"] == pytest.approx([62.6, 12.0])
+    difference = next(row for row in knn if row["kind"] == "difference")
+    assert (difference["reference"], difference["word"]) == ("base", "lower") and difference["correlation"]
+    half = stats.t.ppf(0.975, 4) * stats.sem(BASE)
+    text = (tmp_path / "toy-arm.md").read_text()
+    assert f"| base | --base | 62.6 ± {half:.1f} |" in text and "95 % Student-t interval" in text
+
+
+def test_numbers_never_show_a_negative_zero():
+    assert tables.number(-0.04, METRICS["knn"]._asdict()) == "0.0"
+    assert tables.number(None, METRICS["knn"]._asdict()) == "–"
+
+
+def draw(root, folder, names):
+    design = study()
+    runs = records.read_runs(root, design.arms, range(5))
+    panels = [figures.Curves("kNN accuracy (%)", records.series(runs, "knn"), {"chance": 10.0})]
+    figures.save(figures.curves(panels, design.arms, "base"), folder, names[0])
+    seen = {arm: list(records.values(runs, arm, "knn").values()) for arm in design.arms}
+    dots = [figures.Dots("kNN", seen, {"base": CONTROL}), figures.Dots("again", seen, lines={"chance": 10.0})]
+    figures.save(figures.dots(dots, design.arms, "base", {"arm": "1 of 5 diverged"}), folder, names[1])
+
+
+def test_series_and_curves(tmp_path):
+    grid(tmp_path, base=BASE, arm=ARM)
+    (tmp_path / "arm" / "1" / "train.jsonl").write_text('{"epoch": 0, "knn": 1}\n{"epoch": 1, "knn": NaN}\n')
+    runs = records.read_runs(tmp_path, ["base", "arm"], range(6))
+    curves = records.series(runs, "knn")
+    assert len(curves["base"]) == 5 and curves["base"][1] == ([0, 1, 2], [0.0, 64.0, 128.0])
+    assert curves["arm"][1] == ([0], [1])
+    axis = figures.curves([figures.Curves("x", curves)], ["base", "arm"], "base").axes[0]
+    means = [line.get_ydata()[-1] for line in axis.lines if len(line.get_xdata()) == 3]
+    rest = [found for seed, found in enumerate(ARM) if seed != 1]  # the short seed is drawn, not averaged
+    assert means == pytest.approx([2 * sum(rest) / 4, 2 * sum(BASE) / 5])
+    low, high = axis.collections[-1].get_datalim(axis.transData).intervaly
+    assert (low, high) == (0.0, 132.0)
+
+
+def test_figures_are_reproducible_and_keep_an_arms_colour(tmp_path):
+    grid(tmp_path / "runs", base=BASE, arm=ARM)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        draw(tmp_path / "runs", tmp_path / name, ("toy-arm", "toy-arm-dots"))
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+    assert len(list((tmp_path / "one").iterdir())) == 4
+    looks = figures.looks(["base", *map(str, range(7))], "base")
+    assert looks["base"]["color"] == figures.REFERENCE and len({str(look) for look in looks.values()}) == 8
+
+
+class Page(HTMLParser):
+    """Open tags, ids and links of a page; fails where a tag is closed that is not the open one."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.ids, self.links, self.tags = [], [], [], set()
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in ("meta", "br", "img", "link"):
+            self.open.append(tag)
+        self.handle_startendtag(tag, attributes)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.add(tag)
+        for name, value in attributes:
+            if name == "id":
+                self.ids.append(value)
+            if name in ("href", "src", "xlink:href"):
+                self.links.append(value)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_page_of_a_half_finished_grid(tmp_path, capsys):
+    grid(tmp_path / "runs", base=BASE, arm=ARM)
+    found = summarise(tmp_path / "runs") | {"finding": "worse <script>alert(1)</script> & more"}
+    tables.write_tables(found, tmp_path)
+    draw(tmp_path / "runs", tmp_path, ("toy-arm", "toy-arm-width-dots"))
+    (tmp_path / "toy-broken.json").write_text("{")
+    names = ["toy-missing", "toy-arm", "toy-broken", "toy-arm-width"]
+    report.main(["--results", str(tmp_path), "--title", "A < B", "--command", "make {} SCALE=demo", *names])
+    text = (tmp_path / "index.html").read_text()
+    page = Page(text)
+    assert [name for name in page.ids if name.startswith("toy") and name in names] == names
+    assert len(page.ids) == len(set(page.ids))
+    assert page.links and all(link.startswith("#") and link[1:] in page.ids for link in page.links)
+    assert all(f"#{name}" in page.links for name in names)
+    for target in re.findall(r"url\((.*?)\)", text):
+        assert target[0] == "#" and target[1:] in page.ids
+    assert not page.tags & {"script", "link", "img", "iframe"} and "&lt;script&gt;alert" in text
+    assert "@import" not in text and "A &lt; B" in text and "&lt;b&gt;the arm" in text
+    assert text.count("<svg") == 1  # the other picture belongs to toy-arm-width, which has no summary yet
+    assert "It has not been run. Run it: <code>make toy-missing SCALE=demo</code>" in text
+    assert "toy-broken.json cannot be read" in text
+    assert "4 studies, 1 run, 1 with a finding" in text
+    for part in ("make toy-arm SCALE=demo", "none published", "ten pictures", "source: aaaa", "untrained: passed"):
+        assert part in text
+    readme = (tmp_path / "README.md").read_text()
+    assert "![toy-arm](toy-arm.png)" in readme and "`make toy-missing SCALE=demo`" in readme
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].endswith("index.html") and len(printed) == 5 and printed[2].startswith("toy-arm: worse")
+
+
+def test_two_figures_on_a_page_share_no_id(tmp_path):
+    grid(tmp_path / "runs", base=BASE, arm=ARM)
+    tables.write_tables(summarise(tmp_path / "runs"), tmp_path)
+    draw(tmp_path / "runs", tmp_path, ("toy-arm", "toy-arm-dots"))
+    report.main(["--results", str(tmp_path), "--title", "t", "toy-arm"])
+    page = Page((tmp_path / "index.html").read_text())
+    assert len(page.ids) == len(set(page.ids)) > 20
+    assert all(link[1:] in page.ids for link in page.links)
+
+
+@pytest.mark.parametrize("names", [["../etc"], ["a", "a"], ["A b"]])
+def test_a_wrong_name_stops_with_one_line(tmp_path, names, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        report.main(["--results", str(tmp_path), "--title", "t", *names])
+    assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "index.html").exists()
