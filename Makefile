@@ -144,3 +144,5 @@ bench: $(VENV)
 data: $(DATA)/cifar-10-batches-py
 $(DATA)/cifar-10-batches-py: | $(VENV)
 	$(RUN_PYTHON) -m common.images cifar10 --data $(DATA)
+$(DATA)/cifar-100-python: | $(VENV)
+	$(RUN_PYTHON) -m common.images cifar100 --data $(DATA)

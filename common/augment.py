@@ -85,7 +85,7 @@ def gaussian_blur(images: Tensor, sigmas: Tensor, chosen: Tensor, kernel_size: i
     kernel_size is odd; by default the odd number next to a tenth of the shorter side, 23 at 224 and 3 at 32
     (SimCLR, appendix A: a tenth of the side).
     """
-    radius = min(images.shape[2:]) // 20 if kernel_size is None else kernel_size // 2
+    radius = max(1, min(images.shape[2:]) // 20) if kernel_size is None else kernel_size // 2
     vertical, horizontal = (_gaussian_band(side, sigmas, radius) for side in images.shape[2:])
     return _choose(chosen, _both_axes(vertical, images, horizontal), images)
 

@@ -178,10 +178,12 @@ def _interval(axis: Axes, place: int, found: Sequence[float], colour: str) -> No
     if not found:
         return
     whole, level = summary(found), place - 0.12
-    axis.plot(found, np.full(whole.n, place + 0.18), "o", color=colour, ms=4, alpha=0.6, mec="none")
+    if whole.low is None or whole.high is None:
+        axis.plot(found, [level], "o", color=colour, ms=6)
+        return
+    axis.plot(found, np.full(whole.n, level + 0.3), "o", color=colour, ms=4, alpha=0.6, mec="none")
     axis.plot(whole.mean, level, "|", color=colour, ms=11, mew=2)
-    if whole.low is not None and whole.high is not None:
-        axis.plot([whole.low, whole.high], [level] * 2, color=colour, lw=8, alpha=0.35, solid_capstyle="butt")
+    axis.plot([whole.low, whole.high], [level, level], color=colour, lw=8, alpha=0.35, solid_capstyle="butt")
 
 
 def save(figure: Figure, folder: Path, name: str) -> None:

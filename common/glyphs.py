@@ -25,7 +25,7 @@ class Preset(NamedTuple):
 
     characters: str  # a class each, in the order of the labels
     clutter: int  # other characters that reach in from the rim
-    texture: float  # height of the smooth noise, colours being 0-1
+    texture: float  # half-width of each of three scales of smooth noise, colours being 0-1
     rotation: float  # at most so many degrees either way
     shear: float  # at most this slope either way
 
@@ -43,6 +43,7 @@ CONTRAST = 0.35  # least difference in luma between character and background, 0-
 NOISE = 0.03  # half-width of the pixel noise
 DATA_SEED = 0
 SIZE, MASK = 32, 48  # pixels, of a picture and of a mask
+FONT = 38  # pixels: the largest at which the widest W fits into a mask
 CHUNK = 250  # pictures composed at once: few enough to stay in the cache
 FACES = (
     *("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique"),
@@ -87,7 +88,7 @@ def render(characters: str) -> Tensor:
     folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
     masks = torch.zeros(len(FACES), len(characters), MASK, MASK, dtype=torch.uint8)
     for row, face in enumerate(FACES):
-        font = ImageFont.truetype(str(folder / f"{face}.ttf"), 40, layout_engine=ImageFont.Layout.BASIC)
+        font = ImageFont.truetype(str(folder / f"{face}.ttf"), FONT, layout_engine=ImageFont.Layout.BASIC)
         for column, character in enumerate(characters):
             canvas = Image.new("L", (2 * MASK, 2 * MASK))
             ImageDraw.Draw(canvas).text((MASK / 2, MASK / 2), character, fill=255, font=font)
@@ -106,16 +107,16 @@ def _known(preset: str) -> Preset:
 
 def _compose(masks: Tensor, labels: Tensor, setting: Preset, draws: Draws) -> Tensor:
     """Pictures of the labels, (rows, 3, 32, 32) uint8: background, clutter, character, texture, noise."""
-    background, foreground = _colours(draws)
-    picture = background[:, :, None, None].expand(-1, -1, SIZE, SIZE)
+    background, foreground = (colour[:, :, None, None] for colour in _colours(draws))
+    picture = background.expand(-1, -1, SIZE, SIZE)
     for _ in range(setting.clutter):
         other = draws.uniform(0, masks.shape[1]).long()
         angle = draws.uniform(0, 2 * math.pi)
         rim = torch.stack([angle.cos(), angle.sin()], 1)
-        colour = draws.uniform(shape=(3,))
-        picture = _paint(picture, _warp(masks, other, rim, setting, draws), colour)
+        colour = draws.uniform(shape=(3, 1, 1))
+        picture = torch.lerp(picture, colour, _warp(masks, other, rim, setting, draws))
     centre = draws.uniform(-2 * SHIFT, 2 * SHIFT, shape=(2,))
-    picture = _paint(picture, _warp(masks, labels, centre, setting, draws), foreground)
+    picture = torch.lerp(picture, foreground, _warp(masks, labels, centre, setting, draws))
     texture = torch.zeros(len(labels), 3, 4, 4)
     for cells in (4, 8, 16):
         texture = texture + draws.uniform(-setting.texture, setting.texture, shape=(3, cells, cells))
@@ -125,19 +126,18 @@ def _compose(masks: Tensor, labels: Tensor, setting: Preset, draws: Draws) -> Te
     return picture.clamp_(0, 1).mul_(255).round_().to(torch.uint8)
 
 
-def _paint(picture: Tensor, mask: Tensor, colour: Tensor) -> Tensor:
-    """Lay a colour (rows, 3) over pictures (rows, 3, 32, 32) where the mask (rows, 1, 32, 32) is 1."""
-    return torch.lerp(picture, colour[:, :, None, None], mask)
-
-
 def _warp(masks: Tensor, labels: Tensor, centre: Tensor, setting: Preset, draws: Draws) -> Tensor:
-    """Masks of the labels in random faces, turned, sheared, scaled and moved to `centre` (rows, 2), 0-1."""
+    """Masks of the labels in random faces, turned, sheared, scaled and moved: (rows, 1, 32, 32), 0-1.
+
+    `centre` (rows, 2) says where to, across and down, the picture's edges being -1 and 1.
+    """
     face = draws.uniform(0, len(FACES)).long()
     angle = draws.uniform(-setting.rotation, setting.rotation) * (math.pi / 180)
     shear = draws.uniform(-setting.shear, setting.shear)
     scale = draws.uniform(*SCALE)
     cos, sin = angle.cos() / scale, angle.sin() / scale
     inverse = torch.stack([cos + shear * sin, shear * cos - sin, sin, cos], 1).view(-1, 2, 2)
+    # as F.affine_grid, whose product of matrices would take a sixth of the whole time
     pixels = (torch.arange(SIZE) * 2 + 1) / SIZE - 1
     along = inverse[:, :, :1] * (pixels - centre[:, :1])[:, None]
     down = inverse[:, :, 1:] * (pixels - centre[:, 1:])[:, None]

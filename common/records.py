@@ -21,7 +21,7 @@ FACTS = {  # of args.json's provenance, and what a mixture of each is called
 
 
 @dataclass(frozen=True)
-class Run:
+class Record:
     """One run; `metrics` is None where metrics.json is missing or unreadable."""
 
     metrics: dict[str, Any] | None
@@ -31,16 +31,16 @@ class Run:
     notes: list[str] = field(default_factory=list)
 
 
-Runs = Mapping[str, Mapping[int, Run]]
+Runs = Mapping[str, Mapping[int, Record]]
 Curve = tuple[list[float], list[float]]
 
 
-def read_runs(folder: Path, arms: Sequence[str], seeds: Sequence[int]) -> dict[str, dict[int, Run]]:
+def read_runs(folder: Path, arms: Sequence[str], seeds: Sequence[int]) -> dict[str, dict[int, Record]]:
     """The runs <folder>/<arm>/<seed>/. What cannot be read becomes a sentence in its notes."""
     return {arm: {seed: _read(Path(folder), arm, seed) for seed in seeds} for arm in arms}
 
 
-def _read(folder: Path, arm: str, seed: int) -> Run:
+def _read(folder: Path, arm: str, seed: int) -> Record:
     folder, name = folder / arm / str(seed), f"{arm}, seed {seed}"
     parts: dict[str, dict[str, Any] | None] = {"metrics": None, "args": None}
     log, notes = [], []
@@ -58,7 +58,7 @@ def _read(folder: Path, arm: str, seed: int) -> Run:
         except (ValueError, TypeError):  # a kill in the middle of the write
             notes.append(f"{name}: an unreadable line of train.jsonl is left out.")
     flags = (folder / "flags").read_text(encoding="utf-8").strip() if (folder / "flags").exists() else ""
-    return Run(parts["metrics"], parts["args"] or {}, log, flags, notes)
+    return Record(parts["metrics"], parts["args"] or {}, log, flags, notes)
 
 
 def _finite(value: object) -> bool:

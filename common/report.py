@@ -20,7 +20,7 @@ from common.statistics import counts
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: auto; padding: 1rem; }
 h1, h2 { line-height: 1.2; } h2 { margin-top: 3rem; border-top: 1px solid #ccc; padding-top: 1rem; }
-.wide { overflow-x: auto; } .wide > svg { display: block; width: 100%; min-width: 36rem; height: auto; }
+.wide { overflow-x: auto; } .wide > svg { display: block; max-width: 100%; min-width: 36rem; height: auto; }
 table { border-collapse: collapse; font-size: .85rem; margin: .5rem 0; }
 th, td { text-align: left; vertical-align: top; padding: .25rem .7rem .25rem 0; }
 .short { white-space: nowrap; } tr { border-bottom: 1px solid #ddd; }
@@ -107,7 +107,8 @@ def section(study: str, found: Mapping[str, Any] | str, figures: Sequence[Path],
         *(f'<figure class="wide">{inline(path)}</figure>' for path in figures),
         table(tables.arms_table(found)) + f'<p class="small">{escape(tables.caption(found))}</p>',
         table(tables.differences_table(found)) + f'<p class="small">{escape(tables.UNADJUSTED)}</p>',
-        f"<p>Published: {escape(found['published'])}. Here: scale {escape(found['scale'])}, {escape(found['data'])}.</p>",
+        f"<p>Published: {escape(found['published'])}.</p>",
+        f"<p>Here: scale {escape(found['scale'])}; {escape(found['data'])}.</p>",
         f"<p>Reproduce: <code>{escape(found['reproduce'])}</code></p>",
         f"<ul>{notes}</ul>" if notes else "",
         f'<p class="small">{escape("; ".join(facts))}</p>',

@@ -63,11 +63,13 @@ class Study(NamedTuple):
 def summarise(study: Study, runs: Runs, metrics: Mapping[str, Metric], rule: Rule | None = None) -> dict[str, Any]:
     """All that the tables and the page say of a study, as one dictionary that JSON can hold.
 
-    `rule` turns the metrics of an arm's finished, not diverged seeds into the paper's own word: a phrase that
-    reads on after the arm's name ("collapsed in every seed"), or None.
-    Raises ValueError if the primary metric may not be judged.
+    `runs` are those of `study.arms`. `rule` turns the metrics of an arm's finished, not diverged seeds into the
+    paper's own word: a phrase that reads on after the arm's name ("collapsed in every seed"), or None.
+    Raises ValueError if the primary metric or a control's is not described, or the primary may not be judged.
     """
     key = study.primary_metric
+    if unknown := {key, *(control.metric for control in study.controls)} - metrics.keys():
+        raise ValueError(f"no description of the metrics {', '.join(sorted(unknown))}")
     if not metrics[key].judged:
         raise ValueError(f"{key} may not be judged, so it cannot be the primary metric")
     every = [

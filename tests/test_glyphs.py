@@ -68,9 +68,7 @@ def test_same_pictures_in_every_call_thread_count_and_process() -> None:
         "print(hashlib.sha256(i.numpy().tobytes() + l.numpy().tobytes()).hexdigest())"
     )
     environment = os.environ | {"PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    other = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
-    )
+    other = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert other.stdout.strip() == expected
 
 
@@ -86,8 +84,8 @@ def test_parts_and_chunks_share_nothing() -> None:
     test, test_labels = glyphs.glyphs("glyphs10", 1000, "test")
     assert (train_labels == test_labels).float().mean() < 0.2
     corners = torch.cat([train, test])[:, :, 0, 0].float()  # mostly background, hence a colour of its own
-    half = train_labels.view(-1, glyphs.CHUNK)
-    assert (half[0] == half[1]).float().mean() < 0.2
+    chunks = train_labels.view(-1, glyphs.CHUNK)
+    assert (chunks[0] == chunks[1]).float().mean() < 0.2
     for other in range(1, len(corners) // glyphs.CHUNK):
         here, there = corners[: glyphs.CHUNK], corners[other * glyphs.CHUNK : (other + 1) * glyphs.CHUNK]
         assert abs(torch.corrcoef(torch.stack([here.flatten(), there.flatten()]))[0, 1]) < 0.2
@@ -97,9 +95,9 @@ def test_every_face_has_every_character() -> None:
     masks = glyphs.render(string.ascii_letters + string.digits)
     assert masks.shape == (21, 62, 48, 48) and masks.dtype == torch.uint8
     for face, drawn in zip(glyphs.FACES, masks, strict=True):
-        flat = drawn.flatten(1).int()
+        flat = drawn.flatten(1).float()
         assert flat.sum(1).min() > 20 * 255, f"{face}: an empty mask"
-        distance = (flat[:, None] - flat[None]).abs().sum(2) + torch.eye(62, dtype=torch.int) * 10**9
+        distance = torch.cdist(flat, flat, p=1) + torch.eye(62) * 1e9
         assert distance.min() > 10 * 255, f"{face}: two characters look the same"
         rim = torch.ones(48, 48, dtype=torch.bool)
         rim[1:-1, 1:-1] = False
@@ -168,7 +166,6 @@ def test_clutter_stands_at_the_rim_and_texture_spreads(monkeypatch: pytest.Monke
 
     rim, middle = flatness(0, 0.0)
     rim_cluttered, middle_cluttered = flatness(2, 0.0)
-    print(rim, middle, rim_cluttered, middle_cluttered, flatness(0, 0.1))
     assert rim - rim_cluttered > 2 * (middle - middle_cluttered) > 0
     assert flatness(0, 0.1)[0] < 0.1 < 0.8 < rim
 
@@ -178,7 +175,7 @@ def network(seed: int, outputs: int | None) -> nn.Sequential:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         layers: list[nn.Module] = []
-        for inputs, width, stride in ((3, 16, 2), (16, 32, 1), (32, 64, 2)):
+        for inputs, width, stride in ((3, 16, 2), (16, 32, 2), (32, 64, 2), (64, 64, 1)):
             layers += [nn.Conv2d(inputs, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
         layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
         if outputs is not None:
@@ -208,31 +205,27 @@ def test_hard_for_pixels_and_a_random_network(data: tuple[str, Tensor, Tensor, T
     untrained = network(0, None).eval()
     with torch.no_grad():
         features, test_features = untrained(train), untrained(test)
-    chance = neighbours(features, train_labels, test_features, test_labels)
-    print(preset, pixels, chance)
+    random_network = neighbours(features, train_labels, test_features, test_labels)
+    # Found: 34.5 and 14.3 by pixels; 12.6-15.5 and 4.5-4.6 with three random networks.
     low, high, most = {"glyphs10": (25, 50, 25), "glyphs36": (8, 28, 10)}[preset]
     assert low < pixels < high
-    assert 100 / glyphs.classes(preset) < chance < most
+    assert 100 / glyphs.classes(preset) < random_network < most
 
 
 @pytest.mark.parametrize("data", ["glyphs10"], indirect=True)
 def test_easy_for_a_trained_network(data: tuple[str, Tensor, Tensor, Tensor, Tensor]) -> None:
     _, train, train_labels, test, test_labels = data
-    for seed in map(int, os.environ.get("S", "0").split()):
-        model = network(seed, 10)
-        optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-        steps = int(os.environ.get("N", 250))
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps)
-        import time
-        t = time.process_time()
-        for step in range(steps):
-            rows = torch.randint(len(train), (64,), generator=torch.Generator().manual_seed(step))
-            loss = F.cross_entropy(model(train[rows]), train_labels[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        model.eval()
-        with torch.no_grad():
-            accuracy = 100 * (model(test).argmax(1) == test_labels).float().mean().item()
-        print(seed, steps, accuracy, time.process_time() - t)
+    model = network(0, 10)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=200)
+    for step in range(200):
+        rows = torch.randint(len(train), (64,), generator=torch.Generator().manual_seed(step))
+        loss = F.cross_entropy(model(train[rows]), train_labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    model.eval()
+    with torch.no_grad():
+        accuracy = 100 * (model(test).argmax(1) == test_labels).float().mean().item()
+    assert accuracy > 85  # 96.5, 95.6, 92.5 with seeds 0, 1, 2

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pytest
@@ -121,6 +122,17 @@ def test_a_finite_value_of_a_diverged_run_is_not_averaged(tmp_path):
     assert summarise(tmp_path)["rows"][1]["metrics"]["knn"]["n"] == 4
 
 
+def test_null_and_not_finite_values_are_left_out(tmp_path):
+    for seed, knn in enumerate([60.0, float("nan"), float("inf")]):
+        run(tmp_path, "base", seed, knn)
+    run(tmp_path, "base", 3, 62.0, spread=None)
+    runs = records.read_runs(tmp_path, ["base"], range(4))
+    assert records.values(runs, "base", "knn") == {0: 60.0, 3: 62.0}
+    assert list(records.values(runs, "base", "spread")) == [0, 1, 2]
+    assert records.notes(runs, ["spread"]) == []  # null says "does not apply"; an absent key is a hole
+    assert records.notes(runs, ["sprad"]) == ["base: 4 of 4 without sprad (seed 0, 1, 2, 3)."]
+
+
 def test_every_seed_diverged(tmp_path):
     grid(tmp_path, base=BASE, arm=[None] * 5)
     found = summarise(tmp_path)
@@ -179,6 +191,8 @@ def test_one_seed_has_numbers_but_no_interval(tmp_path):
 def test_training_loss_is_never_judged(tmp_path):
     grid(tmp_path, base=BASE, arm=ARM)
     assert {one["word"] for one in summarise(tmp_path)["all_contrasts"] if one["metric"] == "loss"} == {"not judged"}
+    with pytest.raises(ValueError, match="no description of the metrics accuracy"):
+        summarise(tmp_path, controls=[Control("untrained", "accuracy")])
     with pytest.raises(ValueError, match="may not be judged"):
         summarise(tmp_path, primary_metric="loss")
 
@@ -219,6 +233,17 @@ def test_numbers_never_show_a_negative_zero():
     assert tables.number(None, METRICS["knn"]._asdict()) == "–"
 
 
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """Two folders with the same two figures, drawn twice."""
+    root = tmp_path_factory.mktemp("drawn")
+    grid(root / "runs", base=BASE, arm=ARM)
+    for name in ("one", "two"):
+        (root / name).mkdir()
+        draw(root / "runs", root / name, ("toy-arm", "toy-arm-width-dots"))
+    return root
+
+
 def draw(root, folder, names):
     design = study()
     runs = records.read_runs(root, design.arms, range(5))
@@ -240,18 +265,14 @@ def test_series_and_curves(tmp_path):
     means = [line.get_ydata()[-1] for line in axis.lines if len(line.get_xdata()) == 3]
     rest = [found for seed, found in enumerate(ARM) if seed != 1]  # the short seed is drawn, not averaged
     assert means == pytest.approx([2 * sum(rest) / 4, 2 * sum(BASE) / 5])
-    low, high = axis.collections[-1].get_datalim(axis.transData).intervaly
-    assert (low, high) == (0.0, 132.0)
+    band = axis.collections[-1].get_paths()[0].vertices
+    assert set(band[band[:, 0] == 2, 1]) == {120.0, 132.0}  # lowest and highest seed of base in the last epoch
 
 
-def test_figures_are_reproducible_and_keep_an_arms_colour(tmp_path):
-    grid(tmp_path / "runs", base=BASE, arm=ARM)
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        draw(tmp_path / "runs", tmp_path / name, ("toy-arm", "toy-arm-dots"))
-    for path in (tmp_path / "one").iterdir():
-        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
-    assert len(list((tmp_path / "one").iterdir())) == 4
+def test_figures_are_reproducible_and_keep_an_arms_colour(drawn):
+    for path in (drawn / "one").iterdir():
+        assert path.read_bytes() == (drawn / "two" / path.name).read_bytes(), path.name
+    assert len(list((drawn / "one").iterdir())) == 4
     looks = figures.looks(["base", *map(str, range(7))], "base")
     assert looks["base"]["color"] == figures.REFERENCE and len({str(look) for look in looks.values()}) == 8
 
@@ -282,11 +303,10 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_page_of_a_half_finished_grid(tmp_path, capsys):
-    grid(tmp_path / "runs", base=BASE, arm=ARM)
-    found = summarise(tmp_path / "runs") | {"finding": "worse <script>alert(1)</script> & more"}
+def test_page_of_a_half_finished_grid(drawn, tmp_path, capsys):
+    shutil.copytree(drawn / "one", tmp_path, dirs_exist_ok=True)
+    found = summarise(drawn / "runs") | {"finding": "worse <script>alert(1)</script> & more"}
     tables.write_tables(found, tmp_path)
-    draw(tmp_path / "runs", tmp_path, ("toy-arm", "toy-arm-width-dots"))
     (tmp_path / "toy-broken.json").write_text("{")
     names = ["toy-missing", "toy-arm", "toy-broken", "toy-arm-width"]
     report.main(["--results", str(tmp_path), "--title", "A < B", "--command", "make {} SCALE=demo", *names])
@@ -299,7 +319,8 @@ def test_page_of_a_half_finished_grid(tmp_path, capsys):
     for target in re.findall(r"url\((.*?)\)", text):
         assert target[0] == "#" and target[1:] in page.ids
     assert not page.tags & {"script", "link", "img", "iframe"} and "&lt;script&gt;alert" in text
-    assert "@import" not in text and "A &lt; B" in text and "&lt;b&gt;the arm" in text
+    assert "<b>" not in text and text.count("&lt;b&gt;the arm") == 2 and text.count("A &lt; B") == 2
+    assert "A < B" not in text and text.count("<!DOCTYPE") == 1 and "<?xml" not in text and "@import" not in text
     assert text.count("<svg") == 1  # the other picture belongs to toy-arm-width, which has no summary yet
     assert "It has not been run. Run it: <code>make toy-missing SCALE=demo</code>" in text
     assert "toy-broken.json cannot be read" in text
@@ -312,13 +333,12 @@ def test_page_of_a_half_finished_grid(tmp_path, capsys):
     assert printed[0].endswith("index.html") and len(printed) == 5 and printed[2].startswith("toy-arm: worse")
 
 
-def test_two_figures_on_a_page_share_no_id(tmp_path):
-    grid(tmp_path / "runs", base=BASE, arm=ARM)
-    tables.write_tables(summarise(tmp_path / "runs"), tmp_path)
-    draw(tmp_path / "runs", tmp_path, ("toy-arm", "toy-arm-dots"))
+def test_two_figures_on_a_page_share_no_id(drawn, tmp_path):
+    shutil.copytree(drawn / "one", tmp_path, dirs_exist_ok=True)
+    tables.write_tables(summarise(drawn / "runs"), tmp_path)
     report.main(["--results", str(tmp_path), "--title", "t", "toy-arm"])
     page = Page((tmp_path / "index.html").read_text())
-    assert len(page.ids) == len(set(page.ids)) > 20
+    assert len(page.ids) == len(set(page.ids)) > 20 and page.ids.count("toy-arm-width-dots-figure_1") == 1
     assert all(link[1:] in page.ids for link in page.links)
 
 

@@ -11,7 +11,7 @@ from common.statistics import Difference, paired, student_t_quantile, summary, v
 DRAWS = np.random.default_rng(0)
 
 
-@pytest.mark.parametrize("p", [0.0005, 0.025, 0.3, 0.5, 0.51, 0.9, 0.975, 0.9999])
+@pytest.mark.parametrize("p", [0.0005, 0.3, 0.51, 0.975, 0.9999])
 def test_quantile_equals_scipy(p):
     for df in [*range(1, 201), 1.02, 1.5, 2.71, 4.4, 7.99, 33.3, 1e4]:
         assert student_t_quantile(p, df) == pytest.approx(stats.t.ppf(p, df), rel=1e-8, abs=1e-10), df

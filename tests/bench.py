@@ -1,0 +1,133 @@
+"""Ratios of speed, not seconds: `make bench`. Medians over paired rounds on one machine, one thread unless on a GPU.
+
+    step / bare     our whole training step over forward, backward and optimiser of the same network on ready tensors
+    plain / step    a plain reference over our step: Pillow augmentation in two DataLoader workers, contiguous
+                    tensors, `.item()` at every step; the same network, loss and optimiser
+    augment         share of our step that data and augmentation take
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from common import command, devices, images
+from simsiam import train
+
+SETTINGS = {  # name: (network, projector layers, data as, batch on a CPU, batch on a GPU, steps a round)
+    "demo, ResNet-8": ("resnet8", 2, "glyphs", 64, 64, 30),
+    "CIFAR, ResNet-18": ("resnet18", 2, "cifar", 32, 512, 3),
+}
+PAIRS = train.PAIRS["symmetric"]
+
+
+class Pillow(Dataset):
+    """Two views of each picture by torchvision's transforms on Pillow images, as most code does it."""
+
+    def __init__(self, pixels: Tensor, kind: dict, length: int):
+        self.pictures = [Image.fromarray(np.ascontiguousarray(one.permute(1, 2, 0).cpu().numpy())) for one in pixels]
+        self.view = v2.Compose([train.worker_view(32, kind), v2.ToDtype(torch.float32, scale=True)])
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> list[Tensor]:
+        picture = self.pictures[index % len(self.pictures)]
+        return [self.view(picture), self.view(picture)]
+
+
+def seconds(steps: int, device: torch.device, step: Callable[[], None]) -> float:
+    """Wall time of a step, the mean of `steps`."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    for _ in range(steps):
+        step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - started) / steps
+
+
+def stepper(network: str, layers: int, device: torch.device, layout: torch.memory_format) -> Callable:
+    """A function that takes a list of views one optimiser step further and returns the loss."""
+    model = train.SimSiam(network, 32, "mlp", layers, train.NETWORKS[network][1], "mlp", 0)
+    model = model.to(device, memory_format=layout)
+    optimizer = train.build_optimizer(model, 0.01, 5e-4, "constant")
+
+    def step(views: list[Tensor]) -> Tensor:
+        with devices.autocast("auto", device):
+            p, z = model(views, PAIRS, 0.0)
+        loss = train.simsiam_loss(p, z, PAIRS, 0.0)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def endless(made: Callable[[int], Iterator[list[Tensor]]]) -> Iterator[list[Tensor]]:
+    epoch = 0
+    while True:
+        yield from made(epoch)
+        epoch += 1
+
+
+def measure(name: str, device: torch.device, rounds: int) -> None:
+    """Print the three ratios of one setting."""
+    network, layers, kind_name, small, large, steps = SETTINGS[name]
+    batch, kind = (large if device.type == "cuda" else small), train.AUGMENTATION[kind_name]
+    pixels = torch.randint(0, 256, (max(2000, 2 * batch), 3, 32, 32), dtype=torch.uint8, device=device)
+    empty, flat = torch.zeros(0, device=device), torch.zeros(3, 1, 1, device=device)
+    data = images.Images(pixels, empty, pixels, empty, 10, flat, flat + 1, "")
+    ours = endless(lambda epoch: train.batches(data, kind, 2, batch, slice(0, batch), 0, epoch))
+    step = stepper(network, layers, device, torch.channels_last)
+    plain_step = stepper(network, layers, device, torch.contiguous_format)
+    ready = next(ours)
+    loader = DataLoader(Pillow(pixels[:2000], kind, batch * steps * (rounds + 2)), batch, num_workers=2)
+    plain = iter(loader)
+
+    def plain_once() -> None:
+        plain_step([view.to(device) for view in next(plain)]).item()
+
+    timed: dict[str, list[float]] = {"bare": [], "step": [], "plain": []}
+    work = {"bare": lambda: step(ready), "step": lambda: step(next(ours)), "plain": plain_once}
+    for number in range(rounds + 1):
+        for which, once in work.items():
+            spent = seconds(steps, device, once)
+            if number:  # the first round warms up
+                timed[which].append(spent)
+
+    def ratio(a: str, b: str) -> str:
+        found = [x / y for x, y in zip(timed[a], timed[b], strict=True)]
+        return f"{statistics.median(found):.2f} [{min(found):.2f}-{max(found):.2f}]"
+
+    share = [1 - bare / whole for bare, whole in zip(timed["bare"], timed["step"], strict=True)]
+    rate = batch / statistics.median(timed["step"])
+    print(
+        f"{name}, batch {batch}: step / bare {ratio('step', 'bare')}, augment {100 * statistics.median(share):.0f} % of "
+        f"the step, plain / step {ratio('plain', 'step')} ({rate:.0f} images/s, {rounds} rounds of {steps} steps)",
+        flush=True,
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = command.Parser(__doc__)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--rounds", type=command.whole(1), default=7)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    device = devices.choose(args.device, "demo")
+    for name in SETTINGS:
+        measure(name, device, args.rounds)
+
+
+if __name__ == "__main__":
+    main()

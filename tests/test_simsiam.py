@@ -1,0 +1,431 @@
+"""SimSiam: the loss and its gradients, the network, the arms, and train -> eval -> plot on a tiny folder."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, arms
+from torch import nn
+from torch._subclasses import FakeTensorMode
+
+from common import checkpoints, draws, images, spread
+from simsiam import eval as evaluate
+from simsiam import net, plot, train
+from simsiam.train import PAIRS, SimSiam, build_predictor, build_projector, simsiam_loss
+
+ARMS = arms("simsiam")
+
+
+def small(**changes) -> SimSiam:
+    settings = {"network": "resnet8", "size": 32, "projector": "mlp", "projector_layers": 2, "dim": 64}
+    return SimSiam(**settings | {"predictor": "mlp", "seed": 0} | changes)
+
+
+def views(count: int, rows: int = 8) -> list[torch.Tensor]:
+    return list(torch.rand(count, rows, 3, 32, 32, generator=torch.Generator().manual_seed(1)))
+
+
+def gradients(model: SimSiam, made: list[torch.Tensor], loss: str, leak: float) -> list[torch.Tensor]:
+    p, z = model(made, PAIRS[loss], leak)
+    wanted = [weight for weight in model.parameters() if weight.requires_grad]
+    return list(torch.autograd.grad(simsiam_loss(p, z, PAIRS[loss], leak), wanted))
+
+
+# ---------------------------------------------------------------------------------------------- loss
+
+
+def naive_distance(p, z):
+    """Equation 1, row by row and term by term."""
+    total = 0.0
+    for a, b in zip(p.tolist(), z.tolist(), strict=True):
+        length = sum(x * x for x in a) ** 0.5 * sum(x * x for x in b) ** 0.5
+        total -= sum(x * y for x, y in zip(a, b, strict=True)) / length
+    return total / len(p)
+
+
+@pytest.mark.parametrize("loss", PAIRS)
+def test_loss_is_the_mean_of_naive_distances_and_its_value_ignores_the_leak(loss):
+    p, z = torch.randn(4, 6, 5), torch.randn(4, 6, 5)
+    expected = {
+        "symmetric": (naive_distance(p[0], z[1]) + naive_distance(p[1], z[0])) / 2,
+        "asymmetric": naive_distance(p[0], z[1]),
+        "asymmetric-2x": (naive_distance(p[0], z[1]) + naive_distance(p[2], z[3])) / 2,
+    }[loss]
+    for leak in (0.0, 0.3, 1.0):
+        assert simsiam_loss(dict(enumerate(p)), list(z), PAIRS[loss], leak).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_leak_scales_the_targets_gradient():
+    p, z = torch.randn(2, 6, 5), torch.randn(2, 6, 5, requires_grad=True)
+    slopes = []
+    for leak in (0.0, 0.25, 1.0):
+        simsiam_loss({0: p[0], 1: p[1]}, list(z), PAIRS["symmetric"], leak).backward()
+        slopes.append(z.grad.clone())
+        z.grad = None
+    assert slopes[0].abs().max() == 0 and slopes[2].abs().max() > 0
+    torch.testing.assert_close(slopes[1], 0.25 * slopes[2])
+
+
+def test_stop_gradient_changes_the_encoders_gradient_and_not_the_loss():
+    with_stop, without = gradients(small(), views(2), "symmetric", 0.0), gradients(small(), views(2), "symmetric", 1.0)
+    assert not torch.allclose(with_stop[0], without[0])
+
+
+def test_without_predictor_the_stop_gradient_halves_the_gradient():
+    """Section 4.2: with h = identity the detached symmetric loss has half the gradient of the undetached one."""
+    model, made = small(predictor="none").double(), [x.double() for x in views(2)]
+    for half, whole in zip(
+        gradients(model, made, "symmetric", 0.0), gradients(model, made, "symmetric", 1.0), strict=True
+    ):
+        torch.testing.assert_close(2 * half, whole, rtol=1e-9, atol=1e-12)
+
+
+def test_asymmetric_loss_sends_no_gradient_through_the_second_view_but_moves_its_statistics():
+    model, made = small(), views(2)
+    made[1].requires_grad_()
+    seen = []
+    model.backbone[0].register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    p, z = model(made, PAIRS["asymmetric"], 0.0)
+    simsiam_loss(p, z, PAIRS["asymmetric"], 0.0).backward()
+    assert made[1].grad is None and seen == [True, False] and list(p) == [0]
+    assert model.backbone[1].num_batches_tracked == 2
+    assert model.predictor[1].num_batches_tracked == 1
+
+
+def test_views_have_batch_statistics_of_their_own():
+    model, (a, b) = small(), views(2)
+    z = model([a, b], PAIRS["symmetric"], 0.0)[1]
+    torch.testing.assert_close(z[0], small()([a, a], PAIRS["symmetric"], 0.0)[1][0])
+    together = small().projector(small().backbone(torch.cat([a, b])))
+    assert not torch.allclose(z[0], together[: len(a)], atol=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------- model
+
+
+def count(module: nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters())
+
+
+def test_parameter_counts_of_the_specification():
+    assert count(net.build_backbone("resnet50", 224)) == 23_508_032
+    full = build_projector("mlp", 3, 2048, 2048, 2048)
+    assert count(full) == 12_593_152 and full[6].bias.requires_grad is False
+    assert count(build_predictor("mlp", 2048)) == 2_100_224
+    assert count(net.build_backbone("resnet18", 32)) == 11_168_832
+    assert count(build_projector("mlp", 2, 512, 2048, 2048)) == 5_246_976
+
+
+def test_projector_and_predictor_by_flag():
+    assert isinstance(build_projector("none", 2, 64, 256, 64), nn.Identity)
+    single = build_projector("bn", 2, 64, 256, 64)
+    assert isinstance(single, nn.BatchNorm1d) and not single.affine
+    assert build_projector("mlp", 2, 64, 256, 64)[-1].affine is False
+    assert not any(weight.requires_grad for weight in build_predictor("frozen", 64).parameters())
+    frozen, mlp = small(predictor="frozen").predictor, small().predictor
+    assert all(torch.equal(a, b) for a, b in zip(frozen.parameters(), mlp.parameters(), strict=True))
+
+
+def test_residual_blocks_start_as_identities_and_the_small_stem_keeps_the_resolution():
+    small_images = net.build_backbone("resnet18", 32)
+    assert small_images.conv1.stride == (1, 1) and isinstance(small_images.maxpool, nn.Identity)
+    assert net.build_backbone("resnet18", 224).conv1.stride == (2, 2)
+    assert small_images.layer1[0].bn2.weight.abs().max() == 0
+
+
+def test_arms_share_the_initial_weights_of_what_they_have_in_common():
+    base = small().state_dict()
+    for changes in ({"predictor": "none"}, {"projector": "none"}, {"dim": 128}, {"projector": "bn"}):
+        other = small(**changes).state_dict()
+        assert all(torch.equal(base[name], other[name]) for name in base if name.startswith("backbone."))
+    assert torch.equal(base["projector.0.weight"], small(dim=128).state_dict()["projector.0.weight"])
+    assert not torch.equal(base["backbone.0.weight"], small(seed=1).state_dict()["backbone.0.weight"])
+
+
+def test_learning_rates_of_the_schedule():
+    rates = [0.1 * train.schedules.cosine(epoch / 100) for epoch in (0, 50, 99)]
+    assert rates == pytest.approx([0.1, 0.05, 2.467e-5], rel=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------- meters
+
+
+def test_spread_of_known_sets():
+    rows = torch.randn(4000, 64, generator=torch.Generator().manual_seed(0))
+    assert spread.std_ratio(rows) == pytest.approx(1.0, abs=0.01)
+    assert spread.effective_rank(rows) == pytest.approx(64, rel=0.01)
+    constant = torch.ones(50, 8) + 1e-6 * rows[:50, :8]
+    assert spread.std_ratio(constant) < 1e-4 and spread.mean_cosine(constant) == pytest.approx(1.0, abs=1e-6)
+    antipodal = torch.cat([torch.ones(25, 8), -torch.ones(25, 8)])  # the collapse that the deviation does not show
+    assert spread.std_ratio(antipodal) == pytest.approx(1.0, abs=0.02)
+    assert spread.effective_rank(antipodal) == pytest.approx(1.0, abs=1e-3)
+    few, unit = rows[:20], F.normalize(rows[:20], dim=1)
+    pairs = [float(unit[i] @ unit[j]) for i in range(20) for j in range(20) if i != j]
+    assert spread.mean_cosine(few) == pytest.approx(sum(pairs) / len(pairs), abs=1e-6)
+
+
+def test_an_affine_free_batch_norm_keeps_the_collapsed_batch_at_its_floor():
+    """One outlier a batch of B: 2 sqrt((1/B)(1 - 1/B)), the line of the figure."""
+    rows = torch.zeros(64, 256)
+    rows[0] = 1.0
+    z = nn.BatchNorm1d(256, affine=False)(rows * 1e3)
+    assert spread.std_ratio(z) == pytest.approx(2 * (1 / 64 * (1 - 1 / 64)) ** 0.5, rel=0.01)
+
+
+def test_the_collapse_rule_wants_both_meters_in_every_seed():
+    bad, good = {"std_ratio": 0.1, "mean_cosine": 0.95}, {"std_ratio": 0.1, "mean_cosine": 0.5}
+    assert plot.collapsed([bad, bad]) and not plot.collapsed([bad, good])
+
+
+# ---------------------------------------------------------------------------------------------- arms and flags
+
+
+def test_no_two_arms_resolve_to_equal_arguments():
+    for scale in ("demo", "gpu", "paper"):
+        resolved = {name: vars(train.parse_args(["--scale", scale, *flags])) for name, flags in ARMS.items()}
+        if scale == "paper":  # 2048 is ResNet-50's own width: the Makefile leaves narrow out there
+            assert resolved.pop("narrow") == resolved["base"]
+        assert len({json.dumps(one, default=str) for one in resolved.values()}) == len(resolved)
+
+
+def test_every_flag_is_read():
+    source = (ROOT / "simsiam/train.py").read_text()
+    body = source[source.index("def main") :] + source[source.index("names = (") : source.index("return SimSiam(")]
+    body += 'args["channels_last"]' if 'args["channels_last"]' in source else ""
+    missing = [name for name in vars(train.parse_args([])) if not re.search(rf"\b{name}\b", body)]
+    assert missing == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--no-stop-gradient", "--gradient-leak", "0.5"], "--gradient-leak 0.5"),
+        (["--gradient-leak", "2"], "not between 0 and 1"),
+        (["--projector", "none", "--dim", "128"], "drop --dim"),
+        (["--dim", "many"], "multiple of 4"),
+        (["--predictor", "big"], "invalid choice"),
+        (["--pred", "none"], "unrecognized"),
+        (["--epochs", "0"], "less than 1"),
+        (["--scale", "gpu"], "--scale demo"),
+        (["--device", "cuda"], "no such CUDA GPU"),
+        (["--device", "gpu"], "no device"),
+        (["--data-set", "cifar10", "--data", "nowhere"], "make data"),
+        (["--data-set", "folder", "--data", "nowhere"], "no folder of class folders"),
+        (["--batch", "6000"], "5000 training images"),
+    ],
+)
+def test_a_users_mistake_ends_in_one_sentence(flags, words, tmp_path, capsys):
+    if torch.cuda.is_available() and "cuda" in str(flags) + words:
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(SystemExit) as end:
+        train.main([*flags, "--out", str(tmp_path / "run")])
+    printed = capsys.readouterr().err
+    assert end.value.code == 2 and words in printed and printed.count("\n") == 1
+    assert not (tmp_path / "run" / "args.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------- views and devices
+
+
+def test_arms_and_ranks_see_equal_batches_and_views():
+    data = images.Images(
+        torch.randint(0, 256, (40, 3, 32, 32), dtype=torch.uint8), torch.zeros(40), *[torch.zeros(1)] * 2, 2,
+        torch.zeros(3, 1, 1), torch.ones(3, 1, 1), "",
+    )  # fmt: skip
+    kind = train.AUGMENTATION["glyphs"]
+
+    def made(count, rows, seed=0, epoch=1):
+        return list(train.batches(data, kind, count, 8, rows, seed, epoch))
+
+    two, four = made(2, slice(0, 8)), made(4, slice(0, 8))
+    assert len(two) == 5
+    for a, b in zip(two, four, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b[:2], strict=True))
+        assert not torch.equal(a[0], a[1])
+    halves = [made(2, slice(0, 4)), made(2, slice(4, 8))]
+    assert torch.equal(torch.cat([halves[0][3][1], halves[1][3][1]]), two[3][1])
+    assert not torch.equal(made(2, slice(0, 8), seed=1)[0][0], two[0][0])
+    assert not torch.equal(made(2, slice(0, 8), epoch=2)[0][0], two[0][0])
+
+
+@pytest.mark.parametrize("loss", PAIRS)
+def test_views_forward_and_loss_stay_on_a_fake_gpu(loss, monkeypatch):
+    monkeypatch.setattr(draws, "generator", lambda *_: None)
+    with FakeTensorMode(), torch.device("cuda"):
+        data = images.Images(
+            torch.zeros(64, 3, 32, 32, dtype=torch.uint8), torch.zeros(64), *[torch.zeros(1)] * 2, 2,
+            torch.zeros(3, 1, 1), torch.ones(3, 1, 1), "",
+        )  # fmt: skip
+        model = small()
+        for made in train.batches(data, train.AUGMENTATION["folder"], 4, 32, slice(0, 32), 0, 0):
+            p, z = model(made, PAIRS[loss], 0.0)
+            assert simsiam_loss(p, z, PAIRS[loss], 0.0).device.type == "cuda"
+
+
+# ---------------------------------------------------------------------------------------------- runs
+
+
+def tiny(folder, pictures, *flags) -> list[str]:
+    common = ["--data-set", "folder", "--size", "32", "--data", str(pictures), "--batch", "16", "--neighbours", "5"]
+    return [*common, "--epochs", "2", "--device", "cpu", "--out", str(folder), *flags]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, pictures):
+    """One finished and evaluated run per arm, of two epochs."""
+    root = tmp_path_factory.mktemp("runs")
+    for name, flags in ARMS.items():
+        train.main(tiny(root / name / "0", pictures, *flags))
+        evaluate.main([str(root / name / "0")])
+    return root
+
+
+def test_every_arm_trains_to_other_weights_than_base(finished):
+    weights = {arm: checkpoints.load(finished / arm / "0/model.pt")["model"] for arm in ARMS}
+    firsts = {arm: one["backbone.0.weight"] for arm, one in weights.items()}
+    for i, arm in enumerate(ARMS):
+        for other in list(ARMS)[:i]:
+            assert not torch.equal(firsts[arm], firsts[other]), (arm, other)
+
+
+def test_metrics_have_the_plans_keys(finished):
+    for arm in ARMS:
+        found = json.loads((finished / arm / "0/metrics.json").read_text())
+        keys = "linear_accuracy knn_accuracy knn_accuracy_z train_loss std_ratio std_ratio_train_mode mean_cosine "
+        keys += "effective_rank untrained_knn_accuracy untrained_std_ratio seconds examples_per_second peak_memory"
+        assert all(isinstance(found[key], float | int) for key in keys.split()), arm
+        assert found["diverged"] is False and len(found["data"]) == 64
+    epochs = [json.loads(line)["epoch"] for line in (finished / "base/0/train.jsonl").read_text().splitlines()]
+    assert epochs == [0, 1, 2]
+
+
+def test_figures_and_tables_come_out(finished, tmp_path, capsys):
+    for study, contrasts in {
+        "simsiam-projector": ["no-projector:base", "narrow:base"],
+        "simsiam-symmetric-loss": ["asymmetric:base", "asymmetric-2x:base"],
+    }.items():
+        plot.main([study, *contrasts, "--runs", str(finished), "--seeds", "0", "1", "--results", str(tmp_path)])
+        for name in ("-curves.svg", "-curves.png", "-metrics.svg", ".md", ".csv", ".json"):
+            assert (tmp_path / f"{study}{name}").stat().st_size > 500
+    assert "no-projector minus base" in capsys.readouterr().out
+    assert "1 of 2 missing" in (tmp_path / "simsiam-projector.md").read_text()
+
+
+def test_again_is_refused_finished_or_moved_aside(finished, pictures, tmp_path, capsys):
+    out = tmp_path / "run"
+    train.main(tiny(out, pictures, "--epochs", "1"))
+    before = (out / "model.pt").read_bytes()
+    train.main(tiny(out, pictures, "--epochs", "1"))
+    assert "is finished" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        train.main(tiny(out, pictures, "--epochs", "1", "--loss", "asymmetric"))
+    assert end.value.code == 2 and "--loss symmetric -> asymmetric" in capsys.readouterr().err
+    train.main(tiny(out, pictures, "--epochs", "1", "--loss", "asymmetric", "--replace"))
+    assert (tmp_path / "run.replaced-1/model.pt").read_bytes() == before
+    assert (out / "model.pt").read_bytes() != before
+
+
+def test_killed_at_any_moment_a_run_ends_with_the_same_bits(finished, pictures, tmp_path):
+    """SIGKILL twice at moments that differ by run, once more right at the start; then to the end."""
+    out = tmp_path / "a folder with späces" / "0"
+    command = [sys.executable, str(ROOT / "simsiam/train.py"), *tiny(out, pictures)]
+    for wait in (0.05, 0.4):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
+        limit = time.monotonic() + 60
+        while not (out / "state.pt").exists() and process.poll() is None and time.monotonic() < limit:
+            time.sleep(0.005)
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    train.main(tiny(out, pictures))
+    expected, found = (checkpoints.load(run / "model.pt") for run in (finished / "base/0", out))
+    assert expected["model"].keys() == found["model"].keys()
+    assert all(torch.equal(found["model"][name], tensor) for name, tensor in expected["model"].items())
+    evaluate.main([str(out)])
+    timing = ("seconds", "examples_per_second", "peak_memory", "train_seconds", "commit", "dirty")
+    metrics = [json.loads((run / "metrics.json").read_text()) for run in (finished / "base/0", out)]
+    assert [{k: v for k, v in one.items() if k not in timing} for one in metrics][0] == {
+        k: v for k, v in metrics[1].items() if k not in timing
+    }
+
+
+def test_a_damaged_state_falls_back_and_two_stop(finished, pictures, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    monkeypatch.setattr(train.Run, "finish", lambda *_: None)  # as if killed before model.pt
+    train.main(tiny(out, pictures))
+    monkeypatch.undo()
+    state = bytearray((out / "state.pt").read_bytes())
+    state[len(state) // 2] ^= 1
+    (out / "state.pt").write_bytes(state)
+    train.main(tiny(out, pictures))
+    assert "state.pt is damaged" in (err := capsys.readouterr()).err and "after epoch 1" in err.out
+    expected, found = (checkpoints.load(run / "model.pt")["model"] for run in (finished / "base/0", out))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    (out / "model.pt").unlink()
+    (out / "state.pt").write_bytes(b"")
+    with pytest.raises(SystemExit) as end:
+        train.main(tiny(out, pictures))
+    assert end.value.code == 2 and "no state" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_is_a_result(pictures, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def poisoned(*arguments):
+        calls.append(1)
+        return simsiam_loss(*arguments) * (float("nan") if len(calls) == 5 else 1.0)
+
+    monkeypatch.setattr(train, "simsiam_loss", poisoned)
+    out = tmp_path / "run"
+    train.main(tiny(out, pictures))
+    saved = checkpoints.load(out / "model.pt")
+    assert saved["diverged"] and saved["epoch"] == 1 and "diverged in epoch 2" in capsys.readouterr().out
+    assert all(weight.isfinite().all() for weight in saved["model"].values())
+    evaluate.main([str(out)])
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["diverged"] and metrics["knn_accuracy"] is None
+
+
+# ---------------------------------------------------------------------------------------------- larger scales
+
+
+@pytest.mark.parametrize("loss", ["symmetric", "asymmetric-2x"])
+def test_the_gpu_scales_network_takes_two_steps(loss, pictures, tmp_path):
+    flags = ["--scale", "gpu", "--batch", "16", "--epochs", "1", "--workers", "0", "--monitor-every", "9"]
+    train.main([*tiny(tmp_path / "run", pictures), *flags, "--batch", "24", "--loss", loss])
+    saved = checkpoints.load(tmp_path / "run/model.pt")["model"]
+    assert saved["projector.0.weight"].shape == (2048, 512) and saved["predictor.0.weight"].shape == (512, 2048)
+
+
+def test_the_paper_scale_trains_probes_and_reads_official_names(pictures, tmp_path, monkeypatch, capsys):
+    """ResNet-50 on pictures that a worker decodes; then the LARS probe, and a checkpoint under the authors' names."""
+    out = tmp_path / "run"
+    flags = ["--scale", "paper", "--data", str(pictures), "--size", "96", "--batch", "24", "--epochs", "1"]
+    train.main([*flags, "--workers", "1", "--device", "cpu", "--out", str(out)])
+    monkeypatch.setattr(evaluate, "PROBE", {"epochs": 2, "batch": 24, "lr": 0.1})
+    before = checkpoints.load(out / "model.pt")["model"]
+    evaluate.main([str(out)])
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["linear_accuracy"] >= 50  # two epochs of LARS on red against blue
+    assert not (out / "eval_state.pt").exists()
+    official = {"epoch": 100, "arch": "resnet50", "state_dict": {}}
+    for name, tensor in before.items():
+        part, short = name.split(".", 1)
+        place = {"backbone": "encoder.", "projector": "encoder.fc.", "predictor": "predictor."}[part]
+        official["state_dict"][f"module.{place}{short}"] = tensor
+    torch.save(official, tmp_path / "official.pth.tar")
+    found = evaluate.official_weights(tmp_path / "official.pth.tar")
+    names = {f"{part}.{name}" for part, state in found.items() for name in state}
+    assert names == {name for name in before if not name.startswith("predictor.")}
+    del official["state_dict"]["module.encoder.layer1.0.conv1.weight"]
+    torch.save(official, tmp_path / "official.pth.tar")
+    state = evaluate.official_weights(tmp_path / "official.pth.tar")["backbone"]
+    with pytest.raises(SystemExit):
+        evaluate.load_weights(net.build_backbone("resnet50", 224), state, tmp_path)
+    assert "layer1.0.conv1.weight" in capsys.readouterr().err
