@@ -1,6 +1,6 @@
 """Batched image augmentation with parameters of their own for every image, one code path for CPU and CUDA.
 
-Images are (N, 3, H, W) float32 in [0, 1]; the two crops also take uint8 and scale it. Every operation equals
+Images are (N, 3, H, W) float32 in [0, 1]; the crop also takes uint8 and scales it. Every operation equals
 torchvision's on one tensor image. First those with explicit parameters, then `random_*`, which draw them.
 Nothing asks the device for a value: where images are grouped, the host knows the groups.
 """
@@ -9,7 +9,6 @@ import math
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from common.draws import Draws
@@ -29,20 +28,6 @@ def resized_crop(images: Tensor, boxes: Tensor, size: tuple[int, int], flip: Ten
     if images.dtype == torch.uint8:
         horizontal = horizontal / 255
     return _both_axes(vertical, images.float(), horizontal)
-
-
-def shifted_crop(images: Tensor, offsets: Tensor, padding: int, flip: Tensor | None = None) -> Tensor:
-    """Pad with zeros, cut the old size at offsets (N, 2) = top, left in 0..2*padding, mirror where `flip` (N,).
-
-    CIFAR's augmentation (He et al. 2016, section 4.2). The result is in channels_last memory format.
-    """
-    count, _, height, width = images.shape
-    padded = F.pad(images, (padding,) * 4)
-    image = torch.arange(count, device=images.device)[:, None, None]
-    row = torch.arange(height, device=images.device) + offsets[:, :1]
-    column = _places(width, flip, offsets) + offsets[:, 1:]
-    cut = padded[image, :, row[:, :, None], column[:, None, :]].permute(0, 3, 1, 2)
-    return cut.float() / 255 if images.dtype == torch.uint8 else cut
 
 
 def color_jitter(images: Tensor, factors: Tensor, orders: np.ndarray, applied: np.ndarray | None = None) -> Tensor:
@@ -88,11 +73,6 @@ def gaussian_blur(images: Tensor, sigmas: Tensor, chosen: Tensor, kernel_size: i
     radius = max(1, min(images.shape[2:]) // 20) if kernel_size is None else kernel_size // 2
     vertical, horizontal = (_gaussian_band(side, sigmas, radius) for side in images.shape[2:])
     return _choose(chosen, _both_axes(vertical, images, horizontal), images)
-
-
-def solarize(images: Tensor, chosen: Tensor, threshold: float = 0.5) -> Tensor:
-    """Invert the values from `threshold` up in the images `chosen` (N,) bool."""
-    return torch.where(_per_image(chosen) & (images >= threshold), 1 - images, images)
 
 
 def random_resized_crop(
@@ -143,8 +123,8 @@ def random_color_jitter(
     """Jitter with `probability`: multipliers of 1 +- strength, not below 0, and a hue shift of +- `hue` turns."""
     factors = [draws.uniform(max(0.0, 1 - s), 1 + s) for s in (brightness, contrast, saturation)]
     factors = torch.stack([*factors, draws.uniform(-hue, hue)], 1)
-    chosen = draws.uniform() < probability
-    return _choose(chosen, color_jitter(images, factors, draws.orders(4)), images)
+    orders = draws.host_uniform((4,)).argsort(axis=1)
+    return color_jitter(images, factors, orders, draws.host_uniform() < probability)
 
 
 def random_grayscale(images: Tensor, draws: Draws, probability: float = 0.2) -> Tensor:
@@ -157,17 +137,6 @@ def random_gaussian_blur(
 ) -> Tensor:
     """Blur an image with `probability` by a sigma uniform in `sigmas`, in pixels."""
     return gaussian_blur(images, draws.uniform(*sigmas), draws.uniform() < probability)
-
-
-def random_solarize(images: Tensor, draws: Draws, probability: float) -> Tensor:
-    """Invert the bright half of an image's values with `probability`."""
-    return solarize(images, draws.uniform() < probability)
-
-
-def random_shifted_crop_flip(images: Tensor, draws: Draws, padding: int = 4) -> Tensor:
-    """Shift by up to `padding` pixels either way, zeros coming in, and flip every other image."""
-    offsets = (draws.uniform(shape=(2,)) * (2 * padding + 1)).long()
-    return shifted_crop(images, offsets, padding, draws.uniform() < 0.5)
 
 
 def _per_image(values: Tensor) -> Tensor:

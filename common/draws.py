@@ -49,7 +49,7 @@ class Draws:
         device: torch.device | str = "cpu",
     ):
         self.count, self.rows, self.device = count, rows, device
-        self._key = key(seed, purpose, step)
+        self._host = np.random.Generator(np.random.Philox(key=key(seed, purpose, step)))
         self._generator = generator(seed, purpose, step, device)
 
     def uniform(self, low: float = 0.0, high: float = 1.0, shape: tuple[int, ...] = ()) -> Tensor:
@@ -57,13 +57,9 @@ class Draws:
         numbers = torch.rand((self.count, *shape), generator=self._generator, device=self.device)
         return numbers[self.rows] * (high - low) + low
 
-    def orders(self, length: int) -> np.ndarray:
-        """One random order of 0..length-1 a row, (rows, length) int64, known to the host.
-
-        Who groups samples by such an order needs its shapes without asking the device, hence numpy.
-        """
-        host = np.random.Generator(np.random.Philox(key=self._key))
-        return host.random((self.count, length)).argsort(axis=1)[self.rows]
+    def host_uniform(self, shape: tuple[int, ...] = ()) -> np.ndarray:
+        """Uniform numbers in [0, 1), (rows, *shape), known to the host: who groups samples need not ask the device."""
+        return self._host.random((self.count, *shape))[self.rows]
 
 
 def permutation(seed: int, purpose: str, step: int, length: int, device: torch.device | str) -> Tensor:

@@ -9,74 +9,22 @@ with held(out):                                  # locked; signals and a full di
     run.finish({"model": ...})                   # model.pt; the states go
 """
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
-from typing import IO, Any
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from common import checkpoints, devices, files
 from common.command import PLACES
-from common.exits import DISK, INTERRUPTED, stop
-
-
-@contextmanager
-def held(folder: Path, rank: int = 0) -> Iterator[None]:
-    """Hold `folder` alone, and turn SIGTERM, SIGINT and a full disk into exit codes while it is held.
-
-    The lock is a file beside the folder and dies with its process. Stops (exit 2) where another process has it.
-    """
-    folder = Path(folder)
-    handlers = {number: signal.signal(number, interrupted) for number in (signal.SIGTERM, signal.SIGINT)}
-    file = lock(folder) if rank == 0 else None
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-            raise
-        stop(f"{folder}: {error.strerror}; what was saved stands, the same command goes on", DISK)
-    finally:
-        if file:
-            file.close()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def interrupted(number: int, frame: FrameType | None) -> None:
-    """Signal handler: end at once; the last epoch's state stands."""
-    stop(f"interrupted by {signal.Signals(number).name}; the same command goes on", INTERRUPTED)
-
-
-def lock(folder: Path) -> IO[str]:
-    """The open, locked file `<folder>.lock`, with its owner's name in it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder.with_name(f"{folder.name}.lock"), "a+", encoding="utf-8")  # noqa: SIM115 (kept open)
-    except OSError as error:
-        stop(f"--out {folder} cannot be written ({error.strerror}): choose another folder")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.seek(0)
-        stop(f"{folder} is in use by {file.read().strip() or 'another process'}: wait for it or choose another folder")
-    file.truncate(0)
-    file.write(f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-    file.flush()
-    return file
+from common.exits import stop
 
 
 class Run:

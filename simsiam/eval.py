@@ -22,7 +22,8 @@ from torchvision.transforms import v2
 
 from common import checkpoints, command, devices, draws, files, folders, images, probes, schedules, spread
 from common.exits import stop
-from common.run import held, read_log
+from common.hold import held
+from common.run import read_log
 from simsiam import train
 from simsiam.train import SimSiam, build_model, load_data, represent
 

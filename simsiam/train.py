@@ -47,7 +47,8 @@ from tqdm import tqdm
 
 from common import augment, command, devices, draws, folders, images, probes, schedules, spread
 from common.exits import stop
-from common.run import Run, held
+from common.hold import held
+from common.run import Run
 from simsiam.net import NETWORKS, SMALL, build_backbone
 
 Data = images.Images | folders.Streamed
