@@ -85,7 +85,7 @@ def random_resized_crop(
 ) -> Tensor:
     """Crop as RandomResizedCrop does, resize to `size` (None: the old one), mirror with probability `flip`."""
     boxes = random_boxes(draws, images.shape[2], images.shape[3], scale, ratio)
-    target = tuple(images.shape[2:]) if size is None else (size, size)
+    target = (images.shape[2], images.shape[3]) if size is None else (size, size)
     return resized_crop(images, boxes, target, draws.uniform() < flip)
 
 
@@ -121,8 +121,8 @@ def random_color_jitter(
     probability: float = 0.8,
 ) -> Tensor:
     """Jitter with `probability`: multipliers of 1 +- strength, not below 0, and a hue shift of +- `hue` turns."""
-    factors = [draws.uniform(max(0.0, 1 - s), 1 + s) for s in (brightness, contrast, saturation)]
-    factors = torch.stack([*factors, draws.uniform(-hue, hue)], 1)
+    multipliers = [draws.uniform(max(0.0, 1 - s), 1 + s) for s in (brightness, contrast, saturation)]
+    factors = torch.stack([*multipliers, draws.uniform(-hue, hue)], 1)
     orders = draws.host_uniform((4,)).argsort(axis=1)
     return color_jitter(images, factors, orders, draws.host_uniform() < probability)
 

@@ -14,7 +14,7 @@ def save(path: Path, value: Any) -> None:
     """torch.save, atomically. `value`: tensors, numbers, strings, lists and dicts only."""
     buffer = BytesIO()
     torch.save(value, buffer)
-    write_bytes(path, buffer.getbuffer())
+    write_bytes(path, buffer.getvalue())
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> Any:

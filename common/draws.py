@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+DATA_SEED = 0  # of every data set and split; a run's own seed never moves them
+
 
 def key(seed: int, purpose: str, step: int = 0) -> int:
     """A 63-bit key that differs for every (seed, purpose, step)."""
@@ -65,3 +67,10 @@ class Draws:
 def permutation(seed: int, purpose: str, step: int, length: int, device: torch.device | str) -> Tensor:
     """A random order of 0..length-1, (length,) int64 on the device."""
     return torch.randperm(length, generator=generator(seed, purpose, step, device), device=device)
+
+
+def held_out(count: int, device: torch.device | str) -> Tensor:
+    """(count,) bool: a fixed tenth of a training set, for choices; a test split never makes one."""
+    chosen = torch.zeros(count, dtype=torch.bool)
+    chosen[permutation(DATA_SEED, "held-out tenth", 0, count, "cpu")[: count // 10]] = True
+    return chosen.to(device)

@@ -80,7 +80,7 @@ class Streamed:
     def __init__(self, data: Path, size: int, workers: int, device: torch.device):
         self.train, self.test = (open_folder(data / part) for part in ("train", "val"))
         self.size, self.workers, self.device = size, workers, device
-        self.count, self.classes, self.digest = len(self.train), len(self.train.classes), digest(data)
+        self.examples, self.classes, self.digest = len(self.train), len(self.train.classes), digest(data)
         self.mean = torch.tensor([0.485, 0.456, 0.406], device=device).view(3, 1, 1)  # of ImageNet
         self.deviation = torch.tensor([0.229, 0.224, 0.225], device=device).view(3, 1, 1)
 
@@ -129,14 +129,14 @@ def resident(root: Path, size: int, cache: Path, workers: int) -> tuple[Tensor, 
         except OSError as error:
             stop(f"--data: the decoded pictures cannot be written to {cache} ({error.strerror})")
         transform = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.PILToTensor()])
-        blocks = [range(i, min(i + 256, len(folder))) for i in range(done, len(folder), 256)]
+        blocks = [list(range(i, min(i + 256, len(folder)))) for i in range(done, len(folder), 256)]
         loader = DataLoader(Decoded(folder, transform), batch_sampler=blocks, num_workers=workers)
         bar = tqdm(zip(blocks, loader, strict=True), f"decoding {root}", len(blocks), disable=None, unit="block")
         for number, (block, (pictures, _)) in enumerate(bar, 1):
-            pixels[block.start : block.stop] = pictures.numpy()
+            pixels[block[0] : block[-1] + 1] = pictures.numpy()
             if number % 40 == 0:
                 pixels.flush()
-                files.write_json(progress, block.stop)
+                files.write_json(progress, block[-1] + 1)
         pixels.flush()
         os.replace(part, path)
         progress.unlink(missing_ok=True)

@@ -10,14 +10,13 @@ import string
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from common.draws import Draws, permutation
+from common.draws import DATA_SEED, Draws, permutation
 
 
 class Preset(NamedTuple):
@@ -41,7 +40,6 @@ SCALE = (1.0, 1.35)  # 1: the mask's box fills the picture
 SHIFT = 0.1  # of the picture's width, either way along each axis
 CONTRAST = 0.35  # least difference in luma between character and background, 0-1
 NOISE = 0.03  # half-width of the pixel noise
-DATA_SEED = 0
 SIZE, MASK = 32, 48  # pixels, of a picture and of a mask
 FONT = 38  # pixels: the largest at which the widest W fits into a mask
 CHUNK = 250  # pictures composed at once: few enough to stay in the cache
@@ -85,6 +83,8 @@ def render(characters: str) -> Tensor:
 
     Raises OSError where a font file of matplotlib is missing.
     """
+    import matplotlib  # only for its fonts, and only where none are cached
+
     folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
     masks = torch.zeros(len(FACES), len(characters), MASK, MASK, dtype=torch.uint8)
     for row, face in enumerate(FACES):

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from torchvision import datasets
 
-from common import checkpoints, command, draws, files, folders, glyphs
+from common import checkpoints, command, files, folders, glyphs
 from common.exits import stop
 
-DATA_SEED = 0  # of every split; a run's own seed never moves it
 GLYPHS = {"train": 5000, "test": 1000}
 NAMES = (*glyphs.PRESETS, "cifar10", "cifar100", "folder")
 
@@ -31,7 +30,7 @@ class Images(NamedTuple):
     digest: str  # sha256; of an image folder: of its names and sizes
 
     @property
-    def count(self) -> int:
+    def examples(self) -> int:
         """Number of training images."""
         return len(self.train)
 
@@ -40,7 +39,7 @@ class Images(NamedTuple):
         return self.train.device
 
     def batches(self, part: str, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """Normalised images (B, 3, S, S) and labels (B,) of `part` ("train", "test"), in order; every world-th batch."""
+        """Normalised images (B, 3, S, S) and labels (B,) of `part` ("train", "test"): every world-th batch."""
         pixels, labels = (self.train, self.train_labels) if part == "train" else (self.test, self.test_labels)
         for x, y in list(zip(pixels.split(500), labels.split(500), strict=True))[rank::world]:
             yield self.normalise(x), y
@@ -115,14 +114,6 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
         sums += torch.stack([scaled.sum((0, 2, 3)), scaled.square().sum((0, 2, 3))])
     mean, square = sums / count
     return mean.float().view(3, 1, 1), (square - mean**2).sqrt().float().view(3, 1, 1)
-
-
-def held_out(count: int, device: torch.device) -> Tensor:
-    """(count,) bool: a fixed tenth of the training set, for choices; a test split never makes one."""
-    order = draws.permutation(DATA_SEED, "held-out tenth", 0, count, "cpu")
-    chosen = torch.zeros(count, dtype=torch.bool)
-    chosen[order[: count // 10]] = True
-    return chosen.to(device)
 
 
 def sha256(*tensors: Tensor) -> str:

@@ -94,7 +94,7 @@ def linear_accuracy(
     held_out: Tensor,
     seed: int,
     rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
-    epochs: int = 100,
+    epochs: int = 50,
     batch: int = 256,
 ) -> float:
     """Test accuracy in percent of a linear classifier on standardised features, (N, D) each.

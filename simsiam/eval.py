@@ -13,6 +13,7 @@ two points).
 import argparse
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -20,14 +21,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from common import checkpoints, command, devices, draws, files, folders, images, probes, schedules, spread
+from common import checkpoints, command, devices, draws, files, folders, probes, schedules
 from common.exits import stop
 from common.hold import held
 from common.run import read_log
 from simsiam import train
-from simsiam.train import SimSiam, build_model, load_data, represent
+from simsiam.train import Data, SimSiam, build_model, load_data, measure, represent
 
 PREFIXES = ("module.encoder.", "encoder.", "module.backbone.", "backbone.")
+CLAIMS = (  # of a diverged run they are null
+    *("linear_accuracy", "knn_accuracy", "knn_accuracy_z", "train_loss", "std_ratio", "std_ratio_train_mode"),
+    *("mean_cosine", "effective_rank"),
+)
 PROBE = {"epochs": 90, "batch": 4096, "lr": 0.1}  # appendix A and the authors' code, at 224 pixels
 
 
@@ -65,9 +70,7 @@ def official_weights(path: Path) -> dict[str, dict[str, Tensor]]:
             part, short = ("projector", short[3:]) if short.startswith("fc.") else ("backbone", short)
             found[part][short] = tensor
     if not found["backbone"]:
-        stop(
-            f"--weights {path}: no name begins with one of {', '.join(PREFIXES)}; the first is {next(iter(state), None)}"
-        )
+        stop(f"--weights {path}: no name begins with {', '.join(PREFIXES)}; the first is {next(iter(state), None)}")
     return found
 
 
@@ -78,25 +81,21 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], path: Path) -> None
     wrong += [name for name in state if name not in own]
     if wrong:
         stop(
-            f"{path} does not fit this network: {len(wrong)} tensors missing, extra or of other shape, first {wrong[:3]}"
+            f"{path} does not fit this network: {len(wrong)} tensors missing, extra or of other shape: {wrong[:3]} ..."
         )
     model.load_state_dict(state)
 
 
 def probe_at_full_size(
-    model: SimSiam,
-    data: folders.Streamed,
-    folder: Path,
-    precision: str,
-    seed: int,
-    epochs: int,
-    batch: int,
-    lr: float,
-) -> float:
+    model: SimSiam, data: folders.Streamed, folder: Path, width: int, precision: str, seed: int, *,
+    epochs: int, batch: int, lr: float,
+) -> float:  # fmt: skip
     """The paper's linear evaluation: test accuracy in percent after the last epoch. Goes on from eval_state.pt."""
-    device, (rank, world) = data.device, devices.ranks()
+    device, (rank, world), steps = data.device, devices.ranks(), data.examples // batch
+    rows, labels = slice(rank * batch // world, (rank + 1) * batch // world), torch.tensor(data.train.targets)
+    transform = v2.Compose([v2.RandomResizedCrop(data.size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
     with draws.forked(seed, "linear probe"):
-        head = nn.Linear(model.backbone(torch.zeros(2, 3, 64, 64, device=device)).shape[1], data.classes)
+        head = nn.Linear(width, data.classes)
         nn.init.normal_(head.weight, std=0.01)
         nn.init.zeros_(head.bias)
     head.to(device)
@@ -107,18 +106,12 @@ def probe_at_full_size(
         head.load_state_dict(state["head"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["epoch"]
-    transform = v2.Compose([v2.RandomResizedCrop(data.size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
-    steps = data.count // batch
-    model.eval()
+    model.eval()  # the batch norms' statistics stay as trained
     for epoch in range(first, epochs):
         optimizer.param_groups[0]["lr"] = lr * batch / 256 * schedules.cosine(epoch / epochs)
-        order = draws.permutation(seed, "linear probe order", epoch, data.count, "cpu")[: steps * batch].view(
-            steps, batch
-        )
-        rows = slice(rank * batch // world, (rank + 1) * batch // world)
-        labels = torch.tensor(data.train.targets)
-        made = data.views(transform, 1, order[:, rows].tolist(), seed, epoch)
-        for picked, (x,) in zip(order[:, rows], made, strict=True):
+        order = draws.permutation(seed, "linear probe order", epoch, data.examples, "cpu")
+        order = order[: steps * batch].view(steps, batch)[:, rows]
+        for picked, (x,) in zip(order, data.views(transform, 1, order.tolist(), seed, epoch), strict=True):
             with torch.no_grad(), devices.autocast(precision, device):
                 features = model.backbone(data.normalise(x))
             loss = F.cross_entropy(head(features.float()), labels[picked].to(device))
@@ -134,35 +127,21 @@ def probe_at_full_size(
     return 100.0 * (head(features).argmax(1) == truth).float().mean().item()
 
 
-def measure(
-    model: SimSiam,
-    data: images.Images | folders.Streamed,
-    settings: dict[str, Any],
-    held_out: bool,
-    folder: Path,
-) -> dict[str, float]:
-    """The claim in numbers: accuracies in percent, and the spread of z in eval mode."""
-    bank = represent(model, data, "train", settings["precision"])
+def evaluate(model: SimSiam, data: Data, settings: dict[str, Any], held_out: bool, folder: Path) -> dict[str, float]:
+    """Accuracies in percent and the spread of z, in eval mode; with `held_out` on the training set's tenth."""
+    precision, seed, classes = settings["precision"], settings["seed"], data.classes
+    bank = represent(model, data, "train", precision)
     if held_out:
-        tenth = images.held_out(len(bank[0]), data.device)
-        bank, queries = tuple(rows[~tenth] for rows in bank), tuple(rows[tenth] for rows in bank)
+        tenth = draws.held_out(len(bank[0]), data.device)
+        bank, queries = [rows[~tenth] for rows in bank], [rows[tenth] for rows in bank]
     else:
-        queries = represent(model, data, "test", settings["precision"])
-    (known, known_z, known_labels), (features, z, labels) = bank, queries
-    k, classes, seed = settings["neighbours"], data.classes, settings["seed"]
+        queries = represent(model, data, "test", precision)
     if isinstance(data, folders.Streamed):
-        linear = probe_at_full_size(model, data, folder, settings["precision"], seed, **PROBE)
+        linear = probe_at_full_size(model, data, folder, bank[0].shape[1], precision, seed, **PROBE)
     else:
-        tenth = images.held_out(len(known), data.device)
-        linear = probes.linear_accuracy(known, known_labels, features, labels, classes, tenth, seed)
-    return {
-        "linear_accuracy": linear,
-        "knn_accuracy": probes.knn_accuracy(known, known_labels, features, labels, classes, k),
-        "knn_accuracy_z": probes.knn_accuracy(known_z, known_labels, z, labels, classes, k),
-        "std_ratio": spread.std_ratio(z),
-        "mean_cosine": spread.mean_cosine(z),
-        "effective_rank": spread.effective_rank(z),
-    }
+        tenth = draws.held_out(len(bank[0]), data.device)
+        linear = probes.linear_accuracy(bank[0], bank[-1], queries[0], queries[-1], classes, tenth, seed)
+    return {"linear_accuracy": linear, **measure(bank, queries, classes, settings["neighbours"])}
 
 
 def finished_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -170,68 +149,59 @@ def finished_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         return files.read_json(folder / "args.json")["arguments"], checkpoints.load(folder / "model.pt")
     except FileNotFoundError:
-        stop(
-            f"{folder} holds no finished run (no args.json or model.pt): train it first, simsiam/train.py --out {folder}"
-        )
+        stop(f"{folder} holds no finished run (args.json, model.pt): train it first, simsiam/train.py --out {folder}")
     except files.Damaged as error:
         stop(f"{error}: train this run again")
 
 
 def training_facts(folder: Path) -> dict[str, float | None]:
     """The keys that only training knows, from train.jsonl: its last line, and the untrained values of epoch 0."""
-    log = read_log(folder)
-    first, last = log[0], log[-1]
+    first, *epochs = read_log(folder)
+    last = epochs[-1] if epochs else {}
     return {
-        "train_loss": last["loss"],
-        "std_ratio_train_mode": last["std_ratio_train_mode"],
+        "train_loss": last.get("loss"),
+        "std_ratio_train_mode": last.get("std_ratio_train_mode"),
         "untrained_knn_accuracy": first["knn_accuracy"],
         "untrained_std_ratio": first["std_ratio"],
-        "examples_per_second": sorted(line["examples_per_second"] for line in log[1:])[len(log) // 2 - 1],
-        "train_seconds": sum(line["seconds"] for line in log[1:]),
+        "examples_per_second": median(line["examples_per_second"] for line in epochs) if epochs else None,
+        "train_seconds": sum(line["seconds"] for line in epochs),
     }
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.weights:
-        arguments, saved = vars(train.parse_args(["--scale", "paper"])), None
+        arguments, saved, facts = vars(train.parse_args(["--scale", "paper"])), None, {}
     else:
         arguments, saved = finished_run(args.folder)
+        facts = {**training_facts(args.folder), **files.read_json(args.folder / "args.json")["provenance"]}
     torch.set_num_threads(args.threads or arguments["threads"])
     device = devices.choose(args.device, arguments["scale"])
     rank, _ = devices.start_ranks(device)
+    started, folder = time.perf_counter(), args.data or Path(arguments["data"])
     with held(args.folder, rank):
-        data_folder = args.data or Path(arguments["data"])
-        data = load_data(arguments["data_set"], data_folder, arguments["size"], arguments["workers"], device)
+        data = load_data(arguments["data_set"], folder, arguments["size"], arguments["workers"], device)
+        if data.digest != facts.get("data", data.digest):
+            stop(f"--data {folder} is not what {args.folder} was trained on (digest {data.digest[:12]}): give that")
+        if args.held_out and isinstance(data, folders.Streamed):
+            stop("--held-out is for data that live on the device: up to 64 pixels")
         model = build_model(arguments, device)
-        started = time.perf_counter()
-        if args.weights:
+        if saved:
+            load_weights(model, saved["model"], args.folder / "model.pt")
+        else:
             for part, state in official_weights(args.weights).items():
                 load_weights(getattr(model, part), state, args.weights)
-            facts: dict[str, Any] = {}
-        else:
-            load_weights(model, saved["model"], args.folder / "model.pt")
-            facts = {
-                **training_facts(args.folder),
-                **files.read_json(args.folder / "args.json")["provenance"],
-            }
-        metrics = measure(model, data, arguments, args.held_out, args.folder)
-        diverged = bool(saved and saved["diverged"])
-        if diverged:
-            metrics = dict.fromkeys(metrics)
-        metrics |= facts | {
-            "diverged": diverged,
-            "seconds": facts.get("train_seconds", 0.0) + time.perf_counter() - started,
-            "peak_memory": devices.peak_memory(device),
-        }
+        metrics: dict[str, Any] = {**facts, **evaluate(model, data, arguments, args.held_out, args.folder)}
+        metrics["diverged"] = bool(saved and saved["diverged"])
+        if metrics["diverged"]:
+            metrics |= dict.fromkeys(CLAIMS)
+        metrics["seconds"] = facts.get("train_seconds", 0.0) + time.perf_counter() - started
+        metrics["peak_memory"] = devices.peak_memory(device)
         if rank == 0:
-            name = "held_out.json" if args.held_out else "metrics.json"
-            files.write_json(args.folder / name, metrics)
+            files.write_json(args.folder / ("held_out.json" if args.held_out else "metrics.json"), metrics)
             (args.folder / "eval_state.pt").unlink(missing_ok=True)
-            print(
-                f"{args.folder}: "
-                + "  ".join(f"{key} {value:.4g}" for key, value in metrics.items() if type(value) is float)
-            )
+            shown = (f"{name} {metrics[name]:.4g}" for name in CLAIMS if metrics.get(name) is not None)
+            print(f"{args.folder}: {'  '.join(shown)}")
     devices.stop_ranks()
 
 

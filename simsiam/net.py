@@ -13,7 +13,7 @@ SMALL = 64  # pixels: up to here images live on the device, and a ResNet has the
 
 
 def build_backbone(network: str, size: int) -> nn.Module:
-    """(B, 3, size, size) -> (B, width). A ResNet's residual blocks end in a batch norm that starts at zero (appendix A).
+    """(B, 3, size, size) -> (B, width). A ResNet's blocks end in a batch norm that starts at zero (appendix A).
 
     Up to 64 pixels: 3x3 convolution with stride 1 and no max-pool as the stem (appendix D).
     """

@@ -78,10 +78,7 @@ def curve_panels(runs: records.Runs, batch: int) -> list[figures.Curves]:
     titles = {"loss": ("training loss", {}), "knn_accuracy": ("kNN accuracy (%)", {})}
     titles["std_ratio_train_mode"] = ("std of z × √d, train mode", isotropic | floor)
     titles["std_ratio"] = ("std of z × √d, eval mode", isotropic | bare)
-    return [
-        figures.Curves(title, records.series(runs, key), lines)
-        for key, (title, lines) in titles.items()
-    ]
+    return [figures.Curves(title, records.series(runs, key), lines) for key, (title, lines) in titles.items()]
 
 
 def dot_panels(runs: records.Runs) -> list[figures.Dots]:

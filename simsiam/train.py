@@ -12,7 +12,7 @@ has to find the other view's output, which is held constant (section 3, equation
     z  projection  (B, dim)          sg  stop-gradient: leak * z + (1 - leak) * z.detach(), leak 0 in the paper
     p  prediction  (B, dim)
 
-    python simsiam/train.py                                          # demo: under a minute and a half of one core
+    python simsiam/train.py                                          # demo: 5,000 glyphs, about 70 s of one core
     python simsiam/train.py --no-stop-gradient --out runs/scratch2   # an ablation
     python simsiam/train.py --scale gpu --out runs/cifar             # CIFAR-10, ResNet-18, 200 epochs
     torchrun --nproc-per-node 8 simsiam/train.py --scale paper --data ImageNet --out runs/imagenet
@@ -26,7 +26,7 @@ Differs from the authors' code:
  3. Small images live on the device and are augmented there in batches; at 224 pixels workers decode and augment
     with torchvision (its 23-pixel Gaussian kernel, where the authors use Pillow's).
  4. CUDA trains under bfloat16 autocast; loss and all measurements are float32. --precision float32 undoes it.
- 5. The demo scale (glyphs, a small ResNet, its own crop and hue) is ours.
+ 5. The demo scale (glyphs, a small ResNet, its own crop, hue, grey and learning rate) is ours.
 """
 
 import argparse
@@ -52,6 +52,8 @@ from common.run import Run
 from simsiam.net import NETWORKS, SMALL, build_backbone
 
 Data = images.Images | folders.Streamed
+Made = Callable[[int], Iterator[list[Tensor]]]  # epoch -> its batches: lists of views
+Range = tuple[float, float]
 Pairs = list[tuple[int, int]]  # (view that predicts, view that is predicted)
 
 # ------------------------------------------------------------------------------------------------- arguments
@@ -61,19 +63,20 @@ SCALES = {  #                demo             gpu             paper
     "size":              (32,              32,             224),  # pixels; of a folder's images
     "network":           ("resnet8",       "resnet18",     "resnet50"),
     "projector_layers":  (2,               2,              3),  # section 3; appendix D
-    "epochs":            (20,              200,            100),  # the paper on CIFAR-10: 800
-    "batch":             (64,              512,            512),
-    "lr":                (0.24,            0.03,           0.05),  # times batch / 256
+    "epochs":            (8,               200,            100),  # the paper on CIFAR-10: 800
+    "batch":             (32,              512,            512),
+    "lr":                (1.4,             0.03,           0.05),  # times batch / 256
     "weight_decay":      (5e-4,            5e-4,           1e-4),
     "neighbours":        (20,              200,            200),  # of the kNN monitor
     "monitor_every":     (1,               5,              10),
     "workers":           (0,               4,              8),
 }  # fmt: skip
 
-AUGMENTATION = {  # the paper's (appendix A; CIFAR: appendix D, no blur), and for glyphs, which must not be mirrored
-    "glyphs": {"crop": (0.4, 1.0), "flip": 0.0, "hue": 0.5, "blur": 0.0},
-    "cifar": {"crop": (0.2, 1.0), "flip": 0.5, "hue": 0.1, "blur": 0.0},
-    "folder": {"crop": (0.2, 1.0), "flip": 0.5, "hue": 0.1, "blur": 0.5},
+# The paper's views (appendix A; on CIFAR without blur, appendix D); glyphs must not be mirrored, and ours are smaller.
+AUGMENTATION: dict[str, dict[str, Any]] = {
+    "glyphs": {"pixels": 24, "crop": (0.4, 1.0), "flip": 0.0, "hue": 0.5, "grey": 0.6, "blur": 0.0},
+    "cifar": {"pixels": 32, "crop": (0.2, 1.0), "flip": 0.5, "hue": 0.1, "grey": 0.2, "blur": 0.0},
+    "folder": {"pixels": None, "crop": (0.2, 1.0), "flip": 0.5, "hue": 0.1, "grey": 0.2, "blur": 0.5},
 }
 
 
@@ -110,6 +113,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         stop(f"--no-stop-gradient is --gradient-leak 1, but --gradient-leak {args.gradient_leak} was given: drop one")
     args.gradient_leak = 1.0 if args.no_stop_gradient else args.gradient_leak or 0.0
     del args.no_stop_gradient
+    if args.data_set != "folder" and args.size != 32:
+        stop(f"--size {args.size} is for --data-set folder alone: {args.data_set} has 32 pixels")
     width, dim = NETWORKS[args.network]
     if args.projector != "mlp" and args.dim not in (None, "backbone", str(width)):
         stop(f"--dim {args.dim}: with --projector {args.projector} the width is the backbone's, {width}; drop --dim")
@@ -197,7 +202,7 @@ def build_model(args: Mapping[str, Any], device: torch.device) -> SimSiam:
     """The network that a run's arguments (args.json) describe, on `device`."""
     names = ("network", "size", "projector", "projector_layers", "dim", "predictor", "seed")
     layout = torch.channels_last if args["channels_last"] else torch.contiguous_format
-    return SimSiam(**{name: args[name] for name in names}).to(device, memory_format=layout)
+    return SimSiam(**{name: args[name] for name in names}).to(memory_format=layout).to(device)
 
 
 # ------------------------------------------------------------------------------------------------- loss
@@ -233,20 +238,21 @@ def load_data(name: str, folder: Path, size: int, workers: int, device: torch.de
     return images.load(name, folder, size, device, workers)
 
 
-def one_view(source: Tensor, kind: dict[str, Any], numbers: draws.Draws) -> Tensor:
-    """Crop, flip, jitter, grey, blur (appendix A): (B, 3, S, S) uint8 to float32 in [0, 1]."""
-    view = augment.random_resized_crop(source, numbers, scale=kind["crop"], flip=kind["flip"])
-    view = augment.random_color_jitter(view, numbers, 0.4, 0.4, 0.4, kind["hue"], probability=0.8)
-    view = augment.random_grayscale(view, numbers, probability=0.2)
-    return augment.random_gaussian_blur(view, numbers, (0.1, 2.0), kind["blur"]) if kind["blur"] else view
+def one_view(
+    source: Tensor, numbers: draws.Draws, *, pixels: int, crop: Range, flip: float, hue: float, grey: float, blur: float
+) -> Tensor:
+    """Crop, flip, jitter, grey, blur (appendix A): (B, 3, S, S) uint8 to (B, 3, pixels, pixels) float32 in [0, 1]."""
+    view = augment.random_resized_crop(source, numbers, scale=crop, size=pixels, flip=flip)
+    view = augment.random_color_jitter(view, numbers, 0.4, 0.4, 0.4, hue, probability=0.8)
+    view = augment.random_grayscale(view, numbers, grey)
+    return augment.random_gaussian_blur(view, numbers, (0.1, 2.0), blur) if blur else view
 
 
-def worker_view(size: int, kind: dict[str, Any]) -> v2.Compose:
-    """The same view of one Pillow image by torchvision's own transforms: (3, S, S) uint8."""
-    jitter = v2.ColorJitter(0.4, 0.4, 0.4, kind["hue"])
-    steps = [v2.RandomResizedCrop(size, kind["crop"]), v2.RandomHorizontalFlip(kind["flip"])]
-    steps += [v2.RandomApply([jitter], 0.8), v2.RandomGrayscale(0.2)]
-    return v2.Compose([*steps, v2.RandomApply([v2.GaussianBlur(23, (0.1, 2.0))], kind["blur"]), v2.PILToTensor()])
+def worker_view(*, pixels: int, crop: Range, flip: float, hue: float, grey: float, blur: float) -> v2.Compose:
+    """The same view of one Pillow image by torchvision's own transforms: (3, pixels, pixels) uint8."""
+    jitter, blurred = v2.ColorJitter(0.4, 0.4, 0.4, hue), v2.GaussianBlur(23, (0.1, 2.0))
+    steps = [v2.RandomResizedCrop(pixels, crop), v2.RandomHorizontalFlip(flip), v2.RandomApply([jitter], 0.8)]
+    return v2.Compose([*steps, v2.RandomGrayscale(grey), v2.RandomApply([blurred], blur), v2.PILToTensor()])
 
 
 def batches(
@@ -256,16 +262,16 @@ def batches(
 
     The order and every view follow from (seed, epoch) alone; the last incomplete batch is dropped.
     """
-    steps = data.count // batch
-    order = draws.permutation(seed, "order", epoch, data.count, data.device)[: steps * batch].view(steps, batch)
+    steps = data.examples // batch
+    order = draws.permutation(seed, "order", epoch, data.examples, data.device)[: steps * batch].view(steps, batch)
     if isinstance(data, folders.Streamed):
-        for made in data.views(worker_view(data.size, kind), views, order[:, rows].tolist(), seed, epoch):
+        for made in data.views(worker_view(**kind), views, order[:, rows].tolist(), seed, epoch):
             yield [data.normalise(view) for view in made]
         return
     for step, picked in enumerate(order, epoch * steps):
         source = data.train[picked[rows]]
         numbers = [draws.Draws(seed, f"view {view}", step, batch, rows, data.device) for view in range(views)]
-        yield [data.normalise(one_view(source, kind, number)) for number in numbers]
+        yield [data.normalise(one_view(source, number, **kind)) for number in numbers]
 
 
 # ------------------------------------------------------------------------------------------------- train
@@ -306,19 +312,15 @@ def untrained(model: SimSiam, made: Iterator[list[Tensor]], data: Data, k: int, 
 
 def build_optimizer(model: SimSiam, lr: float, weight_decay: float, predictor_schedule: str) -> torch.optim.Optimizer:
     """SGD on every trainable parameter, decay included (appendix A); `schedule` says how a group's rate moves."""
-    groups = [
-        {"params": [*model.backbone.parameters(), *model.projector.parameters()], "schedule": "cosine"},
-        {"params": [*model.predictor.parameters()], "schedule": predictor_schedule},
-    ]
-    for group in groups:
-        group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
+    encoder = [*model.backbone.parameters(), *model.projector.parameters()]
+    parts = [(encoder, "cosine"), (list(model.predictor.parameters()), predictor_schedule)]
+    groups = [{"params": [x for x in part if x.requires_grad], "schedule": schedule} for part, schedule in parts]
     return torch.optim.SGD(groups, lr, momentum=0.9, weight_decay=weight_decay)
 
 
 def train(
-    run: Run, model: SimSiam, data: Data, made: Callable[[int], Iterator[list[Tensor]]], optimizer: torch.optim.Optimizer,
-    *, pairs: Pairs, leak: float, epochs: int, batch: int, lr: float, precision: str, monitor_every: int, k: int,
-    compiled: bool,
+    run: Run, model: SimSiam, data: Data, made: Made, optimizer: torch.optim.Optimizer, *, pairs: Pairs, leak: float,
+    epochs: int, batch: int, lr: float, precision: str, monitor_every: int, k: int, compiled: bool,
 ) -> None:  # fmt: skip
     """The whole training; saves after every epoch, and goes on from there when started again."""
 
@@ -331,8 +333,10 @@ def train(
     else:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-    first, steps = saved["epoch"] if saved else 0, data.count // batch
-    forward = devices.distribute(torch.compile(model) if compiled else model, data.device)
+    first, steps = saved["epoch"] if saved else 0, data.examples // batch
+    forward = devices.distribute(model, data.device)
+    if compiled:
+        forward.compile()
 
     for epoch in tqdm(range(first, epochs), run.name, epochs, initial=first, disable=None, leave=False):
         started, total = time.perf_counter(), torch.zeros((), device=data.device)
@@ -379,13 +383,14 @@ def main(argv: list[str] | None = None) -> None:
     pairs, lr = PAIRS[args.loss], args.lr * args.batch / 256
     views = 1 + max(view for pair in pairs for view in pair)
     kind = next(kind for name, kind in AUGMENTATION.items() if args.data_set.startswith(name))
+    kind = {**kind, "pixels": kind["pixels"] or args.size}
     with held(args.out, rank):
         run = Run(args.out, vars(args), __file__, args.replace, rank)
         if run.finished:
             return
         data = load_data(args.data_set, args.data, args.size, args.workers, device)
-        if args.batch > data.count:
-            stop(f"--batch {args.batch} is more than the {data.count} training images")
+        if args.batch > data.examples:
+            stop(f"--batch {args.batch} is more than the {data.examples} training images")
         run.begin(devices.facts(device) | {"data": data.digest})
         model = build_model(vars(args), device)
         optimizer = build_optimizer(model, lr, args.weight_decay, args.predictor_schedule)

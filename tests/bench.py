@@ -1,9 +1,9 @@
 """Ratios of speed, not seconds: `make bench`. Medians over paired rounds on one machine, one thread unless on a GPU.
 
-    step / bare     our whole training step over forward, backward and optimiser of the same network on ready tensors
-    plain / step    a plain reference over our step: Pillow augmentation in two DataLoader workers, contiguous
-                    tensors, `.item()` at every step; the same network, loss and optimiser
-    augment         share of our step that data and augmentation take
+step / bare     our whole training step over forward, backward and optimiser of the same network on ready tensors
+plain / step    a plain reference over our step: Pillow augmentation in two DataLoader workers, contiguous
+                tensors, `.item()` at every step; the same network, loss and optimiser
+augment         share of our step that data and augmentation take
 """
 
 import statistics
@@ -32,7 +32,7 @@ class Pillow(Dataset):
 
     def __init__(self, pixels: Tensor, kind: dict, length: int):
         self.pictures = [Image.fromarray(np.ascontiguousarray(one.permute(1, 2, 0).cpu().numpy())) for one in pixels]
-        self.view = v2.Compose([train.worker_view(32, kind), v2.ToDtype(torch.float32, scale=True)])
+        self.view = v2.Compose([train.worker_view(**kind), v2.ToDtype(torch.float32, scale=True)])
         self.length = length
 
     def __len__(self) -> int:
@@ -83,7 +83,7 @@ def endless(made: Callable[[int], Iterator[list[Tensor]]]) -> Iterator[list[Tens
 def measure(name: str, device: torch.device, rounds: int) -> None:
     """Print the three ratios of one setting."""
     network, layers, kind_name, small, large, steps = SETTINGS[name]
-    batch, kind = (large if device.type == "cuda" else small), train.AUGMENTATION[kind_name]
+    batch, kind = (large if device.type == "cuda" else small), {**train.AUGMENTATION[kind_name]}
     pixels = torch.randint(0, 256, (max(2000, 2 * batch), 3, 32, 32), dtype=torch.uint8, device=device)
     empty, flat = torch.zeros(0, device=device), torch.zeros(3, 1, 1, device=device)
     data = images.Images(pixels, empty, pixels, empty, 10, flat, flat + 1, "")
@@ -112,8 +112,8 @@ def measure(name: str, device: torch.device, rounds: int) -> None:
     share = [1 - bare / whole for bare, whole in zip(timed["bare"], timed["step"], strict=True)]
     rate = batch / statistics.median(timed["step"])
     print(
-        f"{name}, batch {batch}: step / bare {ratio('step', 'bare')}, augment {100 * statistics.median(share):.0f} % of "
-        f"the step, plain / step {ratio('plain', 'step')} ({rate:.0f} images/s, {rounds} rounds of {steps} steps)",
+        f"{name}, batch {batch}: step / bare {ratio('step', 'bare')}, augment {100 * statistics.median(share):.0f} % "
+        f"of the step, plain / step {ratio('plain', 'step')} ({rate:.0f} images/s, {rounds} rounds of {steps} steps)",
         flush=True,
     )
 
