@@ -107,8 +107,9 @@ class Streamed:
             yield self.normalise(x.to(self.device, non_blocking=True)), y.to(self.device)
 
     def _loader(self, pictures: Dataset, order: list[list[int]]) -> DataLoader:
+        own = torch.Generator()  # the loader draws from it; the default generator is not its business
         pin = self.device.type == "cuda"
-        return DataLoader(pictures, batch_sampler=order, num_workers=self.workers, pin_memory=pin)
+        return DataLoader(pictures, batch_sampler=order, num_workers=self.workers, pin_memory=pin, generator=own)
 
 
 def resident(root: Path, size: int, cache: Path, workers: int) -> tuple[Tensor, Tensor]:

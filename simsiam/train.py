@@ -68,7 +68,7 @@ SCALES = {  #                demo             gpu             paper
     "lr":                (1.4,             0.03,           0.05),  # times batch / 256
     "weight_decay":      (5e-4,            5e-4,           1e-4),
     "neighbours":        (20,              200,            200),  # of the kNN monitor
-    "monitor_every":     (1,               5,              10),
+    "monitor_every":     (2,               5,              10),
     "workers":           (0,               4,              8),
 }  # fmt: skip
 

@@ -1,0 +1,98 @@
+"""Files: whole or absent, checked when read, never executed; and the lock of a run folder."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from common import checkpoints, files
+from common.exits import INTERRUPTED
+from common.hold import held
+from common.run import read_log
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.json"
+    files.write_json(path, {"a": 1})
+    monkeypatch.setattr(files.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError):
+        files.write_json(path, {"a": 2})
+    assert files.read_json(path) == {"a": 1} and os.listdir(tmp_path) == ["metrics.json"]
+    with pytest.raises(ValueError):
+        files.write_json(path, {"a": float("nan")})
+
+
+def test_damage_is_noticed_wherever_it_is(tmp_path):
+    path = tmp_path / "state.pt"
+    checkpoints.save(path, {"epoch": 3, "model": {"w": torch.arange(5000.0)}})
+    whole = path.read_bytes()
+    assert checkpoints.load(path)["epoch"] == 3
+    for share in (0.0, 0.01, 0.5, 0.99):
+        path.write_bytes(whole[: int(len(whole) * share)])
+        with pytest.raises(files.Damaged, match=r"state\.pt"):
+            checkpoints.load(path)
+    start = whole.index(torch.arange(5000.0).numpy().tobytes()[:400])
+    flipped = bytearray(whole)
+    flipped[start + 800] ^= 4
+    path.write_bytes(flipped)
+    with pytest.raises(files.Damaged, match="checksum"):
+        checkpoints.load(path)
+    with pytest.raises(FileNotFoundError):
+        checkpoints.load(tmp_path / "absent.pt")
+
+
+class Malicious:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.marker),))
+
+
+def test_a_malicious_checkpoint_is_refused_and_not_run(tmp_path):
+    torch.save({"model": Malicious(tmp_path / "marker")}, tmp_path / "model.pt")
+    with pytest.raises(files.Damaged):
+        checkpoints.load(tmp_path / "model.pt")
+    assert not (tmp_path / "marker").exists()
+
+
+def test_only_one_process_holds_a_folder(tmp_path, capsys):
+    folder = tmp_path / "run"
+    code = "import sys, time\nfrom common.hold import held\nwith held(sys.argv[1]):\n print('held', flush=True)\n time.sleep(60)"
+    owner = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True, env={"PYTHONPATH": str(ROOT)}
+    )
+    assert owner.stdout.readline() == "held\n"
+    with pytest.raises(SystemExit) as end, held(folder):
+        pass
+    assert end.value.code == 2 and f"pid {owner.pid}" in capsys.readouterr().err
+    owner.terminate()
+    assert owner.wait() == INTERRUPTED
+    with held(folder):  # the lock died with its owner
+        assert folder.is_dir()
+
+
+def test_a_full_disk_ends_with_its_own_code(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end, held(tmp_path / "run"):
+        raise OSError(28, "No space left on device")
+    assert end.value.code == 4 and "No space left" in capsys.readouterr().err
+
+
+def test_a_half_line_of_the_log_is_left_out_and_any_other_damage_named(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"epoch": 0}\n{"epoch": 1}\n{"epo')
+    assert [line["epoch"] for line in read_log(tmp_path)] == [0, 1]
+    path.write_text('{"epoch": 0}\n{"epo\n{"epoch": 2}\n')
+    with pytest.raises(files.Damaged, match=r"train\.jsonl"):
+        read_log(tmp_path)
+
+
+def test_nothing_in_the_tree_loads_or_runs_unsafely():
+    banned = ("pickle", "weights_only=" + "False", "allow_pickle=" + "True", "shell=" + "True", "os." + "system")
+    for path in [*ROOT.glob("common/*.py"), *ROOT.glob("simsiam/*.py")]:
+        text = path.read_text().replace("unpickling", "")
+        assert not [word for word in banned if word in text], path
+        assert text.count("torch.load(") == text.count("weights_only=True"), path

@@ -1,0 +1,99 @@
+"""Image data: folders decoded once or streamed, broken data, and the views of workers."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from common import files, folders, images
+
+CPU = torch.device("cpu")
+
+
+def copy_of(pictures, tmp_path):
+    shutil.copytree(pictures, tmp_path / "data")
+    return tmp_path / "data"
+
+
+def test_a_folder_is_decoded_once_and_equals_its_pictures(pictures, tmp_path, monkeypatch):
+    data = copy_of(pictures, tmp_path)
+    found = images.load("folder", data, 32, CPU)
+    assert found.train.shape == (48, 3, 32, 32) and found.train.dtype == torch.uint8 and found.classes == 2
+    assert sorted(found.train_labels.tolist()) == [0] * 24 + [1] * 24 and len(found.test) == 16
+    folder = folders.open_folder(data / "train")
+    transform = v2.Compose([v2.Resize(32), v2.CenterCrop(32), v2.PILToTensor()])
+    for i in (0, 30):
+        assert torch.equal(found.train[i], transform(folder[i][0]))
+    monkeypatch.setattr(folders, "Decoded", None)  # a second load must not decode
+    again = images.load("folder", data, 32, CPU)
+    assert torch.equal(again.train, found.train) and again.digest == found.digest
+    scaled = found.train.double() / 255
+    torch.testing.assert_close(found.mean.flatten().double(), scaled.mean((0, 2, 3)), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        found.deviation.flatten().double(), scaled.std((0, 2, 3), correction=0), atol=1e-6, rtol=0
+    )
+    normalised = found.normalise(found.train)
+    assert normalised.mean().abs() < 1e-5 and (normalised.std() - 1).abs() < 1e-3
+
+
+def test_an_interrupted_decoding_goes_on(pictures, tmp_path):
+    data = copy_of(pictures, tmp_path)
+    whole, _ = folders.resident(data / "train", 32, tmp_path / "data", 0)
+    path = next(data.glob("train-32-*.npy"))
+    part = np.load(path)
+    part[10:] = 0
+    np.save(tmp_path / "part.npy", part)
+    path.unlink()
+    (tmp_path / "part.npy").rename(path.with_suffix(".part"))
+    files.write_json(path.with_suffix(".progress"), 10)
+    again, _ = folders.resident(data / "train", 32, tmp_path / "data", 0)
+    assert torch.equal(again, whole) and not list(data.glob("*.part")) and not list(data.glob("*.progress"))
+
+
+def test_a_changed_folder_has_another_digest(pictures, tmp_path):
+    data = copy_of(pictures, tmp_path)
+    before = folders.digest(data)
+    Image.new("RGB", (40, 36)).save(data / "train/red/new.png")
+    assert folders.digest(data) != before
+
+
+def test_a_broken_picture_is_named(pictures, tmp_path):
+    data = copy_of(pictures, tmp_path)
+    (data / "train/red/3.png").write_bytes(b"no picture")
+    with pytest.raises(RuntimeError, match=r"red/3\.png cannot be decoded"):
+        images.load("folder", data, 32, CPU)
+
+
+def test_glyphs_are_cached_whole_or_not_at_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "GLYPHS", {"train": 60, "test": 20})
+    first = images.load("glyphs10", tmp_path, 32, CPU)
+    path = tmp_path / "glyphs10-train-60.pt"
+    assert path.exists() and first.classes == 10 and len(first.test) == 20
+    path.write_bytes(path.read_bytes()[:100])
+    assert images.load("glyphs10", tmp_path, 32, CPU).digest == first.digest
+    blocked = tmp_path / "a file"
+    blocked.write_text("")
+    assert images.load("glyphs10", blocked / "below", 32, CPU).digest == first.digest
+
+
+def test_the_views_of_workers_follow_from_seed_epoch_and_index_alone(pictures):
+    transform = v2.Compose([v2.RandomResizedCrop(24), v2.PILToTensor()])
+    orders = [[3, 1], [0, 40]]
+
+    def views(workers, seed=0, epoch=0, order=orders):
+        data = folders.Streamed(pictures, 24, workers, CPU)
+        return list(data.views(transform, 2, order, seed, epoch))
+
+    alone, shared = views(0), views(2)
+    for a, b in zip(alone, shared, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    assert alone[0][0].shape == (2, 3, 24, 24) and not torch.equal(alone[0][0], alone[0][1])
+    assert torch.equal(views(0, order=[[0, 1]])[0][1][1], alone[0][1][1])
+    for other in (views(0, seed=1), views(0, epoch=1)):
+        assert not torch.equal(other[0][0], alone[0][0])
+    state = torch.get_rng_state()
+    views(0)
+    assert torch.equal(state, torch.get_rng_state())

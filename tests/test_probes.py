@@ -1,0 +1,87 @@
+"""kNN and linear probes against naive forms, and the layer-wise scaling of the full-size probe."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import draws, probes
+
+
+def clusters(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 3
+    centres = torch.randn(3, 8, generator=torch.Generator().manual_seed(9))
+    return centres[labels] + 0.8 * torch.randn(count, 8, generator=generator), labels
+
+
+def test_knn_equals_the_naive_vote():
+    (bank, bank_labels), (queries, labels) = clusters(60), clusters(40, 1)
+    correct = 0
+    for query, label in zip(queries, labels, strict=True):
+        cosines = [float(F.cosine_similarity(query, one, dim=0)) for one in bank]
+        nearest = sorted(range(60), key=lambda i: -cosines[i])[:7]
+        scores = [0.0, 0.0, 0.0]
+        for i in nearest:
+            scores[int(bank_labels[i])] += 2.718281828459045 ** (cosines[i] / 0.1)
+        correct += scores.index(max(scores)) == int(label)
+    found = probes.knn_accuracy(bank, bank_labels, queries, labels, 3, k=7)
+    assert 60 < found < 100 and found == pytest.approx(100 * correct / 40)
+    assert probes.knn_accuracy(bank, bank_labels, queries, labels, 3, k=1000) > 33
+
+
+def test_linear_probe_takes_the_steps_of_autograd_and_sgd_at_every_rate():
+    features, labels = clusters(32)
+    rates = torch.tensor([0.1, 1.0])
+    found = probes.fit_linear(features, labels, 3, rates, epochs=2, batch=16, seed=4)
+    for rate, weights in zip(rates.tolist(), found, strict=True):
+        layer = nn.Linear(8, 3)
+        nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+        optimizer = torch.optim.SGD(layer.parameters(), rate, momentum=0.9)
+        for epoch in range(2):
+            order = draws.permutation(4, "linear probe", epoch, 32, "cpu")
+            for step, rows in enumerate(order.view(2, 16)):
+                optimizer.param_groups[0]["lr"] = rate * probes.cosine((epoch + step / 2) / 2)
+                optimizer.zero_grad()
+                F.cross_entropy(layer(features[rows]), labels[rows]).backward()
+                optimizer.step()
+        torch.testing.assert_close(weights[:-1], layer.weight.T, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(weights[-1], layer.bias, atol=1e-5, rtol=1e-4)
+
+
+def test_the_rate_is_chosen_on_the_held_out_tenth_and_never_on_the_test_set(monkeypatch):
+    (features, labels), (test, test_labels) = clusters(200), clusters(50, 1)
+    held_out = draws.held_out(200, "cpu")
+    seen = []
+    monkeypatch.setattr(probes, "correct_share", lambda x, y, w: seen.append(len(x)) or torch.tensor([0.2, 0.9, 0.1]))
+    fits = []
+    fit = probes.fit_linear
+    monkeypatch.setattr(probes, "fit_linear", lambda *a: fits.append((len(a[0]), a[3].tolist())) or fit(*a))
+    with pytest.raises(RuntimeError):  # three shares where one is wanted at the end
+        probes.linear_accuracy(features, labels, test, test_labels, 3, held_out, 0, (0.01, 0.5, 9.0), 1, 50)
+    assert seen == [20, 50] and fits == [(180, pytest.approx([0.01, 0.5, 9.0])), (200, [0.5])]
+
+
+def test_linear_probe_does_not_favour_a_feature_scale():
+    (features, labels), (test, test_labels) = clusters(200), clusters(100, 1)
+    held_out = draws.held_out(200, "cpu")
+    found = [
+        probes.linear_accuracy(scale * features, labels, scale * test, test_labels, 3, held_out, 0)
+        for scale in (1e-4, 1.0, 1e3)
+    ]
+    assert found[0] == pytest.approx(found[1], abs=1) and found[1] == pytest.approx(found[2], abs=1) and found[1] > 70
+
+
+def test_held_out_tenth_is_fixed_and_a_tenth():
+    chosen = draws.held_out(5000, "cpu")
+    assert chosen.sum() == 500 and torch.equal(chosen, draws.held_out(5000, "cpu"))
+    assert 150 < chosen[:2500].sum() < 350
+
+
+def test_layerwise_scaling_by_hand():
+    """g <- g * trust * |w| / |g|; a tensor of zeros (the bias at the start) keeps its gradient."""
+    weight, bias = nn.Parameter(torch.tensor([[3.0, 4.0]])), nn.Parameter(torch.zeros(1))
+    weight.grad, bias.grad = torch.tensor([[0.0, 2.0]]), torch.tensor([7.0])
+    probes.scale_gradients_by_layer([weight, bias], trust=0.001)
+    torch.testing.assert_close(weight.grad, torch.tensor([[0.0, 0.001 * 5.0]]))
+    assert bias.grad.item() == 7.0
