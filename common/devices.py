@@ -1,5 +1,6 @@
 """Where a script computes: the device, its precision, and the ranks of a distributed run."""
 
+import atexit
 import os
 import resource
 from datetime import timedelta
@@ -42,10 +43,11 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 
 
 def start_ranks(device: torch.device) -> tuple[int, int]:
-    """(rank, world): joins the process group when torchrun started this process, else (0, 1)."""
+    """(rank, world): joins the process group until the script ends when torchrun started it, else (0, 1)."""
     if "RANK" not in os.environ:
         return 0, 1
     if not dist.is_initialized():
+        atexit.register(stop_ranks)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     return dist.get_rank(), dist.get_world_size()
 

@@ -165,6 +165,7 @@ def training_facts(folder: Path) -> dict[str, float | None]:
         "untrained_std_ratio": first["std_ratio"],
         "examples_per_second": median(line["examples_per_second"] for line in epochs) if epochs else None,
         "train_seconds": sum(line["seconds"] for line in epochs),
+        "peak_memory": last.get("peak_memory"),
     }
 
 
@@ -196,13 +197,11 @@ def main(argv: list[str] | None = None) -> None:
         if metrics["diverged"]:
             metrics |= dict.fromkeys(CLAIMS)
         metrics["seconds"] = facts.get("train_seconds", 0.0) + time.perf_counter() - started
-        metrics["peak_memory"] = devices.peak_memory(device)
         if rank == 0:
             files.write_json(args.folder / ("held_out.json" if args.held_out else "metrics.json"), metrics)
             (args.folder / "eval_state.pt").unlink(missing_ok=True)
             shown = (f"{name} {metrics[name]:.4g}" for name in CLAIMS if metrics.get(name) is not None)
             print(f"{args.folder}: {'  '.join(shown)}")
-    devices.stop_ranks()
 
 
 if __name__ == "__main__":

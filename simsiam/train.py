@@ -361,6 +361,7 @@ def train(
             "std_ratio_train_mode": spread.std_ratio(z[0].detach()),
             "examples_per_second": steps * batch / seconds,
             "seconds": seconds,
+            "peak_memory": devices.peak_memory(data.device),
         }
         if (epoch + 1) % monitor_every == 0 or epoch + 1 == epochs:
             record |= monitor(model, data, k, precision)
@@ -400,7 +401,6 @@ def main(argv: list[str] | None = None) -> None:
             batch=args.batch, lr=lr, precision=args.precision, monitor_every=args.monitor_every, k=args.neighbours,
             compiled=args.compile,
         )  # fmt: skip
-    devices.stop_ranks()
 
 
 if __name__ == "__main__":

@@ -61,7 +61,8 @@ def test_a_malicious_checkpoint_is_refused_and_not_run(tmp_path):
 
 def test_only_one_process_holds_a_folder(tmp_path, capsys):
     folder = tmp_path / "run"
-    code = "import sys, time\nfrom common.hold import held\nwith held(sys.argv[1]):\n print('held', flush=True)\n time.sleep(60)"
+    code = "import sys, time\nfrom common.hold import held\n"
+    code += "with held(sys.argv[1]):\n print('held', flush=True)\n time.sleep(60)"
     owner = subprocess.Popen(
         [sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True, env={"PYTHONPATH": str(ROOT)}
     )

@@ -1,6 +1,7 @@
 """SimSiam: the loss and its gradients, the network, the arms, and train -> eval -> plot on a tiny folder."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -429,3 +430,25 @@ def test_the_paper_scale_trains_probes_and_reads_official_names(pictures, tmp_pa
     with pytest.raises(SystemExit):
         evaluate.load_weights(net.build_backbone("resnet50", 224), state, tmp_path)
     assert "layer1.0.conv1.weight" in capsys.readouterr().err
+
+
+def test_two_ranks_share_a_batch_and_are_asked_to_divide_it(pictures, tmp_path):
+    """torchrun with gloo: sliced batches, gathered measures, one writer; a batch they do not divide is refused."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def launch(script, *flags):
+        command = [*launcher, str(ROOT / "simsiam" / script), *flags]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+    odd = launch("train.py", *tiny(tmp_path / "odd", pictures, "--batch", "15"))
+    assert odd.returncode != 0 and "2 processes do not divide" in odd.stderr
+    done = launch("train.py", *tiny(tmp_path / "run", pictures))
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((tmp_path / "run/args.json").read_text())["provenance"]
+    log = [json.loads(line) for line in (tmp_path / "run/train.jsonl").read_text().splitlines()]
+    assert facts["world"] == 2 and [line["epoch"] for line in log] == [0, 1, 2]
+    evaluate.main([str(tmp_path / "run")])  # measured by one process where training measured with two
+    alone = json.loads((tmp_path / "run/metrics.json").read_text())
+    for name in ("std_ratio", "mean_cosine", "effective_rank", "knn_accuracy"):
+        assert alone[name] == pytest.approx(log[-1][name], rel=1e-4)
