@@ -42,7 +42,6 @@ $(error GNU make 4.2 or newer is needed, this is $(MAKE_VERSION); on a Mac: brew
 endif
 MAKEFLAGS += --no-builtin-rules
 .SUFFIXES:
-.DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
 STUDIES := $(foreach paper,$(PAPERS),$($(paper)))
@@ -55,7 +54,6 @@ paper-of  = $(firstword $(subst -, ,$1))
 arms-of   = $(sort $(subst :, ,$($1)))
 run-of    = $(RUNS)/$(call paper-of,$1)/$2/$3
 drawn     = $(RESULTS)/.drawn/$1@$2
-drawings  = $(foreach seed,$(SEEDS),$(foreach study,$1,$(call drawn,$(study),$(seed))))
 
 # A run: its model is made again when the arm's flags are not those it was made with; $1 paper, $2 arm, $3 seed.
 flags-of  = $(strip flags: $($1.$2) $(EXTRA))
@@ -67,19 +65,23 @@ $(RUNS)/$1/$2/$3/model.pt: $(if $(subst x$(call flags-of,$1,$2)x,,x$(file <$(RUN
 	@echo '$(call flags-of,$1,$2)' >$(RUNS)/$1/$2/$3/flags
 $(RUNS)/$1/$2/$3/metrics.json: $(RUNS)/$1/$2/$3/model.pt
 	$(LAUNCH) $(RUN_PYTHON) $1/eval.py $(RUNS)/$1/$2/$3 --device $(DEVICE) --data $(DATA)
+# All files are written whole or not at all: make must not delete one because it was interrupted just then.
+.PRECIOUS: $(RUNS)/$1/$2/$3/model.pt $(RUNS)/$1/$2/$3/metrics.json
 endef
 
-# A study is drawn after each seed, with holes for the seeds to come; $1 study, $2 seed.
+# A study is drawn after each seed, with holes for the seeds to come, and again when seeds or contrasts are others.
+asked = $(strip $($1) $(SEEDS))
 define DRAWING
 $(call drawn,$1,$2): $(foreach arm,$(call arms-of,$1),$(call run-of,$1,$(arm),$2)/metrics.json) \
-		$(call paper-of,$1)/plot.py
+		$(call paper-of,$1)/plot.py $(if $(subst x$(call asked,$1)x,,x$(file <$(call drawn,$1,$2))x),FORCE)
 	$$(call plot,$1)
-	@mkdir -p $$(@D) && touch $$@
+	@mkdir -p $$(@D) && echo '$(call asked,$1)' >$$@
 endef
+again = SCALE=$(SCALE) SEEDS="$(SEEDS)"$(if $(EXTRA), EXTRA="$(EXTRA)")
 plot = $(RUN_PYTHON) $(call paper-of,$1)/plot.py $1 $($1) --scale $(SCALE) --runs $(RUNS)/$(call paper-of,$1) \
-	--seeds $(SEEDS) --results $(RESULTS)
+	--seeds $(SEEDS) --results $(RESULTS) --reproduce 'make $1 $(again)'
 page = $(RUN_PYTHON) -m common.report --results $(RESULTS) --title 'Ablation studies, scale $(SCALE)' \
-	--command 'make {} SCALE=$(SCALE)' $(STUDIES)
+	--command 'make {} $(again)' $(STUDIES)
 
 $(foreach paper,$(PAPERS),$(foreach arm,$(sort $(foreach study,$($(paper)),$(call arms-of,$(study)))),$(foreach \
 	seed,$(SEEDS),$(eval $(call RUN,$(paper),$(arm),$(seed))))))
@@ -88,17 +90,27 @@ $(foreach study,$(STUDIES),$(foreach seed,$(SEEDS),$(eval $(call DRAWING,$(study
 .PHONY: FORCE
 FORCE: ;
 
-# A study, a paper, everything: runs and drawings seed by seed, then the page; what there is also after a failure.
-.PHONY: $(STUDIES) $(PAPERS) all demo report page
+# A study, a paper, everything: a make for each seed (in a single parallel one the first evaluation would wait for the
+# last training), then the page; after a failure what there is. $1 studies.
+.PHONY: $(STUDIES) $(PAPERS) all demo report page seed
+ifndef ASKED
+.NOTPARALLEL: # several goals one after the other: they may share runs
+endif
 $(STUDIES): %: ; @$(call carefully,$*)
 $(PAPERS): %: ; @$(call carefully,$($*))
 all: ; @$(call carefully,$(STUDIES))
-carefully = +$(MAKE) --no-print-directory page ASKED="$1" || { code=$$?; \
-	$(MAKE) --no-print-directory report; exit $$code; }
+define carefully
++code=0; for seed in $(SEEDS); do \
+	$(MAKE) --no-print-directory seed SEED=$$seed ASKED="$1" || { code=$$?; $(if $(KEEP_GOING),,break;) }; done; \
+	$(MAKE) --no-print-directory $$([ $$code = 0 ] && echo page || echo report) ASKED="$1" && exit $$code
+endef
+KEEP_GOING = $(findstring k,$(firstword -$(MAKEFLAGS)))
 
+seed: $(foreach study,$(ASKED),$(call drawn,$(study),$(SEED)))
 page: $(RESULTS)/index.html
 	@echo "the page: $<"
-$(RESULTS)/index.html: $(call drawings,$(ASKED)) common/report.py
+$(RESULTS)/index.html: $(wildcard $(foreach seed,$(SEEDS),$(foreach study,$(ASKED),$(call drawn,$(study),$(seed))))) \
+		common/report.py
 	$(page)
 
 report: | $(VENV)
@@ -106,7 +118,7 @@ report: | $(VENV)
 
 demo:
 	@+$(MAKE) --no-print-directory all SCALE=demo SEEDS=0 DEVICE=cpu RESULTS=runs/demo/report \
-		$(if $(findstring -j,$(MAKEFLAGS)),,-j$(shell nproc))
+		$(if $(findstring -j,$(MAKEFLAGS)),,-j$(shell getconf _NPROCESSORS_ONLN))
 
 # ------------------------------------------------------------------------------------------------- the rest
 
@@ -141,8 +153,7 @@ doctor: $(VENV)
 	@$(RUN_PYTHON) -m common.doctor --data $(DATA)
 bench: $(VENV)
 	$(RUN_PYTHON) tests/bench.py --device $(DEVICE)
-data: $(DATA)/cifar-10-batches-py
+data: $(VENV)
+	$(RUN_PYTHON) -m common.images cifar10 --data $(DATA)
 $(DATA)/cifar-10-batches-py: | $(VENV)
 	$(RUN_PYTHON) -m common.images cifar10 --data $(DATA)
-$(DATA)/cifar-100-python: | $(VENV)
-	$(RUN_PYTHON) -m common.images cifar100 --data $(DATA)

@@ -33,4 +33,6 @@ def load(path: Path, device: torch.device | str = "cpu") -> Any:
     except Damaged:
         raise
     except Exception as error:  # torch raises many kinds for a cut or hostile file
-        raise Damaged(f"{path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})") from None
+        raise Damaged(
+            f"{path} cannot be read ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
+        ) from None

@@ -23,6 +23,8 @@ def choose(name: str, scale: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
         stop(f"--device {name} is no device: use auto, cpu, cuda or cuda:1")
     if device.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", device.index or 0))
@@ -78,6 +80,13 @@ def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(value)
         value /= dist.get_world_size()
     return value
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give every rank the buffers of rank 0 (running statistics, which plain batch norms keep per rank)."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:

@@ -29,10 +29,8 @@ def findings(data: Path) -> list[tuple[str, str]]:
     else:
         advice = "check nvidia-smi and that the driver is as new as torch wants; make demo needs no GPU"
         found.append((f"no CUDA GPU (torch was built for CUDA {torch.version.cuda})", advice))
-    archives = {"CIFAR-10": "cifar-10-batches-py", "CIFAR-100": "cifar-100-python"}
-    for name, folder in archives.items():
-        there = (data / folder).is_dir()
-        found.append((f"{name} {'is' if there else 'is not'} in {data}", "" if there else f"make {data / folder}"))
+    there = (data / "cifar-10-batches-py").is_dir()
+    found.append((f"CIFAR-10 {'is' if there else 'is not'} in {data}", "" if there else "make data"))
     return found
 
 

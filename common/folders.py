@@ -1,8 +1,11 @@
 """Image folders (`train/<class>/*`, `val/<class>/*`): decoded once to live on the device, or read by workers."""
 
+import fcntl
 import hashlib
 import os
+import signal
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,7 @@ from torchvision import datasets
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from common import draws, files
+from common import draws
 from common.exits import stop
 
 
@@ -25,13 +28,25 @@ def open_folder(root: Path) -> datasets.ImageFolder:
         stop(f"--data: {root} is no folder of class folders with images ({error})")
 
 
+def open_parts(data: Path) -> tuple[datasets.ImageFolder, datasets.ImageFolder]:
+    """`train` and `val` of `data`. Stops (exit 2) where they do not hold the same classes."""
+    train, test = open_folder(data / "train"), open_folder(data / "val")
+    if differing := set(train.classes) ^ set(test.classes):
+        stop(f"--data {data}: train and val must hold the same classes; only one has {sorted(differing)[:3]}")
+    return train, test
+
+
 def digest(data: Path) -> str:
     """sha256 of the names and sizes of all images: a cheap fingerprint of a large folder."""
     found = hashlib.sha256()
-    for part in ("train", "val"):
-        for path, _ in open_folder(data / part).samples:
+    for part in open_parts(data):
+        for path, _ in part.samples:
             found.update(f"{Path(path).relative_to(data)} {os.path.getsize(path)}\n".encode())
     return found.hexdigest()
+
+
+class Undecodable(Exception):
+    """A picture file that cannot be read; the message names it."""
 
 
 class Decoded(Dataset):
@@ -39,9 +54,6 @@ class Decoded(Dataset):
 
     def __init__(self, folder: datasets.ImageFolder, transform: Callable):
         self.folder, self.transform = folder, transform
-
-    def __len__(self) -> int:
-        return len(self.folder)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         picture, label = read(self.folder, index)
@@ -67,18 +79,39 @@ class Views(Dataset):
 
 
 def read(folder: datasets.ImageFolder, index: int):
-    """(PIL picture, label). A file that cannot be decoded ends the run with its name (exit 2)."""
+    """(PIL picture, label). Raises Undecodable."""
     try:
         return folder[index]
     except (OSError, SyntaxError) as error:
-        raise RuntimeError(f"{folder.samples[index][0]} cannot be decoded ({error}): restore or remove it") from None
+        raise Undecodable(f"{folder.samples[index][0]} cannot be decoded ({error})") from None
+
+
+def loaded(pictures: Dataset, order: list[list[int]], workers: int, device: torch.device) -> Iterator:
+    """The batches of `order` from `workers` processes. A picture that cannot be decoded stops the script (exit 2)."""
+    loader = DataLoader(
+        pictures,
+        batch_sampler=order,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # the loader draws from it; the default generator is not its business
+        worker_init_fn=leave_interrupts_to_the_parent,
+    )
+    try:
+        yield from loader
+    except Undecodable as error:  # a worker's comes with its traceback before the message
+        stop(f"{str(error).strip().splitlines()[-1].split('Undecodable: ')[-1]}: restore or remove that file")
+
+
+def leave_interrupts_to_the_parent(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the parent ends its workers itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Streamed:
     """An image folder that workers decode, batch by batch: for pictures too many or too large for the device."""
 
     def __init__(self, data: Path, size: int, workers: int, device: torch.device):
-        self.train, self.test = (open_folder(data / part) for part in ("train", "val"))
+        self.train, self.test = open_parts(data)
         self.size, self.workers, self.device = size, workers, device
         self.examples, self.classes, self.digest = len(self.train), len(self.train.classes), digest(data)
         self.mean = torch.tensor([0.485, 0.456, 0.406], device=device).view(3, 1, 1)  # of ImageNet
@@ -92,7 +125,7 @@ class Streamed:
         self, transform: Callable, views: int, order: list[list[int]], seed: int, epoch: int
     ) -> Iterator[list[Tensor]]:
         """Lists of view batches (B, 3, S, S) uint8 on the device, a list per entry of `order`."""
-        for batch in self._loader(Views(self.train, transform, views, seed, epoch), order):
+        for batch in loaded(Views(self.train, transform, views, seed, epoch), order, self.workers, self.device):
             yield [view.to(self.device, non_blocking=True) for view in batch]
 
     def batches(self, part: str, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
@@ -102,43 +135,47 @@ class Streamed:
         """
         folder = self.train if part == "train" else self.test
         transform = v2.Compose([v2.Resize(round(self.size * 8 / 7)), v2.CenterCrop(self.size), v2.PILToTensor()])
-        blocks = [list(range(i, min(i + 256, len(folder)))) for i in range(0, len(folder), 256)]
-        for x, y in self._loader(Decoded(folder, transform), blocks[rank::world]):
+        rows = list(range(len(folder)))[rank::world]
+        blocks = [rows[start : start + 256] for start in range(0, len(rows), 256)]
+        for x, y in loaded(Decoded(folder, transform), blocks, self.workers, self.device):
             yield self.normalise(x.to(self.device, non_blocking=True)), y.to(self.device)
 
-    def _loader(self, pictures: Dataset, order: list[list[int]]) -> DataLoader:
-        own = torch.Generator()  # the loader draws from it; the default generator is not its business
-        pin = self.device.type == "cuda"
-        return DataLoader(pictures, batch_sampler=order, num_workers=self.workers, pin_memory=pin, generator=own)
 
-
-def resident(root: Path, size: int, cache: Path, workers: int) -> tuple[Tensor, Tensor]:
+def resident(root: Path, size: int, cache: Path, workers: int, fingerprint: str) -> tuple[Tensor, Tensor]:
     """All pictures of `root` as one uint8 tensor (N, 3, size, size) on the CPU, and labels (N,) int64.
 
-    Shorter side to `size`, central square. Decoded once into `cache`; an interrupted decoding goes on. Stops
+    Shorter side to `size`, central square. Decoded once into a file in `cache`, named after `fingerprint`; whoever
+    comes while another process decodes waits for it, and an interrupted decoding goes on where its file ends. Stops
     (exit 2) where `cache` cannot be written.
     """
     folder = open_folder(root)
-    labels = torch.tensor(folder.targets)
-    path = cache / f"{root.name}-{size}-{digest(root.parent)[:12]}.npy"
-    part, progress = path.with_suffix(".part"), path.with_suffix(".progress")
+    path, shape = cache / f"{root.name}-{size}-{fingerprint[:12]}.npy", (len(folder), 3, size, size)
     if not path.exists():
-        shape = (len(folder), 3, size, size)
         try:
-            done = files.read_json(progress) if progress.exists() and part.exists() else 0
-            pixels = np.lib.format.open_memmap(part, "r+" if done else "w+", np.uint8, None if done else shape)
-        except OSError as error:
+            with open(path.with_suffix(".lock"), "w") as lock:
+                fcntl.lockf(lock, fcntl.LOCK_EX)
+                if not path.exists():
+                    decode(folder, path.with_suffix(".part"), shape, workers)
+                    os.replace(path.with_suffix(".part"), path)
+        except PermissionError as error:
             stop(f"--data: the decoded pictures cannot be written to {cache} ({error.strerror})")
-        transform = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.PILToTensor()])
-        blocks = [list(range(i, min(i + 256, len(folder)))) for i in range(done, len(folder), 256)]
-        loader = DataLoader(Decoded(folder, transform), batch_sampler=blocks, num_workers=workers)
-        bar = tqdm(zip(blocks, loader, strict=True), f"decoding {root}", len(blocks), disable=None, unit="block")
-        for number, (block, (pictures, _)) in enumerate(bar, 1):
-            pixels[block[0] : block[-1] + 1] = pictures.numpy()
-            if number % 40 == 0:
-                pixels.flush()
-                files.write_json(progress, block[-1] + 1)
-        pixels.flush()
-        os.replace(part, path)
-        progress.unlink(missing_ok=True)
-    return torch.from_numpy(np.load(path)), labels
+    return torch.from_numpy(np.load(path)), torch.tensor(folder.targets)
+
+
+def decode(folder: datasets.ImageFolder, part: Path, shape: tuple[int, ...], workers: int) -> None:
+    """Append the pictures that `part` lacks; a whole one is a .npy file of `shape`, uint8. Raises OSError."""
+    header = BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    start, one = len(header.getvalue()), int(np.prod(shape[1:]))
+    with open(part, "ab") as file:
+        done = (file.tell() - start) // one // 256 * 256 if file.tell() >= start else 0
+        file.truncate(start + done * one if file.tell() >= start else 0)
+        if file.seek(0, os.SEEK_END) == 0:
+            file.write(header.getvalue())
+        blocks = [list(range(i, min(i + 256, shape[0]))) for i in range(done, shape[0], 256)]
+        transform = v2.Compose([v2.Resize(shape[2]), v2.CenterCrop(shape[2]), v2.PILToTensor()])
+        made = loaded(Decoded(folder, transform), blocks, workers, torch.device("cpu"))
+        for pictures, _ in tqdm(made, f"decoding {part.stem}", len(blocks), disable=None, unit="block"):
+            file.write(pictures.numpy().tobytes())
+        file.flush()
+        os.fsync(file.fileno())

@@ -21,7 +21,7 @@ def held(folder: Path, rank: int = 0) -> Iterator[None]:
 
     The lock is a file beside the folder and dies with its process. Stops (exit 2) where another process has it.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()
     handlers = {number: signal.signal(number, interrupted) for number in (signal.SIGTERM, signal.SIGINT)}
     file = lock(folder) if rank == 0 else None
     try:
@@ -51,7 +51,9 @@ def lock(folder: Path) -> IO[str]:
         stop(f"--out {folder} cannot be written ({error.strerror}): choose another folder")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise
         file.seek(0)
         stop(f"{folder} is in use by {file.read().strip() or 'another process'}: wait for it or choose another folder")
     file.truncate(0)

@@ -14,7 +14,8 @@ from common import checkpoints, command, files, folders, glyphs
 from common.exits import stop
 
 GLYPHS = {"train": 5000, "test": 1000}
-NAMES = (*glyphs.PRESETS, "cifar10", "cifar100", "folder")
+CIFAR = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
+NAMES = (*glyphs.PRESETS, *CIFAR, "folder")
 
 
 class Images(NamedTuple):
@@ -39,9 +40,10 @@ class Images(NamedTuple):
         return self.train.device
 
     def batches(self, part: str, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """Normalised images (B, 3, S, S) and labels (B,) of `part` ("train", "test"): every world-th batch."""
+        """Normalised images (B, 3, S, S) and labels (B,) of `part` ("train", "test"): every world-th row."""
         pixels, labels = (self.train, self.train_labels) if part == "train" else (self.test, self.test_labels)
-        for x, y in list(zip(pixels.split(500), labels.split(500), strict=True))[rank::world]:
+        mine = slice(rank, None, world)
+        for x, y in zip(pixels[mine].split(500), labels[mine].split(500), strict=True):
             yield self.normalise(x), y
 
     def normalise(self, images: Tensor) -> Tensor:
@@ -55,18 +57,16 @@ def load(name: str, data: Path, size: int, device: torch.device, workers: int = 
 
     `size` (pixels) counts for image folders only, which are decoded once into one file.
     """
-    if name in glyphs.PRESETS:
-        (train, train_labels), (test, test_labels) = (cached_glyphs(name, part, data) for part in GLYPHS)
-        classes = glyphs.classes(name)
-    elif name in ("cifar10", "cifar100"):
-        (train, train_labels), (test, test_labels) = cifar(name, data, True), cifar(name, data, False)
-        classes = int(name[5:])
+    if name == "folder":
+        digest = folders.digest(data)
+        parts = [folders.resident(data / part, size, data, workers, digest) for part in ("train", "val")]
+        classes = int(parts[0][1].max()) + 1
     else:
-        (train, train_labels), (test, test_labels) = (
-            folders.resident(data / part, size, data, workers) for part in ("train", "val")
-        )
-        classes = int(train_labels.max()) + 1
-    digest = folders.digest(data) if name == "folder" else sha256(train, train_labels, test, test_labels)
+        drawn = name in glyphs.PRESETS
+        parts = [cached_glyphs(name, part, data) if drawn else cifar(name, data, part == "train") for part in GLYPHS]
+        digest = sha256(*parts[0], *parts[1])
+        classes = glyphs.classes(name) if drawn else int(name[5:])
+    (train, train_labels), (test, test_labels) = parts
     train, test = train.to(device), test.to(device)
     mean, deviation = channel_statistics(train)
     return Images(train, train_labels.to(device), test, test_labels.to(device), classes, mean, deviation, digest)
@@ -90,18 +90,10 @@ def cached_glyphs(name: str, part: str, data: Path) -> tuple[Tensor, Tensor]:
 
 def cifar(name: str, data: Path, train: bool) -> tuple[Tensor, Tensor]:
     """CIFAR through torchvision, whose checksums stand before its unpickling: (N, 3, 32, 32) uint8 and labels."""
-    kind, archive = (
-        (datasets.CIFAR10, "cifar-10-python.tar.gz")
-        if name == "cifar10"
-        else (datasets.CIFAR100, "cifar-100-python.tar.gz")
-    )
     try:
-        found = kind(str(data), train=train)
+        found = CIFAR[name](str(data), train=train)
     except RuntimeError:
-        stop(
-            f"{name} is not in {data}, or damaged: `make data` downloads it; "
-            f"where that fails put {archive} there and unpack it"
-        )
+        stop(f"{name} is not in {data}, or damaged: python -m common.images {name} --data {data} downloads it")
     return torch.from_numpy(np.ascontiguousarray(found.data.transpose(0, 3, 1, 2))), torch.tensor(found.targets)
 
 
@@ -127,15 +119,15 @@ def sha256(*tensors: Tensor) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Download what can be downloaded: `python -m common.images cifar10 cifar100 --data data`."""
     parser = command.Parser(main.__doc__)
-    parser.add_argument("names", nargs="+", choices=("cifar10", "cifar100"))
+    parser.add_argument("names", nargs="+", choices=tuple(CIFAR))
     parser.add_argument("--data", type=Path, default=Path("data"))
     args = parser.parse_args(argv)
     for name in args.names:
-        kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
         try:
-            kind(str(args.data), download=True)
+            CIFAR[name](str(args.data), download=True)
         except (OSError, RuntimeError) as error:
-            stop(f"{name} could not be downloaded ({error}): put {kind.filename} into {args.data} and run this again")
+            archive = CIFAR[name].filename
+            stop(f"{name} could not be downloaded ({error}): put {archive} into {args.data} and run this again")
         print(f"{name} is in {args.data}")
 
 

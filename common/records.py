@@ -57,7 +57,11 @@ def _read(folder: Path, arm: str, seed: int) -> Record:
             log.append(dict(json.loads(line)))
         except (ValueError, TypeError):  # a kill in the middle of the write
             notes.append(f"{name}: an unreadable line of train.jsonl is left out.")
-    flags = (folder / "flags").read_text(encoding="utf-8").strip() if (folder / "flags").exists() else ""
+    flags = (
+        (folder / "flags").read_text(encoding="utf-8").removeprefix("flags:").strip()
+        if (folder / "flags").exists()
+        else ""
+    )
     return Record(parts["metrics"], parts["args"] or {}, log, flags, notes)
 
 

@@ -110,15 +110,22 @@ class Run:
                 print(f"warning: {error}", file=sys.stderr)
                 continue
             if self.rank == 0:
-                lines = [line for line in read_log(self.folder) if line["epoch"] <= state["epoch"]]
+                lines = [line for line in self._log() if line["epoch"] <= state["epoch"]]
                 self._write_log(lines)
                 print(f"{self.name}: going on after epoch {state['epoch']} ({name})", flush=True)
             return state
-        if damage:
-            stop(f"no state of {self.folder} can be read: move the folder away to start again")
+        begun = self._log()
+        if damage or (begun and begun[-1]["epoch"] > 0):
+            stop(f"no state of {self.folder} can be read, though it has begun: move the folder away to start again")
         if self.rank == 0:
             self._write_log([])
         return None
+
+    def _log(self) -> list[dict[str, Any]]:
+        try:
+            return read_log(self.folder)
+        except files.Damaged as error:
+            stop(f"{error}: move the folder away to start again")
 
     def _write_log(self, lines: list[dict[str, Any]]) -> None:
         files.write_text(self.folder / "train.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
@@ -149,7 +156,8 @@ class Run:
         Looked for once an epoch, since asking the device at every step would make it wait: what the epoch did after
         its first bad step is thrown away, and the weights before it are kept.
         """
-        devices.barrier()
+        if self.rank:
+            return
         last = checkpoints.load(self.folder / "state.pt", device)
         print(
             f"{self.name}: diverged in epoch {epoch}; the weights of epoch {last['epoch']} are kept",

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from common import checkpoints, command, devices, draws, files, folders, probes, schedules
+from common import checkpoints, command, devices, draws, files, folders, images, probes, schedules
 from common.exits import stop
 from common.hold import held
 from common.run import read_log
@@ -86,6 +86,11 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], path: Path) -> None
     model.load_state_dict(state)
 
 
+def digest(module: nn.Module) -> str:
+    """sha256 over all tensors of a module."""
+    return images.sha256(*(tensor.detach().float().cpu() for tensor in module.state_dict().values()))
+
+
 def probe_at_full_size(
     model: SimSiam, data: folders.Streamed, folder: Path, width: int, precision: str, seed: int, *,
     epochs: int, batch: int, lr: float,
@@ -101,8 +106,14 @@ def probe_at_full_size(
     head.to(device)
     optimizer = torch.optim.SGD(head.parameters(), lr * batch / 256, momentum=0.9)
     first, path = 0, folder / "eval_state.pt"
-    if path.exists():
+    identity = digest(model.backbone)
+    try:
         state = checkpoints.load(path, device)
+    except FileNotFoundError:
+        state = {}
+    except files.Damaged as error:
+        stop(f"{error}: remove it to begin the probe again")
+    if state.get("features") == identity:  # else it is the probe of other weights
         head.load_state_dict(state["head"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["epoch"]
@@ -122,7 +133,8 @@ def probe_at_full_size(
             probes.scale_gradients_by_layer(list(head.parameters()))
             optimizer.step()
         if rank == 0:
-            checkpoints.save(path, {"head": head.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1})
+            done = {"head": head.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}
+            checkpoints.save(path, {**done, "features": identity})
     features, _, truth = represent(model, data, "test", precision)
     return 100.0 * (head(features).argmax(1) == truth).float().mean().item()
 
@@ -156,7 +168,10 @@ def finished_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def training_facts(folder: Path) -> dict[str, float | None]:
     """The keys that only training knows, from train.jsonl: its last line, and the untrained values of epoch 0."""
-    first, *epochs = read_log(folder)
+    try:
+        first, *epochs = read_log(folder)
+    except ValueError as error:
+        stop(f"{folder / 'train.jsonl'} is damaged or empty ({error}): train this run again")
     last = epochs[-1] if epochs else {}
     return {
         "train_loss": last.get("loss"),
@@ -192,10 +207,13 @@ def main(argv: list[str] | None = None) -> None:
         else:
             for part, state in official_weights(args.weights).items():
                 load_weights(getattr(model, part), state, args.weights)
-        metrics: dict[str, Any] = {**facts, **evaluate(model, data, arguments, args.held_out, args.folder)}
-        metrics["diverged"] = bool(saved and saved["diverged"])
+        metrics: dict[str, Any] = {**facts, "diverged": bool(saved and saved["diverged"])}
         if metrics["diverged"]:
             metrics |= dict.fromkeys(CLAIMS)
+        else:
+            metrics |= evaluate(model, data, arguments, args.held_out, args.folder)
+        if args.weights:
+            metrics["weights"] = f"{args.weights.name}, backbone sha256 {digest(model.backbone)}"
         metrics["seconds"] = facts.get("train_seconds", 0.0) + time.perf_counter() - started
         if rank == 0:
             files.write_json(args.folder / ("held_out.json" if args.held_out else "metrics.json"), metrics)

@@ -101,6 +101,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--runs", type=Path, required=True, help="folder of the arms")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--results", type=Path, required=True, help="where figures and tables go")
+    parser.add_argument("--reproduce", default="", help="the command that the page gives for this study")
     args = parser.parse_args(argv)
     if wrong := [contrast for contrast in args.contrasts if contrast.count(":") != 1]:
         stop(f"{wrong[0]!r} is no contrast: write arm:reference")
@@ -111,8 +112,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     question, published = QUESTIONS[args.study]
     design = studies.Study(
-        args.study, "SimSiam", args.scale, question, "", f'make {args.study} SCALE={args.scale} SEEDS="'
-        + " ".join(map(str, args.seeds)) + '"', "knn_accuracy", args.contrasts, [CONTROL], published, margin=MARGIN,
+        args.study, "SimSiam", args.scale, question, "", args.reproduce or f"make {args.study} SCALE={args.scale}",
+        "knn_accuracy", args.contrasts, [CONTROL], published, margin=MARGIN,
     )  # fmt: skip
     runs = records.read_runs(args.runs, design.arms, args.seeds)
     data, arguments = setting(runs)

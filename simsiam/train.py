@@ -224,7 +224,7 @@ def simsiam_loss(p: dict[int, Tensor], z: list[Tensor], pairs: Pairs, leak: floa
 
     ABLATION (stop-gradient): `leak` is the share of the target's gradient that passes; 0 is the paper's sg.
     """
-    targets = [leak * x + (1 - leak) * x.detach() for x in z]
+    targets = [leak * x + (1 - leak) * x.detach() for x in (x.float() for x in z)]
     return torch.stack([negative_cosine(p[a], targets[b]) for a, b in pairs]).mean()
 
 
@@ -296,6 +296,7 @@ def measure(bank: Sequence[Tensor], queries: Sequence[Tensor], classes: int, k: 
 
 def monitor(model: SimSiam, data: Data, k: int, precision: str) -> dict[str, float]:
     """`measure` on the training and the test set."""
+    devices.share_buffers(model)
     bank, queries = (represent(model, data, part, precision) for part in ("train", "test"))
     return measure(bank, queries, data.classes, k)
 
@@ -307,7 +308,7 @@ def untrained(model: SimSiam, made: Iterator[list[Tensor]], data: Data, k: int, 
     for views in itertools.islice(made, 20):
         with devices.autocast(precision, data.device):
             z = copied.projector(copied.backbone(views[0]))
-    return {"std_ratio_train_mode": spread.std_ratio(z), **monitor(copied, data, k, precision)}
+    return {"std_ratio_train_mode": spread.std_ratio(devices.gather_rows(z)), **monitor(copied, data, k, precision)}
 
 
 def build_optimizer(model: SimSiam, lr: float, weight_decay: float, predictor_schedule: str) -> torch.optim.Optimizer:
@@ -327,6 +328,7 @@ def train(
     def state() -> dict[str, Any]:
         return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
 
+    forward = devices.distribute(model, data.device)  # before the first measure: it may change batch norms
     saved = run.state(data.device)
     if saved is None:
         run.save(0, untrained(model, made(0), data, k, precision), state())
@@ -334,7 +336,6 @@ def train(
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
     first, steps = saved["epoch"] if saved else 0, data.examples // batch
-    forward = devices.distribute(model, data.device)
     if compiled:
         forward.compile()
 
@@ -358,7 +359,7 @@ def train(
         record = {
             "loss": mean_loss,
             "lr": optimizer.param_groups[0]["lr"],
-            "std_ratio_train_mode": spread.std_ratio(z[0].detach()),
+            "std_ratio_train_mode": spread.std_ratio(devices.gather_rows(z[0].detach())),
             "examples_per_second": steps * batch / seconds,
             "seconds": seconds,
             "peak_memory": devices.peak_memory(data.device),

@@ -2,13 +2,12 @@
 
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from common import files, folders, images
+from common import folders, images
 
 CPU = torch.device("cpu")
 
@@ -39,18 +38,29 @@ def test_a_folder_is_decoded_once_and_equals_its_pictures(pictures, tmp_path, mo
     assert normalised.mean().abs() < 1e-5 and (normalised.std() - 1).abs() < 1e-3
 
 
-def test_an_interrupted_decoding_goes_on(pictures, tmp_path):
+def test_an_interrupted_decoding_goes_on_where_its_file_ends(pictures, tmp_path, monkeypatch):
     data = copy_of(pictures, tmp_path)
-    whole, _ = folders.resident(data / "train", 32, tmp_path / "data", 0)
-    path = next(data.glob("train-32-*.npy"))
-    part = np.load(path)
-    part[10:] = 0
-    np.save(tmp_path / "part.npy", part)
+    for number in range(300):
+        shutil.copy(data / "train/red/0.png", data / f"train/red/more{number}.png")
+    whole, _ = folders.resident(data / "train", 32, data, 0, "a")
+    path, bytes_before = data / "train-32-a.npy", (data / "train-32-a.npy").read_bytes()
     path.unlink()
-    (tmp_path / "part.npy").rename(path.with_suffix(".part"))
-    files.write_json(path.with_suffix(".progress"), 10)
-    again, _ = folders.resident(data / "train", 32, tmp_path / "data", 0)
-    assert torch.equal(again, whole) and not list(data.glob("*.part")) and not list(data.glob("*.progress"))
+    path.with_suffix(".part").write_bytes(bytes_before[: 128 + 280 * 3072 + 7])  # 280 pictures and a bit
+    read = []
+    monkeypatch.setattr(
+        folders, "read", lambda folder, index, old=folders.read: read.append(index) or old(folder, index)
+    )
+    again, _ = folders.resident(data / "train", 32, data, 0, "a")
+    assert torch.equal(again, whole) and read == list(range(256, 348))
+    assert path.read_bytes() == bytes_before and not path.with_suffix(".part").exists()
+
+
+def test_train_and_val_must_hold_the_same_classes(pictures, tmp_path, capsys):
+    data = copy_of(pictures, tmp_path)
+    shutil.rmtree(data / "val/red")
+    with pytest.raises(SystemExit):
+        images.load("folder", data, 32, CPU)
+    assert "only one has ['red']" in capsys.readouterr().err
 
 
 def test_a_changed_folder_has_another_digest(pictures, tmp_path):
@@ -60,11 +70,14 @@ def test_a_changed_folder_has_another_digest(pictures, tmp_path):
     assert folders.digest(data) != before
 
 
-def test_a_broken_picture_is_named(pictures, tmp_path):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_picture_is_named(workers, pictures, tmp_path, capsys):
     data = copy_of(pictures, tmp_path)
     (data / "train/red/3.png").write_bytes(b"no picture")
-    with pytest.raises(RuntimeError, match=r"red/3\.png cannot be decoded"):
-        images.load("folder", data, 32, CPU)
+    with pytest.raises(SystemExit) as end:
+        images.load("folder", data, 32, CPU, workers)
+    printed = capsys.readouterr().err
+    assert end.value.code == 2 and "red/3.png cannot be decoded" in printed and printed.count("\n") == 1
 
 
 def test_glyphs_are_cached_whole_or_not_at_all(tmp_path, monkeypatch):

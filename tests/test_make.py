@@ -82,9 +82,27 @@ def test_seed_by_seed_then_nothing(house):
     assert runs(house.make("simsiam-predictor", "SEEDS=0 1 2")[1]) == [f"{arm}/2" for arm in arms]
 
 
+def test_other_seeds_are_drawn_again_from_the_same_runs(house):
+    house.make("simsiam-predictor", "SEEDS=0 1 2")
+    code, calls, _ = house.make("simsiam-predictor", "SEEDS=0 1")
+    assert code == 0 and runs(calls) == runs(calls, "eval") == [] and "--seeds 0 1 --results" in calls[-2]
+    house.edit("no-predictor:base frozen-predictor:base", "no-predictor:base")
+    assert "frozen" not in house.make("simsiam-predictor", "SEEDS=0 1")[1][0]
+
+
+def test_two_studies_asked_at_once_share_their_runs(house):
+    code, calls, _ = house.make("simsiam-predictor", "simsiam-stop-gradient", "SEEDS=0", "-j2")
+    assert code == 0 and sorted(runs(calls)) == sorted(set(runs(calls))) and len(runs(calls)) == 4
+
+
 def test_parallel_makes_the_same(house):
     code, calls, _ = house.make("simsiam", "SEEDS=0 1", "-j4")
     assert code == 0 and len(runs(calls)) == len(set(runs(calls))) == 18
+    second = next(number for number, call in enumerate(calls) if "--seed 1" in call)
+    assert (
+        sum("eval.py" in call for call in calls[:second]) == 9
+        and sum("plot.py" in call for call in calls[:second]) == 4
+    )
     assert house.make("simsiam", "SEEDS=0 1", "-j4")[:2] == (0, [])
 
 

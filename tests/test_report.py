@@ -45,7 +45,7 @@ def run(root, arm, seed, knn, control=20.0, source="a" * 64, device="cpu", **met
     (folder / "args.json").write_text(json.dumps({"arguments": arguments, "provenance": provenance}))
     lines = [{"epoch": epoch, "knn": epoch * (knn or 1.0), "loss": -epoch} for epoch in range(3)]
     (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "flags").write_text(f"--{arm}\n")
+    (folder / "flags").write_text(f"flags: --{arm}\n")
     found = {"knn": knn, "spread": 0.5 + seed / 10, "loss": -0.5, "untrained_knn": control} | metrics
     found = dict.fromkeys(found) if knn is None else found
     (folder / "metrics.json").write_text(json.dumps(found | {"diverged": knn is None, "seconds": 36.0}))

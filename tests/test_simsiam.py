@@ -196,11 +196,12 @@ def test_no_two_arms_resolve_to_equal_arguments():
 
 
 def test_every_flag_is_read():
+    """By main or the constructor; and none is read that does not exist."""
     source = (ROOT / "simsiam/train.py").read_text()
-    body = source[source.index("def main") :] + source[source.index("names = (") : source.index("return SimSiam(")]
-    body += 'args["channels_last"]' if 'args["channels_last"]' in source else ""
-    missing = [name for name in vars(train.parse_args([])) if not re.search(rf"\b{name}\b", body)]
-    assert missing == []
+    read = set(re.findall(r"args\.(\w+)", source[source.index("def main") :]))
+    read |= set(re.findall(r'args\["(\w+)"\]', source))
+    read |= set(re.findall(r'"(\w+)"', re.search(r"names = \((.*)\)", source).group(1)))
+    assert read == set(vars(train.parse_args([])))
 
 
 @pytest.mark.parametrize(
@@ -217,7 +218,7 @@ def test_every_flag_is_read():
         (["--scale", "gpu"], "--scale demo"),
         (["--device", "cuda"], "no such CUDA GPU"),
         (["--device", "gpu"], "no device"),
-        (["--data-set", "cifar10", "--data", "nowhere"], "make data"),
+        (["--data-set", "cifar10", "--data", "nowhere"], "common.images cifar10"),
         (["--data-set", "folder", "--data", "nowhere"], "no folder of class folders"),
         (["--batch", "6000"], "5000 training images"),
     ],
@@ -333,27 +334,49 @@ def test_again_is_refused_finished_or_moved_aside(finished, pictures, tmp_path, 
     assert (out / "model.pt").read_bytes() != before
 
 
-def test_killed_at_any_moment_a_run_ends_with_the_same_bits(finished, pictures, tmp_path):
-    """SIGKILL twice at moments that differ by run, once more right at the start; then to the end."""
-    out = tmp_path / "a folder with späces" / "0"
-    command = [sys.executable, str(ROOT / "simsiam/train.py"), *tiny(out, pictures)]
-    for wait in (0.05, 0.4):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
-        limit = time.monotonic() + 60
-        while not (out / "state.pt").exists() and process.poll() is None and time.monotonic() < limit:
-            time.sleep(0.005)
-        time.sleep(wait)
+def test_killed_at_any_moment_a_run_ends_with_the_same_bits(pictures, tmp_path):
+    """SIGKILL in the first epochs, and again in later ones; then to the end in this process."""
+    straight, out = tmp_path / "straight" / "0", tmp_path / "a folder with späces" / "0"
+    train.main(tiny(straight, pictures, "--epochs", "12"))
+    command = [sys.executable, str(ROOT / "simsiam/train.py"), *tiny(out, pictures, "--epochs", "12")]
+    for epochs in (1, 5):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={"PYTHONPATH": str(ROOT)})
+        log, limit = out / "train.jsonl", time.monotonic() + 100
+        while not (log.exists() and log.read_text().count("\n") > epochs) and time.monotonic() < limit:
+            time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
-        process.wait()
-    train.main(tiny(out, pictures))
-    expected, found = (checkpoints.load(run / "model.pt") for run in (finished / "base/0", out))
-    assert expected["model"].keys() == found["model"].keys()
-    assert all(torch.equal(found["model"][name], tensor) for name, tensor in expected["model"].items())
-    evaluate.main([str(out)])
-    metrics = [json.loads((run / "metrics.json").read_text()) for run in (finished / "base/0", out)]
-    for name in ("seconds", "examples_per_second", "peak_memory", "train_seconds", "commit", "dirty"):
-        assert all(one.pop(name, 1) is not None for one in metrics)
+        assert process.wait() == -signal.SIGKILL and not (out / "model.pt").exists()
+    train.main(tiny(out, pictures, "--epochs", "12"))
+    expected, found = (checkpoints.load(run / "model.pt")["model"] for run in (straight, out))
+    assert expected.keys() == found.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    metrics = []
+    for run in (straight, out):
+        evaluate.main([str(run)])
+        metrics.append(json.loads((run / "metrics.json").read_text()))
+        for name in ("seconds", "examples_per_second", "peak_memory", "train_seconds", "commit", "dirty"):
+            metrics[-1].pop(name)
     assert metrics[0] == metrics[1]
+
+
+def test_sigterm_ends_with_the_code_for_go_on(pictures, tmp_path):
+    command = [sys.executable, str(ROOT / "simsiam/train.py"), *tiny(tmp_path / "run", pictures, "--epochs", "500")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               env={"PYTHONPATH": str(ROOT)})  # fmt: skip
+    limit = time.monotonic() + 100
+    while not (tmp_path / "run/state.previous.pt").exists() and time.monotonic() < limit:
+        time.sleep(0.01)
+    process.terminate()
+    printed = process.communicate()[1]
+    assert process.returncode == 75 and "the same command goes on" in printed and "Traceback" not in printed
+
+
+def test_the_predictors_rate_follows_its_own_schedule(finished, pictures, tmp_path):
+    train.main(tiny(tmp_path / "run", pictures, "--predictor-schedule", "cosine"))
+    cosine, constant = (checkpoints.load(run / "model.pt")["model"] for run in (tmp_path / "run", finished / "base/0"))
+    assert not torch.equal(cosine["predictor.0.weight"], constant["predictor.0.weight"])
+    groups = train.build_optimizer(small(), 0.1, 0.0, "constant").param_groups
+    assert [group["schedule"] for group in groups] == ["cosine", "constant"]
+    assert [weight.shape for weight in groups[1]["params"]] == [w.shape for w in small().predictor.parameters()]
 
 
 def test_a_damaged_state_falls_back_and_two_stop(finished, pictures, tmp_path, capsys, monkeypatch):
