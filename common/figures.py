@@ -6,6 +6,7 @@ which colour-blind readers can tell apart; dashes help where a print has no colo
 
 import io
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,6 +96,11 @@ def _reference_lines(axis: Axes, lines: Mapping[str, float], vertical: bool) -> 
         axis.annotate(label, xytext=(0, 3) if vertical else (3, 0), textcoords="offset points", **place, **SMALL)
 
 
+def _caption(figure: Figure, text: str) -> None:
+    """Small print under the panels, broken to the figure's width (about 14 characters an inch)."""
+    figure.supxlabel(textwrap.fill(text, int(14 * figure.get_figwidth())), x=0.01, ha="left", **SMALL)
+
+
 def curves(panels: Sequence[Curves], arms: Sequence[str], reference: str, caption: str = "") -> Figure:
     """Panels side by side (two columns if more than three): mean line over seeds, band from low to high.
 
@@ -123,7 +129,7 @@ def curves(panels: Sequence[Curves], arms: Sequence[str], reference: str, captio
             text = "Line: mean over seeds; band: lowest to highest seed. "
         if any(len({len(x) for x, _ in found}) > 1 for found in seeds):
             text += "Thin line: a seed that stopped early. "
-        figure.supxlabel(text + caption, x=0.01, ha="left", **SMALL)
+        _caption(figure, text + caption)
     return figure
 
 
@@ -170,7 +176,7 @@ def dots(
         if all(len(found) < 2 for panel in panels for found in panel.values.values()):
             text = "One training seed: no interval"
         marks = f"; hollow: {hollow}. " if any(panel.hollow for panel in panels) else ". "
-        figure.supxlabel(text + marks + caption, x=0.01, ha="left", **SMALL)
+        _caption(figure, text + marks + caption)
     return figure
 
 

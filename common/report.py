@@ -136,7 +136,8 @@ def write(folder: Path, title: str, studies: Sequence[str], command: str) -> lis
 </head>
 <body>
 <h1>{escape(title)}</h1>
-<p>{lead} Differences with Welch's 95 % intervals over training seeds; data and split are fixed.</p>
+<p>{lead} Differences with Welch's 95 % intervals over training seeds; data and split are fixed.
+Published values are the papers' own, on their data and at their length: not to be compared with ours in size.</p>
 {table(rows, links=True)}
 {"".join(sections)}
 </body>

@@ -7,6 +7,7 @@ Reads the runs' metrics.json and train.jsonl, computes nothing new, and draws wh
 
 import argparse
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from common import command, figures, records, studies, tables
@@ -23,7 +24,7 @@ QUESTIONS = {  # study: (the plan's question, what the paper publishes)
     ),
     "simsiam-projector": ("What does the projector contribute?", "none published"),
     "simsiam-symmetric-loss": (
-        "What does the symmetric loss contribute beyond twice the comparisons?",
+        "What does the symmetric loss contribute, and is it more than twice the comparisons?",
         "linear 68.1 symmetric, 64.8 asymmetric, 67.3 asymmetric with two pairs an image (section 4.6; ImageNet, "
         "ResNet-50, 100 epochs)",
     ),
@@ -67,12 +68,11 @@ def curve_panels(runs: records.Runs, batch: int) -> list[figures.Curves]:
     collapsed state is one outlier a batch, 2 √((1/B)(1 - 1/B)). Features without a projector are not negative and
     cannot reach 1, so they are compared with their own untrained value.
     """
-    isotropic = {"1/√d": 1.0}
+    isotropic = {"isotropic": 1.0}
     bare = {
-        f"{arm}\nuntrained": metrics["untrained_std_ratio"]
+        f"{arm}\nuntrained": mean(records.values(runs, arm, "untrained_std_ratio").values())
         for arm, by_seed in runs.items()
-        for run in list(by_seed.values())[:1]
-        if (metrics := run.metrics) and run.args["arguments"]["projector"] == "none"
+        if any(run.metrics and run.args["arguments"]["projector"] == "none" for run in by_seed.values())
     }
     floor = {"collapse": 2 * (1 / batch * (1 - 1 / batch)) ** 0.5}
     titles = {"loss": ("training loss", {}), "knn_accuracy": ("kNN accuracy (%)", {})}
