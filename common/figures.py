@@ -167,6 +167,7 @@ def dots(
             axis.tick_params(axis="y", length=0)
             axis.grid(axis="x", color="#E5E5E5", linewidth=0.8)
             axis.margins(x=0.08)
+            axis.locator_params(axis="x", nbins=4)
             for place, arm in enumerate(arms):
                 _interval(axis, place, panel.values.get(arm, []), style[arm]["color"])
                 if marked := panel.hollow.get(arm):
