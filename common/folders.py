@@ -129,7 +129,7 @@ class Streamed:
             yield [view.to(self.device, non_blocking=True) for view in batch]
 
     def batches(self, part: str, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """Normalised test views and labels of `part` ("train", "test"), in order; every world-th batch.
+        """Normalised test views and labels of `part` ("train", "test"): every world-th row.
 
         The test view is the paper's: shorter side to 8/7 of the size (256 for 224), then the central square.
         """
