@@ -20,6 +20,7 @@ simsiam-projector         := no-projector:base projector-bn:base $(if $(filter p
 simsiam-symmetric-loss    := asymmetric:base asymmetric-2x:base
 # (At paper scale narrow would be base: 2048 is ResNet-50's own width.)
 
+simsiam.rehearsal := --rehearse 20
 simsiam.data.gpu := $(if $(findstring --data-set,$(EXTRA)),,cifar-10-batches-py)
 
 # ------------------------------------------------------------------------------------------------- what can be set
@@ -29,8 +30,10 @@ SEEDS  ?= 0 1 2 3 4
 DEVICE ?= auto
 DATA   ?= data
 EXTRA  ?=
+GPUS   ?=
 LAUNCH ?=
 PYTHON ?=
+HOURS  ?= 8
 RUNS    := runs/$(SCALE)
 RESULTS ?= $(if $(EXTRA)$(subst x0 1 2 3 4x,,x$(strip $(SEEDS))x),$(RUNS)/report,results/$(SCALE))
 # (So what is committed, the seeds 0 to 4 without EXTRA, is never touched by a try.)
@@ -47,6 +50,7 @@ MAKEFLAGS += --no-builtin-rules
 STUDIES := $(foreach paper,$(PAPERS),$($(paper)))
 VENV := $(if $(PYTHON),,.venv/installed)
 RUN_PYTHON := $(if $(PYTHON),$(PYTHON),python)
+START = $(if $(GPUS),$(RUN_PYTHON) -m common.slots "$(GPUS)" )$(LAUNCH) $(RUN_PYTHON)
 export PATH := $(if $(PYTHON),,$(CURDIR)/.venv/bin:)$(PATH)
 export PYTHONPATH := $(if $(PYTHON),$(CURDIR):)$(PYTHONPATH)
 
@@ -60,11 +64,11 @@ flags-of  = $(strip flags: $($1.$2) $(EXTRA))
 define RUN
 $(RUNS)/$1/$2/$3/model.pt: $(if $(subst x$(call flags-of,$1,$2)x,,x$(file <$(RUNS)/$1/$2/$3/flags)x),FORCE) \
 		| $(VENV) $(addprefix $(DATA)/,$($1.data.$(SCALE)))
-	$(LAUNCH) $(RUN_PYTHON) $1/train.py --scale $(SCALE) --out $(RUNS)/$1/$2/$3 --seed $3 --device $(DEVICE) \
+	$(START) $1/train.py --scale $(SCALE) --out $(RUNS)/$1/$2/$3 --seed $3 --device $(DEVICE) \
 		--data $(DATA) --replace $($1.$2) $(EXTRA)
 	@echo '$(call flags-of,$1,$2)' >$(RUNS)/$1/$2/$3/flags
 $(RUNS)/$1/$2/$3/metrics.json: $(RUNS)/$1/$2/$3/model.pt
-	$(LAUNCH) $(RUN_PYTHON) $1/eval.py $(RUNS)/$1/$2/$3 --device $(DEVICE) --data $(DATA)
+	$(START) $1/eval.py $(RUNS)/$1/$2/$3 --device $(DEVICE) --data $(DATA)
 # All files are written whole or not at all: make must not delete one because it was interrupted just then.
 .PRECIOUS: $(RUNS)/$1/$2/$3/model.pt $(RUNS)/$1/$2/$3/metrics.json
 endef
@@ -92,7 +96,7 @@ FORCE: ;
 
 # A study, a paper, everything: a make for each seed (in a single parallel one the first evaluation would wait for the
 # last training), then the page; after a failure what there is. $1 studies.
-.PHONY: $(STUDIES) $(PAPERS) all demo report page seed
+.PHONY: $(STUDIES) $(PAPERS) all demo report page seed rehearsal cost evening
 ifndef ASKED
 .NOTPARALLEL: # several goals one after the other: they may share runs
 endif
@@ -120,13 +124,44 @@ demo:
 	@+$(MAKE) --no-print-directory all SCALE=demo SEEDS=0 DEVICE=cpu RESULTS=runs/demo/report \
 		$(if $(findstring -j,$(MAKEFLAGS)),,-j$(shell getconf _NPROCESSORS_ONLN))
 
+# Every arm takes a few real steps, is evaluated and drawn, in a folder of its own.
+REHEARSAL := runs/rehearsal/$(SCALE)
+rehearse = $(MAKE) --no-print-directory SEEDS=0 RUNS=$(REHEARSAL) RESULTS=$(REHEARSAL)/report
+rehearsal:
+	@rm -rf $(REHEARSAL)
+	@+code=0; $(foreach paper,$(PAPERS),$(rehearse) $(paper) EXTRA="$(strip $($(paper).rehearsal) $(EXTRA))" || code=$$?;) \
+		$(cost) || code=$$?; exit $$code
+
+# Hours: those of finished runs, else what a rehearsal tells (with EXTRA always, since finished runs may have had other).
+comma := ,
+space := $(subst ,, )
+cost = $(RUN_PYTHON) -m common.cost $(REHEARSAL) \
+	$(foreach study,$(STUDIES),$(study)=$(subst $(space),$(comma),$(strip $($(study))))) --seeds $(SEEDS)
+known = $(cost) $(if $(EXTRA),,--runs $(RUNS))
+unknown = $(foreach arm,$(sort $(foreach study,$($1),$(call arms-of,$(study)))),$(if $(if $(EXTRA),,$(wildcard \
+	$(RUNS)/$1/$(arm)/[0-9]*/metrics.json)),,$(REHEARSAL)/$1/$(arm)/0/metrics.json))
+rehearse-unknown = $(foreach paper,$(PAPERS),$(if $(call unknown,$(paper)),$(rehearse) $(call \
+	unknown,$(paper)) EXTRA="$(strip $($(paper).rehearsal) $(EXTRA))" &&))
+cost: | $(VENV)
+	@+$(rehearse-unknown) $(known)
+
+# The first contrast of each study over three seeds, the cheapest first, as far as HOURS go.
+evening: | $(VENV)
+	@+$(rehearse-unknown) chosen=$$($(known) --seeds 0 1 2 --fitting $(HOURS)); \
+	echo "in $(HOURS) hours: $${chosen:-nothing fits}"; code=0; for one in $$chosen; do \
+		$(MAKE) --no-print-directory $${one%%=*} "$$one" SEEDS="0 1 2" || code=$$?; done; exit $$code
+
 # ------------------------------------------------------------------------------------------------- the rest
 
 .PHONY: help test lint doctor bench data
 help:
 	@echo 'make demo                    every study once, small, on the CPU; the page is runs/demo/report/index.html'
-	@echo 'make STUDY | PAPER | all     SCALE=gpu|demo|paper SEEDS="0 1 2 3 4" DEVICE=auto EXTRA= LAUNCH= PYTHON= RESULTS='
+	@echo 'make STUDY | PAPER | all     SCALE=gpu|demo|paper SEEDS="0 1 2 3 4" DEVICE=auto DATA=data EXTRA= GPUS= LAUNCH='
+	@echo '                             PYTHON= RESULTS='
 	@echo 'make report                  draws what there is; make -n STUDY shows what would run'
+	@echo 'make rehearsal               every arm of a SCALE: a few real steps, evaluated and drawn; memory and speed'
+	@echo 'make cost                    hours of every arm and study, from finished runs or a rehearsal'
+	@echo 'make evening                 the first contrasts over 3 seeds, cheapest first, that fit HOURS=8'
 	@echo 'make test lint doctor bench data'
 	@$(foreach paper,$(PAPERS),echo; echo '$(paper)'; $(foreach study,$($(paper)),echo '  $(study): $($(study))';) \
 		$(foreach arm,$(sort $(foreach study,$($(paper)),$(call arms-of,$(study)))),printf '    %-20s %s\n' \

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from common.exits import stop
 from common.files import Damaged, write_bytes
 
 
@@ -36,3 +38,14 @@ def load(path: Path, device: torch.device | str = "cpu") -> Any:
         raise Damaged(
             f"{path} cannot be read ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
         ) from None
+
+
+def fit(model: nn.Module, state: dict[str, Tensor], source: Path | str) -> None:
+    """load_state_dict; stops (exit 2) with the first names that are missing, extra or of another shape."""
+    own = model.state_dict()
+    wrong = [name for name in own if name not in state or state[name].shape != own[name].shape]
+    wrong += [name for name in state if name not in own]
+    if wrong:
+        stop(f"{source} does not fit this network: {len(wrong)} tensors missing, extra or of other shape, the first: "
+             f"{', '.join(wrong[:3])}")  # fmt: skip
+    model.load_state_dict(state)

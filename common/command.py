@@ -41,6 +41,7 @@ def run_flags(parser: Parser) -> argparse._ArgumentGroup:
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     run.add_argument("--threads", type=whole(1), default=1, help="CPU threads; equal bits need equal threads")
     run.add_argument("--replace", action="store_true", help="move a run with other flags aside instead of refusing")
+    run.add_argument("--rehearse", type=whole(1), help="two epochs of this many steps, measured on as few examples")
     data = parser.add_argument_group("data")
     data.add_argument("--data", type=Path, default=Path("data"), help="where data sets lie and caches go")
     return data

@@ -3,6 +3,8 @@
 import atexit
 import os
 import resource
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common.exits import stop
+from common.provenance import SHARED
 
 
 def choose(name: str, scale: str) -> torch.device:
@@ -82,6 +85,12 @@ def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
+def finite_on_all_ranks(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether every floating-point number of `tensors` is finite, on every rank. Asks the device once."""
+    found = [tensor.isfinite().all() for tensor in tensors if tensor.is_floating_point()]
+    return bool(mean_over_ranks(torch.stack(found).all().float()) == 1)
+
+
 def share_buffers(model: nn.Module) -> None:
     """Give every rank the buffers of rank 0 (running statistics, which plain batch norms keep per rank)."""
     if dist.is_initialized():
@@ -113,6 +122,19 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextmanager
+def memory_for(device: torch.device, now: str, instead: str) -> Iterator[None]:
+    """Answer a lack of memory with one sentence (exit 2): the peak, what was asked (`now`), what to try (`instead`)."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch has no class of its own for a CPU's lack of memory
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        peak, others = peak_memory(device) / 2**30, int(os.environ.get(SHARED, "1")) - 1
+        shared = f", while up to {others} other runs share the GPU (GPUS packs fewer)" if others else ""
+        stop(f"out of memory on {device} with {now}: {peak:.1f} GiB held at most{shared}. {instead}")
 
 
 def facts(device: torch.device) -> dict[str, object]:

@@ -1,5 +1,6 @@
 """Image folders (`train/<class>/*`, `val/<class>/*`): decoded once to live on the device, or read by workers."""
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -17,7 +18,8 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from common import draws
-from common.exits import stop
+from common.exits import DISK, INTERRUPTED, USER, stop
+from common.files import FULL
 
 
 def open_folder(root: Path) -> datasets.ImageFolder:
@@ -100,6 +102,11 @@ def loaded(pictures: Dataset, order: list[list[int]], workers: int, device: torc
         yield from loader
     except Undecodable as error:  # a worker's comes with its traceback before the message
         stop(f"{str(error).strip().splitlines()[-1].split('Undecodable: ')[-1]}: restore or remove that file")
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        stop(f"a process that decodes pictures died ({str(error).splitlines()[0]}): too little memory or /dev/shm? "
+             "Fewer --workers need less; what was saved stands, the same command goes on", INTERRUPTED)  # fmt: skip
 
 
 def leave_interrupts_to_the_parent(worker: int) -> None:
@@ -116,6 +123,14 @@ class Streamed:
         self.examples, self.classes, self.digest = len(self.train), len(self.train.classes), digest(data)
         self.mean = torch.tensor([0.485, 0.456, 0.406], device=device).view(3, 1, 1)  # of ImageNet
         self.deviation = torch.tensor([0.229, 0.224, 0.225], device=device).view(3, 1, 1)
+
+    def few(self, count: int) -> "Streamed":
+        """The same with at most `count` training and test pictures, drawn from the data seed."""
+        for part in (self.train, self.test):
+            rows = draws.permutation(draws.DATA_SEED, "few", 0, len(part), "cpu")[:count].tolist()
+            part.samples, part.targets = [part.samples[row] for row in rows], [part.targets[row] for row in rows]
+        self.examples = len(self.train)
+        return self
 
     def normalise(self, images: Tensor) -> Tensor:
         """Scale uint8 images (..., 3, S, S) to [0, 1] and normalise them by ImageNet's channel statistics."""
@@ -146,7 +161,7 @@ def resident(root: Path, size: int, cache: Path, workers: int, fingerprint: str)
 
     Shorter side to `size`, central square. Decoded once into a file in `cache`, named after `fingerprint`; whoever
     comes while another process decodes waits for it, and an interrupted decoding goes on where its file ends. Stops
-    (exit 2) where `cache` cannot be written.
+    (exit 2) where `cache` cannot be written, or that file is damaged.
     """
     folder = open_folder(root)
     path, shape = cache / f"{root.name}-{size}-{fingerprint[:12]}.npy", (len(folder), 3, size, size)
@@ -157,9 +172,14 @@ def resident(root: Path, size: int, cache: Path, workers: int, fingerprint: str)
                 if not path.exists():
                     decode(folder, path.with_suffix(".part"), shape, workers)
                     os.replace(path.with_suffix(".part"), path)
-        except PermissionError as error:
-            stop(f"--data: the decoded pictures cannot be written to {cache} ({error.strerror})")
-    return torch.from_numpy(np.load(path)), torch.tensor(folder.targets)
+        except OSError as error:
+            stop(f"--data: the decoded pictures cannot be written to {cache} ({error.strerror}): free or writable "
+                 "space is needed there", DISK if error.errno in FULL - {errno.EROFS} else USER)  # fmt: skip
+    try:
+        pixels = np.load(path)
+    except ValueError as error:
+        stop(f"{path} is damaged ({error}): remove it, and it is decoded again")
+    return torch.from_numpy(pixels), torch.tensor(folder.targets)
 
 
 def decode(folder: datasets.ImageFolder, part: Path, shape: tuple[int, ...], workers: int) -> None:

@@ -13,13 +13,18 @@ from types import FrameType
 from typing import IO
 
 from common.exits import DISK, INTERRUPTED, stop
+from common.files import FULL
+
+# What a disk or its owner can do to a run that has begun, too many open files included.
+TROUBLE = FULL | {errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE}
 
 
 @contextmanager
 def held(folder: Path, rank: int = 0) -> Iterator[None]:
-    """Hold `folder` alone, and turn SIGTERM, SIGINT and a full disk into exit codes while it is held.
+    """Hold `folder` alone, and turn SIGTERM, SIGINT and the disk's errors into exit codes while it is held.
 
-    The lock is a file beside the folder and dies with its process. Stops (exit 2) where another process has it.
+    The lock is a file beside the folder and dies with its process, whatever becomes of that process's workers.
+    What a killed process left half-written is removed. Stops (exit 2) where another process has the lock.
     """
     folder = Path(folder).absolute()
     handlers = {number: signal.signal(number, interrupted) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -27,9 +32,10 @@ def held(folder: Path, rank: int = 0) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        if error.errno not in TROUBLE:
             raise
-        stop(f"{folder}: {error.strerror}; what was saved stands, the same command goes on", DISK)
+        named = error.filename or folder
+        stop(f"{named}: {error.strerror}; what was saved stands: mend that, and the same command goes on", DISK)
     finally:
         if file:
             file.close()
@@ -56,6 +62,8 @@ def lock(folder: Path) -> IO[str]:
             raise
         file.seek(0)
         stop(f"{folder} is in use by {file.read().strip() or 'another process'}: wait for it or choose another folder")
+    for part in folder.glob(".*.part"):
+        part.unlink()
     file.truncate(0)
     file.write(f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
     file.flush()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchvision import datasets
 
-from common import checkpoints, command, files, folders, glyphs
+from common import checkpoints, command, draws, files, folders, glyphs
 from common.exits import stop
 
 GLYPHS = {"train": 5000, "test": 1000}
@@ -38,6 +38,16 @@ class Images(NamedTuple):
     @property
     def device(self) -> torch.device:
         return self.train.device
+
+    def few(self, count: int) -> "Images":
+        """The same with at most `count` training and test images, drawn from the data seed."""
+
+        def cut(*parts: Tensor) -> list[Tensor]:
+            rows = draws.permutation(draws.DATA_SEED, "few", 0, len(parts[0]), "cpu")[:count].to(self.device)
+            return [part[rows] for part in parts]
+
+        (train, train_labels), (test, test_labels) = cut(*self[:2]), cut(*self[2:4])
+        return self._replace(train=train, train_labels=train_labels, test=test, test_labels=test_labels)
 
     def batches(self, part: str, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """Normalised images (B, 3, S, S) and labels (B,) of `part` ("train", "test"): every world-th row."""
@@ -78,7 +88,7 @@ def cached_glyphs(name: str, part: str, data: Path) -> tuple[Tensor, Tensor]:
     try:
         cached = checkpoints.load(path)
         return cached["images"], cached["labels"]
-    except (FileNotFoundError, files.Damaged):
+    except (OSError, files.Damaged, KeyError, TypeError):
         images, labels = glyphs.glyphs(name, GLYPHS[part], part)
     try:
         data.mkdir(parents=True, exist_ok=True)

@@ -50,7 +50,8 @@ def _read(folder: Path, arm: str, seed: int) -> Record:
         except FileNotFoundError:
             pass
         except (ValueError, TypeError, OSError):
-            notes.append(f"{name}: {part}.json cannot be read.")
+            mend = ": delete it, and make evaluates the run again" if part == "metrics" else ""
+            notes.append(f"{name}: {part}.json cannot be read{mend}.")
     path = folder / "train.jsonl"
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
@@ -113,6 +114,9 @@ def notes(runs: Runs, metrics: Iterable[str]) -> list[str]:
         for name in sorted({name for one in arguments for name in one} - PLACES - {"seed"}):
             if len(told := sorted({str(one.get(name)) for one in arguments})) > 1:
                 result.append(f"{arm}: its seeds differ in --{name.replace('_', '-')} ({', '.join(told)}).")
+    packed = [run.args.get("provenance", {}).get("runs_on_this_gpu", 1) for by in runs.values() for run in by.values()]
+    if most := max([one for one in packed if one > 1], default=0):
+        result.append(f"Up to {most} runs shared a GPU: speeds and seconds are not those of a run alone.")
     for key, value in provenance(runs).items():
         if key in FACTS and isinstance(value, list):
             shown = ", ".join(str(one)[: 12 if key in ("source", "data") else None] for one in value)

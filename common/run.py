@@ -9,11 +9,8 @@ with held(out):                                  # locked; signals and a full di
     run.finish({"model": ...})                   # model.pt; the states go
 """
 
-import hashlib
 import json
 import os
-import shutil
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +22,7 @@ from tqdm import tqdm
 from common import checkpoints, devices, files
 from common.command import PLACES
 from common.exits import stop
+from common.provenance import script_facts
 
 
 class Run:
@@ -38,6 +36,7 @@ class Run:
         self.folder, self.rank, self.source = Path(out), rank, Path(source)
         self.name = "/".join(self.folder.parts[-2:])
         self.arguments = json.loads(json.dumps(dict(arguments), default=str))
+        self.what = {name: value for name, value in self.arguments.items() if name not in PLACES}
         if rank == 0:
             self._make_room(replace)
         devices.barrier()
@@ -69,85 +68,83 @@ class Run:
         """`--flag old -> new` for every flag in which the run in this folder differs."""
         if not (self.folder / "args.json").exists():
             return []
-        try:
-            old = files.read_json(self.folder / "args.json")["arguments"]
-        except files.Damaged as error:
-            stop(f"{error}: move the folder away")
-        names = sorted((set(old) | set(self.arguments)) - PLACES)
+        old = {name: value for name, value in read_arguments(self.folder)[0].items() if name not in PLACES}
         return [
-            f"--{name.replace('_', '-')} {old.get(name)} -> {self.arguments.get(name)}"
-            for name in names
-            if old.get(name) != self.arguments.get(name)
+            f"--{name.replace('_', '-')} {old.get(name)} -> {self.what.get(name)}"
+            for name in sorted({*old, *self.what})
+            if old.get(name) != self.what.get(name)
         ]
 
     def begin(self, provenance: Mapping[str, Any]) -> None:
         """Write args.json, or check that the run to go on with began on the same data, device and ranks."""
         if self.rank:
             return
-        path = self.folder / "args.json"
+        path, facts = self.folder / "args.json", script_facts(self.source)
         if not path.exists():
-            facts = {**provenance, **source_facts(self.source)}
-            files.write_json(path, {"arguments": self.arguments, "provenance": facts})
+            files.write_json(path, {"arguments": self.arguments, "provenance": {**provenance, **facts}})
             return
-        old = files.read_json(path)["provenance"]
-        for name, value in provenance.items():
+        old = read_arguments(self.folder)[1]
+        for name, value in {**provenance, "script": facts["script"]}.items():
             if old.get(name) != value:
                 stop(f"{self.folder} began with {name} {old.get(name)}, now it is {value}: go on as it began, "
                      "or choose another --out")  # fmt: skip
-        if old.get("source") != source_facts(self.source)["source"]:
+        if old.get("source") != facts["source"]:
             print(f"warning: {self.source.name} has changed since {self.folder} began", file=sys.stderr)
 
     def state(self, device: torch.device) -> dict[str, Any] | None:
-        """The last saved state, or None in a fresh run. The log is cut back to it."""
-        damage = []
-        for name in ("state.pt", "state.previous.pt"):
+        """The last saved state, or None in a fresh run. The log is cut back to it.
+
+        Stops (exit 2) where a run has begun and none of its states can be used: it never begins again in silence.
+        """
+        state, damaged = self._newest(device)
+        begun = self._log()
+        if state is None and (damaged or any(line["epoch"] > 0 for line in begun)):
+            stop(f"no state of {self.folder} can be used, though it has begun: move the folder away to start again")
+        if self.rank == 0:
+            kept = [line for line in begun if state and line["epoch"] <= state["epoch"]]
+            files.write_text(self.folder / "train.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+            if state:
+                print(f"{self.name}: going on after epoch {state['epoch']}", flush=True)
+        return state
+
+    def _newest(self, device: torch.device) -> tuple[dict[str, Any] | None, bool]:
+        """(the newest state of this run that is whole, whether a damaged one was met)."""
+        damaged = False
+        for path in (self.folder / "state.pt", self.folder / "state.previous.pt"):
             try:
-                state = checkpoints.load(self.folder / name, device)
+                state = checkpoints.load(path, device)
+                if not isinstance(state, dict) or state.get("arguments") != self.what:
+                    raise files.Damaged(f"{path} is not of this run")
+                return state, damaged
             except FileNotFoundError:
                 continue
             except files.Damaged as error:
-                damage.append(str(error))
-                print(f"warning: {error}", file=sys.stderr)
-                continue
-            if self.rank == 0:
-                lines = [line for line in self._log() if line["epoch"] <= state["epoch"]]
-                self._write_log(lines)
-                print(f"{self.name}: going on after epoch {state['epoch']} ({name})", flush=True)
-            return state
-        begun = self._log()
-        if damage or (begun and begun[-1]["epoch"] > 0):
-            stop(f"no state of {self.folder} can be read, though it has begun: move the folder away to start again")
-        if self.rank == 0:
-            self._write_log([])
-        return None
+                damaged = True
+                if self.rank == 0:
+                    print(f"warning: {error}", file=sys.stderr)
+        return None, damaged
 
     def _log(self) -> list[dict[str, Any]]:
         try:
-            return read_log(self.folder)
+            return files.read_lines(self.folder / "train.jsonl")
         except files.Damaged as error:
             stop(f"{error}: move the folder away to start again")
-
-    def _write_log(self, lines: list[dict[str, Any]]) -> None:
-        files.write_text(self.folder / "train.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
     def save(self, epoch: int, record: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         """End an epoch: append `record` to train.jsonl, then replace state.pt, keeping the one before it."""
         if self.rank:
             return
-        with open(self.folder / "train.jsonl", "a", encoding="utf-8") as log:
-            log.write(json.dumps({"epoch": epoch, **record}) + "\n")
-            log.flush()
-            os.fsync(log.fileno())
+        files.append_line(self.folder / "train.jsonl", json.dumps({"epoch": epoch, **record}))
         path = self.folder / "state.pt"
         if path.exists():
             os.replace(path, self.folder / "state.previous.pt")
-        checkpoints.save(path, {"epoch": epoch, **state})
+        checkpoints.save(path, {"epoch": epoch, "arguments": self.what, **state})
 
     def finish(self, weights: Mapping[str, Any]) -> None:
         """Write model.pt, which marks the run as finished, and drop the states."""
         if self.rank:
             return
-        checkpoints.save(self.folder / "model.pt", dict(weights))
+        checkpoints.save(self.folder / "model.pt", {"arguments": self.what, **weights})
         self._drop_states()
 
     def diverge(self, epoch: int, device: torch.device) -> None:
@@ -158,11 +155,10 @@ class Run:
         """
         if self.rank:
             return
-        last = checkpoints.load(self.folder / "state.pt", device)
-        print(
-            f"{self.name}: diverged in epoch {epoch}; the weights of epoch {last['epoch']} are kept",
-            flush=True,
-        )
+        last, _ = self._newest(device)
+        if last is None:
+            stop(f"{self.folder} diverged in epoch {epoch}, and no earlier state can be used: move the folder away")
+        print(f"{self.name}: diverged in epoch {epoch}; the weights of epoch {last['epoch']} are kept", flush=True)
         self.finish({"model": last["model"], "epoch": last["epoch"], "diverged": True})
 
     def say(self, epoch: int, epochs: int, record: Mapping[str, Any]) -> None:
@@ -176,28 +172,32 @@ class Run:
             (self.folder / name).unlink(missing_ok=True)
 
 
-def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The lines of train.jsonl; a half last line (a kill during the write) is left out. Raises files.Damaged."""
-    path = Path(folder) / "train.jsonl"
-    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
+def read_arguments(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(arguments, provenance) of a run from its args.json. Raises FileNotFoundError; stops (exit 2) on damage."""
     try:
-        return [json.loads(line) for line in lines[:-1] if line]
-    except ValueError:
-        raise files.Damaged(f"{path} holds a line that is not JSON") from None
+        found = files.read_json(Path(folder) / "args.json")
+        return dict(found["arguments"]), dict(found["provenance"])
+    except (files.Damaged, KeyError, TypeError, ValueError) as error:
+        stop(f"{Path(folder) / 'args.json'} is damaged ({error}): move the folder away and train this run again")
 
 
-def source_facts(source: Path) -> dict[str, Any]:
-    """The script's sha256, the git commit and whether the tree differed from it (None outside a clone)."""
+def finished(folder: Path, script: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """(arguments, provenance, model.pt) of a finished run of `script` ("simsiam/train.py").
 
-    def git(*words: str) -> str | None:
-        if not shutil.which("git"):
-            return None
-        answer = subprocess.run(["git", "-C", str(source.parent), *words], capture_output=True, text=True)
-        return answer.stdout.strip() if answer.returncode == 0 else None
-
-    status = git("status", "--porcelain", "--untracked-files=no")
-    return {
-        "source": hashlib.sha256(source.read_bytes()).hexdigest(),
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": None if status is None else bool(status),
-    }
+    Stops (exit 2) where there is none, where it is another script's, and where its files are damaged or do not
+    belong together.
+    """
+    folder = Path(folder)
+    try:
+        arguments, facts = read_arguments(folder)
+        model = checkpoints.load(folder / "model.pt")
+    except FileNotFoundError:
+        stop(f"{folder} holds no finished run (args.json, model.pt): train it first, {script} --out {folder}")
+    except files.Damaged as error:
+        stop(f"{error}: move {folder} away and train this run again")
+    if facts.get("script") != script:
+        stop(f"{folder} holds a run of {facts.get('script')}, not of {script}")
+    what = {name: value for name, value in arguments.items() if name not in PLACES}
+    if not isinstance(model, dict) or model.get("arguments") != what:
+        stop(f"{folder / 'model.pt'} is not of the run in args.json: move the folder away and train this run again")
+    return arguments, facts, model

@@ -24,7 +24,7 @@ from torchvision.transforms import v2
 from common import checkpoints, command, devices, draws, files, folders, images, probes, schedules
 from common.exits import stop
 from common.hold import held
-from common.run import read_log
+from common.run import finished
 from simsiam import train
 from simsiam.train import Data, SimSiam, build_model, load_data, measure, represent
 
@@ -74,18 +74,6 @@ def official_weights(path: Path) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def load_weights(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Strict loading; a mismatch stops (exit 2) with the first names and shapes that do not fit."""
-    own = model.state_dict()
-    wrong = [name for name in own if name not in state or state[name].shape != own[name].shape]
-    wrong += [name for name in state if name not in own]
-    if wrong:
-        stop(
-            f"{path} does not fit this network: {len(wrong)} tensors missing, extra or of other shape: {wrong[:3]} ..."
-        )
-    model.load_state_dict(state)
-
-
 def digest(module: nn.Module) -> str:
     """sha256 over all tensors of a module."""
     return images.sha256(*(tensor.detach().float().cpu() for tensor in module.state_dict().values()))
@@ -95,8 +83,13 @@ def probe_at_full_size(
     model: SimSiam, data: folders.Streamed, folder: Path, width: int, precision: str, seed: int, *,
     epochs: int, batch: int, lr: float,
 ) -> float:  # fmt: skip
-    """The paper's linear evaluation: test accuracy in percent after the last epoch. Goes on from eval_state.pt."""
-    device, (rank, world), steps = data.device, devices.ranks(), data.examples // batch
+    """The paper's linear evaluation: test accuracy in percent after the last epoch. Goes on from eval_state.pt.
+
+    `batch` is cut to what a small training set has, in whole rows for each rank.
+    """
+    device, (rank, world) = data.device, devices.ranks()
+    batch = min(batch, data.examples // world * world)
+    steps = data.examples // batch
     rows, labels = slice(rank * batch // world, (rank + 1) * batch // world), torch.tensor(data.train.targets)
     transform = v2.Compose([v2.RandomResizedCrop(data.size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
     with draws.forked(seed, "linear probe"):
@@ -114,7 +107,7 @@ def probe_at_full_size(
     except files.Damaged as error:
         stop(f"{error}: remove it to begin the probe again")
     if state.get("features") == identity:  # else it is the probe of other weights
-        head.load_state_dict(state["head"])
+        checkpoints.fit(head, state["head"], path)
         optimizer.load_state_dict(state["optimizer"])
         first = state["epoch"]
     model.eval()  # the batch norms' statistics stay as trained
@@ -149,29 +142,20 @@ def evaluate(model: SimSiam, data: Data, settings: dict[str, Any], held_out: boo
     else:
         queries = represent(model, data, "test", precision)
     if isinstance(data, folders.Streamed):
-        linear = probe_at_full_size(model, data, folder, bank[0].shape[1], precision, seed, **PROBE)
+        probe = PROBE | {"epochs": 1} if settings["rehearse"] else PROBE
+        linear = probe_at_full_size(model, data, folder, bank[0].shape[1], precision, seed, **probe)
     else:
         tenth = draws.held_out(len(bank[0]), data.device)
         linear = probes.linear_accuracy(bank[0], bank[-1], queries[0], queries[-1], classes, tenth, seed)
     return {"linear_accuracy": linear, **measure(bank, queries, classes, settings["neighbours"])}
 
 
-def finished_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(arguments, model.pt) of a finished run; stops (exit 2) where there is none."""
-    try:
-        return files.read_json(folder / "args.json")["arguments"], checkpoints.load(folder / "model.pt")
-    except FileNotFoundError:
-        stop(f"{folder} holds no finished run (args.json, model.pt): train it first, simsiam/train.py --out {folder}")
-    except files.Damaged as error:
-        stop(f"{error}: train this run again")
-
-
 def training_facts(folder: Path) -> dict[str, float | None]:
     """The keys that only training knows, from train.jsonl: its last line, and the untrained values of epoch 0."""
     try:
-        first, *epochs = read_log(folder)
+        first, *epochs = files.read_lines(folder / "train.jsonl")
     except ValueError as error:
-        stop(f"{folder / 'train.jsonl'} is damaged or empty ({error}): train this run again")
+        stop(f"{folder / 'train.jsonl'} is damaged or empty ({error}): move {folder} away and train this run again")
     last = epochs[-1] if epochs else {}
     return {
         "train_loss": last.get("loss"),
@@ -189,24 +173,27 @@ def main(argv: list[str] | None = None) -> None:
     if args.weights:
         arguments, saved, facts = vars(train.parse_args(["--scale", "paper"])), None, {}
     else:
-        arguments, saved = finished_run(args.folder)
-        facts = {**training_facts(args.folder), **files.read_json(args.folder / "args.json")["provenance"]}
+        arguments, facts, saved = finished(args.folder, "simsiam/train.py")
+        facts = {**training_facts(args.folder), **facts}
     torch.set_num_threads(args.threads or arguments["threads"])
     device = devices.choose(args.device, arguments["scale"])
     rank, _ = devices.start_ranks(device)
     started, folder = time.perf_counter(), args.data or Path(arguments["data"])
-    with held(args.folder, rank):
+    elsewhere = "A --device with more memory, or --device cpu, gives the same metrics"
+    with held(args.folder, rank), devices.memory_for(device, "batches of 500 images", elsewhere):
         data = load_data(arguments["data_set"], folder, arguments["size"], arguments["workers"], device)
         if data.digest != facts.get("data", data.digest):
             stop(f"--data {folder} is not what {args.folder} was trained on (digest {data.digest[:12]}): give that")
         if args.held_out and isinstance(data, folders.Streamed):
             stop("--held-out is for data that live on the device: up to 64 pixels")
+        if arguments["rehearse"]:
+            data = data.few(arguments["rehearse"] * arguments["batch"])
         model = build_model(arguments, device)
         if saved:
-            load_weights(model, saved["model"], args.folder / "model.pt")
+            checkpoints.fit(model, saved["model"], args.folder / "model.pt")
         else:
             for part, state in official_weights(args.weights).items():
-                load_weights(getattr(model, part), state, args.weights)
+                checkpoints.fit(getattr(model, part), state, args.weights)
         metrics: dict[str, Any] = {**facts, "diverged": bool(saved and saved["diverged"])}
         if metrics["diverged"]:
             metrics |= dict.fromkeys(CLAIMS)

@@ -33,7 +33,6 @@ import argparse
 import copy
 import functools
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -45,7 +44,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from common import augment, command, devices, draws, folders, images, probes, schedules, spread
+from common import augment, checkpoints, command, devices, draws, folders, images, probes, schedules, spread
 from common.exits import stop
 from common.hold import held
 from common.run import Run
@@ -323,9 +322,9 @@ def build_optimizer(model: SimSiam, lr: float, weight_decay: float, predictor_sc
 
 def train(
     run: Run, model: SimSiam, data: Data, made: Made, optimizer: torch.optim.Optimizer, *, pairs: Pairs, leak: float,
-    epochs: int, batch: int, lr: float, precision: str, monitor_every: int, k: int, compiled: bool,
+    epochs: int, last: int, batch: int, lr: float, precision: str, monitor_every: int, k: int, compiled: bool,
 ) -> None:  # fmt: skip
-    """The whole training; saves after every epoch, and goes on from there when started again."""
+    """The training up to epoch `last` of `epochs`; saves after each, and goes on from there when started again."""
 
     def state() -> dict[str, Any]:
         return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
@@ -335,13 +334,13 @@ def train(
     if saved is None:
         run.save(0, untrained(model, made(0), data, k, precision), state())
     else:
-        model.load_state_dict(saved["model"])
+        checkpoints.fit(model, saved["model"], run.folder)
         optimizer.load_state_dict(saved["optimizer"])
     first, steps = saved["epoch"] if saved else 0, data.examples // batch
     if compiled:
         forward.compile()
 
-    for epoch in tqdm(range(first, epochs), run.name, epochs, initial=first, disable=None, leave=False):
+    for epoch in tqdm(range(first, last), run.name, last, initial=first, disable=None, leave=False):
         started, total = time.perf_counter(), torch.zeros((), device=data.device)
         for group in optimizer.param_groups:
             group["lr"] = lr * (schedules.cosine(epoch / epochs) if group["schedule"] == "cosine" else 1.0)
@@ -353,9 +352,9 @@ def train(
             loss.backward()
             optimizer.step()
             total += loss.detach()
-        mean_loss = devices.mean_over_ranks(total / steps).item()
+        mean_loss = devices.mean_over_ranks(total / steps).item()  # asks the device, once an epoch
         seconds = time.perf_counter() - started
-        if not math.isfinite(mean_loss) or not all(bool(weight.isfinite().all()) for weight in model.parameters()):
+        if not devices.finite_on_all_ranks([*model.state_dict().values(), total]):
             run.diverge(epoch + 1, data.device)
             return
         record = {
@@ -366,11 +365,11 @@ def train(
             "seconds": seconds,
             "peak_memory": devices.peak_memory(data.device),
         }
-        if (epoch + 1) % monitor_every == 0 or epoch + 1 == epochs:
+        if (epoch + 1) % monitor_every == 0 or epoch + 1 == last:
             record |= monitor(model, data, k, precision)
         run.save(epoch + 1, record, state())
-        run.say(epoch + 1, epochs, record)
-    run.finish({"model": model.state_dict(), "epoch": epochs, "diverged": False})
+        run.say(epoch + 1, last, record)
+    run.finish({"model": model.state_dict(), "epoch": last, "diverged": False})
 
 
 # ------------------------------------------------------------------------------------------------- main
@@ -388,19 +387,23 @@ def main(argv: list[str] | None = None) -> None:
     views = 1 + max(view for pair in pairs for view in pair)
     kind = next(kind for name, kind in AUGMENTATION.items() if args.data_set.startswith(name))
     kind = {**kind, "pixels": kind["pixels"] or args.size}
-    with held(args.out, rank):
+    smaller = f"--precision bfloat16 needs less than float32; --batch {args.batch // 2} about half, but is another run"
+    with held(args.out, rank), devices.memory_for(device, f"--batch {args.batch} on {world} processes", smaller):
         run = Run(args.out, vars(args), __file__, args.replace, rank)
         if run.finished:
             return
         data = load_data(args.data_set, args.data, args.size, args.workers, device)
         if args.batch > data.examples:
             stop(f"--batch {args.batch} is more than the {data.examples} training images")
-        run.begin(devices.facts(device) | {"data": data.digest})
+        steps, last = data.examples // args.batch, args.epochs
+        run.begin(devices.facts(device) | {"data": data.digest, "steps": args.epochs * steps})
+        if args.rehearse:
+            data, last = data.few(args.rehearse * args.batch), min(2, args.epochs)
         model = build_model(vars(args), device)
         optimizer = build_optimizer(model, lr, args.weight_decay, args.predictor_schedule)
         made = functools.partial(batches, data, kind, views, args.batch, rows, args.seed)
         train(
-            run, model, data, made, optimizer, pairs=pairs, leak=args.gradient_leak, epochs=args.epochs,
+            run, model, data, made, optimizer, pairs=pairs, leak=args.gradient_leak, epochs=args.epochs, last=last,
             batch=args.batch, lr=lr, precision=args.precision, monitor_every=args.monitor_every, k=args.neighbours,
             compiled=args.compile,
         )  # fmt: skip

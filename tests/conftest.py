@@ -35,3 +35,9 @@ def arms(paper: str) -> dict[str, list[str]]:
     """The arms of the Makefile with their flags."""
     lines = re.findall(rf"^{paper}\.([\w-]+) +:=(.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     return {name: flags.split() for name, flags in lines}
+
+
+def tiny(folder, pictures, *flags) -> list[str]:
+    """Arguments of a SimSiam run of two epochs, three steps each, on the tiny pictures."""
+    common = ["--data-set", "folder", "--size", "32", "--data", str(pictures), "--batch", "16", "--neighbours", "5"]
+    return [*common, "--epochs", "2", "--device", "cpu", "--out", str(folder), *flags]

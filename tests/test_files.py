@@ -1,6 +1,8 @@
 """Files: whole or absent, checked when read, never executed; and the lock of a run folder."""
 
+import errno
 import os
+import signal
 import subprocess
 import sys
 
@@ -11,7 +13,6 @@ from conftest import ROOT
 from common import checkpoints, files
 from common.exits import INTERRUPTED
 from common.hold import held
-from common.run import read_log
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
@@ -23,6 +24,36 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     assert files.read_json(path) == {"a": 1} and os.listdir(tmp_path) == ["metrics.json"]
     with pytest.raises(ValueError):
         files.write_json(path, {"a": float("nan")})
+
+
+def failing(monkeypatch, number: int, times: int) -> None:
+    """The next `times` calls of fsync raise OSError `number`; nobody waits between two tries."""
+    left, real = [None] * times, os.fsync
+
+    def fsync(descriptor):
+        if left:
+            left.pop()
+            raise OSError(number, os.strerror(number))
+        real(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+
+
+def test_a_passing_error_is_tried_once_more_and_a_full_disk_is_not(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "train.jsonl"
+    files.append_line(path, '{"epoch": 0}')
+    failing(monkeypatch, errno.EIO, 1)
+    files.append_line(path, '{"epoch": 1}')
+    assert path.read_text() == '{"epoch": 0}\n{"epoch": 1}\n' and "trying once more" in capsys.readouterr().err
+    failing(monkeypatch, errno.EIO, 1)
+    files.write_text(tmp_path / "metrics.json", "{}")
+    assert sorted(os.listdir(tmp_path)) == ["metrics.json", "train.jsonl"]
+    for number, times in ((errno.EIO, 2), (errno.ENOSPC, 1)):
+        failing(monkeypatch, number, times)
+        with pytest.raises(OSError):
+            files.append_line(path, '{"epoch": 2}')
+        assert path.read_text().count("\n") == 2  # no part of a line that failed
 
 
 def test_damage_is_noticed_wherever_it_is(tmp_path):
@@ -76,6 +107,25 @@ def test_only_one_process_holds_a_folder(tmp_path, capsys):
         assert folder.is_dir()
 
 
+def test_a_lock_dies_with_its_owner_though_a_worker_lives_on(tmp_path):
+    folder = tmp_path / "run"
+    code = "import os, sys, time\nfrom common.hold import held\n"
+    code += "with held(sys.argv[1]):\n worker = os.fork()\n"
+    code += " print(worker, flush=True) if worker else None\n time.sleep(60)"
+    command = [sys.executable, "-c", code, str(folder)]
+    owner = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={"PYTHONPATH": str(ROOT)})
+    worker = int(owner.stdout.readline())
+    owner.kill()
+    owner.wait()
+    try:
+        os.kill(worker, 0)  # it is there
+        (folder / ".state.pt.1.part").write_text("half")
+        with held(folder):
+            assert os.listdir(folder) == []  # what the dead process had half-written is gone
+    finally:
+        os.kill(worker, signal.SIGKILL)
+
+
 def test_a_full_disk_ends_with_its_own_code(tmp_path, capsys):
     with pytest.raises(SystemExit) as end, held(tmp_path / "run"):
         raise OSError(28, "No space left on device")
@@ -85,10 +135,10 @@ def test_a_full_disk_ends_with_its_own_code(tmp_path, capsys):
 def test_a_half_line_of_the_log_is_left_out_and_any_other_damage_named(tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_text('{"epoch": 0}\n{"epoch": 1}\n{"epo')
-    assert [line["epoch"] for line in read_log(tmp_path)] == [0, 1]
+    assert [line["epoch"] for line in files.read_lines(path)] == [0, 1]
     path.write_text('{"epoch": 0}\n{"epo\n{"epoch": 2}\n')
     with pytest.raises(files.Damaged, match=r"train\.jsonl"):
-        read_log(tmp_path)
+        files.read_lines(path)
 
 
 def test_nothing_in_the_tree_loads_or_runs_unsafely():

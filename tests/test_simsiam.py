@@ -3,15 +3,13 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, arms
+from conftest import ROOT, arms, tiny
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
@@ -274,11 +272,6 @@ def test_views_forward_and_loss_stay_on_a_fake_gpu(loss, monkeypatch):
 # ---------------------------------------------------------------------------------------------- runs
 
 
-def tiny(folder, pictures, *flags) -> list[str]:
-    common = ["--data-set", "folder", "--size", "32", "--data", str(pictures), "--batch", "16", "--neighbours", "5"]
-    return [*common, "--epochs", "2", "--device", "cpu", "--out", str(folder), *flags]
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, pictures):
     """One finished and evaluated run per arm, of two epochs."""
@@ -334,42 +327,6 @@ def test_again_is_refused_finished_or_moved_aside(finished, pictures, tmp_path, 
     assert (out / "model.pt").read_bytes() != before
 
 
-def test_killed_at_any_moment_a_run_ends_with_the_same_bits(pictures, tmp_path):
-    """SIGKILL in the first epochs, and again in later ones; then to the end in this process."""
-    straight, out = tmp_path / "straight" / "0", tmp_path / "a folder with späces" / "0"
-    train.main(tiny(straight, pictures, "--epochs", "12"))
-    command = [sys.executable, str(ROOT / "simsiam/train.py"), *tiny(out, pictures, "--epochs", "12")]
-    for epochs in (1, 5):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={"PYTHONPATH": str(ROOT)})
-        log, limit = out / "train.jsonl", time.monotonic() + 100
-        while not (log.exists() and log.read_text().count("\n") > epochs) and time.monotonic() < limit:
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL and not (out / "model.pt").exists()
-    train.main(tiny(out, pictures, "--epochs", "12"))
-    expected, found = (checkpoints.load(run / "model.pt")["model"] for run in (straight, out))
-    assert expected.keys() == found.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
-    metrics = []
-    for run in (straight, out):
-        evaluate.main([str(run)])
-        metrics.append(json.loads((run / "metrics.json").read_text()))
-        for name in ("seconds", "examples_per_second", "peak_memory", "train_seconds", "commit", "dirty"):
-            metrics[-1].pop(name)
-    assert metrics[0] == metrics[1]
-
-
-def test_sigterm_ends_with_the_code_for_go_on(pictures, tmp_path):
-    command = [sys.executable, str(ROOT / "simsiam/train.py"), *tiny(tmp_path / "run", pictures, "--epochs", "500")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                               env={"PYTHONPATH": str(ROOT)})  # fmt: skip
-    limit = time.monotonic() + 100
-    while not (tmp_path / "run/state.previous.pt").exists() and time.monotonic() < limit:
-        time.sleep(0.01)
-    process.terminate()
-    printed = process.communicate()[1]
-    assert process.returncode == 75 and "the same command goes on" in printed and "Traceback" not in printed
-
-
 def test_the_predictors_rate_follows_its_own_schedule(finished, pictures, tmp_path):
     train.main(tiny(tmp_path / "run", pictures, "--predictor-schedule", "cosine"))
     cosine, constant = (checkpoints.load(run / "model.pt")["model"] for run in (tmp_path / "run", finished / "base/0"))
@@ -377,43 +334,6 @@ def test_the_predictors_rate_follows_its_own_schedule(finished, pictures, tmp_pa
     groups = train.build_optimizer(small(), 0.1, 0.0, "constant").param_groups
     assert [group["schedule"] for group in groups] == ["cosine", "constant"]
     assert [weight.shape for weight in groups[1]["params"]] == [w.shape for w in small().predictor.parameters()]
-
-
-def test_a_damaged_state_falls_back_and_two_stop(finished, pictures, tmp_path, capsys, monkeypatch):
-    out = tmp_path / "run"
-    monkeypatch.setattr(train.Run, "finish", lambda *_: None)  # as if killed before model.pt
-    train.main(tiny(out, pictures))
-    monkeypatch.undo()
-    state = bytearray((out / "state.pt").read_bytes())
-    state[len(state) // 2] ^= 1
-    (out / "state.pt").write_bytes(state)
-    train.main(tiny(out, pictures))
-    assert "state.pt is damaged" in (err := capsys.readouterr()).err and "after epoch 1" in err.out
-    expected, found = (checkpoints.load(run / "model.pt")["model"] for run in (finished / "base/0", out))
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-    (out / "model.pt").unlink()
-    (out / "state.pt").write_bytes(b"")
-    with pytest.raises(SystemExit) as end:
-        train.main(tiny(out, pictures))
-    assert end.value.code == 2 and "no state" in capsys.readouterr().err
-
-
-def test_a_loss_that_is_not_finite_is_a_result(pictures, tmp_path, monkeypatch, capsys):
-    calls = []
-
-    def poisoned(*arguments):
-        calls.append(1)
-        return simsiam_loss(*arguments) * (float("nan") if len(calls) == 5 else 1.0)
-
-    monkeypatch.setattr(train, "simsiam_loss", poisoned)
-    out = tmp_path / "run"
-    train.main(tiny(out, pictures))
-    saved = checkpoints.load(out / "model.pt")
-    assert saved["diverged"] and saved["epoch"] == 1 and "diverged in epoch 2" in capsys.readouterr().out
-    assert all(weight.isfinite().all() for weight in saved["model"].values())
-    evaluate.main([str(out)])
-    metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics["diverged"] and metrics["knn_accuracy"] is None
 
 
 # ---------------------------------------------------------------------------------------------- larger scales
@@ -451,7 +371,7 @@ def test_the_paper_scale_trains_probes_and_reads_official_names(pictures, tmp_pa
     torch.save(official, tmp_path / "official.pth.tar")
     state = evaluate.official_weights(tmp_path / "official.pth.tar")["backbone"]
     with pytest.raises(SystemExit):
-        evaluate.load_weights(net.build_backbone("resnet50", 224), state, tmp_path)
+        checkpoints.fit(net.build_backbone("resnet50", 224), state, tmp_path)
     assert "layer1.0.conv1.weight" in capsys.readouterr().err
 
 
