@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,19 +13,39 @@ from conftest import ROOT
 
 FAKE = f"""#!{sys.executable} -IS
 # Stands in for python: notes each call in calls.txt and leaves the files that the real script would leave.
-import os, pathlib, sys
+import os, pathlib, sys, time
 words = sys.argv[1:]
 after = lambda flag: pathlib.Path(words[words.index(flag) + 1])
+if words[:2] == ["-m", "common.slots"]:
+    os.execv(sys.executable, [sys.executable, *words])
+gpu = os.environ.get("CUDA_VISIBLE_DEVICES")
 with open("calls.txt", "a") as calls:
-    print(*words, file=calls)
+    print(*words, *([f"gpu={{gpu}} shared={{os.environ['RUNS_ON_THIS_GPU']}}"] if gpu else []), file=calls)
 if words[0].endswith("train.py"):
     out = after("--out")
     if str(out) in os.environ.get("BREAK", ""):
         sys.exit(1)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "model.pt").write_text(" ".join(words))
+    if str(out) == os.environ.get("HANG"):
+        (out / "state.pt").write_text("half-way")
+        time.sleep(60)
+    if os.environ.get("RANK", "0") == "0":
+        (out / "model.pt").write_text(" ".join(words))
+    if gpu:  # more runs on a GPU than it has slots would meet here
+        for number in range(int(os.environ["RUNS_ON_THIS_GPU"])):
+            try:
+                os.mkdir(f"busy-{{gpu}}-{{number}}")
+                break
+            except FileExistsError:
+                continue
+        else:
+            sys.exit("too many runs on this GPU")
+        time.sleep(0.2)
+        os.rmdir(f"busy-{{gpu}}-{{number}}")
 elif words[0].endswith("eval.py"):
     (pathlib.Path(words[1]) / "metrics.json").write_text("{{}}")
+elif words[:2] == ["-m", "common.cost"]:
+    print(os.environ.get("FITTING", "a table") if "--fitting" in words else "a table")
 else:
     results = after("--results")
     results.mkdir(parents=True, exist_ok=True)
@@ -40,17 +62,28 @@ class House:
         for name in ("simsiam/plot.py", "common/report.py"):
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).touch()
+        for name in ("__init__", "slots", "exits", "provenance"):
+            shutil.copy(ROOT / "common" / f"{name}.py", folder / "common")
         fake = folder / "fake-python"
         fake.write_text(FAKE)
         fake.chmod(0o755)
 
     def make(self, *words: str, **environment: str) -> tuple[int, list[str], str]:
         """Exit code, the calls it made, and what it printed."""
+        process = self.start(*words, **environment)
+        printed = process.communicate()[0]
+        return process.returncode, self.calls(), printed
+
+    def start(self, *words: str, **environment: str) -> subprocess.Popen:
+        """The make, in a session of its own as in a terminal."""
         (self.folder / "calls.txt").write_text("")
         command = ["make", "PYTHON=./fake-python", "SCALE=demo", *words]
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
-        done = subprocess.run(command, cwd=self.folder, env=clean | environment, capture_output=True, text=True)
-        return done.returncode, (self.folder / "calls.txt").read_text().splitlines(), done.stdout + done.stderr
+        return subprocess.Popen(command, cwd=self.folder, env=clean | environment, text=True, start_new_session=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+
+    def calls(self) -> list[str]:
+        return (self.folder / "calls.txt").read_text().splitlines()
 
     def edit(self, old: str, new: str) -> None:
         text = (self.folder / "Makefile").read_text()
@@ -152,12 +185,107 @@ def test_only_the_committed_seeds_without_extra_reach_the_committed_results(hous
         assert all("--results runs/demo/report" in call for call in calls if "plot.py" in call or "-m common" in call)
 
 
+def launcher(house: House, name: str, script: str) -> None:
+    (house.folder / name).write_text(f'#!/bin/sh\necho "$@" >> launched.txt\n{script}\n')
+    (house.folder / name).chmod(0o755)
+
+
 def test_launch_is_a_prefix_and_no_part_of_the_flags(house):
-    (house.folder / "launcher").write_text('#!/bin/sh\necho "launched $1 $2" >> launched.txt\nexec "$@"\n')
-    (house.folder / "launcher").chmod(0o755)
-    house.make("simsiam-predictor", "SEEDS=0", "LAUNCH=./launcher")
-    assert (house.folder / "launched.txt").read_text().count("simsiam/") == 6
+    """Stand-ins for srun, and for torchrun, which would start `python` itself if it were not told otherwise."""
+    launcher(house, "srun", 'shift; exec "$@"')
+    code, calls, _ = house.make("simsiam-predictor", "SEEDS=0", "LAUNCH=./srun --gres=gpu:1")
+    launched = (house.folder / "launched.txt").read_text().splitlines()
+    assert code == 0 and len(runs(calls)) == 3 and len(launched) == 6
+    assert all(line.startswith("--gres=gpu:1 ./fake-python simsiam/") for line in launched)
     assert house.make("simsiam-predictor", "SEEDS=0")[:2] == (0, [])
+    launcher(house, "torchrun", '[ "$1" = --no-python ] && shift 3 && RANK=0 "$@" && RANK=1 exec "$@"')
+    launch = "LAUNCH=./torchrun --no-python --standalone --nproc-per-node=2"
+    code, calls, _ = house.make("simsiam-predictor", "SEEDS=1", launch)
+    assert code == 0 and len(runs(calls)) == len(runs(calls, "eval")) == 6
+    assert house.make("simsiam-predictor", "SEEDS=1")[:2] == (0, [])
+
+
+def test_each_run_takes_a_free_gpu(house):
+    code, calls, printed = house.make("simsiam", "SEEDS=0", "-j4", "GPUS=3 5")
+    trained = [call for call in calls if "train.py" in call]
+    assert code == 0 and len(trained) == 9, printed
+    assert {call.split("gpu=")[1] for call in trained} == {"3 shared=1", "5 shared=1"}
+    assert all("gpu=" in call for call in calls if "eval.py" in call)
+    assert not any("gpu=" in call for call in calls if "plot.py" in call)
+
+
+def test_a_gpu_listed_twice_serves_two_runs_which_are_told(house):
+    code, calls, printed = house.make("simsiam-predictor", "SEEDS=0 1", "-j4", "GPUS=0 0", "LAUNCH=env")
+    trained = [call for call in calls if "train.py" in call]
+    assert code == 0 and len(trained) == 6 and all("gpu=0 shared=2" in call for call in trained), printed
+
+
+def test_interrupted_and_started_again_in_parallel_nothing_is_done_twice(house):
+    hung = "runs/demo/simsiam/frozen-predictor/0"
+    process = house.start("simsiam-predictor", "SEEDS=0 1", HANG=hung)
+    limit = time.monotonic() + 30
+    while not (house.folder / hung / "state.pt").exists() and time.monotonic() < limit:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)  # Ctrl-C reaches make and its children
+    process.communicate()
+    assert process.returncode != 0 and runs(house.calls()) == ["base/0", "frozen-predictor/0"]
+    assert not (house.folder / hung / "model.pt").exists() and not (house.folder / hung / "flags").exists()
+    code, calls, _ = house.make("simsiam-predictor", "SEEDS=0 1", "-j4")
+    rest = ["base/1", "frozen-predictor/0", "frozen-predictor/1", "no-predictor/0", "no-predictor/1"]
+    assert code == 0 and sorted(runs(calls)) == sorted(runs(calls, "eval")) == rest
+    assert (house.folder / hung / "state.pt").read_text() == "half-way"  # the run's own to go on from
+    assert house.make("simsiam-predictor", "SEEDS=0 1", "-j4")[:2] == (0, [])
+
+
+def test_report_draws_a_half_finished_grid_and_runs_nothing(house):
+    house.make("simsiam-predictor", "SEEDS=0")
+    code, calls, _ = house.make("report", "SEEDS=0 1 2")
+    assert code == 0 and runs(calls) == runs(calls, "eval") == [] and len(calls) == 5
+    assert all("--seeds 0 1 2" in call for call in calls if "plot.py" in call)
+    assert house.make("simsiam-predictor", "SEEDS=0")[:2] == (0, [])
+
+
+def test_a_changed_arm_moves_its_old_run_aside_and_no_other(house):
+    """With the real `--replace`, which is the script's: here that make asks for it, and for the changed arm alone."""
+    house.make("simsiam-predictor", "SEEDS=0 1")
+    before = {path: path.stat().st_mtime_ns for path in house.folder.glob("runs/demo/simsiam/*/*/model.pt")}
+    house.edit("--predictor none", "--predictor none --dim 64")
+    assert runs(house.make("simsiam-predictor", "SEEDS=0 1", "-j2")[1]) == ["no-predictor/0", "no-predictor/1"]
+    changed = {path.parts[-3] for path, when in before.items() if path.stat().st_mtime_ns != when}
+    assert changed == {"no-predictor"}
+
+
+def test_a_rehearsal_takes_every_arm_in_a_folder_of_its_own(house):
+    code, calls, printed = house.make("rehearsal", "EXTRA=--batch 8", "-j2")
+    assert code == 0 and len(runs(calls)) == len(runs(calls, "eval")) == 9
+    assert all("--rehearse 20 --batch 8" in call for call in calls if "train.py" in call)
+    assert not (house.folder / "runs/demo").exists() and not (house.folder / "results").exists()
+    assert (house.folder / "runs/rehearsal/demo/report/index.html").exists() and "a table" in printed
+    assert len(runs(house.make("rehearsal")[1])) == 9  # a rehearsal is never "already done"
+    code, calls, _ = house.make("rehearsal", "-k", BREAK="runs/rehearsal/demo/simsiam/base/0")
+    assert code != 0 and len(runs(calls)) == 9 and calls[-1].startswith("-m common.cost")
+
+
+def test_cost_rehearses_only_what_was_never_run(house):
+    house.make("simsiam-predictor", "SEEDS=0")
+    code, calls, _ = house.make("cost")
+    assert code == 0 and len(runs(calls)) == 6 and "base/0" not in runs(calls)
+    assert "simsiam-predictor=no-predictor:base,frozen-predictor:base" in calls[-1] and "--runs runs/demo" in calls[-1]
+    assert [call.split()[1] for call in house.make("cost")[1]] == ["common.cost"]
+    code, calls, _ = house.make("cost", "EXTRA=--epochs 3")  # what was run had other flags
+    assert code == 0 and len(runs(calls)) == 9 and "--runs" not in calls[-1]
+
+
+def test_an_evening_runs_the_first_contrasts_that_fit(house):
+    fitting = "simsiam-predictor=no-predictor:base simsiam-stop-gradient=no-stop-gradient:base"
+    code, calls, printed = house.make("evening", "HOURS=2", FITTING=fitting)
+    real = [call for call in calls if "train.py" in call and "--rehearse" not in call]
+    assert code == 0 and "--fitting 2" in printed + " ".join(calls) and len(real) == 9
+    assert {Path(one.split("--out ")[1].split()[0]).parts[3] for one in real} == {
+        "base", "no-predictor", "no-stop-gradient",
+    }  # fmt: skip
+    assert not (house.folder / "results").exists() and (house.folder / "runs/demo/report/index.html").exists()
+    assert not [call for call in house.make("evening", FITTING=fitting)[1] if "train.py" in call]
 
 
 def test_demo_is_every_study_with_one_seed_on_the_cpu(house):
