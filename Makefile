@@ -139,7 +139,7 @@ cost = $(RUN_PYTHON) -m common.cost $(REHEARSAL) \
 	$(foreach study,$(STUDIES),$(study)=$(subst $(space),$(comma),$(strip $($(study))))) --seeds $(SEEDS)
 known = $(cost) $(if $(EXTRA),,--runs $(RUNS))
 unknown = $(foreach arm,$(sort $(foreach study,$($1),$(call arms-of,$(study)))),$(if $(if $(EXTRA),,$(wildcard \
-	$(RUNS)/$1/$(arm)/[0-9]*/metrics.json)),,$(REHEARSAL)/$1/$(arm)/0/metrics.json))
+	$(SEEDS:%=$(RUNS)/$1/$(arm)/%/metrics.json))),,$(REHEARSAL)/$1/$(arm)/0/metrics.json))
 rehearse-unknown = $(foreach paper,$(PAPERS),$(if $(call unknown,$(paper)),$(rehearse) $(call \
 	unknown,$(paper)) EXTRA="$(strip $($(paper).rehearsal) $(EXTRA))" &&))
 cost: | $(VENV)

@@ -30,8 +30,8 @@ def of_arm(arm: str, rehearsals: Path, runs: Path | None) -> Cost | None:
 
     Diverged runs and runs that shared a GPU do not tell what one costs.
     """
-    paths = sorted((runs / arm).glob("[0-9]*/metrics.json")) if runs else []
-    found = [one for path in paths if "seconds" in (one := _object(path))]
+    paths = sorted((runs / arm).glob("*/metrics.json")) if runs else []
+    found = [one for path in paths if path.parent.name.isdecimal() and "seconds" in (one := _object(path))]
     found = [one for one in found if not one.get("diverged") and one.get("runs_on_this_gpu", 1) == 1]
     if found:
         hours = mean(one["seconds"] for one in found) / 3600

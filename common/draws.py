@@ -69,8 +69,11 @@ def permutation(seed: int, purpose: str, step: int, length: int, device: torch.d
     return torch.randperm(length, generator=generator(seed, purpose, step, device), device=device)
 
 
-def held_out(count: int, device: torch.device | str) -> Tensor:
-    """(count,) bool: a fixed tenth of a training set, for choices; a test split never makes one."""
-    chosen = torch.zeros(count, dtype=torch.bool)
-    chosen[permutation(DATA_SEED, "held-out tenth", 0, count, "cpu")[: count // 10]] = True
-    return chosen.to(device)
+def held_out(count: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Row numbers, in order, of nine tenths of a training set and of a fixed tenth for choices, int64 on the device.
+
+    A test split never makes a choice.
+    """
+    order = permutation(DATA_SEED, "held-out tenth", 0, count, "cpu")
+    rest, tenth = order[count // 10 :].sort().values, order[: count // 10].sort().values
+    return rest.to(device), tenth.to(device)

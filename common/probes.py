@@ -91,7 +91,7 @@ def linear_accuracy(
     test: Tensor,
     test_labels: Tensor,
     classes: int,
-    held_out: Tensor,
+    parts: tuple[Tensor, Tensor],
     seed: int,
     rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
     epochs: int = 50,
@@ -99,22 +99,23 @@ def linear_accuracy(
 ) -> float:
     """Test accuracy in percent of a linear classifier on standardised features, (N, D) each.
 
-    The learning rate is chosen on `held_out` (N,) bool, a part of the training set, among all `rates` trained
-    side by side; the classifier is then trained on the whole training set at the chosen one.
+    `parts` are row numbers of the training set: on the second the learning rate is chosen, among all `rates` trained
+    side by side on the first; the classifier is then trained on the whole training set at the chosen one.
     """
-    kept = standardise(train[~held_out], train[held_out])
+    kept, held_out = parts
+    known, unknown = standardise(train[kept], train[held_out])
     trial = fit_linear(
-        kept[0],
-        train_labels[~held_out],
+        known,
+        train_labels[kept],
         classes,
         torch.tensor(rates, device=train.device),
         epochs,
         batch,
         seed,
     )
-    best = correct_share(kept[1], train_labels[held_out], trial).argmax()
+    best = correct_share(unknown, train_labels[held_out], trial).argmax(0, keepdim=True)
     whole = standardise(train, test)
-    chosen = torch.tensor(rates, device=train.device)[best].view(1)
+    chosen = torch.tensor(rates, device=train.device)[best]
     weights = fit_linear(whole[0], train_labels, classes, chosen, epochs, batch, seed)
     return 100.0 * correct_share(whole[1], test_labels, weights).item()
 

@@ -41,7 +41,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("folder", type=Path, help="folder of a finished run; with --weights: where metrics.json goes")
     parser.add_argument("--weights", type=Path, help="an official checkpoint (ResNet-50) instead of the folder's model")
     parser.add_argument("--data", type=Path, help="where the data lie; default: as in training")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:1; default: as in training")
     parser.add_argument("--threads", type=command.whole(1), help="default: as in training")
     parser.add_argument(
         "--held-out", action="store_true", help="measure on the training set's held-out tenth: for tuning"
@@ -137,16 +137,16 @@ def evaluate(model: SimSiam, data: Data, settings: dict[str, Any], held_out: boo
     precision, seed, classes = settings["precision"], settings["seed"], data.classes
     bank = represent(model, data, "train", precision)
     if held_out:
-        tenth = draws.held_out(len(bank[0]), data.device)
-        bank, queries = [rows[~tenth] for rows in bank], [rows[tenth] for rows in bank]
+        rest, tenth = draws.held_out(len(bank[0]), data.device)
+        bank, queries = [rows[rest] for rows in bank], [rows[tenth] for rows in bank]
     else:
         queries = represent(model, data, "test", precision)
     if isinstance(data, folders.Streamed):
         probe = PROBE | {"epochs": 1} if settings["rehearse"] else PROBE
         linear = probe_at_full_size(model, data, folder, bank[0].shape[1], precision, seed, **probe)
     else:
-        tenth = draws.held_out(len(bank[0]), data.device)
-        linear = probes.linear_accuracy(bank[0], bank[-1], queries[0], queries[-1], classes, tenth, seed)
+        parts = draws.held_out(len(bank[0]), data.device)
+        linear = probes.linear_accuracy(bank[0], bank[-1], queries[0], queries[-1], classes, parts, seed)
     return {"linear_accuracy": linear, **measure(bank, queries, classes, settings["neighbours"])}
 
 
@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
         arguments, facts, saved = finished(args.folder, "simsiam/train.py")
         facts = {**training_facts(args.folder), **facts}
     torch.set_num_threads(args.threads or arguments["threads"])
-    device = devices.choose(args.device, arguments["scale"])
+    device = devices.choose(args.device or arguments["device"], arguments["scale"])
     rank, _ = devices.start_ranks(device)
     started, folder = time.perf_counter(), args.data or Path(arguments["data"])
     elsewhere = "A --device with more memory, or --device cpu, gives the same metrics"

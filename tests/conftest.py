@@ -1,12 +1,20 @@
-"""Fixtures of several tests: one thread, and a tiny folder of real picture files."""
+"""What several tests need: one thread, a tiny folder of real picture files, a fake GPU, the Makefile's design."""
 
-import re
+import copy
+import gc
+import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor, FakeTensorMode
+
+from common import draws
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,10 +39,56 @@ def pictures(tmp_path_factory) -> Path:
     return root
 
 
-def arms(paper: str) -> dict[str, list[str]]:
-    """The arms of the Makefile with their flags."""
-    lines = re.findall(rf"^{paper}\.([\w-]+) +:=(.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    return {name: flags.split() for name, flags in lines}
+class FakeGPU:
+    """`asked`: how often a number was asked of the device (.item() and what rests on it)."""
+
+    asked = 0
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch) -> Iterator[FakeGPU]:
+    """Inside, tensors are made on a GPU that computes nothing, and that raises where devices are mixed or where a
+    shape depends on data. What it cannot do is stood in for: .item() counts and gives 0.5, backward gives gradients
+    of zero, generators are left out, a copied or moved module is the module itself.
+    """
+    gpu, mode, item, truth = FakeGPU(), FakeTensorMode(), Tensor.item, Tensor.__bool__
+
+    def counted(tensor: Tensor) -> float:
+        if not isinstance(tensor, FakeTensor):
+            return item(tensor)
+        gpu.asked += tensor.device.type == "cuda"
+        return 0.5 if tensor.is_floating_point() else 0
+
+    def backward(loss: Tensor) -> None:
+        assert loss.device.type == "cuda" and loss.dtype == torch.float32
+        for one in gc.get_objects():
+            if type(one) is FakeTensor and one.fake_mode is mode and isinstance(one, nn.Parameter):
+                one.grad = torch.zeros_like(one) if one.requires_grad else None
+
+    def true(tensor: Tensor) -> bool:
+        return counted(tensor) >= 0 if isinstance(tensor, FakeTensor) else truth(tensor)
+
+    monkeypatch.setattr(Tensor, "item", counted)
+    monkeypatch.setattr(
+        Tensor, "__bool__", lambda one: counted(one) >= 0 if isinstance(one, FakeTensor) else truth(one)
+    )
+    monkeypatch.setattr(Tensor, "backward", backward)
+    monkeypatch.setattr(draws, "generator", lambda *_: None)
+    monkeypatch.setattr(nn.Module, "to", lambda module, *_, **__: module)
+    monkeypatch.setattr(copy, "deepcopy", lambda module: module)
+    with mode, torch.device("cuda"):
+        yield gpu
+
+
+def design(paper: str, scale: str = "demo") -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """(arms with their flags, studies with their contrasts) of a paper as `make` itself lists them."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    command = ["make", "--no-print-directory", "-C", str(ROOT), f"SCALE={scale}"]
+    lines = subprocess.run(command, env=clean, capture_output=True, text=True, check=True).stdout.split("\n\n")
+    mine = next(block for block in lines if block.startswith(f"{paper}\n")).splitlines()
+    words = {line.split()[0].rstrip(":"): line.split()[1:] for line in mine[1:]}
+    studies = {name: rest for name, rest in words.items() if name.startswith(f"{paper}-")}
+    return {name: rest for name, rest in words.items() if name not in studies}, studies
 
 
 def tiny(folder, pictures, *flags) -> list[str]:

@@ -1,58 +1,33 @@
 """Nothing is lost: a SimSiam run under kills, full disks, damaged files, lack of memory and non-finite numbers.
 
-Runs are made in forked children where they have to die; what they leave behind is real.
+What has to die is a process of its own (doomed.py); what it leaves behind is real.
 """
 
 import errno
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, tiny
+from doomed import child, drawing, outcome, training, training_with_dying_workers
 from torch import nn
 
-from common import checkpoints, files, folders
+from common import checkpoints, files
 from common.hold import held
 from simsiam import eval as evaluate
 from simsiam import plot, train
 from simsiam.train import simsiam_loss
 
 EPOCHS = 8
-
-
-def child(work: Callable[[], None]) -> int:
-    """Start `work` in a forked process; its process id."""
-    sys.stdout.flush()
-    if (process := os.fork()) > 0:
-        return process
-    code = 1
-    try:
-        work()
-        code = 0
-    except SystemExit as end:
-        code = end.code or 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def outcome(process: int) -> int:
-    """Exit code of a child, or minus the signal that killed it."""
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -85,25 +60,9 @@ def half(straight, pictures, tmp_path) -> Path:
     """A run that was killed in its third epoch."""
     out = tmp_path / "run"
 
-    def work() -> None:
-        kill_at_write(11)
-        train.main(tiny(out, pictures, "--epochs", str(EPOCHS)))
-
-    assert outcome(child(work)) == -signal.SIGKILL and (out / "state.pt").exists()
+    argv = tiny(out, pictures, "--epochs", str(EPOCHS))
+    assert outcome(child(training, argv, 11)) == -signal.SIGKILL and (out / "state.pt").exists()
     return out
-
-
-def kill_at_write(number: int) -> None:
-    """SIGKILL this process at its `number`-th fsync: in a line of the log, in a state, between a file and its name."""
-    calls, real = [], os.fsync
-
-    def fsync(descriptor: int) -> None:
-        calls.append(1)
-        if len(calls) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        real(descriptor)
-
-    files.os.fsync = fsync
 
 
 # ---------------------------------------------------------------------------------------------- kills
@@ -112,13 +71,7 @@ def kill_at_write(number: int) -> None:
 def test_killed_inside_any_write_a_run_ends_with_the_same_bits(straight, pictures, tmp_path):
     out, chance, deaths = tmp_path / "a folder with späces" / "0", random.Random(0), 0
     while deaths < 50:
-        number = chance.randint(1, 11)
-
-        def work(number: int = number) -> None:
-            kill_at_write(number)
-            train.main(tiny(out, pictures, "--epochs", str(EPOCHS)))
-
-        code = outcome(child(work))
+        code = outcome(child(training, tiny(out, pictures, "--epochs", str(EPOCHS)), chance.randint(1, 11)))
         if code == 0:
             break
         assert code == -signal.SIGKILL
@@ -132,9 +85,9 @@ def test_killed_inside_any_write_a_run_ends_with_the_same_bits(straight, picture
 def test_killed_at_random_moments_a_run_ends_with_the_same_bits(straight, pictures, tmp_path):
     out, chance, outcomes = tmp_path / "0", random.Random(1), []
     for _ in range(12):
-        process = child(lambda: train.main(tiny(out, pictures, "--epochs", str(EPOCHS))))
+        process = child(training, tiny(out, pictures, "--epochs", str(EPOCHS)))
         time.sleep(chance.uniform(0.02, 0.4))
-        os.kill(process, signal.SIGKILL)
+        process.kill()
         outcomes.append(outcome(process))
         if outcomes[-1] == 0:
             break
@@ -161,17 +114,13 @@ def test_a_signal_ends_the_script_with_the_code_for_go_on(number, pictures, tmp_
 # ---------------------------------------------------------------------------------------------- the disk
 
 
-def test_a_full_disk_keeps_what_was_saved(half, straight, pictures, capfd):
+def test_a_full_disk_keeps_what_was_saved(half, straight, pictures, tmp_path):
     """The limit of a file's size stands in for the disk's: the system refuses the write in its middle."""
-
-    def work() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-        train.main(tiny(half, pictures, "--epochs", str(EPOCHS)))
-
     before = {path.name: path.read_bytes() for path in half.glob("state*")}
-    assert outcome(child(work)) == 4
-    printed = capfd.readouterr().err
-    assert printed.count("\n") == 1 and "File too large" in printed and "the same command goes on" in printed
+    argv = tiny(half, pictures, "--epochs", str(EPOCHS))
+    assert outcome(child(training, argv, 0, 100_000, printed=tmp_path / "printed")) == 4
+    told = [line for line in (tmp_path / "printed").read_text().splitlines() if "error" in line or "Trace" in line]
+    assert len(told) == 1 and "File too large" in told[0] and "the same command goes on" in told[0]
     after = {path.read_bytes() for path in half.glob("state*")}
     assert max(before.values(), key=len) in after and not list(half.glob(".*"))
     train.main(tiny(half, pictures, "--epochs", str(EPOCHS)))
@@ -197,14 +146,15 @@ def test_a_write_error_that_passes_costs_nothing(straight, pictures, tmp_path, m
     assert same(weights(tmp_path / "0"), weights(straight))
 
 
-def test_a_folder_in_use_and_one_that_cannot_be_written(half, pictures, tmp_path, capfd):
+def test_a_folder_in_use_and_one_that_cannot_be_written(half, pictures, tmp_path, capsys):
     with held(half):
-        assert outcome(child(lambda: train.main(tiny(half, pictures, "--epochs", str(EPOCHS))))) == 2
-    assert f"is in use by pid {os.getpid()}" in capfd.readouterr().err
+        argv = tiny(half, pictures, "--epochs", str(EPOCHS))
+        assert outcome(child(training, argv, printed=tmp_path / "printed")) == 2
+    assert f"is in use by pid {os.getpid()}" in (tmp_path / "printed").read_text()
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit) as end:
         train.main(tiny(tmp_path / "file" / "run", pictures))
-    assert end.value.code == 2 and "choose another folder" in capfd.readouterr().err
+    assert end.value.code == 2 and "choose another folder" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------- damaged files
@@ -239,12 +189,7 @@ def test_two_damaged_states_never_begin_again_in_silence(half, pictures, capsys)
 
 def test_a_state_of_another_run_is_not_this_ones(half, straight, pictures, tmp_path, capsys):
     other = tmp_path / "other"
-
-    def work() -> None:
-        kill_at_write(11)
-        train.main(tiny(other, pictures, "--epochs", str(EPOCHS), "--dim", "64"))
-
-    outcome(child(work))
+    outcome(child(training, tiny(other, pictures, "--epochs", str(EPOCHS), "--dim", "64"), 11))
     shutil.copy(other / "state.pt", half / "state.pt")
     train.main(tiny(half, pictures, "--epochs", str(EPOCHS)))
     assert "is not of this run" in capsys.readouterr().err and same(weights(half), weights(straight))
@@ -290,13 +235,10 @@ def test_damaged_arguments_stop_training_too(half, pictures, capsys):
 # ---------------------------------------------------------------------------------------------- data
 
 
-def test_a_worker_that_is_killed_ends_in_one_sentence(pictures, tmp_path, capfd):
-    def work() -> None:
-        folders.leave_interrupts_to_the_parent = lambda worker: os.kill(os.getpid(), signal.SIGKILL)
-        train.main([*tiny(tmp_path / "run", pictures), "--size", "96", "--workers", "1"])
-
-    assert outcome(child(work)) == 75
-    printed = capfd.readouterr().err
+def test_a_worker_that_is_killed_ends_in_one_sentence(pictures, tmp_path):
+    argv = [*tiny(tmp_path / "run", pictures), "--size", "96", "--workers", "1"]
+    assert outcome(child(training_with_dying_workers, argv, printed=tmp_path / "printed")) == 75
+    printed = (tmp_path / "printed").read_text()
     assert "a process that decodes pictures died" in printed and "Traceback" not in printed
 
 
@@ -368,12 +310,8 @@ def test_drawing_that_is_killed_leaves_whole_files(straight, tmp_path):
     plot.main([*words, str(tmp_path / "whole")])
     whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
 
-    def work(number: int) -> None:
-        kill_at_write(number)
-        plot.main([*words, str(results)])
-
     for number in (1, 4, 7, 10):  # an fsync for a file and one for its folder
-        assert outcome(child(lambda number=number: work(number))) == -signal.SIGKILL
+        assert outcome(child(drawing, [*words, str(results)], number)) == -signal.SIGKILL
         for path in results.glob("[!.]*"):
             assert path.read_bytes() == whole[path.name], path
     plot.main([*words, str(results)])

@@ -51,31 +51,32 @@ def test_linear_probe_takes_the_steps_of_autograd_and_sgd_at_every_rate():
 
 def test_the_rate_is_chosen_on_the_held_out_tenth_and_never_on_the_test_set(monkeypatch):
     (features, labels), (test, test_labels) = clusters(200), clusters(50, 1)
-    held_out = draws.held_out(200, "cpu")
+    parts = draws.held_out(200, "cpu")
     seen = []
     monkeypatch.setattr(probes, "correct_share", lambda x, y, w: seen.append(len(x)) or torch.tensor([0.2, 0.9, 0.1]))
     fits = []
     fit = probes.fit_linear
     monkeypatch.setattr(probes, "fit_linear", lambda *a: fits.append((len(a[0]), a[3].tolist())) or fit(*a))
     with pytest.raises(RuntimeError):  # three shares where one is wanted at the end
-        probes.linear_accuracy(features, labels, test, test_labels, 3, held_out, 0, (0.01, 0.5, 9.0), 1, 50)
+        probes.linear_accuracy(features, labels, test, test_labels, 3, parts, 0, (0.01, 0.5, 9.0), 1, 50)
     assert seen == [20, 50] and fits == [(180, pytest.approx([0.01, 0.5, 9.0])), (200, [0.5])]
 
 
 def test_linear_probe_does_not_favour_a_feature_scale():
     (features, labels), (test, test_labels) = clusters(200), clusters(100, 1)
-    held_out = draws.held_out(200, "cpu")
+    parts = draws.held_out(200, "cpu")
     found = [
-        probes.linear_accuracy(scale * features, labels, scale * test, test_labels, 3, held_out, 0)
+        probes.linear_accuracy(scale * features, labels, scale * test, test_labels, 3, parts, 0)
         for scale in (1e-4, 1.0, 1e3)
     ]
     assert found[0] == pytest.approx(found[1], abs=1) and found[1] == pytest.approx(found[2], abs=1) and found[1] > 70
 
 
 def test_held_out_tenth_is_fixed_and_a_tenth():
-    chosen = draws.held_out(5000, "cpu")
-    assert chosen.sum() == 500 and torch.equal(chosen, draws.held_out(5000, "cpu"))
-    assert 150 < chosen[:2500].sum() < 350
+    rest, tenth = draws.held_out(5000, "cpu")
+    assert len(tenth) == 500 and torch.equal(tenth, draws.held_out(5000, "cpu")[1])
+    assert torch.equal(torch.cat([rest, tenth]).sort().values, torch.arange(5000))
+    assert (rest.diff() > 0).all() and (tenth.diff() > 0).all() and 150 < (tenth < 2500).sum() < 350
 
 
 def test_layerwise_scaling_by_hand():

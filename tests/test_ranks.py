@@ -1,0 +1,101 @@
+"""SimSiam on two gloo ranks: equal to one, refused where it cannot be, and the paper's scale for real through make."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, tiny
+
+from common import checkpoints, files
+from simsiam import eval as evaluate
+from simsiam import train
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+
+def launch(script, *flags) -> subprocess.CompletedProcess:
+    command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", str(script), *flags]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+
+
+def test_a_batch_that_two_ranks_do_not_divide_is_refused(pictures, tmp_path):
+    odd = launch(ROOT / "simsiam/train.py", *tiny(tmp_path / "odd", pictures, "--batch", "15"))
+    assert odd.returncode != 0 and "2 processes do not divide" in odd.stderr and not (tmp_path / "odd").exists()
+
+
+EVAL_MODE = """
+import sys
+from torch import nn
+from simsiam import train
+made = train.build_model
+def build_model(*arguments):
+    model = made(*arguments)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.train = lambda mode=True, module=module: module  # from here on it stays as it is
+            module.training = False
+    return model
+train.build_model = build_model
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("loss", ["symmetric", "asymmetric-2x"])
+def test_two_ranks_equal_one_with_batch_norms_in_eval_mode(loss, pictures, tmp_path):
+    """After six steps every tensor's change is the same to 1e-5, and to what float32 resolves of the tensor itself."""
+    script = tmp_path / "eval_mode.py"
+    script.write_text(EVAL_MODE)
+    flags = ["--loss", loss, "--lr", "0.5"]
+    done = launch(script, *tiny(tmp_path / "two", pictures, *flags))
+    assert done.returncode == 0, done.stderr
+    alone = [sys.executable, str(script), *tiny(tmp_path / "one", pictures, *flags)]
+    subprocess.run(alone, env=ENVIRONMENT, check=True, capture_output=True)
+    two, one = (checkpoints.load(tmp_path / name / "model.pt") for name in ("two", "one"))
+    start = train.build_model(one["arguments"], "cpu").state_dict()
+    for name, expected in one["model"].items():
+        moved = (expected.double() - start[name].double()).norm()
+        assert (
+            two["model"][name].double() - expected.double()
+        ).norm() <= 1e-5 * moved + 2e-7 * expected.double().norm(), name
+    assert (one["model"]["predictor.0.weight"] - start["predictor.0.weight"]).norm() > 1e-3
+    world = [json.loads((tmp_path / name / "args.json").read_text())["provenance"]["world"] for name in ("two", "one")]
+    losses = [files.read_lines(tmp_path / name / "train.jsonl")[-1]["loss"] for name in ("two", "one")]
+    assert world == [2, 1] and losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_two_ranks_measure_what_one_measures_and_cannot_go_on_alone(pictures, tmp_path, capsys):
+    out = tmp_path / "run"
+    done = launch(ROOT / "simsiam/train.py", *tiny(out, pictures))
+    assert done.returncode == 0, done.stderr
+    log = files.read_lines(out / "train.jsonl")
+    assert [line["epoch"] for line in log] == [0, 1, 2]
+    evaluate.main([str(out)])
+    alone = json.loads((out / "metrics.json").read_text())
+    for name in ("std_ratio", "mean_cosine", "effective_rank", "knn_accuracy"):
+        assert alone[name] == pytest.approx(log[-1][name], rel=1e-4)
+    (out / "model.pt").unlink()
+    with pytest.raises(SystemExit) as end:
+        train.main(tiny(out, pictures))
+    assert end.value.code == 2 and "began with world 2, now it is 1" in capsys.readouterr().err
+
+
+def test_the_papers_scale_runs_under_make_and_torchrun(pictures, tmp_path):
+    """ResNet-50, decoding workers and the LARS probe on two ranks; `LAUNCH` is the README's."""
+    launcher = f"{shlex.join(TORCHRUN)} --no-python --standalone --nproc-per-node=2"
+    folder = tmp_path / "runs"
+    command = ["make", "-C", str(ROOT), f"PYTHON={sys.executable}", "SCALE=paper", "DEVICE=cpu", f"DATA={pictures}"]
+    command += [f"LAUNCH={launcher}", f"RUNS={folder}", "EXTRA=--size 96 --batch 8 --workers 1 --rehearse 2"]
+    command += [f"{folder}/simsiam/base/0/metrics.json"]
+    clean = {name: value for name, value in ENVIRONMENT.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    done = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = folder / "simsiam/base/0"
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["world"] == 2 and metrics["threads"] == 1 and 0 <= metrics["linear_accuracy"] <= 100
+    weights = checkpoints.load(run / "model.pt")["model"]
+    assert weights["projector.6.weight"].shape == (2048, 2048) and weights["backbone.bn1.num_batches_tracked"] == 8
+    assert not list(run.glob("*state*")) and (run / "flags").exists()
