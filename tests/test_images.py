@@ -1,6 +1,10 @@
 """Image data: folders decoded once or streamed, broken data, and the views of workers."""
 
+import functools
+import http.server
 import shutil
+import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,3 +114,59 @@ def test_the_views_of_workers_follow_from_seed_epoch_and_index_alone(pictures):
     state = torch.get_rng_state()
     views(0)
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_damaged_decoded_file_is_named_and_an_unwritable_cache_too(pictures, tmp_path, capsys):
+    data = copy_of(pictures, tmp_path)
+    folders.resident(data / "train", 32, data, 0, "a")
+    path = data / "train-32-a.npy"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(SystemExit) as end:
+        folders.resident(data / "train", 32, data, 0, "a")
+    assert end.value.code == 2 and "remove it, and it is decoded again" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        folders.resident(data / "train", 32, Path("/proc/none"), 0, "a")
+    assert end.value.code == 2 and "cannot be written to /proc/none" in capsys.readouterr().err
+
+
+def test_half_extracted_cifar_is_never_trained_on(tmp_path, capsys):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name in ("data_batch_1", "batches.meta"):
+        (folder / name).write_bytes(b"half of what should be here")
+    with pytest.raises(SystemExit) as end:
+        images.load("cifar10", tmp_path, 32, CPU)
+    printed = capsys.readouterr().err
+    assert end.value.code == 2 and "or damaged: python -m common.images cifar10" in printed and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("served", [True, False])
+def test_a_download_that_fails_says_which_file_to_put_where(served, tmp_path, monkeypatch, capsys):
+    """A page where the archive should be; and nobody there at all."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/cifar-10-python.tar.gz").write_text("<html>please log in</html>")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path / "site"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        site = f"http://127.0.0.1:{server.server_port}"
+        if served:
+            threading.Thread(target=server.serve_forever).start()
+        else:
+            server.server_close()
+        monkeypatch.setattr(images.datasets.CIFAR10, "url", f"{site}/cifar-10-python.tar.gz")
+        with pytest.raises(SystemExit) as end:
+            images.main(["cifar10", "--data", str(tmp_path)])
+        if served:
+            server.shutdown()
+    printed = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2 and f"put cifar-10-python.tar.gz into {tmp_path}" in printed
+
+
+def test_few_pictures_are_a_fixed_draw_of_them(pictures, tmp_path):
+    data = copy_of(pictures, tmp_path)
+    whole = images.load("folder", data, 32, CPU)
+    some, again = whole.few(10), images.load("folder", data, 32, CPU).few(10)
+    assert some.examples == 10 and len(some.test) == 10 and torch.equal(some.train, again.train)
+    assert set(some.train_labels.tolist()) == {0, 1} and whole.few(1000).examples == 48
+    streamed = folders.Streamed(data, 32, 0, CPU).few(10)
+    pixels, labels = next(streamed.batches("train"))
+    assert streamed.examples == len(pixels) == 10 and torch.equal(labels, some.train_labels)
