@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from common import draws
-from common.exits import DISK, INTERRUPTED, USER, stop
+from common.exits import DISK, USER, stop
 from common.files import FULL
 
 
@@ -102,11 +102,6 @@ def loaded(pictures: Dataset, order: list[list[int]], workers: int, device: torc
         yield from loader
     except Undecodable as error:  # a worker's comes with its traceback before the message
         stop(f"{str(error).strip().splitlines()[-1].split('Undecodable: ')[-1]}: restore or remove that file")
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        stop(f"a process that decodes pictures died ({str(error).splitlines()[0]}): too little memory or /dev/shm? "
-             "Fewer --workers need less; what was saved stands, the same command goes on", INTERRUPTED)  # fmt: skip
 
 
 def leave_interrupts_to_the_parent(worker: int) -> None:

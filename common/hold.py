@@ -21,7 +21,7 @@ TROUBLE = FULL | {errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.EMFI
 
 @contextmanager
 def held(folder: Path, rank: int = 0) -> Iterator[None]:
-    """Hold `folder` alone, and turn SIGTERM, SIGINT and the disk's errors into exit codes while it is held.
+    """Hold `folder` alone; turn signals, the disk's errors and the death of a worker into exit codes meanwhile.
 
     The lock is a file beside the folder and dies with its process, whatever becomes of that process's workers.
     What a killed process left half-written is removed. Stops (exit 2) where another process has the lock.
@@ -36,6 +36,11 @@ def held(folder: Path, rank: int = 0) -> Iterator[None]:
             raise
         named = error.filename or folder
         stop(f"{named}: {error.strerror}; what was saved stands: mend that, and the same command goes on", DISK)
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):  # torch raises it from a signal handler, wherever we are
+            raise
+        stop(f"a process that decodes pictures died ({str(error).splitlines()[0]}): too little memory or /dev/shm? "
+             "Fewer --workers need less; what was saved stands, the same command goes on", INTERRUPTED)  # fmt: skip
     finally:
         if file:
             file.close()
@@ -44,7 +49,8 @@ def held(folder: Path, rank: int = 0) -> Iterator[None]:
 
 
 def interrupted(number: int, frame: FrameType | None) -> None:
-    """Signal handler: end at once; the last epoch's state stands."""
+    """Signal handler: end at once; the last epoch's state stands. That workers die of the same signal is no error."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     stop(f"interrupted by {signal.Signals(number).name}; the same command goes on", INTERRUPTED)
 
 

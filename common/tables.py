@@ -76,7 +76,7 @@ def _sentence(
 ) -> str:
     arm, reference, word, label = contrast["arm"], contrast["reference"], contrast["word"], metric["label"]
     if contrast["mean"] is None:
-        return f"{arm}:{reference} has no difference in {label} ({word})"
+        return f"{arm}:{reference} cannot be compared in {label} ({word})"
 
     def amount(value: float) -> str:
         unit = "points" if metric["unit"] == "%" else metric["unit"]

@@ -236,7 +236,7 @@ def test_damaged_arguments_stop_training_too(half, pictures, capsys):
 
 
 def test_a_worker_that_is_killed_ends_in_one_sentence(pictures, tmp_path):
-    argv = [*tiny(tmp_path / "run", pictures), "--size", "96", "--workers", "1"]
+    argv = [*tiny(tmp_path / "run", pictures, "--epochs", "30"), "--size", "96", "--workers", "1"]
     assert outcome(child(training_with_dying_workers, argv, printed=tmp_path / "printed")) == 75
     printed = (tmp_path / "printed").read_text()
     assert "a process that decodes pictures died" in printed and "Traceback" not in printed

@@ -137,7 +137,7 @@ def test_every_seed_diverged(tmp_path):
     grid(tmp_path, base=BASE, arm=[None] * 5)
     found = summarise(tmp_path)
     assert (found["verdict"], found["counted"]) == ("arm: 5 of 5 diverged", False)
-    assert "arm:base has no difference in kNN accuracy" in found["finding"]
+    assert "arm:base cannot be compared in kNN accuracy" in found["finding"]
 
 
 def test_a_failed_control_silences_the_study(tmp_path):
