@@ -47,9 +47,9 @@ class FakeGPU:
 
 @pytest.fixture
 def fake_gpu(monkeypatch) -> Iterator[FakeGPU]:
-    """Inside, tensors are made on a GPU that computes nothing, and that raises where devices are mixed or where a
-    shape depends on data. What it cannot do is stood in for: .item() counts and gives 0.5, backward gives gradients
-    of zero, generators are left out, a copied or moved module is the module itself.
+    """Inside, "cuda" is a GPU that computes nothing, and that raises where devices are mixed or where a shape depends
+    on data. What it cannot do is stood in for: .item() counts and gives 0.5, backward gives gradients of zero,
+    generators are left out, a moved module gets new tensors, a copied one is the module itself.
     """
     gpu, mode, item, truth = FakeGPU(), FakeTensorMode(), Tensor.item, Tensor.__bool__
 
@@ -65,6 +65,14 @@ def fake_gpu(monkeypatch) -> Iterator[FakeGPU]:
             if type(one) is FakeTensor and one.fake_mode is mode and isinstance(one, nn.Parameter):
                 one.grad = torch.zeros_like(one) if one.requires_grad else None
 
+    def moved(module: nn.Module, device: torch.device | str | None = None, **_) -> nn.Module:
+        for part in module.modules() if device else ():
+            for name, one in part.named_parameters(recurse=False):
+                setattr(part, name, nn.Parameter(torch.zeros(one.shape, device=device), one.requires_grad))
+            for name, one in part.named_buffers(recurse=False):
+                setattr(part, name, torch.zeros(one.shape, dtype=one.dtype, device=device))
+        return module
+
     def true(tensor: Tensor) -> bool:
         return counted(tensor) >= 0 if isinstance(tensor, FakeTensor) else truth(tensor)
 
@@ -74,9 +82,9 @@ def fake_gpu(monkeypatch) -> Iterator[FakeGPU]:
     )
     monkeypatch.setattr(Tensor, "backward", backward)
     monkeypatch.setattr(draws, "generator", lambda *_: None)
-    monkeypatch.setattr(nn.Module, "to", lambda module, *_, **__: module)
+    monkeypatch.setattr(nn.Module, "to", moved)
     monkeypatch.setattr(copy, "deepcopy", lambda module: module)
-    with mode, torch.device("cuda"):
+    with mode:
         yield gpu
 
 

@@ -252,8 +252,8 @@ def test_arms_and_ranks_see_equal_batches_and_views():
 
 
 def test_the_fake_gpu_notices_what_a_real_one_would(fake_gpu):
-    rows = torch.zeros(4, 3)
-    for wrong in (lambda: rows + torch.zeros(4, 3, device="cpu"), lambda: rows[rows[:, 0] > 0], lambda: rows.nonzero()):
+    rows = torch.zeros(4, 3, device="cuda")
+    for wrong in (lambda: rows + torch.zeros(4, 3), lambda: rows[rows[:, 0] > 0], lambda: rows.nonzero()):
         with pytest.raises(RuntimeError):
             wrong()
     rows.sum().item()
@@ -283,15 +283,16 @@ class Pictures:
 
     def views(self, transform, views, order, seed, epoch):
         for rows in order:
-            yield [torch.zeros(len(rows), 3, 32, 32, dtype=torch.uint8) for _ in range(views)]
+            yield [torch.zeros(len(rows), 3, 32, 32, dtype=torch.uint8, device="cuda") for _ in range(views)]
 
     def batches(self, part, rank=0, world=1):
-        yield torch.zeros(8, 3, 32, 32), torch.zeros(8, dtype=torch.int64)
+        yield torch.zeros(8, 3, 32, 32, device="cuda"), torch.zeros(8, dtype=torch.int64, device="cuda")
 
 
 def fake_images(count: int) -> images.Images:
-    pixels, labels = torch.zeros(count, 3, 32, 32, dtype=torch.uint8), torch.zeros(count, dtype=torch.int64)
-    return images.Images(pixels, labels, pixels, labels, 2, torch.zeros(3, 1, 1), torch.ones(3, 1, 1), "")
+    pixels = torch.zeros(count, 3, 32, 32, dtype=torch.uint8, device="cuda")
+    labels, channels = torch.zeros(count, dtype=torch.int64, device="cuda"), torch.ones(3, 1, 1, device="cuda")
+    return images.Images(pixels, labels, pixels, labels, 2, channels, channels, "")
 
 
 def train_on_a_fake_gpu(data: images.Images, arm: list[str], monitor_every: int = 1) -> None:
@@ -325,14 +326,15 @@ def test_steps_ask_the_device_nothing(fake_gpu):
 @pytest.mark.parametrize("held_out", [False, True])
 def test_evaluation_stays_on_a_fake_gpu(held_out, fake_gpu):
     settings = {"precision": "auto", "seed": 0, "neighbours": 5, "rehearse": None}
-    found = evaluate.evaluate(small(), fake_images(64), settings, held_out, None)
+    found = evaluate.evaluate(small().to("cuda"), fake_images(64), settings, held_out, None)
     assert found["linear_accuracy"] == 100.0 * 0.5
 
 
 def test_the_probe_of_large_pictures_stays_on_a_fake_gpu(fake_gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(evaluate, "digest", lambda module: "")
     monkeypatch.setattr(checkpoints, "save", lambda *_: None)
-    found = evaluate.probe_at_full_size(small(), Pictures(), tmp_path, 64, "auto", 0, epochs=2, batch=4096, lr=0.1)
+    model = small().to("cuda")
+    found = evaluate.probe_at_full_size(model, Pictures(), tmp_path, 64, "auto", 0, epochs=2, batch=4096, lr=0.1)
     assert found == 50.0
 
 
