@@ -141,7 +141,7 @@ known = $(cost) $(if $(EXTRA),,--runs $(RUNS))
 unknown = $(foreach arm,$(sort $(foreach study,$($1),$(call arms-of,$(study)))),$(if $(if $(EXTRA),,$(wildcard \
 	$(SEEDS:%=$(RUNS)/$1/$(arm)/%/metrics.json))),,$(REHEARSAL)/$1/$(arm)/0/metrics.json))
 rehearse-unknown = $(foreach paper,$(PAPERS),$(if $(call unknown,$(paper)),$(rehearse) $(call \
-	unknown,$(paper)) EXTRA="$(strip $($(paper).rehearsal) $(EXTRA))" &&))
+	unknown,$(paper)) EXTRA="$(strip $($(paper).rehearsal) $(EXTRA))" || exit;))
 cost: | $(VENV)
 	@+$(rehearse-unknown) $(known)
 

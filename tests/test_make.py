@@ -272,6 +272,7 @@ def test_cost_rehearses_only_what_was_never_run(house):
     assert code == 0 and len(runs(calls)) == 6 and "base/0" not in runs(calls)
     assert "simsiam-predictor=no-predictor:base,frozen-predictor:base" in calls[-1] and "--runs runs/demo" in calls[-1]
     assert [call.split()[1] for call in house.make("cost")[1]] == ["common.cost"]
+    assert house.make("cost", "EXTRA=--epochs 2", BREAK="runs/rehearsal/demo/simsiam/base/0")[0] != 0
     code, calls, _ = house.make("cost", "EXTRA=--epochs 3")  # what was run had other flags
     assert code == 0 and len(runs(calls)) == 9 and "--runs" not in calls[-1]
 
