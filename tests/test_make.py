@@ -79,8 +79,14 @@ class House:
         (self.folder / "calls.txt").write_text("")
         command = ["make", "PYTHON=./fake-python", "SCALE=demo", *words]
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
-        return subprocess.Popen(command, cwd=self.folder, env=clean | environment, text=True, start_new_session=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+
+        def heed_interrupts() -> None:  # a shell's background jobs ignore them
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+        return subprocess.Popen(
+            command, cwd=self.folder, env=clean | environment, start_new_session=True, preexec_fn=heed_interrupts,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
 
     def calls(self) -> list[str]:
         return (self.folder / "calls.txt").read_text().splitlines()
