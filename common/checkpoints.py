@@ -1,10 +1,12 @@
 """Checkpoints: tensors and plain values in one file, written atomically, checked and never executed when read."""
 
+import hashlib
 import zipfile
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -49,3 +51,11 @@ def fit(model: nn.Module, state: dict[str, Tensor], source: Path | str) -> None:
         stop(f"{source} does not fit this network: {len(wrong)} tensors missing, extra or of other shape, the first: "
              f"{', '.join(wrong[:3])}")  # fmt: skip
     model.load_state_dict(state)
+
+
+def sha256(*tensors: Tensor) -> str:
+    """Hex digest of the tensors' bytes."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(np.ascontiguousarray(tensor.numpy()).data)
+    return digest.hexdigest()

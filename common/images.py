@@ -1,6 +1,5 @@
 """Image data sets as uint8 tensors that live on the device, and the fixed splits of them."""
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -74,7 +73,7 @@ def load(name: str, data: Path, size: int, device: torch.device, workers: int = 
     else:
         drawn = name in glyphs.PRESETS
         parts = [cached_glyphs(name, part, data) if drawn else cifar(name, data, part == "train") for part in GLYPHS]
-        digest = sha256(*parts[0], *parts[1])
+        digest = checkpoints.sha256(*parts[0], *parts[1])
         classes = glyphs.classes(name) if drawn else int(name[5:])
     (train, train_labels), (test, test_labels) = parts
     train, test = train.to(device), test.to(device)
@@ -116,14 +115,6 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
         sums += torch.stack([scaled.sum((0, 2, 3)), scaled.square().sum((0, 2, 3))])
     mean, square = sums / count
     return mean.float().view(3, 1, 1), (square - mean**2).sqrt().float().view(3, 1, 1)
-
-
-def sha256(*tensors: Tensor) -> str:
-    """Hex digest of the tensors' bytes."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(np.ascontiguousarray(tensor.numpy()).data)
-    return digest.hexdigest()
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from common import checkpoints, command, devices, draws, files, folders, images, probes, schedules
+from common import checkpoints, command, devices, draws, files, folders, probes, schedules
 from common.exits import stop
 from common.hold import held
 from common.run import finished
@@ -76,7 +76,7 @@ def official_weights(path: Path) -> dict[str, dict[str, Tensor]]:
 
 def digest(module: nn.Module) -> str:
     """sha256 over all tensors of a module."""
-    return images.sha256(*(tensor.detach().float().cpu() for tensor in module.state_dict().values()))
+    return checkpoints.sha256(*(tensor.detach().float().cpu() for tensor in module.state_dict().values()))
 
 
 def probe_at_full_size(

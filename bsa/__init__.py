@@ -1,0 +1,1 @@
+"""Binary Sparsity Alignment: sparse binary codes for embeddings."""
