@@ -323,7 +323,8 @@ def plain_logs(figure: Figure, panels: Sequence[figures.Curves], arms: int) -> F
 
 
 def wide_dots(figure: Figure, panels: Sequence[figures.Dots]) -> Figure:
-    """Log axes under `figures.dots` of active features that differ widely."""
+    """Room for the titles of `figures.dots`, and log axes for active features that differ widely."""
+    figure.set_figwidth(figure.get_figwidth() + 1)
     for axis, panel in zip(figure.axes, panels, strict=True):
         counts = [value for found in panel.values.values() for value in found]
         if "active" in panel.title and is_wide(counts, 4):
@@ -395,7 +396,7 @@ def tradeoff(
             if sign and x == "bits_per_row":
                 place = sign["sign_bits_per_row"], sign[f"sign_{y}"]
                 axis.plot(*place, "o", ms=8, mfc="none", mec=figures.REFERENCE)
-                axis.annotate("signs", place, xytext=(8, -3), textcoords="offset points", **figures.SMALL)
+                axis.annotate("signs", place, xytext=(-8, -3), textcoords="offset points", ha="right", **figures.SMALL)
             log_axis(axis, "x")
         shown = {arm: {"color": looks[arm]["color"], "marker": marks[arm], "linestyle": ""} for arm in runs}
         if sign:
@@ -415,8 +416,8 @@ def alpha_tradeoff(runs: records.Runs, reference: str, active: int, caption: str
     own = next((name for name, arms in ways.items() if reference in arms), "")
     looks = figures.looks(list(ways), own)
     with matplotlib.rc_context(figures.STYLE):
-        figure = Figure(figsize=(11.2, 5.4 + 0.32 * len(ways)), layout="constrained")
-        heights = [3.6, 0.36 * len(ways)]
+        figure = Figure(figsize=(11.2, 5.4 + 0.4 * len(ways)), layout="constrained")
+        heights = [3.6, 0.42 * len(ways)]
         axes = figure.subplots(2, 2, sharex=True, height_ratios=heights).T
         for (axis, rail), y in zip(axes, ("reconstruction_loss", PRIMARY), strict=True):
             frame(axis, "active_mean", y, active)
@@ -434,12 +435,10 @@ def alpha_tradeoff(runs: records.Runs, reference: str, active: int, caption: str
                         color=colour, fontsize=8, ha="center", va="top" if place % 2 else "bottom",
                     )  # fmt: skip
             if counts := records.values(runs, reference, "active_mean"):
-                for one in (axis, rail):
-                    one.axvline(mean(counts.values()), color=looks[own]["color"], linewidth=0.6, zorder=1)
+                axis.axvline(mean(counts.values()), color=looks[own]["color"], linewidth=0.6, zorder=1)
             log_axis(axis, "x")
-            axis.set_xlabel("")
             axis.tick_params(labelbottom=True)
-            rail.set(yticks=[], ylim=(len(ways) - 0.4, -0.6), xlabel="the same active features, by α")
+            rail.set(yticks=[], ylim=(len(ways) - 0.4, -0.6), xlabel="α at these active features")
             rail.tick_params(axis="x", length=0, labelbottom=False)
             rail.spines[["left", "bottom"]].set_visible(False)
         text = "Joined: means over seeds in the order of α; faint: runs; below: the α of each mean. "
