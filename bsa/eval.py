@@ -13,6 +13,7 @@ features (dead, rare, always on) are over all training rows.
 import argparse
 import math
 import time
+from io import BytesIO
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -34,7 +35,8 @@ CLAIMS = (  # of a diverged run they are null
     *("reconstruction_loss", "fixed_topk_reconstruction_loss", "reconstruction_mse", "fixed_topk_reconstruction_mse"),
     *("active_mean", "active_std", "active_median", "active_min", "active_max", "empty_fraction", "dead_fraction"),
     *("always_on_fraction", "rare_fraction", "knn_overlap", "bits_per_row", "entropy_bits_per_row", "distinct_codes"),
-    *("open_fraction", "atom_recovery_f1", "depth_correlation", "atom_count_correlation"),
+    *("open_fraction", "atom_recovery_f1", "depth_correlation", "atom_count_correlation", "train_loss"),
+    *("loss_moved", "reconstruction_loss_moved", "active_mean_moved", "settled_step"),
 )
 
 
@@ -260,7 +262,12 @@ def look(args: argparse.Namespace, model: BSA, raw: Tensor, names: list[str], ac
     x = model.normalise(raw)
     z = torch.cat([codes_of(model, block, active, code).z for block in blocks(x)]).gt(0).float()
     if args.export:
-        np.savez_compressed(args.export, codes=packed(z), latent=z.shape[1], names=np.array(names))
+        whole = BytesIO()
+        np.savez_compressed(whole, codes=packed(z), latent=z.shape[1], names=np.array(names))
+        try:
+            files.write_bytes(args.export, whole.getvalue())
+        except OSError as error:
+            stop(f"--export {args.export} cannot be written ({error.strerror})")
         print(f"{args.export}: {len(z)} codes of {z.shape[1]} features, names; numpy.unpackbits(codes, axis=1)")
     if args.neighbours:
         if args.neighbours not in names:
@@ -301,9 +308,10 @@ def main(argv: list[str] | None = None) -> None:
         model.mean.copy_(data.train.mean(0))
         active, code = arguments["active"], arguments["code"]
         part, numbers = ("held_out", data.numbers[1]) if args.held_out else ("test", data.numbers[2])
-        untrained = references(model, data, part, active)
+        looking = args.export or args.neighbours or args.features
+        untrained = {} if looking else references(model, data, part, active)
         checkpoints.fit(model, saved["model"], args.folder / "model.pt")
-        if args.export or args.neighbours or args.features:
+        if looking:
             order = torch.cat(data.numbers).argsort().to(device)
             count = 1 + max(int(rows.max()) for rows in data.numbers)
             names = read_names(args.names, arguments["data_set"], folder, count)

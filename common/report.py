@@ -72,7 +72,11 @@ def overview(study: str, found: Mapping[str, Any] | str) -> list[str]:
         for one in primary
     ]
     words = {True: "passed", False: "not passed", None: "no interval"}
-    passed = [f"{control['name']}: {words[control['passed']]}" for control in found["controls"]]
+    several = len(found["controls"]) > 1
+    passed = [
+        (f"{one['arm']} against " if several else "") + f"{one['name']}: {words[one['passed']]}"
+        for one in found["controls"]
+    ]
     contrast = f"{metric['label']}: {'; '.join(told)}"
     n = "; ".join(dict.fromkeys(counts(one["n"], one["n_reference"]) for one in primary))
     return [study, found["question"], contrast, n, "; ".join(passed), found["verdict"], found["published"]]

@@ -47,7 +47,7 @@ class Study(NamedTuple):
     reproduce: str  # the command
     primary_metric: str
     contrasts: Sequence[str]  # "arm:reference", the primary ones first
-    controls: Sequence[Control]  # each guards the contrasts whose reference has the "@setting" of its arm
+    controls: Sequence[Control]  # each guards its own arm's contrasts, and those with its "@setting" that have none
     published: str = "none published"
     primaries: int = 1
     margin: float | None = None  # in the primary metric's unit; only within it "no difference" is said
@@ -88,7 +88,10 @@ def summarise(study: Study, runs: Runs, metrics: Mapping[str, Metric], rule: Rul
         "notes": notes(runs, metrics),
         "provenance": provenance(runs),
     }
-    verdicts = {c["arm"]: _verdict(c, result["controls"]) for c in result["contrasts"] if c["primary"]}
+    primary = [contrast for contrast in result["contrasts"] if contrast["primary"]]
+    for control in result["controls"]:
+        control["primary"] = any(control in _guards(contrast, result["controls"]) for contrast in primary)
+    verdicts = {contrast["arm"]: _verdict(contrast, result["controls"]) for contrast in primary}
     alike = len(set(verdicts.values())) == 1
     named = [f"{arm}: {word}" for arm, word in verdicts.items()]
     result["verdict"] = next(iter(verdicts.values())) if alike else "; ".join(named)
@@ -132,10 +135,16 @@ def _control(runs: Runs, control: Control) -> dict[str, Any]:
     return result
 
 
-def _verdict(contrast: dict[str, Any], controls: list[dict[str, Any]]) -> str:
-    """A primary contrast's word, after its positive control has been asked."""
+def _guards(contrast: dict[str, Any], controls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The controls that a contrast's reference must pass: its own, else those of its setting."""
     setting = contrast["reference"].partition("@")[2]
-    passed = [control["passed"] for control in controls if control["arm"].partition("@")[2] == setting]
+    own = [control for control in controls if control["arm"] == contrast["reference"]]
+    return own or [control for control in controls if control["arm"].partition("@")[2] == setting]
+
+
+def _verdict(contrast: dict[str, Any], controls: list[dict[str, Any]]) -> str:
+    """A primary contrast's word, after its positive controls have been asked."""
+    passed = [control["passed"] for control in _guards(contrast, controls)]
     if False in passed:
         return NOT_INFORMATIVE
     if contrast["low"] is not None and (not passed or None in passed):

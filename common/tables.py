@@ -42,7 +42,8 @@ def interval(found: Mapping[str, Any], metric: Mapping[str, Any]) -> str:
 def finding(summary: Mapping[str, Any]) -> str:
     """Two or three sentences made of the numbers alone."""
     metric, rows = summary["metrics"][summary["primary_metric"]], {row["arm"]: row for row in summary["rows"]}
-    sentences = [_failed(control, summary) for control in summary["controls"] if control["passed"] is False]
+    failed = [control for control in summary["controls"] if control["passed"] is False]
+    sentences = [f"{NOT_INFORMATIVE.capitalize()}: {_failed(one, summary)}" for one in failed if one["primary"]]
     primary = [contrast for contrast in summary["contrasts"] if contrast["primary"]]
     sentences += [_sentence(contrast, metric, rows, summary["margin"]) for contrast in primary]
     remarks = []
@@ -57,6 +58,11 @@ def finding(summary: Mapping[str, Any]) -> str:
             further.append(f"{one['arm']}:{one['reference']} {one['word']} ({facts})")
     sentences += ["; ".join(remarks)] if remarks else []
     sentences += ["Further, descriptive: " + "; ".join(further)] if further else []
+    sentences += [
+        f"Nothing follows from contrasts to {one['arm']}: {_failed(one, summary)}"
+        for one in failed
+        if not one["primary"]
+    ]
     return " ".join(f"{sentence}." for sentence in sentences)
 
 
@@ -66,8 +72,8 @@ def _failed(control: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     side = "below" if control["lower_wins"] else "above"
     facts = f"{means[1]}; difference {number(control['mean'], metric)}, 95 % interval {interval(control, metric)}"
     return (
-        f"{NOT_INFORMATIVE.capitalize()}: {metric['label']} of {control['arm']} ({means[0]}) is not clearly {side} "
-        f"its positive control, {control['name']} ({facts})"
+        f"{metric['label']} of {control['arm']} ({means[0]}) is not clearly {side} its positive control, "
+        f"{control['name']} ({facts})"
     )
 
 

@@ -4,8 +4,15 @@ step / bare     our whole training step over forward, backward and optimiser of 
 plain / step    a plain reference over our step: Pillow augmentation in two DataLoader workers, contiguous
                 tensors, `.item()` at every step; the same network, loss and optimiser
 views / step    share of our step that picking, augmenting and normalising the views takes
+
+BSA, at N = 4096, K = 64, batch 256 and 384 channels:
+
+step / floor    our whole training step over its five matrix products alone
+dense / closed  the alignment loss with its target of width N written out over the closed form, forward and backward
+parts           what the largest K, the alignment loss (with them) and Adam take of a step
 """
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+import bsa.train
 from common import command, devices, images
 from simsiam import train
 
@@ -129,6 +137,66 @@ def measure(name: str, device: torch.device, rounds: int) -> None:
     )
 
 
+def dense_alignment(s: Tensor, h: Tensor, active: int) -> Tensor:
+    """1 - cos(s, zK) as it is usually written, (B,)."""
+    return 1 - torch.nn.functional.cosine_similarity(s, bsa.train.topk_code(h.detach(), active), dim=1)
+
+
+def measure_bsa(device: torch.device, rounds: int, steps: int = 5) -> None:
+    """Print the three ratios of BSA."""
+    batch, width, latent, active = 256, 384, 4096, 64
+    model = bsa.train.BSA(width, latent, active, "sparse", 0).to(device)
+    x = model.normalise(torch.randn(batch, width, device=device))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
+    losses = functools.partial(
+        bsa.train.bsa_loss, active=active, alpha=1.0, reconstruction="cosine", alignment="cosine", target="binary",
+        reduction="mean", code="round", precision="float32",
+    )  # fmt: skip
+    wide, narrow = torch.randn(batch, latent, device=device), torch.randn(batch, width, device=device)
+    logits = (2 * wide).requires_grad_()
+    weights = (model.encoder.weight.detach(), model.decoder.weight.detach())
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        losses(model, x)[0].backward()
+        optimizer.step()
+
+    def floor() -> None:
+        for a, b in ((x, weights[0].T), (wide, weights[1].T), (narrow, weights[1]), (narrow.T, wide), (wide.T, x)):
+            a @ b
+
+    def align(loss: Callable) -> None:
+        loss(logits.sigmoid(), logits).mean().backward()
+
+    work: dict[str, Callable[[], object]] = {
+        "floor": floor,
+        "step": step,
+        "closed": lambda: align(lambda s, h: bsa.train.alignment_loss(s, h, active, "cosine")),
+        "dense": lambda: align(lambda s, h: dense_alignment(s, h, active)),
+        "largest": lambda: wide.topk(active, dim=1),
+        "adam": optimizer.step,
+    }
+    timed: dict[str, list[float]] = {which: [] for which in work}
+    for number in range(rounds + 1):
+        for which, once in work.items():
+            spent = seconds(steps, device, once)
+            if number:
+                timed[which].append(spent)
+
+    def ratio(a: str, b: str) -> str:
+        found = [x / y for x, y in zip(timed[a], timed[b], strict=True)]
+        return f"{statistics.median(found):.2f} [{min(found):.2f}-{max(found):.2f}]"
+
+    rate = batch / statistics.median(timed["step"])
+    print(
+        f"BSA, N {latent}, K {active}, batch {batch}, d {width}: step / floor {ratio('step', 'floor')}, "
+        f"dense / closed {ratio('dense', 'closed')}; of a step: largest K {ratio('largest', 'step')}, alignment loss "
+        f"{ratio('closed', 'step')}, Adam {ratio('adam', 'step')} ({rate:.0f} rows/s, "
+        f"{rounds} rounds of {steps} steps)",
+        flush=True,
+    )
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = command.Parser(__doc__)
     parser.add_argument("--device", default="auto")
@@ -136,6 +204,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     device = devices.choose(args.device, "demo")
+    measure_bsa(device, args.rounds)
     for name in SETTINGS:
         measure(name, device, args.rounds)
 

@@ -59,7 +59,7 @@ class House:
     def __init__(self, folder: Path):
         self.folder = folder
         shutil.copy(ROOT / "Makefile", folder)
-        for name in ("simsiam/plot.py", "common/report.py"):
+        for name in ("simsiam/plot.py", "bsa/plot.py", "common/report.py"):
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).touch()
         for name in ("__init__", "slots", "exits", "provenance"):
@@ -246,7 +246,7 @@ def test_interrupted_and_started_again_in_parallel_nothing_is_done_twice(house):
 def test_report_draws_a_half_finished_grid_and_runs_nothing(house):
     house.make("simsiam-predictor", "SEEDS=0")
     code, calls, _ = house.make("report", "SEEDS=0 1 2")
-    assert code == 0 and runs(calls) == runs(calls, "eval") == [] and len(calls) == 5
+    assert code == 0 and runs(calls) == runs(calls, "eval") == [] and len(calls) == 7
     assert all("--seeds 0 1 2" in call for call in calls if "plot.py" in call)
     assert house.make("simsiam-predictor", "SEEDS=0")[:2] == (0, [])
 

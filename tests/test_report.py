@@ -148,6 +148,18 @@ def test_a_failed_control_silences_the_study(tmp_path):
     assert found["finding"].startswith("Not informative at this scale: kNN accuracy of base (20.1)")
 
 
+def test_a_control_of_another_reference_leaves_the_primary_its_verdict(tmp_path):
+    """`other` fails its own control: nothing follows for it, and the primary contrast to base keeps its word."""
+    for seed in range(5):
+        for arm, knn in (("base", 60.0), ("arm", 40.0), ("other", 15.0)):
+            run(tmp_path, arm, seed, knn + seed, control=15.0 + seed)
+    controls = [Control("untrained", "knn", arm, other_metric="untrained_knn") for arm in ("base", "other")]
+    found = summarise(tmp_path, contrasts=["arm:base", "arm:other"], controls=controls)
+    assert [control["passed"] for control in found["controls"]] == [True, False]
+    assert found["verdict"] == "lower" and not found["finding"].startswith("Not informative")
+    assert "Nothing follows from contrasts to other" in found["finding"]
+
+
 def test_controls_by_arm_direction_and_setting(tmp_path):
     grid(tmp_path, base=BASE, arm=ARM, scratch=CONTROL)
     other = Control("no pretraining", "knn", other_arm="scratch")
