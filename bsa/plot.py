@@ -158,8 +158,9 @@ def interpolate(points: Sequence[Point | None], active: float) -> float | None:
     """The loss at `active` features, linear in log(active) between neighbours in the order of alpha.
 
     A None is a run that is missing: nothing is interpolated across it. None where no two neighbours enclose `active`;
-    the first two that do where the way crosses it more often.
+    the lowest loss where the way crosses it more often, since alpha may be chosen.
     """
+    found = []
     for one, other in zip(points, [*points[1:], *points[-1:]], strict=True):  # the last with itself: it may be alone
         if one is None or other is None or min(one.active, other.active) <= 0:
             continue
@@ -167,8 +168,8 @@ def interpolate(points: Sequence[Point | None], active: float) -> float | None:
         if low.active <= active <= high.active:
             width = math.log(high.active / low.active)
             share = math.log(active / low.active) / width if width else 0.0
-            return low.loss + share * (high.loss - low.loss)
-    return None
+            found.append(low.loss + share * (high.loss - low.loss))
+    return min(found, default=None)
 
 
 def at_activity(runs: records.Runs, arms: Sequence[str], active: float) -> dict[int, float | None]:
@@ -187,7 +188,11 @@ def at_activity(runs: records.Runs, arms: Sequence[str], active: float) -> dict[
 
 
 def matched(runs: records.Runs, reference: str) -> list[str]:
-    """What each family loses at the reference's mean active count, and by how much it differs from the reference's."""
+    """What each family loses at the reference's mean active count, and by how much it differs from the reference.
+
+    The reference's own loss is measured, not interpolated: where the count hardly answers to alpha that would tell
+    nothing.
+    """
     ways, metric = families(runs), METRICS["reconstruction_loss"]._asdict()
     own = next((name for name, arms in ways.items() if reference in arms), None)
     counts = list(records.values(runs, reference, "active_mean").values())
@@ -196,6 +201,7 @@ def matched(runs: records.Runs, reference: str) -> list[str]:
     active = mean(counts)
     found = {name: at_activity(runs, list(ways[name]), active) for name in sorted(ways, key=lambda name: name != own)}
     kept = {name: [loss for loss in losses.values() if loss is not None] for name, losses in found.items()}
+    kept[own] = list(records.values(runs, reference, "reconstruction_loss").values())
     parts = []
     for name, losses in kept.items():
         if not losses:
@@ -203,16 +209,16 @@ def matched(runs: records.Runs, reference: str) -> list[str]:
             continue
         whole = statistics.summary(losses)
         facts = [f"95 % interval {tables.interval(vars(whole), metric)}"] if whole.low is not None else []
-        outside = len(found[name]) - whole.n
+        outside = len(found[name]) - whole.n if name != own else 0
         facts.append(f"n = {whole.n}" + (f", {outside} more outside its range" if outside else ""))
         if name != own and kept[own]:
             apart = statistics.welch(losses, kept[own])
             bounds = "" if apart.low is None else f", {tables.interval(vars(apart), metric)}"
-            facts.append(f"minus {own} {tables.number(apart.mean, metric)}{bounds}")
-        parts.append(f"{name}: {tables.number(whole.mean, metric)} ({'; '.join(facts)})")
+            facts.append(f"minus {reference} {tables.number(apart.mean, metric)}{bounds}")
+        parts.append(f"{reference if name == own else name}: {tables.number(whole.mean, metric)} ({'; '.join(facts)})")
     return [
-        f"Reconstruction loss at the {active:.1f} active features of {reference}, interpolated in log(active) between "
-        f"neighbouring alphas, descriptive: {'; '.join(parts)}."
+        f"Reconstruction loss at the {active:.1f} active features of {reference}, the others' interpolated in "
+        f"log(active) between neighbouring alphas, descriptive: {'; '.join(parts)}."
     ]
 
 

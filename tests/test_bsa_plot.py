@@ -273,14 +273,17 @@ def test_matched_activity_by_hand(tmp_path):
         0.40 + math.log(8 / 2) / math.log(9 / 2) * (0.20 - 0.40),
     ]
     assert list(plot.at_activity(runs, ["y", "base", "x"], 8.0).values()) == pytest.approx(own)
+    own = [0.22, 0.20]  # base itself is not interpolated
     (sentence,) = plot.matched(runs, "base")
     half = stats.t.ppf(0.975, 1) * stats.sem([0.2, 0.22])
     difference = stats.ttest_ind([0.2, 0.22], own, equal_var=False).confidence_interval()
-    assert sentence.startswith("Reconstruction loss at the 8.0 active features of base, interpolated in log(active)")
+    assert sentence.startswith(
+        "Reconstruction loss at the 8.0 active features of base, the others' interpolated in log"
+    )
     assert f"; mse alignment: 0.210 (95 % interval {0.21 - half:.3f} to {0.21 + half:.3f}; n = 2; minus" in sentence
-    apart = f"minus cosine alignment {0.21 - sum(own) / 2:.3f}, {difference.low:.3f} to {difference.high:.3f})"
+    apart = f"minus base 0.000, {difference.low:.3f} to {difference.high:.3f})"
     assert apart in sentence
-    assert f"descriptive: cosine alignment: {sum(own) / 2:.3f} (95 % interval" in sentence
+    assert f"descriptive: base: {sum(own) / 2:.3f} (95 % interval" in sentence
     assert "l1: 0.250 (n = 1, 1 more outside its range; minus" in sentence
     assert sentence.endswith("; mse reconstruction: outside its range.")
 
