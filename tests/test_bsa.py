@@ -512,3 +512,34 @@ def test_training_and_evaluation_stay_on_a_fake_gpu(arm, fake_gpu: FakeGPU):
         evaluate.entropy_bits(s[0]),
     ):
         assert found.device.type == "cuda"
+
+
+def test_the_specifications_bands_on_planted_concepts(tmp_path, monkeypatch):
+    """Section 9: after 800 steps at a rate of 0.001; seen here in the seeds 0, 1 and 2."""
+    monkeypatch.setattr(train, "plant", plant)
+    monkeypatch.setattr(evaluate, "plant", plant)
+    found = {}
+    for arm in ("base", "no-alignment"):
+        train.main(["--steps", "800", "--lr", "0.001", *ARMS[arm], "--out", str(tmp_path / arm), "--device", "cpu"])
+        evaluate.main([str(tmp_path / arm)])
+        found[arm] = json.loads((tmp_path / arm / "metrics.json").read_text())
+    assert 5 < found["base"]["active_mean"] < 9 and found["no-alignment"]["active_mean"] > 40
+    names = ("reconstruction_loss", "fixed_topk_reconstruction_loss", "untrained_fixed_topk_reconstruction_loss")
+    whole, fixed, untrained = (found["base"][name] for name in names)
+    assert whole < found["no-alignment"]["reconstruction_loss"] and fixed < untrained
+    assert fixed < found["no-alignment"]["fixed_topk_reconstruction_loss"]
+
+
+def test_every_pass_takes_all_rows_once_in_an_order_of_its_own(tmp_path):
+    rows, seen = torch.arange(16.0).unsqueeze(1).repeat(1, 3), []
+
+    def losses(model, x):
+        seen.append(x[:, 0].long().tolist())
+        return model.encoder(x).mean(), torch.zeros(5)
+
+    model = BSA(3, 8, 2, "torch", 0)
+    run = train.Run(tmp_path, {}, train.__file__)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    train.train(run, model, rows, optimizer, losses, seed=0, steps=8, length=3, batch=4, compiled=False)
+    passes = [list(itertools.chain(*part)) for part in (seen[:4], seen[4:])]
+    assert len(seen) == 8 and sorted(passes[0]) == sorted(passes[1]) == list(range(16)) and passes[0] != passes[1]
