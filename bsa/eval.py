@@ -295,7 +295,13 @@ def look(args: argparse.Namespace, model: BSA, raw: Tensor, names: list[str], ac
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     arguments, facts, saved = finished(args.folder, "bsa/train.py")
-    log = files.read_lines(args.folder / "train.jsonl")
+    try:
+        log = files.read_lines(args.folder / "train.jsonl")
+        epochs = [line for line in log if line["epoch"]]
+        if not epochs and not saved["diverged"]:
+            raise files.Damaged("it is empty")
+    except (files.Damaged, KeyError) as error:
+        stop(f"{args.folder / 'train.jsonl'} is damaged ({error}): move {args.folder} away and train this run again")
     torch.set_num_threads(args.threads or arguments["threads"])
     device = devices.choose(args.device or arguments["device"], arguments["scale"])
     started, folder = time.perf_counter(), args.data or Path(arguments["data"])
@@ -319,7 +325,6 @@ def main(argv: list[str] | None = None) -> None:
             raw = torch.cat([data.train, data.held_out, data.test])[order]
             look(args, model, raw, [names[row] for row in kept], active, code)
             return
-        epochs = [line for line in log if line["epoch"]]
         metrics: dict[str, Any] = {**facts, **untrained, "diverged": saved["diverged"], "rows": len(data.train)}
         if saved["diverged"]:
             metrics |= dict.fromkeys(CLAIMS)

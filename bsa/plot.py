@@ -57,7 +57,7 @@ METRICS = {
     "atom_count_correlation": studies.Metric("correlation of active features with true atoms", "", 2),
 }
 ASKED = tuple(METRICS)[:5]  # the plan's own
-MARGIN = 0.01  # of fixed top-K reconstruction loss; declared before any run: within it arms count as alike
+MARGIN = 0.01  # of fixed top-K reconstruction loss; declared before any reported run: within it arms count as alike
 MANY = 8  # arms; above it a figure has fewer panels, or groups of arms
 FAMILIES = {  # (alignment, reconstruction): how a family of arms that differ in alpha is called
     ("cosine", "cosine"): "cosine alignment",

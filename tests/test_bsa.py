@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -543,3 +544,12 @@ def test_every_pass_takes_all_rows_once_in_an_order_of_its_own(tmp_path):
     train.train(run, model, rows, optimizer, losses, seed=0, steps=8, length=3, batch=4, compiled=False)
     passes = [list(itertools.chain(*part)) for part in (seen[:4], seen[4:])]
     assert len(seen) == 8 and sorted(passes[0]) == sorted(passes[1]) == list(range(16)) and passes[0] != passes[1]
+
+
+@pytest.mark.parametrize("content", ["", "{\n{}\n", '{"loss": 1}\n'])
+def test_a_damaged_log_ends_in_one_sentence(content, finished, tmp_path, capsys):
+    shutil.copytree(finished / "base/0", tmp_path / "run")
+    (tmp_path / "run/train.jsonl").write_text(content)
+    with pytest.raises(SystemExit) as end:
+        evaluate.main([str(tmp_path / "run")])
+    assert end.value.code == 2 and "train.jsonl is damaged" in capsys.readouterr().err
