@@ -6,9 +6,7 @@ Reads the runs' metrics.json, train.jsonl and activations.json, and draws what t
 nothing; the one number it makes itself is the loss at equal activity (`at_activity`), for the study on alpha.
 """
 
-import argparse
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -18,11 +16,9 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from common import command, figures, records, statistics, studies, tables
-from common.exits import stop
 from common.files import read_json
 
 QUESTIONS = {
@@ -345,17 +341,6 @@ def framed(rows: int, columns: int, width: float, height: float) -> tuple[Figure
     return figure, figure.subplots(rows, columns, squeeze=False).tolist()
 
 
-def finish(figure: Figure, looks: Mapping[str, Mapping[str, Any]], caption: str) -> Figure:
-    """The legend above the panels and the caption below, as under the figures of `common`."""
-    handles = [Line2D([], [], label=name, **look) for name, look in looks.items()]
-    widths, room = [6.5 * len(name) + 50 for name in looks], figure.get_figwidth() * 72  # points, about
-    columns = max(1, int(room / max(widths))) if sum(widths) > room else len(looks)
-    figure.legend(handles=handles, loc="outside upper left", ncols=columns, handlelength=2.6)
-    text = textwrap.fill(caption, int(14 * figure.get_figwidth()))
-    figure.supxlabel(text, x=0.01, ha="left", **figures.SMALL)
-    return figure
-
-
 def target_line(axis: Axes, active: int) -> None:
     """K as a dotted vertical line, labelled above the panel."""
     axis.axvline(active, color=figures.GREY, linewidth=1, linestyle=":", zorder=1)
@@ -410,7 +395,7 @@ def tradeoff(
                 f"Hollow: the sign of every channel, {sign['sign_bits_per_row']:.0f} bits a row, reconstruction loss "
                 f"{sign['sign_reconstruction_loss']:.3f}, kNN overlap {sign['sign_knn_overlap']:.2f}. {caption}"
             )
-        return finish(figure, shown, f"A mark for each run (training seed). {caption}")
+        return figures.finish(figure, shown, f"A mark for each run (training seed). {caption}")
 
 
 def alpha_tradeoff(runs: records.Runs, reference: str, active: int, caption: str) -> Figure:
@@ -448,7 +433,7 @@ def alpha_tradeoff(runs: records.Runs, reference: str, active: int, caption: str
             rail.tick_params(axis="x", length=0, labelbottom=False)
             rail.spines[["left", "bottom"]].set_visible(False)
         text = "Joined: means over seeds in the order of α; faint: runs; below: the α of each mean. "
-        return finish(figure, looks, f"{text}Thin line: active features of {reference}. {caption}")
+        return figures.finish(figure, looks, f"{text}Thin line: active features of {reference}. {caption}")
 
 
 def mean_of(found: Sequence[np.ndarray]) -> np.ndarray:
@@ -520,33 +505,17 @@ def activations(
         if empty := {arm: shares[0] for arm, shares in rows.items() if shares[0] >= 0.0005}:
             told = ", ".join(f"{arm} {100 * share:.1f} %" for arm, share in empty.items())
             text += f"Not in the right panel, rows without an active feature: {told}. "
-        return finish(figure, looks, text + caption)
+        return figures.finish(figure, looks, text + caption)
 
 
 # ------------------------------------------------------------------------------------------------- main
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = command.Parser(__doc__)
-    parser.add_argument("study", choices=tuple(QUESTIONS))
-    parser.add_argument("contrasts", nargs="+", help="arm:reference, the primary one first")
-    parser.add_argument("--scale", choices=command.SCALES, default="demo")
-    parser.add_argument("--runs", type=Path, required=True, help="folder of the arms")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--results", type=Path, required=True, help="where figures and tables go")
-    parser.add_argument("--reproduce", default="", help="the command that the page gives for this study")
-    args = parser.parse_args(argv)
-    if wrong := [contrast for contrast in args.contrasts if contrast.count(":") != 1]:
-        stop(f"{wrong[0]!r} is no contrast: write arm:reference")
-    return args
-
-
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    args = command.parse_study(__doc__, tuple(QUESTIONS), argv)
     references = list(dict.fromkeys(contrast.split(":")[1] for contrast in args.contrasts))
     design = studies.Study(
-        args.study, "BSA", args.scale, QUESTIONS[args.study], "",
-        args.reproduce or f"make {args.study} SCALE={args.scale}", PRIMARY, args.contrasts,
+        args.study, "BSA", args.scale, QUESTIONS[args.study], "", args.reproduce, PRIMARY, args.contrasts,
         [control(arm) for arm in references], PUBLISHED, margin=MARGIN,
     )  # fmt: skip
     runs, reference = records.read_runs(args.runs, design.arms, args.seeds), references[0]

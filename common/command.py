@@ -54,6 +54,23 @@ def parse(parser: Parser, defaults: Defaults, argv: Sequence[str] | None) -> arg
     return parser.parse_args(argv)
 
 
+def parse_study(description: str | None, names: Sequence[str], argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line of every plot.py: one study of `names`, its contrasts, and where runs and results lie."""
+    parser = Parser(description)
+    parser.add_argument("study", choices=tuple(names))
+    parser.add_argument("contrasts", nargs="+", help="arm:reference, the primary one first")
+    parser.add_argument("--scale", choices=SCALES, default="demo")
+    parser.add_argument("--runs", type=Path, required=True, help="folder of the arms")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--results", type=Path, required=True, help="where figures and tables go")
+    parser.add_argument("--reproduce", default="", help="the command that the page gives for this study")
+    args = parser.parse_args(argv)
+    if wrong := [contrast for contrast in args.contrasts if contrast.count(":") != 1]:
+        stop(f"{wrong[0]!r} is no contrast: write arm:reference")
+    args.reproduce = args.reproduce or f"make {args.study} SCALE={args.scale}"
+    return args
+
+
 def whole(least: int):
     """A type for add_argument: a whole number of at least `least`."""
 

@@ -101,6 +101,16 @@ def _caption(figure: Figure, text: str) -> None:
     figure.supxlabel(textwrap.fill(text, int(14 * figure.get_figwidth())), x=0.01, ha="left", **SMALL)
 
 
+def finish(figure: Figure, looks: Mapping[str, Mapping[str, Any]], caption: str) -> Figure:
+    """The legend of `looks` above the panels, in as many columns as fit, and the caption below them."""
+    handles = [Line2D([], [], label=name, **look) for name, look in looks.items()]
+    widths, room = [6.5 * len(name) + 50 for name in looks], figure.get_figwidth() * 72  # points, about
+    columns = max(1, int(room / max(widths))) if sum(widths) > room else len(looks)
+    figure.legend(handles=handles, loc="outside upper left", ncols=columns, handlelength=2.6)
+    _caption(figure, caption)
+    return figure
+
+
 def curves(panels: Sequence[Curves], arms: Sequence[str], reference: str, caption: str = "") -> Figure:
     """Panels side by side (two columns if more than three): mean line over seeds, band from low to high.
 
@@ -114,23 +124,13 @@ def curves(panels: Sequence[Curves], arms: Sequence[str], reference: str, captio
             for arm in sorted(arms, key=lambda arm: arm == reference):  # the reference on top
                 _band(axis, panel.values.get(arm, []), style[arm])
             _reference_lines(axis, panel.lines, vertical=False)
-        handles = [Line2D([], [], label=arm, **style[arm]) for arm in arms]
-        widths = [6.5 * len(arm) + 50 for arm in arms]  # points, about
-        fitting = figure.get_figwidth() * 72 / (max(widths) if sum(widths) > figure.get_figwidth() * 72 else 1)
-        figure.legend(
-            handles=handles,
-            loc="outside upper left",
-            ncols=max(1, min(len(arms), int(fitting))),
-            handlelength=2.6,
-        )
         seeds = [found for panel in panels for found in panel.values.values()]
         text = "One seed. "
         if any(len(found) > 1 for found in seeds):
             text = "Line: mean over seeds; band: lowest to highest seed. "
         if any(len({len(x) for x, _ in found}) > 1 for found in seeds):
             text += "Thin line: a seed that stopped early. "
-        _caption(figure, text + caption)
-    return figure
+        return finish(figure, {arm: style[arm] for arm in arms}, text + caption)
 
 
 def _band(axis: Axes, seeds: Sequence[Curve], style: Mapping[str, Any]) -> None:

@@ -95,6 +95,17 @@ def table(rows: Sequence[Sequence[str]], links: bool = False) -> str:
     return '<div class="wide"><table>' + "\n".join(lines) + "</table></div>"
 
 
+def numbers(found: Mapping[str, Any], setting: str, arms: Sequence[str]) -> str:
+    """The two tables of one setting, under its name where there is one."""
+    parts = [f"<h3>{escape(setting)}</h3>"] if setting else []
+    for rows, small in (
+        (tables.arms_table(found, arms), tables.caption(found)),
+        (tables.differences_table(found, arms), tables.UNADJUSTED),
+    ):
+        parts.append(table(rows) + f'<p class="small">{escape(small)}</p>')
+    return "\n".join(parts)
+
+
 def section(study: str, found: Mapping[str, Any] | str, figures: Sequence[Path], command: str) -> str:
     """One study of the page."""
     head = f'<section id="{escape(study)}">\n<h2>{escape(study)}</h2>\n'
@@ -109,8 +120,7 @@ def section(study: str, found: Mapping[str, Any] | str, figures: Sequence[Path],
         f"<p><strong>{escape(found['question'])}</strong></p>",
         f'<p class="finding"><strong>Verdict: {escape(found["verdict"])}.</strong> {escape(found["finding"])}</p>',
         *(f'<figure class="wide">{inline(path)}</figure>' for path in figures),
-        table(tables.arms_table(found)) + f'<p class="small">{escape(tables.caption(found))}</p>',
-        table(tables.differences_table(found)) + f'<p class="small">{escape(tables.UNADJUSTED)}</p>',
+        *(numbers(found, setting, arms) for setting, arms in tables.settings(found).items()),
         f"<p>Published: {escape(found['published'])}.</p>",
         f"<p>Here: scale {escape(found['scale'])}; {escape(found['data'])}.</p>",
         f"<p>Reproduce: <code>{escape(found['reproduce'])}</code></p>",

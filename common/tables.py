@@ -5,7 +5,7 @@
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +101,24 @@ def _sentence(
     return f"{label}: {arm} minus {reference} is {amount(contrast['mean'])}, {word} {facts}"
 
 
-def arms_table(summary: Mapping[str, Any]) -> list[list[str]]:
-    """Header and one line an arm: mean ± half-width of the 95 % interval, or the one value."""
+def settings(summary: Mapping[str, Any]) -> dict[str, list[str]]:
+    """By setting, what stands behind an arm's "@", the arms of its tables: its own, and what they are compared with."""
+    own = {row["arm"]: row["arm"].partition("@")[2] for row in summary["rows"]}
+    needed: dict[str, set[str]] = {}
+    for one in summary["contrasts"]:
+        needed.setdefault(own[one["arm"]], set()).update((one["arm"], one["reference"]))
+    named = set().union(*needed.values())
+    return {
+        setting: [arm for arm in own if arm in some or (arm not in named and own[arm] == setting)]
+        for setting, some in needed.items()
+    }
+
+
+def arms_table(summary: Mapping[str, Any], arms: Collection[str] | None = None) -> list[list[str]]:
+    """Header and one line an arm: mean ± half-width of the 95 % interval, or the one value. `arms`: only these."""
     metrics = summary["metrics"]
     table = [["arm", "flags", *map(title, metrics.values()), "n", "remarks"]]
-    for row in summary["rows"]:
+    for row in (row for row in summary["rows"] if arms is None or row["arm"] in arms):
         cells = []
         for name, metric in metrics.items():
             found = row["metrics"].get(name, {"mean": None, "low": None})
@@ -118,11 +131,13 @@ def arms_table(summary: Mapping[str, Any]) -> list[list[str]]:
     return table
 
 
-def differences_table(summary: Mapping[str, Any]) -> list[list[str]]:
-    """Header and one line a contrast, on the primary metric."""
+def differences_table(summary: Mapping[str, Any], arms: Collection[str] | None = None) -> list[list[str]]:
+    """Header and one line a contrast, on the primary metric. `arms`: only contrasts between these."""
     metric = summary["metrics"][summary["primary_metric"]]
     table = [["contrast", f"difference in {title(metric)}", "95 % interval", "n", "word"]]
     for one in summary["contrasts"]:
+        if arms is not None and not {one["arm"], one["reference"]} <= set(arms):
+            continue
         name = f"{one['arm']}:{one['reference']}" + (" (primary)" if one["primary"] else "")
         n = counts(one["n"], one["n_reference"])
         table.append([name, number(one["mean"], metric), interval(one, metric), n, one["word"]])
@@ -146,12 +161,11 @@ def markdown(table: list[list[str]]) -> str:
 def write_tables(summary: Mapping[str, Any], folder: Path) -> None:
     """Write <study>.json, <study>.md and <study>.csv (long form, full precision) into `folder`, atomically."""
     name, parts = summary["study"], [f"# {summary['study']}", summary["question"], summary["finding"]]
-    parts += [
-        markdown(arms_table(summary)),
-        caption(summary),
-        markdown(differences_table(summary)),
-        UNADJUSTED,
-    ]
+    groups = settings(summary)
+    for setting, arms in groups.items():
+        parts += [f"## {setting or 'no setting'}"] if len(groups) > 1 else []
+        parts += [markdown(arms_table(summary, arms)), caption(summary)]
+        parts += [markdown(differences_table(summary, arms)), UNADJUSTED]
     parts += ["\n".join(f"- {note}" for note in summary["notes"])] if summary["notes"] else []
     write_text(Path(folder) / f"{name}.md", "\n\n".join(parts) + "\n")
     file = io.StringIO()

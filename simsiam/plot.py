@@ -5,13 +5,10 @@
 Reads the runs' metrics.json and train.jsonl, computes nothing new, and draws what there is; missing runs are holes.
 """
 
-import argparse
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from common import command, figures, records, studies, tables
-from common.exits import stop
 
 QUESTIONS = {  # study: (the plan's question, what the paper publishes)
     "simsiam-stop-gradient": (
@@ -93,27 +90,12 @@ def dot_panels(runs: records.Runs) -> list[figures.Dots]:
     ]
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = command.Parser(__doc__)
-    parser.add_argument("study", choices=tuple(QUESTIONS))
-    parser.add_argument("contrasts", nargs="+", help="arm:reference, the primary one first")
-    parser.add_argument("--scale", choices=command.SCALES, default="demo")
-    parser.add_argument("--runs", type=Path, required=True, help="folder of the arms")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--results", type=Path, required=True, help="where figures and tables go")
-    parser.add_argument("--reproduce", default="", help="the command that the page gives for this study")
-    args = parser.parse_args(argv)
-    if wrong := [contrast for contrast in args.contrasts if contrast.count(":") != 1]:
-        stop(f"{wrong[0]!r} is no contrast: write arm:reference")
-    return args
-
-
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    args = command.parse_study(__doc__, tuple(QUESTIONS), argv)
     question, published = QUESTIONS[args.study]
     design = studies.Study(
-        args.study, "SimSiam", args.scale, question, "", args.reproduce or f"make {args.study} SCALE={args.scale}",
-        "knn_accuracy", args.contrasts, [CONTROL], published, margin=MARGIN,
+        args.study, "SimSiam", args.scale, question, "", args.reproduce, "knn_accuracy", args.contrasts,
+        [CONTROL], published, margin=MARGIN,
     )  # fmt: skip
     runs = records.read_runs(args.runs, design.arms, args.seeds)
     data, arguments = setting(runs)

@@ -360,3 +360,27 @@ def test_a_wrong_name_stops_with_one_line(tmp_path, names, capsys):
         report.main(["--results", str(tmp_path), "--title", "t", *names])
     assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "index.html").exists()
+
+
+def test_each_setting_has_tables_of_its_own_with_what_it_is_compared_with(tmp_path):
+    for arm in ("off@a", "on@a", "on@b"):
+        run(tmp_path / "runs", arm, 0, 50.0)
+    design = study(contrasts=["on@a:off@a", "on@b:off@a"], controls=[])
+    found = studies.summarise(design, records.read_runs(tmp_path / "runs", design.arms, [0]), METRICS)
+    assert tables.settings(found) == {"a": ["off@a", "on@a"], "b": ["off@a", "on@b"]}
+    assert [row[0] for row in tables.arms_table(found, ["off@a", "on@b"])] == ["arm", "off@a", "on@b"]
+    assert [row[0] for row in tables.differences_table(found, ["off@a", "on@b"])] == ["contrast", "on@b:off@a"]
+    tables.write_tables(found, tmp_path)
+    text = (tmp_path / "toy-arm.md").read_text()
+    assert text.index("## a") < text.index("| on@a |") < text.index("## b") < text.index("| on@b |")
+    page = report.section("toy-arm", found, [], "make toy-arm")
+    assert page.count("<h3>") == 2 and page.count("<table>") == 4
+
+
+def test_arms_without_a_setting_stand_in_one_table(tmp_path):
+    for arm in ("base", "arm", "control"):
+        run(tmp_path, arm, 0, 50.0)
+    design = study(controls=[Control("control", "knn", other_arm="control")])
+    found = studies.summarise(design, records.read_runs(tmp_path, design.arms, [0]), METRICS)
+    assert tables.settings(found) == {"": ["base", "arm", "control"]}
+    assert "<h3>" not in report.section("toy-arm", found, [], "make toy-arm")
