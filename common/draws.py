@@ -34,6 +34,11 @@ def forked(seed: int, purpose: str) -> Iterator[None]:
         yield
 
 
+def reseed(seed: int, purpose: str, step: int, rank: int = 0) -> None:
+    """Seed the default generators of all devices for this step: dropout draws from them."""
+    torch.manual_seed(key(seed, f"{purpose} of rank {rank}", step))
+
+
 class Draws:
     """Per-sample random numbers of one step, on the device where they are used.
 

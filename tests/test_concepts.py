@@ -12,8 +12,9 @@ from conftest import ROOT
 from torch import nn
 
 from bsa import concepts
-from bsa.concepts import MiniLM, WordPiece, embed, load_model, read_names, read_safetensors, words
+from bsa.concepts import MiniLM, WordPiece, embed, load_model, read_names, words
 from common import files
+from common.checkpoints import read_safetensors
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "lung", "##s", "neo", "##plasm", "##plasms", ",", "sjogren", "'", "s",
               "cell", "plasm", "-", "漢", "字"]  # fmt: skip
