@@ -1,7 +1,7 @@
 # Papers, studies, arms: the experimental design of the whole project. An arm is the flags that make it; a study is
 # its contrasts, arm:reference, the primary one first.
 
-PAPERS := simsiam bsa
+PAPERS := simsiam bsa seqvcr
 
 simsiam.base              :=
 simsiam.no-stop-gradient  := --no-stop-gradient
@@ -50,6 +50,54 @@ bsa-alpha                 := $(addsuffix :base,$(addprefix cosine-,0.1 0.3 3 10)
 
 bsa.rehearsal := --rehearse 20
 bsa.data.gpu := $(if $(filter %.npy %.npz %.safetensors,$(DATA)),,mesh-minilm.npy)
+
+# Seq-VCR: an arm is run in a setting, ARM@SETTING: a task, and the batch that its covariances are taken over. `base` has
+# the task's own (lambda1, lambda2); where that is one of the six pairs it stands for it.
+seqvcr.2x2         := --task multiplication --size 2
+seqvcr.2x2-128     := --task multiplication --size 2 --covariance-batch 128
+seqvcr.4x4         := --task multiplication --size 4
+seqvcr.5x5         := --task multiplication --size 5
+seqvcr.arithmetic  := --task arithmetic --size 5
+seqvcr.lis         := --task lis --size 50
+seqvcr.tasks.demo  := 2x2 2x2-128
+seqvcr.tasks.gpu   := 4x4 arithmetic
+seqvcr.tasks.paper := 5x5 4x4
+TASKS ?= $(seqvcr.tasks.$(SCALE))
+
+seqvcr.pairs  := 0.5-0.002 1-0.004 2-0.008 0.05-0.25 0.1-0.5 0.2-1
+seqvcr.widths := 512 1024 4096
+seqvcr.base   :=
+seqvcr.off    := --lambda1 0 --lambda2 0
+$(foreach p,$(seqvcr.pairs),$(eval seqvcr.$p := --lambda1 $(subst -, --lambda2 ,$p)))
+$(foreach d,$(seqvcr.widths),$(eval seqvcr.width-$d := --projection-width $d))
+seqvcr.layer-1             := --layer 1
+seqvcr.layer-last          := --layer last
+seqvcr.batch-length        := --covariance-axis batch+length
+seqvcr.last-batch-length   := --layer last --covariance-axis batch+length
+$(foreach d,$(seqvcr.widths),$(eval seqvcr.last-width-$d := --layer last --projection-width $d))
+$(foreach k,0 4 8,$(eval seqvcr.pause-$k := --pause $k) $(eval seqvcr.off-pause-$k := --lambda1 0 --lambda2 0 --pause $k))
+$(foreach t,2x2 2x2-128 4x4 5x5 arithmetic lis,$(foreach a,base off $(seqvcr.pairs) $(seqvcr.widths:%=width-%) layer-1 \
+	layer-last batch-length last-batch-length $(seqvcr.widths:%=last-width-%) $(foreach k,0 4 8,pause-$k off-pause-$k),\
+	$(eval seqvcr.$a@$t := $(seqvcr.$t) $(seqvcr.$a))))
+# The pair that carries a setting's verdict: the task's default, or the other family's over a batch of 128. (`off` has
+# no covariance, so 2x2-128 takes 2x2's.)
+seqvcr.family = $(if $(filter arithmetic lis 2x2-128,$1),0.1-0.5,1-0.004)
+seqvcr.first  = $(if $(filter 2x2-128,$1),0.1-0.5,base)@$1
+seqvcr.plain  = off@$(patsubst 2x2-128,2x2,$1)
+seqvcr.wide   = $(firstword $(filter 2x2 4x4 5x5,$(TASKS)) $(TASKS))
+seqvcr.at     = $(foreach one,$1,$(subst :,@$(seqvcr.wide):,$(one))@$(seqvcr.wide))
+seqvcr := seqvcr-coefficients seqvcr-projection-width
+seqvcr-coefficients      = $(foreach t,$(TASKS),$(call seqvcr.first,$t):$(call seqvcr.plain,$t)) $(foreach t,$(TASKS),\
+	$(foreach p,$(filter-out $(call seqvcr.family,$t),$(seqvcr.pairs)),$p@$t:$(call seqvcr.plain,$t)))
+seqvcr-projection-width  = $(call seqvcr.at,width-4096:width-512 $(seqvcr.widths:%=width-%:base) base:off)
+
+seqvcr.extras := seqvcr-layer seqvcr-last-width seqvcr-pause
+seqvcr-layer             = $(call seqvcr.at,layer-last:base layer-1:base batch-length:base last-batch-length:base)
+seqvcr-last-width        = $(call seqvcr.at,last-width-4096:last-width-512 $(seqvcr.widths:%=last-width-%:layer-last) \
+	layer-last:off)
+seqvcr-pause             = $(call seqvcr.at,pause-0:base pause-4:base pause-8:base base:off off-pause-0:off off-pause-4:off \
+	off-pause-8:off)
+seqvcr.rehearsal := --rehearse 20
 
 # ------------------------------------------------------------------------------------------------- what can be set
 

@@ -1,0 +1,1 @@
+"""Seq-VCR (Arefin et al., ICLR 2025): training, evaluation, tasks and figures."""

@@ -1,0 +1,354 @@
+"""The three tasks of Seq-VCR: what their tokens are, examples from a seed, and a split that cannot leak.
+
+    python seqvcr/tasks.py --size 4 --lines 3      # multiplication in the published format, chain of thought included
+
+An example is a row of tokens, question and answer. The numbers 0, 1, ... are the first tokens, a task's other symbols
+follow, "=" ends every question. Nothing is downloaded: rows are made on the device, from the data seed or, as a stream,
+from a run's own.
+
+multiplication  of two factors of n digits; all digits least significant first, the product filled up to 2n digits
+                (the files of Deng et al. 2023): 9 1 7 3 * 9 4 3 3 = 1 3 9 4 5 4 2 1 is 3719 * 3349 = 12454931
+arithmetic      an expression of numbers modulo 11 with n operators, and its value (Feng et al. 2023); filled up between
+                expression and "=", so that "=" and answer stand at the same place in every row
+lis             n numbers, and the length of their longest increasing subsequence (Feng et al. 2023)
+
+The split is a hash of what must not be in two parts: the unordered pair of factors, the expression whatever its
+derivation, the numbers.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from common import command, draws
+from common.exits import stop
+
+PAUSES = ("</pause_start>", "<pause>", "</pause_end>")  # the last three tokens of every task
+MODULUS = 11
+PLUS, MINUS, TIMES, OVER, OPEN, CLOSE = range(MODULUS, MODULUS + 6)
+FILL = MODULUS + 7  # the token after "="
+ATTEMPTS = 16  # drawn at once where an operator may have no solution
+LARGEST = 250  # numbers of lis are below it
+ROWS = 1 << 16  # drawn at a time
+
+
+class Task(NamedTuple):
+    """`draw(generator, count, device, training)`: (count, question + answer) rows, uint8; `key(rows)`: (count,) int64,
+    equal for rows that must not be in two parts; `held`: thousandths of the keys for validation, and for test.
+
+    `measured`: rows of validation and test.
+    """
+
+    name: str
+    symbols: tuple[str, ...]
+    question: int
+    answer: int
+    draw: Callable[[torch.Generator, int, torch.device | str, bool], Tensor]
+    key: Callable[[Tensor], Tensor]
+    held: int
+    measured: int
+    every: Callable[[], Tensor] | None = None  # all rows there are, where they are few
+
+
+def choose(name: str, size: int) -> Task:
+    """The task `name`: factors of `size` digits, `size` operators, or `size` numbers. Stops (exit 2) at a bad size."""
+    least, most = {"multiplication": (1, 9), "arithmetic": (1, 50), "lis": (2, 200)}[name]
+    if not least <= size <= most:
+        stop(f"--size {size} is no size of --task {name}: give {least} to {most}")
+    digits = tuple(map(str, range(10)))
+    if name == "multiplication":
+        return Task(
+            name, (*digits, "*", "=", *PAUSES), 2 * size + 2, 2 * size, lambda *a: draw_products(size, *a),
+            lambda rows: pair_key(rows, size), 20 if size > 3 else 100, 1000,
+            (lambda: every_product(size)) if size <= 3 else None,
+        )  # fmt: skip
+    if name == "arithmetic":
+        symbols = (*digits, "10", "+", "-", "*", "/", "(", ")", "=", "_", *PAUSES)
+        return Task(name, symbols, 4 * size, 1, lambda *a: draw_expressions(size, *a), question_key, 20, 10_000)
+    symbols = (*map(str, range(LARGEST)), "=", *PAUSES)
+    return Task(name, symbols, size + 1, 1, lambda *a: draw_sequences(size, *a), question_key, 20, 10_000)
+
+
+# ------------------------------------------------------------------------------------------------- multiplication
+
+
+def digits_of(numbers: Tensor, count: int) -> Tensor:
+    """The `count` last digits of whole numbers (n,), least significant first: (n, count) int64."""
+    return numbers[:, None] // 10 ** torch.arange(count, device=numbers.device) % 10
+
+
+def product_rows(a: Tensor, b: Tensor, size: int) -> Tensor:
+    """Rows of the factors a and b, (n,) int64 each of `size` digits."""
+    times, equals = torch.full_like(a, 10)[:, None], torch.full_like(a, 11)[:, None]
+    parts = [digits_of(a, size), times, digits_of(b, size), equals, digits_of(a * b, 2 * size)]
+    return torch.cat(parts, 1).to(torch.uint8)
+
+
+def draw_products(
+    size: int, generator: torch.Generator, count: int, device: torch.device | str, training: bool
+) -> Tensor:
+    """Rows of two factors with a leading digit that is not zero, each uniform."""
+    factors = torch.randint(10 ** (size - 1), 10**size, (2, count), generator=generator, device=device)
+    return product_rows(factors[0], factors[1], size)
+
+
+def every_product(size: int) -> Tensor:
+    """All rows: 81, 8,100 or 810,000."""
+    factors = torch.arange(10 ** (size - 1), 10**size)
+    a, b = torch.cartesian_prod(factors, factors).T
+    return product_rows(a, b, size)
+
+
+def factors_of(rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The two factors of rows, (n,) int64 each."""
+    powers = 10 ** torch.arange(size, device=rows.device)
+    return (rows[:, :size] * powers).sum(1), (rows[:, size + 1 : 2 * size + 1] * powers).sum(1)
+
+
+def pair_key(rows: Tensor, size: int) -> Tensor:
+    """Of the unordered pair: a * b and b * a are one."""
+    a, b = factors_of(rows, size)
+    return torch.minimum(a, b) * 10**size + torch.maximum(a, b)
+
+
+def published_line(a: int, b: int, size: int) -> str:
+    """a * b as in the published files: question, chain of thought (digit by digit of b, with sums), product."""
+
+    def written(number: int, width: int) -> str:
+        return " ".join(reversed(f"{number:0{width}d}"))
+
+    terms, total = [], 0
+    for place, digit in enumerate(reversed(f"{b:0{size}d}")):
+        term = a * int(digit)
+        total += term * 10**place
+        text = " ".join(["0"] * place + [written(term, size + 1)])
+        terms.append(f"{text} ( {written(total, size + 1 + place)} )" if 1 <= place <= size - 2 else text)
+    return f"{written(a, size)} * {written(b, size)}||{' + '.join(terms)} #### {written(a * b, 2 * size)}"
+
+
+def read_published(path: Path, size: int) -> Tensor:
+    """The distinct rows of a file in the published format, uint8. Stops (exit 2) with the first line that is not."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        stop(f"--data-file {path} cannot be read ({getattr(error, 'strerror', None) or error})")
+    if lines and lines[0].startswith("version https://git-lfs"):
+        stop(f"--data-file {path} is a Git-LFS pointer, not the data: fetch the file itself (git lfs pull)")
+    factor, product = (rf"(\d(?: \d){{{count - 1}}})" for count in (size, 2 * size))
+    pattern = re.compile(rf"{factor} \* {factor}\|\|.*#### {product}")
+    pairs = []
+    for number, line in enumerate(lines, 1):
+        found = pattern.fullmatch(line.rstrip())
+        a, b, answer = (int(text.replace(" ", "")[::-1]) for text in found.groups()) if found else (0, 0, -1)
+        if a * b != answer:
+            wrong = f"says {a} * {b} = {answer}" if found else f"is not `a * b||... #### product` with {size} digits"
+            stop(f"--data-file {path}, line {number} {wrong} (digits least significant first): {line[:60]!r}")
+        pairs.append((a, b))
+    if not pairs:
+        stop(f"--data-file {path} is empty")
+    factors = torch.tensor(list(dict.fromkeys(pairs)))
+    return product_rows(factors[:, 0], factors[:, 1], size)
+
+
+# ------------------------------------------------------------------------------------------------- arithmetic
+
+
+def draw_expressions(
+    most: int, generator: torch.Generator, count: int, device: torch.device | str, training: bool
+) -> Tensor:
+    """Rows of expressions with `most` operators; in training also with fewer, 1..most in shares of i / sum(i)."""
+    tokens = torch.full((count, 4 * most - 1), FILL, device=device)
+    tokens[:, 0] = answer = torch.randint(0, MODULUS, (count,), generator=generator, device=device)
+    operators = torch.full((count,), most, device=device)
+    if training:
+        shares = torch.arange(1, most + 1, device=device).cumsum(0)
+        drawn = torch.randint(0, most * (most + 1) // 2, (count,), generator=generator, device=device)
+        operators = torch.searchsorted(shares, drawn, right=True) + 1
+    for step in range(most):
+        tokens = torch.where((step < operators)[:, None], grow(tokens, step + 1, generator), tokens)
+    return torch.cat([tokens, torch.full_like(tokens[:, :1], FILL - 1), answer[:, None]], 1).to(torch.uint8)
+
+
+def grow(tokens: Tensor, numbers: int, generator: torch.Generator) -> Tensor:
+    """One derivation step of expressions (n, width) with `numbers` numbers: one of them, chosen at random, becomes
+    `a operator b` of the same value modulo 11, in brackets where precedence needs them. Nothing is divided by zero."""
+    device, width, one = tokens.device, tokens.shape[1], (len(tokens), 1)
+    inverse = torch.tensor([0, *(pow(a, -1, MODULUS) for a in range(1, MODULUS))], device=device)
+    chosen = torch.randint(1, numbers + 1, one, generator=generator, device=device)
+    is_number = tokens < MODULUS
+    place = (is_number & (is_number.cumsum(1) == chosen)).int().argmax(1, keepdim=True)
+    value = tokens.gather(1, place)
+
+    many = (len(tokens), ATTEMPTS)
+    operator = torch.randint(PLUS, OVER + 1, many, generator=generator, device=device)
+    operator[:, -1] = PLUS  # always has a solution: 15 failures before it have a probability below 1e-8
+    a = torch.randint(0, MODULUS, many, generator=generator, device=device)
+    solved = (operator < TIMES) | ((a != 0) & ((operator == TIMES) | (value != 0)))
+    first = solved.int().argmax(1, keepdim=True)
+    operator, a = operator.gather(1, first), a.gather(1, first)
+    b = torch.where(operator == PLUS, value - a, a - value)
+    b = torch.where(operator == TIMES, value * inverse[a], b)
+    b = torch.where(operator == OVER, a * inverse[value.clamp(max=MODULUS - 1)], b) % MODULUS
+
+    left = torch.where(place > 0, tokens.gather(1, (place - 1).clamp(min=0)), FILL)
+    right = torch.where(place + 1 < width, tokens.gather(1, (place + 1).clamp(max=width - 1)), FILL)
+    beside = (left == TIMES) | (left == MINUS) | (right == TIMES) | (right == OVER)
+    brackets = (left == OVER) | ((operator < TIMES) & beside)
+    bare = torch.cat([a, operator, b, b, b], 1)
+    wrapped = torch.cat([torch.full_like(a, OPEN), a, operator, b, torch.full_like(a, CLOSE)], 1)
+    piece, length = torch.where(brackets, wrapped, bare), torch.where(brackets, 5, 3)
+    column = torch.arange(width, device=device).expand_as(tokens)
+    shifted = tokens.gather(1, torch.where(column < place, column, (column - length + 1).clamp(min=0)))
+    inside = (column >= place) & (column < place + length)
+    return torch.where(inside, piece.gather(1, (column - place).clamp(0, 4)), shifted)
+
+
+# ------------------------------------------------------------------------------------------------- lis
+
+
+def draw_sequences(
+    size: int, generator: torch.Generator, count: int, device: torch.device | str, training: bool
+) -> Tensor:
+    """Rows of numbers from size + 1 on (those below are answers): noise in which one to three increasing runs are
+    planted, each at a random share of the places."""
+    shape = (count, size)
+    numbers = torch.randint(size + 1, LARGEST, shape, generator=generator, device=device)
+    runs = torch.randint(1, 4, (count, 1), generator=generator, device=device)
+    for run in range(3):
+        share = torch.rand((count, 1), generator=generator, device=device)
+        here = (torch.rand(shape, generator=generator, device=device) < share) & (run < runs)
+        fresh = torch.randint(size + 1, LARGEST, shape, generator=generator, device=device)
+        rising = torch.where(here, fresh, LARGEST).sort(1).values
+        numbers = torch.where(here, rising.gather(1, (here.cumsum(1) - 1).clamp(min=0)), numbers)
+    equals = torch.full_like(numbers[:, :1], LARGEST)
+    return torch.cat([numbers, equals, longest_increasing(numbers)[:, None]], 1).to(torch.uint8)
+
+
+def longest_increasing(numbers: Tensor) -> Tensor:
+    """Length of the longest strictly increasing subsequence of each row (n, size): (n,), by patience sorting."""
+    tails = torch.full_like(numbers, torch.iinfo(numbers.dtype).max)  # smallest last number of a subsequence, by length
+    for column in range(numbers.shape[1]):
+        number = numbers[:, column : column + 1].contiguous()
+        tails.scatter_(1, torch.searchsorted(tails, number), number)
+    return (tails < torch.iinfo(numbers.dtype).max).sum(1)
+
+
+# ------------------------------------------------------------------------------------------------- split
+
+
+def mixed(x: Tensor) -> Tensor:
+    """splitmix64's finaliser on int64, whose products wrap as unsigned ones do."""
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+def question_key(rows: Tensor) -> Tensor:
+    """A hash of the tokens of a question and their places, (n,) int64; the answer, one token, is left out."""
+    tokens = rows[:, :-1].long()
+    return mixed(mixed(tokens + 256 * torch.arange(1, tokens.shape[1] + 1, device=rows.device)).sum(1))
+
+
+def part_of(task: Task, rows: Tensor) -> Tensor:
+    """0 for rows of training, 1 of validation, 2 of test; (n,) int64."""
+    bucket = (mixed(task.key(rows) + draws.DATA_SEED) >> 1 & (1 << 62) - 1) % 1000
+    return (bucket < 2 * task.held).long() + (bucket < task.held).long()
+
+
+class Examples(NamedTuple):
+    """Rows of the three parts, (n, question + answer) uint8; no key is in two of them."""
+
+    train: Tensor
+    validation: Tensor
+    test: Tensor
+
+
+def load(task: Task, count: int, file: Path | None, device: torch.device | str) -> Examples:
+    """At most `count` distinct training rows, from the data seed or of a published file, and those to measure on."""
+    if task.every:
+        rows = task.every().to(device)
+        parts = [rows[part_of(task, rows) == part] for part in range(3)]
+        orders = [draws.permutation(draws.DATA_SEED, "examples", part, len(parts[part]), device) for part in range(3)]
+        train, validation, test = (rows[order] for rows, order in zip(parts, orders, strict=True))
+    else:
+        train = distinct(task, 0, 0 if file else count, device)
+        validation, test = (distinct(task, part, task.measured, device) for part in (1, 2))
+    if file:
+        rows = read_published(file, (task.question - 2) // 2).to(device)
+        train = rows[part_of(task, rows) == 0]
+        print(f"{file}: {len(rows)} different lines; {len(rows) - len(train)} fall into validation or test", flush=True)
+    return Examples(train[:count], validation[: task.measured], test[: task.measured])
+
+
+def distinct(task: Task, part: int, count: int, device: torch.device | str) -> Tensor:
+    """`count` different rows of a part, fewer where drawing on finds hardly any new ones.
+
+    Training on expressions: the first `count` draws mix numbers of operators, what repeats is made up for by long ones.
+    """
+    rows = torch.zeros((0, task.question + task.answer), dtype=torch.uint8, device=device)
+    drawn = 0
+    while len(rows) < count:
+        before = len(rows)
+        generator = draws.generator(draws.DATA_SEED, f"{task.name} of part {part}", drawn, device)
+        fresh = task.draw(generator, ROWS, device, part == 0 and drawn < count)
+        rows = torch.cat([rows, fresh[part_of(task, fresh) == part]])
+        drawn += ROWS
+        keys, place = task.key(rows).unique(return_inverse=True)
+        first = torch.full_like(keys, len(rows)).scatter_reduce_(
+            0, place, torch.arange(len(rows), device=device), "amin"
+        )
+        rows = rows[first.sort().values]
+        if len(rows) - before < ROWS // 5000:
+            break
+    return rows[:count]
+
+
+def stream(task: Task, seed: int, step: int, count: int, device: torch.device | str) -> Tensor:
+    """`count` fresh training rows of this step, whatever was drawn before. Asks the device nothing."""
+    generator = draws.generator(seed, f"stream of {task.name}", step, device)
+    rows = task.draw(generator, 2 * count + 64, device, True)  # 4 in 5 are kept at least
+    kept = (part_of(task, rows) == 0).int()
+    return rows[kept.argsort(descending=True, stable=True)[:count]]
+
+
+# ------------------------------------------------------------------------------------------------- layout
+
+
+def with_pauses(task: Task, rows: Tensor, pause: int) -> Tensor:
+    """Rows with the pause block between question and answer: start, `pause` equal tokens, end; nothing at 0."""
+    if not pause:
+        return rows
+    start = len(task.symbols) - len(PAUSES)
+    block = torch.tensor([start, *[start + 1] * pause, start + 2], dtype=rows.dtype, device=rows.device)
+    return torch.cat([rows[:, : task.question], block.expand(len(rows), -1), rows[:, task.question :]], 1)
+
+
+def readable(task: Task, row: Tensor) -> str:
+    """A row without its pause block, numbers of several digits as people write them."""
+    tokens = row.tolist()
+    if task.name == "multiplication":
+        size = task.answer // 2
+        a, b, product = (
+            "".join(str(token) if token < 10 else "?" for token in reversed(tokens[start : start + length]))
+            for start, length in ((0, size), (size + 1, size), (task.question, task.answer))
+        )
+        return f"{a} * {b} = {product}"
+    return " ".join(task.symbols[token] for token in tokens if task.symbols[token] != "_")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = command.Parser(__doc__)
+    parser.add_argument("--size", type=command.whole(1), default=4, help="digits of a factor")
+    parser.add_argument("--lines", type=command.whole(1), default=10)
+    args = parser.parse_args(argv)
+    rows = load(choose("multiplication", args.size), args.lines, None, "cpu").train
+    for a, b in zip(*(one.tolist() for one in factors_of(rows, args.size)), strict=True):
+        print(published_line(a, b, args.size))
+
+
+if __name__ == "__main__":
+    main()

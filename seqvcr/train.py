@@ -1,0 +1,403 @@
+"""Seq-VCR: variance and covariance regularisation of a transformer's hidden states, and pause tokens, on arithmetic.
+
+"Seq-VCR: Preventing Collapse in Intermediate Transformer Representations for Enhanced Reasoning", Arefin et al.,
+ICLR 2025 (arXiv 2411.02344v2). The authors' code could not be had; README.md lists what is therefore not known.
+
+A small GPT reads question, pause tokens and answer, and learns the answer (cross entropy, teacher-forced). Beside it,
+a linear projection of one level's hidden states is pushed, position by position over the batch, towards features of
+deviation 1 that do not covary (VICReg's terms). The projection learns from these terms alone and is thrown away then.
+
+    x_i = W h_i      C_i = covariance of x_i over N sequences               (i = 1..T positions)
+    L_var = 1/(T d)  sum_i sum_k  max(0, 1 - sqrt(C_i[k,k] + 0.001))        (equation 4)
+    L_cov = 1/(T d)  sum_i sum_{k != m}  C_i[k,m]^2                         (equation 4)
+    L     = L_next + lambda1 L_var + lambda2 L_cov                          (equation 5)
+
+    h  hidden states of a level   (B, T, D)      N  --covariance-batch       lambda1, lambda2  --lambda1, --lambda2
+    W  projection                 (d, D)         d  --projection-width
+
+    python seqvcr/train.py                                              # demo: 2x2 digits, about DEMO s of one core
+    python seqvcr/train.py --lambda1 0 --lambda2 0 --out runs/scratch2  # an ablation: pause tokens alone
+    python seqvcr/train.py --layer last --covariance-axis batch+length --out runs/scratch3
+    python seqvcr/train.py --scale gpu --task arithmetic                # 5 operators modulo 11
+    python seqvcr/train.py --scale paper --init-from gpt2/model.safetensors
+
+Differs from the paper, or open in it:
+ 1. From scratch the paper's own setting (last level, covariance over the batch) fails in the paper (exact match of 5x5
+    digits 0.03, table 7), so `demo` and `gpu` regularise level 0 (0.97 there). `paper` has the last level.
+ 2. Cross entropy is the mean over the answer's tokens; question and pauses carry none. The covariance takes all
+    positions of the input. Level 0 is the sum of embeddings before dropout, the last one is after the final LayerNorm.
+ 3. A warm-up of a twentieth of the steps, then half a cosine to zero; AdamW with weight decay 0.01 (none on W),
+    gradients clipped to norm 1. The paper names AdamW and the rate.
+ 4. The small network is GPT-2's (learned positions, tied head), not Feng et al.'s (sinusoidal, untied).
+ 5. A question ends with "=" (eos in GPT-2's vocabulary), an answer has no end token: its length is fixed.
+ 6. Neither the covariances nor the projected features are kept (`variance_covariance`): equal, in less time and memory.
+"""
+
+import argparse
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from common import checkpoints, command, devices, draws
+from common.exits import stop
+from common.hold import held
+from common.run import Run
+from common.schedules import cosine
+from seqvcr import tasks
+from seqvcr.net import GPT, GPT2_TOKENS, fill_gpt2
+
+# ------------------------------------------------------------------------------------------------- arguments
+
+SCALES = {  #                 demo              gpu               paper
+    "task":             ("multiplication", "multiplication", "multiplication"),
+    "train_size":       (808_000,           808_000,          808_000),
+    "layers":           (2,                 5,                12),
+    "heads":            (4,                 8,                12),
+    "width":            (64,                512,              768),
+    "dropout":          (0.0,               0.1,              0.1),
+    "layer":            ("0",               "0",              "last"),
+    "steps":            (220,               60_000,           1_010_000),
+    "batch":            (128,               512,              32),
+    "lr":               (6e-3,              5e-4,             5e-4),
+}  # fmt: skip
+TASKS = {  #            multiplication  arithmetic  lis
+    "lambda1":          (1.0,           0.1,        0.1),
+    "lambda2":          (0.004,         0.5,        0.5),
+    "covariance_batch": (32,            128,        128),
+    "size":             (4,             5,          50),
+    "size at demo":     (2,             3,          12),
+}  # fmt: skip
+NAMES = ("multiplication", "arithmetic", "lis")
+ETA = 0.001  # section 3.4
+EPOCHS = 20  # a run is logged, measured on validation rows and saved so often
+WARM_UP = 0.05  # of the steps
+CLIP = 1.0  # norm of the gradient
+WEIGHT_DECAY = 0.01
+GPT2_VOCABULARY = 50257
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """All flags, resolved: contradictions stop (exit 2); `layer` is a number."""
+    parser = command.Parser(__doc__, SCALES)
+    data = command.run_flags(parser)
+    data.add_argument("--task", choices=NAMES)
+    data.add_argument("--size", type=command.whole(1), help="digits of a factor (4; demo 2), operators (5), or numbers "
+                      "whose longest increasing subsequence is asked for (50)")  # fmt: skip
+    data.add_argument("--train-size", type=examples, help="distinct training rows at most (paper: 808,000), or "
+                      "`stream`: fresh ones at every step")  # fmt: skip
+    data.add_argument("--data-file", type=Path, help="training rows from a file of the published multiplication data")
+    network = parser.add_argument_group("network")
+    network.add_argument("--layers", type=command.whole(1), help="blocks")
+    network.add_argument("--heads", type=command.whole(1))
+    network.add_argument("--width", type=command.whole(1), help="D")
+    network.add_argument("--dropout", type=command.number(0, 0.99), help="paper: 0.1 in its small networks")
+    network.add_argument("--init-from", type=Path, help="weights of GPT-2, model.safetensors or pytorch_model.bin, "
+                         "for multiplication; `none` at paper scale: from scratch (table 7)")  # fmt: skip
+    optimisation = parser.add_argument_group("optimisation")
+    optimisation.add_argument("--steps", type=command.whole(1), help=f"in {EPOCHS} epochs of equal length; paper: 40 "
+                              "passes over 808,000 rows at batch 32")  # fmt: skip
+    optimisation.add_argument("--batch", type=command.whole(2), help="sequences a step; paper: 32, other tasks 128")
+    optimisation.add_argument("--lr", type=command.number(0), help="at its peak; paper: 5e-4, small networks 1e-4")
+    precisions = ("auto", "float32", "bfloat16")
+    optimisation.add_argument("--precision", choices=precisions, default="auto", help="of the network; the regulariser "
+                              "is float32")  # fmt: skip
+    optimisation.add_argument("--compile", action="store_true", help="torch.compile; for long runs on a GPU")
+    method = parser.add_argument_group("method")
+    method.add_argument("--lambda1", type=command.number(0), help="of the variance; paper: 1 in multiplication, else "
+                        "0.1 (appendix A)")  # fmt: skip
+    method.add_argument("--lambda2", type=command.number(0), help="of the covariance; paper: 0.004 in multiplication, "
+                        "else 0.5 (appendix A)")  # fmt: skip
+    method.add_argument("--projection-width", type=command.whole(1), default=2048, help="d; paper: 2048 (section 3.4)")
+    method.add_argument("--layer", help="level that is regularised: 0 (embeddings), 1, ... or last; paper: last")
+    axes = ("batch", "batch+length")
+    method.add_argument("--covariance-axis", choices=axes, default="batch", help="a covariance for each position, or "
+                        "one over all (appendix F)")  # fmt: skip
+    method.add_argument("--covariance-batch", type=command.whole(2), help="N, sequences a covariance is taken over; "
+                        "paper: its batch, 32 in multiplication, else 128")  # fmt: skip
+    method.add_argument("--pause", type=command.whole(0), default=2, help="pause tokens between their two markers, 0: "
+                        "no markers either; paper: 2 (section 3.5)")  # fmt: skip
+    args = command.parse(parser, SCALES, argv)
+
+    for name in ("lambda1", "lambda2", "covariance_batch", "size"):
+        row = TASKS["size at demo" if name == "size" and args.scale == "demo" else name]
+        if getattr(args, name) is None:
+            setattr(args, name, row[NAMES.index(args.task)])
+    if args.layer not in ("last", *map(str, range(args.layers + 1))):
+        stop(f"--layer {args.layer} is no level of {args.layers} blocks: give 0 to {args.layers}, or last")
+    args.layer = args.layers if args.layer == "last" else int(args.layer)
+    if args.width % args.heads:
+        stop(f"--width {args.width} must be a multiple of --heads {args.heads}")
+    if args.batch % args.covariance_batch:
+        stop(f"--batch {args.batch} must be a multiple of --covariance-batch {args.covariance_batch}")
+    if (args.data_file or args.init_from) and args.task != "multiplication":
+        stop(f"--data-file and --init-from are for --task multiplication, not for {args.task}")
+    if args.data_file and args.train_size is None:
+        stop("--data-file has a number of rows: --train-size stream has none")
+    if args.scale == "paper" and args.task == "multiplication" and not args.init_from:
+        stop("--scale paper goes on from GPT-2: give --init-from model.safetensors, or --init-from none for its shape "
+             "from scratch")  # fmt: skip
+    if str(args.init_from) == "none":
+        args.init_from = None
+    return args
+
+
+def examples(text: str) -> int | None:
+    """A type for add_argument: a number of rows, or None for `stream`."""
+    return None if text == "stream" else command.whole(1)(text)
+
+
+# ------------------------------------------------------------------------------------------------- model
+
+
+class SeqVCR(nn.Module):
+    """A GPT and the projection that only the regulariser sees."""
+
+    def __init__(self, gpt: GPT, projection_width: int, seed: int):
+        super().__init__()
+        self.gpt = gpt
+        with draws.forked(seed, "projection"):
+            self.projection = nn.Linear(gpt.wte.embedding_dim, projection_width, bias=False)
+            nn.init.xavier_uniform_(self.projection.weight)
+
+
+def vocabulary(task: tasks.Task, gpt2: bool) -> tuple[int, Tensor]:
+    """(size, the network's token for each of the task's): the task's own, or GPT-2's with the pauses behind it."""
+    if not gpt2:
+        return len(task.symbols), torch.arange(len(task.symbols))
+    pauses = {symbol: GPT2_VOCABULARY + number for number, symbol in enumerate(tasks.PAUSES)}
+    known = GPT2_TOKENS | pauses
+    return GPT2_VOCABULARY + len(pauses), torch.tensor([known[symbol] for symbol in task.symbols])
+
+
+def build_model(args: dict[str, Any], task: tasks.Task, device: torch.device) -> SeqVCR:
+    """The network that a run's arguments (args.json) describe, at its start, on `device`."""
+    size, _ = vocabulary(task, bool(args["init_from"]))
+    block = args["pause"] + 2 if args["pause"] else 0
+    length = task.question + block + task.answer - 1
+    gpt = GPT(size, length, args["layers"], args["heads"], args["width"], args["dropout"], args["seed"])
+    return SeqVCR(gpt, args["projection_width"], args["seed"]).to(device)
+
+
+# ------------------------------------------------------------------------------------------------- loss
+
+
+class Energy(torch.autograd.Function):
+    """Sums of squares over the rows of x = h W^T, (G, d) from h (G, n, D) and W (d, D), without keeping x (G, n, d)."""
+
+    @staticmethod
+    def forward(context: Any, h: Tensor, weight: Tensor) -> Tensor:
+        context.save_for_backward(h, weight)
+        return (h @ weight.T).square_().sum(1)
+
+    @staticmethod
+    def backward(context: Any, slope: Tensor) -> tuple[Tensor, Tensor]:
+        h, weight = context.saved_tensors
+        x = (h @ weight.T).mul_(2 * slope[:, None])
+        return x @ weight, x.flatten(0, 1).T @ h.flatten(0, 1)
+
+
+def variance_covariance(h: Tensor, weight: Tensor, rows: int, axis: str = "batch") -> tuple[Tensor, Tensor, Tensor]:
+    """(L_var, L_cov, mean deviation) of x = W h for hidden states h (B, T, D) and W (d, D), float32 (equation 4).
+
+    A covariance is taken over `rows` sequences (B is a multiple of it) at each position, or with axis `batch+length`
+    over all positions of `rows` sequences; the terms are means over the covariances. With h centred in its group of n,
+    M = W^T W and S = h^T h / (n - 1), C = W S W^T is never formed:
+
+        sum of C^2  =  sum of (h M h^T)^2 / (n - 1)^2     (n x n)      or, for n > D,     tr (S M)^2     (D x D)
+    """
+    groups = h.unflatten(0, (-1, rows))  # (B / rows, rows, T, D)
+    groups = groups.transpose(1, 2).flatten(0, 1) if axis == "batch" else groups.flatten(1, 2)
+    centred = groups - groups.mean(1, keepdim=True)  # (G, n, D)
+    others, (width, channels) = centred.shape[1] - 1, weight.shape
+    variances = Energy.apply(centred, weight) / others  # (G, d), the diagonals of C
+    product = weight.T @ weight
+    small = (centred @ product @ centred.mT if others < channels else centred.mT @ centred @ product) / others
+    squares = (small * small.mT).sum((1, 2))
+    variance = F.relu(1 - (variances + ETA).sqrt()).mean()
+    covariance = (squares - variances.square().sum(1)).mean() / width
+    return variance, covariance, variances.detach().sqrt().mean()
+
+
+Losses = tuple[Tensor, Tensor]
+
+
+def seqvcr_loss(
+    model: SeqVCR, tokens: Tensor, *, answer: int, lambda1: float, lambda2: float, layer: int, axis: str,
+    covariance_batch: int, precision: str,
+) -> Losses:  # fmt: skip
+    """The loss of rows of tokens (B, length) that end with `answer` tokens of answer; and (5,) for the log: loss, cross
+    entropy, L_var, L_cov, deviation of x. One forward pass (equation 5).
+
+    ABLATION (coefficients): `lambda1`, `lambda2`; at 0 and 0 (`off`) nothing is projected.
+    ABLATION (projection width): the shape of `model.projection`.
+    """
+    with devices.autocast(precision, tokens.device):
+        logits, levels = model.gpt(tokens[:, :-1], answer)
+    predicting = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, -answer:].flatten())
+    loss, terms = predicting, torch.zeros(3, device=tokens.device)
+    if lambda1 or lambda2:
+        h, weight = levels[layer].float(), model.projection.weight
+        variance, covariance, deviation = variance_covariance(h, weight, covariance_batch, axis)
+        loss = predicting + lambda1 * variance + lambda2 * covariance
+        terms = torch.stack([variance, covariance, deviation])
+    return loss, torch.cat([torch.stack([loss, predicting]), terms]).detach()
+
+
+# ------------------------------------------------------------------------------------------------- data
+
+
+def sequences(task: tasks.Task, rows: Tensor, pause: int, gpt2: bool) -> Tensor:
+    """Rows of a task as the network reads them, pauses inserted: (n, length), uint8 or, with GPT-2's tokens, int32."""
+    rows = tasks.with_pauses(task, rows, pause)
+    return vocabulary(task, gpt2)[1].to(rows.device, torch.int32)[rows.long()] if gpt2 else rows
+
+
+def passes(train: Tensor, seed: int, batch: int) -> Callable[[int], Tensor]:
+    """A function from a step's number to its rows: passes over all training rows, each in an order of its own."""
+    a_pass = len(train) // batch
+
+    @functools.lru_cache(maxsize=1)
+    def order(number: int) -> Tensor:
+        return draws.permutation(seed, "order", number, len(train), train.device)
+
+    def rows(step: int) -> Tensor:
+        place = step % a_pass * batch
+        return train[order(step // a_pass)[place : place + batch]].long()
+
+    return rows
+
+
+@torch.no_grad()
+def right(model: GPT, rows: Tensor, answer: int) -> Tensor:
+    """Whether each token of the answer is the likeliest one, teacher-forced: (n, answer) bool for rows (n, length).
+
+    A row is right as a whole if and only if greedy decoding would give its answer: the first wrong token is the same.
+    """
+    was_training = model.training
+    model.eval()
+    found = [
+        model(block[:, :-1], answer)[0].argmax(2) == block[:, -answer:] for block in map(Tensor.long, rows.split(1024))
+    ]
+    model.train(was_training)
+    return torch.cat(found)
+
+
+# ------------------------------------------------------------------------------------------------- train
+
+
+def train(
+    run: Run, model: SeqVCR, batch_of: Callable[[int], Tensor], validation: Tensor, optimizer: torch.optim.Optimizer,
+    losses: Callable[[SeqVCR, Tensor], Losses], *, seed: int, steps: int, length: int, batch: int, lr: float,
+    answer: int, dropout: bool, compiled: bool,
+) -> None:  # fmt: skip
+    """`steps` steps in epochs of `length`; measures on validation rows and saves after each, and goes on from there."""
+
+    def state() -> dict[str, Any]:
+        return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+
+    device = validation.device
+    saved = run.state(device)
+    if saved is None:
+        run.save(0, {}, state())
+    else:
+        checkpoints.fit(model, saved["model"], run.folder)
+        optimizer.load_state_dict(saved["optimizer"])
+    first, last = saved["epoch"] if saved else 0, -(-steps // length)
+    losses = torch.compile(losses) if compiled else losses
+
+    for epoch in tqdm(range(first, last), run.name, last, initial=first, disable=None, leave=False):
+        started, totals = time.perf_counter(), torch.zeros(5, device=device)
+        numbers = range(epoch * length, min((epoch + 1) * length, steps))
+        model.train()
+        for step in numbers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * rate((step + 0.5) / steps)
+            if dropout:
+                draws.reseed(seed, "dropout", step)
+            loss, parts = losses(model, batch_of(step))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP, foreach=True)
+            optimizer.step()
+            totals += parts
+        means = (totals / len(numbers)).tolist()  # asks the device, once an epoch
+        seconds = time.perf_counter() - started
+        if not devices.finite_on_all_ranks([*model.state_dict().values(), totals]):
+            run.diverge(epoch + 1, device)
+            return
+        hits = right(model.gpt, validation, answer).float()
+        names = ("loss", "cross_entropy", "variance_loss", "covariance_loss", "projected_std")
+        record = dict(zip(names, means, strict=True)) | {
+            "exact_match": 100 * hits.prod(1).mean().item(),
+            "step": numbers.stop,
+            "lr": optimizer.param_groups[0]["lr"],
+            "examples_per_second": len(numbers) * batch / seconds,
+            "seconds": seconds,
+            "peak_memory": devices.peak_memory(device),
+        }
+        positions = {f"accuracy_{place}": 100 * share for place, share in enumerate(hits.mean(0).tolist())}
+        run.save(epoch + 1, record | positions, state())
+        run.say(epoch + 1, last, record)
+    run.finish({"model": model.state_dict(), "epoch": last, "diverged": False})
+
+
+def rate(progress: float) -> float:
+    """The learning rate's factor: a linear warm-up, then half a cosine to zero."""
+    return min(1.0, progress / WARM_UP) * cosine(max(0.0, progress - WARM_UP) / (1 - WARM_UP))
+
+
+def build_optimizer(model: SeqVCR, lr: float) -> torch.optim.AdamW:
+    """AdamW; the projection is not decayed."""
+    groups = [{"params": list(model.gpt.parameters()), "weight_decay": WEIGHT_DECAY}]
+    groups += [{"params": list(model.projection.parameters()), "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr, fused=True)
+
+
+# ------------------------------------------------------------------------------------------------- main
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    torch.set_num_threads(args.threads)
+    device = devices.choose(args.device, args.scale)
+    smaller = f"--batch {args.batch // 2} or a smaller --width needs less, but is another run"
+    with held(args.out), devices.memory_for(device, f"--width {args.width} --batch {args.batch}", smaller):
+        run = Run(args.out, vars(args), __file__, args.replace)
+        if run.finished:
+            return
+        task, steps, length = tasks.choose(args.task, args.size), args.steps, -(-args.steps // EPOCHS)
+        count = args.train_size or 0
+        if args.rehearse:
+            steps, length, count = 2 * args.rehearse, args.rehearse, min(count, 100 * args.batch)
+            task = task._replace(measured=args.batch)
+        model = build_model(vars(args), task, device)
+        if args.init_from:
+            fill_gpt2(model.gpt, args.init_from)
+        data = tasks.load(task, count, args.data_file, device)
+        if args.train_size and args.batch > len(data.train):
+            stop(f"--batch {args.batch} is more than the {len(data.train)} training rows")
+        run.begin(devices.facts(device) | {"data": checkpoints.sha256(*(x.cpu() for x in data)), "steps": args.steps})
+        layout = functools.partial(sequences, task, pause=args.pause, gpt2=bool(args.init_from))
+        batch_of = passes(layout(data.train), args.seed, args.batch)
+        if args.train_size is None:
+            batch_of = lambda step: layout(tasks.stream(task, args.seed, step, args.batch, device)).long()  # noqa: E731
+        losses = functools.partial(
+            seqvcr_loss, answer=task.answer, lambda1=args.lambda1, lambda2=args.lambda2, layer=args.layer,
+            axis=args.covariance_axis, covariance_batch=args.covariance_batch, precision=args.precision,
+        )  # fmt: skip
+        train(
+            run, model, batch_of, layout(data.validation), build_optimizer(model, args.lr), losses, seed=args.seed,
+            steps=steps, length=length, batch=args.batch, lr=args.lr, answer=task.answer, dropout=args.dropout > 0,
+            compiled=args.compile,
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,763 @@
+"""Seq-VCR: the regulariser beside its definition, entropies, the network and GPT-2's weights, arms, and whole runs."""
+
+import functools
+import itertools
+import json
+import math
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, FakeGPU, design
+from test_concepts import write_safetensors
+
+from common import checkpoints, files
+from seqvcr import eval as evaluate
+from seqvcr import net, plot, tasks, train
+from seqvcr.net import GPT
+from seqvcr.train import ETA, Energy, SeqVCR, seqvcr_loss, variance_covariance
+
+DESIGNS = {scale: design("seqvcr", scale) for scale in ("demo", "gpu", "paper")}
+ARMS, STUDIES = DESIGNS["demo"]
+DOUBLE = torch.float64
+
+
+def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
+    return scale * torch.randn(*shape, dtype=DOUBLE, generator=torch.Generator().manual_seed(seed))
+
+
+# ---------------------------------------------------------------------------------------------- loss
+
+
+def direct(h: torch.Tensor, weight: torch.Tensor, rows: int, axis: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Equation 4 with a loop over positions and the d x d covariance written out."""
+    x = h @ weight.T
+    variances, covariances = [], []
+    for chunk in x.split(rows):
+        groups = chunk.unbind(1) if axis == "batch" else [chunk.flatten(0, 1)]
+        for group in groups:
+            c = torch.cov(group.T)
+            variances.append(F.relu(1 - (c.diagonal() + ETA).sqrt()).mean())
+            covariances.append((c - c.diagonal().diag()).square().sum() / len(c))
+    return torch.stack(variances).mean(), torch.stack(covariances).mean()
+
+
+@pytest.mark.parametrize("axis", ["batch", "batch+length"])
+@pytest.mark.parametrize(("rows", "width", "channels"), [(4, 9, 6), (12, 9, 6), (4, 5, 30), (2, 7, 3), (12, 40, 12)])
+def test_the_terms_equal_the_direct_form_in_value_and_gradient(rows, width, channels, axis):
+    h, weight = normal(12, 3, channels, scale=0.5), normal(width, channels, seed=1, scale=0.3)
+    slopes, values = [], []
+    for form in (variance_covariance, direct):
+        a, b = h.clone().requires_grad_(), weight.clone().requires_grad_()
+        terms = form(a, b, rows, axis)[:2]
+        (terms[0] + 0.7 * terms[1]).backward()
+        values.append(torch.stack(terms))
+        slopes.append((a.grad, b.grad))
+    torch.testing.assert_close(*values, rtol=1e-10, atol=1e-12)
+    for one, other in zip(*slopes, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-12)
+
+
+def test_in_float32_the_terms_keep_six_digits():
+    h, weight = normal(32, 5, 48, scale=0.4), normal(256, 48, seed=1, scale=0.2)
+    for rows in (16, 32):
+        found = torch.stack(variance_covariance(h.float(), weight.float(), rows)[:2])
+        torch.testing.assert_close(found.double(), torch.stack(direct(h, weight, rows, "batch")), rtol=2e-6, atol=0)
+
+
+def test_the_sum_of_squares_has_its_gradient():
+    h, weight = normal(3, 4, 5).requires_grad_(), normal(6, 5, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(Energy.apply, (h, weight))
+    torch.testing.assert_close(Energy.apply(h, weight), (h @ weight.T).square().sum(1))
+
+
+def terms(x: torch.Tensor, rows: int | None = None, axis: str = "batch") -> tuple[float, float]:
+    """L_var and L_cov of features x (N, T, d) themselves."""
+    found = variance_covariance(x, torch.eye(x.shape[2], dtype=x.dtype), rows or len(x), axis)
+    return found[0].item(), found[1].item()
+
+
+def test_values_by_hand():
+    assert terms(torch.tensor([[[1.0, 1.0]], [[-1.0, -1.0]]])) == (0, pytest.approx(4.0))
+    variance, covariance = terms(torch.tensor([[[0.5, 0.0]], [[-0.5, 0.0]]], dtype=DOUBLE))
+    assert variance == pytest.approx(0.630282, abs=1e-6) and covariance == 0
+    constant = torch.ones(6, 3, 4, dtype=DOUBLE, requires_grad=True)
+    variance, covariance, deviation = variance_covariance(constant, normal(5, 4), 3)
+    assert variance.item() == pytest.approx(0.968377, abs=1e-6) and covariance == 0 == deviation
+    (variance + covariance).backward()
+    assert (constant.grad == 0).all()
+    whole = normal(5, 4)
+    white = torch.linalg.qr(whole - whole.mean(0)).Q * 2  # orthogonal columns of mean zero: C is the identity
+    assert terms(white[:, None]) == (0, pytest.approx(0, abs=1e-12))
+
+
+def test_what_leaves_the_terms_as_they_are_and_what_does_not():
+    x = normal(8, 3, 5, scale=0.4)
+    base = terms(x)
+    for same in (x + normal(1, 3, 5, seed=3), x[torch.randperm(8)], torch.cat([x, x], 1)):
+        assert terms(same) == pytest.approx(base, rel=1e-10)
+    assert terms(3 * x)[1] == pytest.approx(81 * base[1])
+    assert terms(x[:, :1], axis="batch+length") == pytest.approx(terms(x[:, :1]))
+    assert terms(x, axis="batch+length") != pytest.approx(base, rel=1e-3)
+    parts = [terms(part) for part in x.split(4)]
+    assert terms(x, rows=4) == pytest.approx(tuple(np.mean(parts, axis=0)), rel=1e-10)
+
+
+@pytest.mark.parametrize(("rows", "width", "lambdas"), [(32, 512, (1.0, 0.004)), (32, 4096, (1.0, 0.004)),
+                                                        (32, 2048, (1.0, 0.004)), (128, 512, (0.1, 0.5))])  # fmt: skip
+def test_a_free_network_ends_where_the_prediction_says(rows, width, lambdas):
+    """Specification 1.5; here h and W are both free, so that the rank is the batch's, rows - 1."""
+    torch.manual_seed(0)
+    h, weight = torch.randn(rows, 1, rows + 8) / 6, torch.randn(width, rows + 8) / 6
+    h.requires_grad_(), weight.requires_grad_()
+    optimizer = torch.optim.Adam([h, weight], 0.02)
+    for step in range(250):
+        optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / 250)
+        variance, covariance, deviation = variance_covariance(h, weight, rows)
+        loss = lambdas[0] * variance + lambdas[1] * covariance
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    expected = evaluate.predict(torch.tensor([rows - 1]), width, *lambdas)
+    assert deviation.item() == pytest.approx(expected[0].item(), rel=0.03)
+    assert loss.item() == pytest.approx(expected[1].item(), rel=0.03)
+
+
+def test_predictions_of_the_specifications_table():
+    for rows, lambdas, deviations, losses in (
+        (32, (1.0, 0.004), (1.0, 1.0, 0.99, 0.78), (0.062, 0.128, 0.260, 0.414)),
+        (128, (0.1, 0.5), (0.25, 0.19, 0.15, 0.12), (0.081, 0.086, 0.089, 0.091)),
+    ):
+        for width, deviation, loss in zip((512, 1024, 2048, 4096), deviations, losses, strict=True):
+            found = evaluate.predict(torch.tensor([rows - 1]), width, *lambdas)
+            assert found[0].item() == pytest.approx(deviation, abs=0.006)  # the table leaves eta out
+            assert found[1].item() == pytest.approx(loss, abs=0.0015)
+    deviation, loss = evaluate.predict(torch.tensor([0, 600]), 512, 1.0, 0.004)
+    assert deviation[0] == 0 and loss[0].item() == pytest.approx(0.968377, abs=1e-6)
+    assert deviation[1].item() == pytest.approx(1, abs=1e-3) and loss[1] < 1e-9
+
+
+def network(layers: int = 2, width: int = 16, dropout: float = 0.0, projection: int = 24) -> tuple[SeqVCR, tasks.Task]:
+    task = tasks.choose("multiplication", 2)
+    return SeqVCR(GPT(len(task.symbols), 16, layers, 4, width, dropout, 0), projection, 0), task
+
+
+def some_rows(count: int, pause: int = 2) -> torch.Tensor:
+    task = tasks.choose("multiplication", 2)
+    return tasks.with_pauses(task, task.every()[: 31 * count : 31], pause).long()
+
+
+LOSS = {"answer": 4, "lambda1": 1.0, "lambda2": 0.004, "layer": 0, "axis": "batch", "covariance_batch": 4,
+        "precision": "float32"}  # fmt: skip
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_the_whole_loss_is_cross_entropy_of_the_answer_and_both_terms_of_the_level(layer):
+    model, rows = network()[0], some_rows(8)
+    loss, log = seqvcr_loss(model, rows, **LOSS | {"layer": layer})
+    model = model.double()
+    gpt, x = model.gpt, model.gpt.wte.weight[rows[:, :-1]] + model.gpt.wpe.weight[:13]
+    states = [x]
+    for block in gpt.h:
+        states.append(block(states[-1]))
+    states[-1] = gpt.ln_f(states[-1])
+    chances = (states[-1] @ gpt.wte.weight.T).log_softmax(2)
+    crossed = -torch.stack([chances[:, 9 + place, :].gather(1, rows[:, 10 + place, None]) for place in range(4)]).mean()
+    variance, covariance = direct(states[layer], model.projection.weight, 4, "batch")
+    expected = torch.stack([crossed + variance + 0.004 * covariance, crossed, variance, covariance])
+    torch.testing.assert_close(log[:4].double(), expected, rtol=1e-5, atol=1e-9)
+    assert loss.item() == log[0].item()
+
+
+def test_gradients_go_where_they_belong_and_the_network_is_asked_once():
+    calls = []
+    for lambdas in ((1.0, 0.004), (0.0, 0.0)):
+        model, _ = network()
+        model.gpt.register_forward_hook(lambda *_: calls.append(1))
+        loss, log = seqvcr_loss(model, some_rows(8), **LOSS | dict(zip(("lambda1", "lambda2"), lambdas, strict=True)))
+        loss.backward()
+        assert (model.projection.weight.grad is None) == (not any(lambdas)) == (log[2:] == 0).all()
+    assert len(calls) == 2
+    model, _ = network()
+    variance, covariance, _ = variance_covariance(model.gpt(some_rows(8)[:, :-1], 4)[1][0], model.projection.weight, 4)
+    (variance + covariance).backward()
+    assert model.gpt.wte.weight.grad.norm() > 0 and model.gpt.h[0].mlp.c_fc.weight.grad is None
+
+
+# ---------------------------------------------------------------------------------------------- entropy
+
+
+def test_entropies_by_hand():
+    entropy = evaluate.spectral_entropy
+    assert entropy(torch.eye(7)).item() == pytest.approx(math.log(7))
+    assert entropy(normal(6, 1) @ normal(1, 9)).item() == pytest.approx(0, abs=1e-9)
+    assert entropy(torch.zeros(3, 4)).item() == 0 == entropy(torch.zeros(3, 4), 2.0).item()
+    ratio = torch.diag(torch.tensor([3.0, 1.0], dtype=DOUBLE).sqrt())
+    assert entropy(ratio).item() == pytest.approx(0.562335, abs=1e-6)
+    assert entropy(ratio, 2.0).item() == pytest.approx(0.470004, abs=1e-6)
+    z = normal(6, 9)
+    turned = z @ torch.linalg.qr(normal(9, 9, seed=2)).Q
+    for same in (5 * z, z.T, z[torch.randperm(6)], turned):
+        assert entropy(same).item() == pytest.approx(entropy(z).item())
+    assert entropy(z, 0.999).item() == pytest.approx(entropy(z).item(), abs=1e-3)
+    assert entropy(z, 2.0) < entropy(z)
+    p = torch.linalg.eigvalsh(z @ z.T) / z.square().sum()
+    assert entropy(z, 2.0).item() == pytest.approx(-math.log(p.square().sum().item()))
+    repeated = torch.linalg.qr(normal(9, 9)).Q[:3].repeat(4, 1)
+    assert entropy(repeated).item() == pytest.approx(math.log(3))
+    assert evaluate.token_entropy(repeated[None]).item() == pytest.approx(math.log(3) / math.log(9))
+
+
+def test_the_batchs_entropy_centres_each_position_and_ends_at_one():
+    h = torch.linalg.qr(normal(9, 9)).Q[:, None].repeat(1, 2, 1) + 100
+    torch.testing.assert_close(evaluate.batch_entropy(h), torch.ones(2, dtype=DOUBLE))
+    h[:, 1] = normal(9)
+    assert evaluate.batch_entropy(h)[1].item() == pytest.approx(0, abs=1e-6)
+    naive = []
+    rows = normal(10, 2, 4)
+    for place in range(2):
+        p = torch.linalg.eigvalsh(torch.cov(rows[:, place].T))
+        p = p / p.sum()
+        naive.append(-(p * p.log()).sum() / math.log(4))
+    torch.testing.assert_close(evaluate.batch_entropy(rows), torch.stack(naive))
+
+
+def test_ranks_count_what_can_differ():
+    rows = torch.tensor([[1, 5, 7], [1, 5, 8], [1, 6, 7], [1, 6, 8]])
+    assert evaluate.ranks(rows, 4, 64, 0).tolist() == [0, 1, 1]
+    assert evaluate.ranks(rows, 4, 64, 1).tolist() == [0, 1, 3]
+    assert evaluate.ranks(rows, 4, 2, 2).tolist() == [0, 1, 2]
+    assert evaluate.ranks(rows.repeat(2, 1), 2, 64, 1).tolist() == [0, 0, 1] * 4
+
+
+# ---------------------------------------------------------------------------------------------- network
+
+
+def test_a_token_changes_nothing_before_it_and_logits_are_the_answers():
+    model = network()[0].gpt.eval()
+    rows = some_rows(3)
+    other = rows.clone()
+    other[:, 7] = 3
+    logits, levels = model(rows[:, :-1], 4)
+    assert logits.shape == (3, 4, 15) and len(levels) == 3
+    for one, two in zip(levels, model(other[:, :-1], 4)[1], strict=True):
+        assert torch.equal(one[:, :7], two[:, :7]) and not torch.equal(one[:, 7:], two[:, 7:])
+    whole = model(rows[:, :-1], 13)[0]
+    torch.testing.assert_close(logits, whole[:, -4:])
+
+
+def gpt2_arrays(layers: int = 2, width: int = 32, tokens: int = 11, length: int = 40) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    shapes = {
+        "wte.weight": (tokens, width),
+        "wpe.weight": (length, width),
+        "ln_f.weight": (width,),
+        "ln_f.bias": (width,),
+    }
+    for number in range(layers):
+        own = {"ln_1.weight": (width,), "ln_1.bias": (width,), "ln_2.weight": (width,), "ln_2.bias": (width,)}
+        for name, (a, b) in {"attn.c_attn": (width, 3 * width), "attn.c_proj": (width, width),
+                             "mlp.c_fc": (width, 4 * width), "mlp.c_proj": (4 * width, width)}.items():  # fmt: skip
+            own |= {f"{name}.weight": (a, b), f"{name}.bias": (b,)}
+        shapes |= {f"h.{number}.{name}": shape for name, shape in own.items()}
+    return {name: rng.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def reference_logits(weights: dict[str, np.ndarray], tokens: list[int], heads: int) -> np.ndarray:
+    """GPT-2 on one row, on the arrays as they are published, where a layer is x @ W + b."""
+
+    def norm(x, name):
+        centred = x - x.mean(-1, keepdims=True)
+        return (
+            centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * weights[f"{name}.weight"]
+            + weights[f"{name}.bias"]
+        )
+
+    def layer(x, name):
+        return x @ weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    x = weights["wte.weight"][tokens].astype(np.float64) + weights["wpe.weight"][: len(tokens)]
+    for number in range(2):
+        at = f"h.{number}"
+        q, k, v = np.split(layer(norm(x, f"{at}.ln_1"), f"{at}.attn.c_attn"), 3, axis=1)
+        heard = []
+        for a, b, c in zip(*(np.split(part, heads, axis=1) for part in (q, k, v)), strict=True):
+            scores = a @ b.T / math.sqrt(a.shape[1]) + np.triu(np.full((len(x), len(x)), -1e30), 1)
+            scores = np.exp(scores - scores.max(1, keepdims=True))
+            heard.append(scores / scores.sum(1, keepdims=True) @ c)
+        x = x + layer(np.concatenate(heard, 1), f"{at}.attn.c_proj")
+        inner = layer(norm(x, f"{at}.ln_2"), f"{at}.mlp.c_fc")
+        inner = 0.5 * inner * (1 + np.tanh(math.sqrt(2 / math.pi) * (inner + 0.044715 * inner**3)))
+        x = x + layer(inner, f"{at}.mlp.c_proj")
+    return norm(x, "ln_f") @ weights["wte.weight"].T
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_gpt2s_weights_give_gpt2s_logits(prefix, suffix, tmp_path):
+    arrays, path = gpt2_arrays(), tmp_path / f"model{suffix}"
+    written = {prefix + name: array for name, array in arrays.items()}
+    written |= {
+        f"{prefix}h.0.attn.bias": np.ones((1, 1, 40, 40), np.float32),
+        f"{prefix}h.1.attn.masked_bias": np.ones(1, np.float32),
+    }
+    if prefix:
+        written["lm_head.weight"] = arrays["wte.weight"]
+    if suffix == ".bin":
+        torch.save({name: torch.from_numpy(array) for name, array in written.items()}, path)
+    else:
+        write_safetensors(path, written)
+    model = GPT(11 + 3, 20, 2, 4, 32, 0.0, 0).eval()
+    start = model.wte.weight.detach().clone()
+    net.fill_gpt2(model, path)
+    tokens = [3, 1, 4, 1, 5, 9, 2, 6]
+    logits = model(torch.tensor([tokens]), 8)[0][0, :, :11]
+    np.testing.assert_allclose(logits.detach().numpy(), reference_logits(arrays, tokens, 4), rtol=2e-4, atol=2e-4)
+    assert torch.equal(model.wte.weight[11:], start[11:])  # the pauses keep their start, of deviation 0.02
+
+
+def damaged(arrays: dict[str, np.ndarray], how: str) -> dict[str, np.ndarray]:
+    if how == "other head":
+        return arrays | {"lm_head.weight": arrays["wte.weight"] + 1}
+    if how == "no tokens":
+        return {name: array for name, array in arrays.items() if name != "wte.weight"}
+    if how == "turned":
+        return arrays | {"h.0.mlp.c_fc.weight": arrays["h.0.mlp.c_fc.weight"].T}
+    if how == "many":
+        return arrays | {"wte.weight": np.zeros((30, 32), np.float32)}
+    return {name: array for name, array in arrays.items() if name != "h.1.ln_2.bias"}
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [("other head", "head is tied"), ("no tokens", "no wte.weight"), ("turned", "h.0.mlp.c_fc.weight"),
+     ("many", "30 tokens"), ("a hole", "h.1.ln_2.bias")],
+)  # fmt: skip
+def test_a_file_that_is_no_gpt2_is_named(how, words, tmp_path, capsys):
+    path = tmp_path / "model.safetensors"
+    write_safetensors(path, {name: np.ascontiguousarray(one) for name, one in damaged(gpt2_arrays(), how).items()})
+    with pytest.raises(SystemExit) as end:
+        net.fill_gpt2(GPT(14, 20, 2, 4, 32, 0.0, 0), path)
+    assert end.value.code == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["none.safetensors", "none.bin", "junk.safetensors", "junk.bin"])
+def test_a_weight_file_that_cannot_be_read_is_named(name, tmp_path, capsys):
+    (tmp_path / "junk.safetensors").write_bytes(b"junk")
+    (tmp_path / "junk.bin").write_bytes(b"junk")
+    with pytest.raises(SystemExit) as end:
+        net.load_gpt2(tmp_path / name)
+    printed = capsys.readouterr().err
+    assert end.value.code == 2 and name in printed and printed.count("\n") == 1
+
+
+def test_our_symbols_are_gpt2s_tokens_and_the_pauses_come_behind():
+    """The published byte-pair vocabulary: " 0" is 657, " *" 1635, the end of text 50256."""
+    task = tasks.choose("multiplication", 4)
+    size, table = train.vocabulary(task, True)
+    assert size == 50260
+    expected = {
+        "0": 657,
+        "1": 352,
+        "2": 362,
+        "9": 860,
+        "*": 1635,
+        "=": 50256,
+        tasks.PAUSES[0]: 50257,
+        tasks.PAUSES[2]: 50259,
+    }
+    assert {symbol: table[task.symbols.index(symbol)].item() for symbol in expected} == expected
+    rows = train.sequences(task, task.draw(torch.Generator(), 3, "cpu", True), 2, True)
+    assert rows.dtype == torch.int32 and rows[:, 10:14].tolist() == [[50257, 50258, 50258, 50259]] * 3
+
+
+def test_teacher_forced_equals_greedy_exact_match():
+    """A network that is sometimes right: trained for a while on few rows."""
+    model, rows = network(width=32)[0].gpt, some_rows(40)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(60):
+        loss = F.cross_entropy(model(rows[:, :-1], 4)[0].flatten(0, 1), rows[:, -4:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    forced = train.right(model, rows, 4)
+    written = rows[:, :-4]
+    with torch.no_grad():
+        for _ in range(4):
+            written = torch.cat([written, model(written, 1)[0].argmax(2)], 1)
+    greedy = written[:, -4:] == rows[:, -4:]
+    assert torch.equal(forced.all(1), greedy.all(1)) and 0 < forced.all(1).float().mean() < 1
+    assert forced.float().mean() >= greedy.float().mean()
+
+
+# ---------------------------------------------------------------------------------------------- arms
+
+
+def resolved(scale: str, flags: list[str]) -> str:
+    free = ["--init-from", "none"] if scale == "paper" else []
+    return json.dumps(vars(train.parse_args(["--scale", scale, *free, *flags])), default=str)
+
+
+@pytest.mark.parametrize("scale", ["demo", "gpu", "paper"])
+def test_no_two_arms_resolve_to_equal_arguments(scale):
+    """Save at paper scale, whose own level is the last: there are arms of extras that would be base again."""
+    arms, studies = DESIGNS[scale]
+    if scale == "paper":
+        arms = {arm: arms[arm] for study in list(studies)[:2] for one in studies[study] for arm in one.split(":")}
+    assert len({resolved(scale, flags) for flags in arms.values()}) == len(arms)
+
+
+@pytest.mark.parametrize(("scale", "settings"), [("demo", ("2x2", "2x2-128")), ("gpu", ("4x4", "arithmetic")),
+                                                 ("paper", ("5x5", "4x4"))])  # fmt: skip
+def test_the_six_pairs_run_in_both_settings_and_the_widths_are_the_plans(scale, settings):
+    arms, studies = DESIGNS[scale]
+    pairs = {(0.5, 0.002), (1, 0.004), (2, 0.008), (0.05, 0.25), (0.1, 0.5), (0.2, 1)}
+    for setting in settings:
+        mine = {
+            one.split(":")[0] for one in studies["seqvcr-coefficients"] if one.split(":")[0].endswith(f"@{setting}")
+        }
+        found = [json.loads(resolved(scale, arms[arm])) for arm in mine]
+        assert len(mine) == 6 and {(one["lambda1"], one["lambda2"]) for one in found} == pairs
+        batch = 128 if setting in ("2x2-128", "arithmetic") else 32
+        assert {one["covariance_batch"] for one in found} == {batch}
+    assert [one.partition("@")[0] for one in studies["seqvcr-coefficients"][:2]] == [
+        "base", "0.1-0.5" if scale == "demo" else "base"
+    ]  # fmt: skip
+    widths = {arm for one in studies["seqvcr-projection-width"] for arm in one.split(":")} - {f"off@{settings[0]}"}
+    assert {json.loads(resolved(scale, arms[arm]))["projection_width"] for arm in widths} == {512, 1024, 2048, 4096}
+    assert studies["seqvcr-projection-width"][0] == f"width-4096@{settings[0]}:width-512@{settings[0]}"
+
+
+def test_every_flag_is_read():
+    source = (ROOT / "seqvcr/train.py").read_text()
+    read = set(re.findall(r"args\.(\w+)", source[source.index("def main") :]))
+    read |= set(re.findall(r'args\["(\w+)"\]', source))
+    assert read | {"scale", "seed", "data"} >= set(vars(train.parse_args([])))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--layer", "3"], "--layer 3 is no level of 2 blocks: give 0 to 2, or last"),
+        (["--layer", "first"], "no level"),
+        (["--width", "65"], "multiple of --heads 4"),
+        (["--batch", "100"], "multiple of --covariance-batch 32"),
+        (["--batch", "1"], "less than 2"),
+        (["--size", "10"], "--size 10 is no size of --task multiplication: give 1 to 9"),
+        (["--task", "lis", "--size", "1"], "give 2 to 200"),
+        (["--task", "arithmetic", "--data-file", "x"], "for --task multiplication, not for arithmetic"),
+        (["--task", "lis", "--init-from", "x"], "for --task multiplication, not for lis"),
+        (["--data-file", "nowhere.txt"], "--data-file nowhere.txt cannot be read"),
+        (["--data-file", "x", "--train-size", "stream"], "stream has none"),
+        (["--init-from", "nowhere.bin"], "--init-from nowhere.bin: no such file"),
+        (["--scale", "paper", "--device", "cpu"], "--init-from model.safetensors"),
+        (["--train-size", "some"], "--train-size"),
+        (["--train-size", "64"], "--batch 128 is more than the 64 training rows"),
+        (["--lambda1", "nan"], "not between"),
+        (["--scale", "gpu"], "--scale demo"),
+    ],
+)
+def test_a_users_mistake_ends_in_one_sentence(flags, words, tmp_path, capsys):
+    if torch.cuda.is_available() and flags == ["--scale", "gpu"]:
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(SystemExit) as end:
+        train.main([*flags, "--out", str(tmp_path / "run")])
+    printed = capsys.readouterr().err
+    assert end.value.code == 2 and words in printed and printed.count("\n") == 1
+    assert not (tmp_path / "run/args.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------- runs
+
+
+def tiny(out, *flags) -> list[str]:
+    small = ["--width", "16", "--steps", "20", "--batch", "128", "--train-size", "600", "--device", "cpu"]
+    return [*small, "--out", str(out), *flags]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Every arm for twenty steps at a small width, evaluated."""
+    root = tmp_path_factory.mktemp("seqvcr")
+    for arm, flags in ARMS.items():
+        train.main(tiny(root / arm / "0", *flags))
+        evaluate.main([str(root / arm / "0")])
+    return root
+
+
+def test_every_arm_ends_with_weights_of_its_own(finished):
+    weights = {arm: checkpoints.load(finished / arm / "0/model.pt")["model"]["gpt.wte.weight"] for arm in ARMS}
+    for one, other in itertools.combinations(weights, 2):
+        assert not torch.equal(weights[one], weights[other]), (one, other)
+
+
+def test_arms_of_one_seed_start_alike_and_see_equal_batches(monkeypatch, tmp_path):
+    seen = {}
+    for arm in ("off@2x2", "base@2x2", "width-512@2x2", "0.1-0.5@2x2-128"):
+        rows: list[torch.Tensor] = []
+
+        def watched(model, tokens, rows=rows, **rest):
+            rows.append(tokens)
+            return seqvcr_loss(model, tokens, **rest)
+
+        monkeypatch.setattr(train, "seqvcr_loss", watched)
+        train.main(tiny(tmp_path / arm, "--steps", "4", *ARMS[arm]))
+        model = train.build_model(vars(train.parse_args(tiny(tmp_path, *ARMS[arm]))), tasks.choose("multiplication", 2),
+                                  torch.device("cpu"))  # fmt: skip
+        seen[arm] = (torch.stack(rows), model.gpt.h[1].mlp.c_fc.weight, model.gpt.wte.weight)
+    for found in seen.values():
+        assert all(torch.equal(one, other) for one, other in zip(found, seen["off@2x2"], strict=True))
+
+
+def test_metrics_have_the_keys_that_were_asked_for(finished):
+    keys = "exact_match steps_to_solve position_accuracy entropy entropy_mean entropy_min entropy_batch solved "
+    keys += "variance_loss covariance_loss projected_std predicted_std chance_exact_match entropy_centred "
+    keys += "seconds examples_per_second peak_memory cross_entropy train_loss digit_accuracy regulariser_loss"
+    for arm in ARMS:
+        found = json.loads((finished / arm / "0/metrics.json").read_text())
+        assert set(keys.split()) <= set(found), arm
+        assert len(found["position_accuracy"]) == 4 and len(found["entropy"]) == len(found["entropy_batch"]) == 3
+        assert all(0 < one <= 1 for name in ("entropy", "entropy_batch") for one in found[name])
+        assert found["solved"] is False and found["steps_to_solve"] is None
+        off, length = arm.startswith("off"), "length" in arm
+        assert (found["projected_std"] is None) == off and (found["predicted_std"] is None) == (off or length), arm
+    log = files.read_lines(finished / "base@2x2/0/train.jsonl")
+    assert [line["epoch"] for line in log] == list(range(21)) and log[-1]["step"] == 20
+    assert {f"accuracy_{place}" for place in range(4)} <= set(log[-1])
+
+
+def test_metrics_are_those_of_a_naive_measurement(finished):
+    """Exact match, position accuracy, chance and the regulariser's terms on the test rows, from model.pt alone."""
+    folder = finished / "base@2x2/0"
+    found, args = (
+        json.loads((folder / "metrics.json").read_text()),
+        vars(train.parse_args(tiny("x", *ARMS["base@2x2"]))),
+    )
+    task = tasks.choose("multiplication", 2)
+    data = tasks.load(task, 600, None, "cpu")
+    model = train.build_model(args, task, torch.device("cpu")).eval()
+    model.load_state_dict(checkpoints.load(folder / "model.pt")["model"])
+    rows = tasks.with_pauses(task, data.test, 2).long()
+    with torch.no_grad():
+        guesses = torch.stack([model.gpt(row[None, :-1], 13)[0][0, -4:].argmax(1) for row in rows])
+        states = model.gpt(rows[:, :-1], 4)[1][0]
+        hits = (guesses == rows[:, -4:]).float()
+        kept = len(rows) // 32 * 32
+        variance, covariance = direct(states[:kept].double(), model.projection.weight.double(), 32, "batch")
+    assert found["exact_match"] == pytest.approx(100 * hits.prod(1).mean().item())
+    assert found["position_accuracy"] == pytest.approx((100 * hits.mean(0)).tolist())
+    assert found["variance_loss"] == pytest.approx(variance.item(), rel=1e-4)
+    assert found["covariance_loss"] == pytest.approx(covariance.item(), rel=1e-3)
+    answers = [tuple(row) for row in data.train[:, -4:].tolist()]
+    common = max(set(answers), key=lambda one: (answers.count(one), [-x for x in one]))
+    assert found["chance_exact_match"] == pytest.approx(
+        100 * np.mean([tuple(row) == common for row in data.test[:, -4:].tolist()])
+    )
+
+
+@pytest.mark.parametrize("flags", [[], ["--dropout", "0.2"], ["--train-size", "stream"]])
+def test_a_run_is_a_function_of_its_seed_and_goes_on_after_a_kill(flags, tmp_path, monkeypatch):
+    train.main(tiny(tmp_path / "straight", *flags))
+    saved, save = [], train.Run.save
+
+    def interrupted(run, epoch, record, state):
+        save(run, epoch, record, state)
+        saved.append(epoch)
+        if epoch == 7 and saved.count(7) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.Run, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(tiny(tmp_path / "run", *flags))
+    train.main(tiny(tmp_path / "run", *flags))
+    expected, found = (checkpoints.load(tmp_path / run / "model.pt")["model"] for run in ("straight", "run"))
+    assert saved[:8] == list(range(8)) and saved[8] == 8
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    train.main(tiny(tmp_path / "other", "--seed", "1", *flags))
+    other = checkpoints.load(tmp_path / "other/model.pt")["model"]
+    assert not torch.equal(other["gpt.wte.weight"], expected["gpt.wte.weight"])
+
+
+def test_streamed_rows_are_fresh_at_every_step(tmp_path, monkeypatch):
+    seen = []
+
+    def watched(model, tokens, **rest):
+        seen.append(tokens)
+        return seqvcr_loss(model, tokens, **rest)
+
+    monkeypatch.setattr(train, "seqvcr_loss", watched)
+    train.main(tiny(tmp_path / "run", "--train-size", "stream", "--steps", "3", "--task", "arithmetic", "--size", "4"))
+    assert len(seen) == 3 and not any(torch.equal(*pair) for pair in itertools.combinations(seen, 2))
+    evaluate.main([str(tmp_path / "run")])
+
+
+def test_every_pass_takes_all_rows_once_in_an_order_of_its_own():
+    rows = torch.arange(16)[:, None]
+    batch_of = train.passes(rows, 0, 4)
+    whole = [torch.cat([batch_of(step) for step in range(first, first + 4)]).flatten().tolist() for first in (0, 4)]
+    assert sorted(whole[0]) == sorted(whole[1]) == list(range(16)) and whole[0] != whole[1]
+    assert torch.equal(batch_of(5), train.passes(rows, 0, 4)(5)) and batch_of(0).dtype == torch.int64
+
+
+def test_the_rate_rises_and_falls():
+    assert train.rate(0.0) == 0 and train.rate(0.025) == pytest.approx(0.5) and train.rate(0.05) == pytest.approx(1)
+    assert train.rate(0.525) == pytest.approx(0.5) and train.rate(1.0) == pytest.approx(0)
+
+
+def test_the_projection_is_not_decayed():
+    model, _ = network()
+    groups = train.build_optimizer(model, 1e-3).param_groups
+    assert groups[1]["weight_decay"] == 0 and groups[1]["params"][0] is model.projection.weight
+    assert groups[0]["weight_decay"] > 0 and sum(len(group["params"]) for group in groups) == len(
+        list(model.parameters())
+    )
+
+
+def test_a_loss_that_is_not_finite_is_a_result(tmp_path, monkeypatch):
+    calls = []
+
+    def poisoned(*arguments, **rest):
+        calls.append(1)
+        loss, log = seqvcr_loss(*arguments, **rest)
+        return (loss * float("nan"), log * float("nan")) if len(calls) == 9 else (loss, log)
+
+    monkeypatch.setattr(train, "seqvcr_loss", poisoned)
+    train.main(tiny(tmp_path / "run"))
+    evaluate.main([str(tmp_path / "run")])
+    found = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert found["diverged"] and found["exact_match"] is None and found["entropy"] is None
+    assert checkpoints.load(tmp_path / "run/model.pt")["epoch"] == 8
+
+
+def test_every_arm_of_gpu_scale_takes_two_steps_and_is_evaluated(tmp_path, monkeypatch):
+    """At the scale's own widths, five blocks of 512; paper scale: below."""
+    monkeypatch.setattr(tasks, "ROWS", 4096)
+    done = set()
+    for arm, flags in DESIGNS["gpu"][0].items():
+        small = ["--batch", "4", "--covariance-batch", "4", "--train-size", "40"]
+        argv = ["--scale", "gpu", "--device", "cpu", "--rehearse", "1", *flags, *small, "--out", str(tmp_path / arm)]
+        same = json.dumps(
+            {name: value for name, value in vars(train.parse_args(argv)).items() if name != "out"}, default=str
+        )
+        if same in done:  # apart from the covariance's batch
+            continue
+        done.add(same)
+        train.main(argv)
+        evaluate.main([str(tmp_path / arm)])
+        saved = checkpoints.load(tmp_path / arm / "model.pt")
+        assert saved["epoch"] == 2 and saved["model"]["gpt.h.4.mlp.c_fc.weight"].shape == (2048, 512)
+        assert json.loads((tmp_path / arm / "metrics.json").read_text())["exact_match"] is not None
+        shutil.rmtree(tmp_path / arm)
+    assert len(done) > 20
+
+
+@pytest.mark.parametrize("arm", ["base@5x5", "off@5x5", "0.05-0.25@4x4", "width-4096@5x5"])
+def test_paper_scale_goes_on_from_gpt2(arm, tmp_path, monkeypatch):
+    """GPT-2's own width, tokens and positions; two of its twelve blocks."""
+    monkeypatch.setattr(tasks, "ROWS", 4096)
+    weights = {name: 0.1 * one for name, one in gpt2_arrays(2, 768, train.GPT2_VOCABULARY, 1024).items()}
+    write_safetensors(tmp_path / "model.safetensors", weights)
+    argv = ["--scale", "paper", "--device", "cpu", "--rehearse", "1", *DESIGNS["paper"][0][arm], "--layers", "2"]
+    argv += ["--batch", "4", "--covariance-batch", "4", "--train-size", "40"]
+    monkeypatch.setattr(train.Run, "save", lambda *_: None)  # a state of 600 MB each time
+    train.main([*argv, "--init-from", str(tmp_path / "model.safetensors"), "--out", str(tmp_path / "run")])
+    saved = checkpoints.load(tmp_path / "run/model.pt")["model"]
+    assert saved["gpt.wte.weight"].shape == (50260, 768)
+    moved = (saved["gpt.h.0.attn.c_proj.weight"] - torch.from_numpy(weights["h.0.attn.c_proj.weight"].T)).abs().mean()
+    assert 0 < moved < 0.01
+
+
+def test_a_published_file_trains_and_is_asked_for_again(tmp_path, capsys):
+    lines = [tasks.published_line(a, b, 2) for a in range(10, 60) for b in range(10, 50)]
+    (tmp_path / "train.txt").write_text("\n".join(lines) + "\n")
+    flags = ["--data-file", str(tmp_path / "train.txt"), "--train-size", "2000"]
+    train.main(tiny(tmp_path / "run", *flags))
+    evaluate.main([str(tmp_path / "run"), "--show", "3"])
+    printed = capsys.readouterr().out
+    assert "2000 different lines" in printed and "fall into validation or test" in printed
+    assert len(re.findall(r"^\d\d \* \d\d = \d{4} ", printed, flags=re.M)) == 3
+    (tmp_path / "train.txt").write_text("\n".join(lines[:-1]) + "\n")
+    with pytest.raises(SystemExit) as end:
+        evaluate.main([str(tmp_path / "run")])
+    assert end.value.code == 2 and "other rows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "{\n{}\n", '{"loss": 1}\n'])
+def test_a_damaged_log_ends_in_one_sentence(content, finished, tmp_path, capsys):
+    shutil.copytree(finished / "base@2x2/0", tmp_path / "run")
+    (tmp_path / "run/train.jsonl").write_text(content)
+    with pytest.raises(SystemExit) as end:
+        evaluate.main([str(tmp_path / "run")])
+    assert end.value.code == 2 and "train.jsonl is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arm", ["off@2x2", "base@2x2", "0.1-0.5@2x2-128", "last-batch-length@2x2", "layer-1@2x2"])
+def test_training_and_evaluation_stay_on_a_fake_gpu(arm, fake_gpu: FakeGPU):
+    device = torch.device("cuda")
+    args = train.parse_args(["--width", "16", "--dropout", "0.1", *ARMS[arm]])
+    task = tasks.choose(args.task, args.size)
+    model = train.build_model(vars(args), task, device)
+    rows = torch.zeros(512, 14, dtype=torch.uint8, device=device)
+    asked = []
+    for steps in (4, 8):
+        fake_gpu.asked = 0
+
+        class Unwritten:
+            name = folder = "fake"
+            state = staticmethod(lambda device: None)
+            save = say = finish = diverge = lambda *_: None
+
+        losses = functools.partial(
+            seqvcr_loss, answer=4, lambda1=args.lambda1, lambda2=args.lambda2, layer=args.layer,
+            axis=args.covariance_axis, covariance_batch=args.covariance_batch, precision="auto",
+        )  # fmt: skip
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+        train.train(Unwritten(), model, train.passes(rows, 0, 128), rows, optimizer, losses, seed=0, steps=steps,
+                    length=steps // 2, batch=128, lr=1e-3, answer=4, dropout=True, compiled=False)  # fmt: skip
+        asked.append(fake_gpu.asked)
+    assert asked[0] == asked[1] > 0
+
+
+@pytest.mark.parametrize(("name", "size"), [("multiplication", 4), ("arithmetic", 3), ("lis", 8)])
+def test_streams_and_their_layout_stay_on_a_fake_gpu(name, size, fake_gpu: FakeGPU):
+    task = tasks.choose(name, size)
+    rows = train.sequences(task, tasks.stream(task, 0, 3, 32, "cuda"), 2, name == "multiplication")
+    assert rows.device.type == "cuda" and rows.shape == (32, task.question + 4 + task.answer) and not fake_gpu.asked
+
+
+def test_entropies_stay_on_a_fake_gpu(fake_gpu: FakeGPU):
+    h = torch.zeros(8, 5, 16, device="cuda")
+    for found in (evaluate.token_entropy(h), evaluate.centred_entropy(h), evaluate.batch_entropy(h)):
+        assert found.device.type == "cuda" and found.dtype == DOUBLE
+
+
+# ---------------------------------------------------------------------------------------------- drawing
+
+
+def test_studies_are_drawn_and_told(finished, tmp_path, capsys):
+    for study, contrasts in STUDIES.items():
+        plot.main([study, *contrasts, "--runs", str(finished), "--seeds", "0", "1", "--results", str(tmp_path)])
+        summary = json.loads((tmp_path / f"{study}.json").read_text())
+        figures = {path.stem.removeprefix(f"{study}-") for path in tmp_path.glob(f"{study}-*.png")}
+        wanted = {"entropy", "metrics", "positions", "prediction", "solved"} | (
+            {"width"} if "width" in study else set()
+        )
+        assert figures == wanted and all(row["word"] == "0 of 1 solved" for row in summary["rows"])
+        assert summary["controls"] and all(control["arm_mean"] is not None for control in summary["controls"])
+        assert any("1 of 2 missing (seed 1)" in note for note in summary["notes"])
+    both = json.loads((tmp_path / "seqvcr-coefficients.json").read_text())
+    assert [one["arm"] for one in both["contrasts"] if one["primary"]] == ["base@2x2", "0.1-0.5@2x2-128"]
+    text = (tmp_path / "seqvcr-coefficients.md").read_text()
+    assert text.count("| off@2x2 |") == 2 and "## 2x2-128" in text
+    svg = (tmp_path / "seqvcr-coefficients-entropy.svg").read_text()
+    assert "λ 0.05, 0.25" in svg and "level" in svg
+    assert "2048" in (tmp_path / "seqvcr-projection-width-width.svg").read_text()
+
+
+def test_nothing_is_drawn_without_runs_and_solved_seeds_are_counted(tmp_path, capsys):
+    plot.main(["seqvcr-layer", "layer-1@2x2:base@2x2", "--runs", str(tmp_path), "--results", str(tmp_path / "r")])
+    assert "no runs" in capsys.readouterr().out and not (tmp_path / "r").exists()
+    assert plot.solved([{"solved": True}, {"solved": False}, {"solved": True}]) == "2 of 3 solved"
