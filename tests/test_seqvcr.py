@@ -370,7 +370,7 @@ def test_our_symbols_are_gpt2s_tokens_and_the_pauses_come_behind():
         tasks.PAUSES[2]: 50259,
     }
     assert {symbol: table[task.symbols.index(symbol)].item() for symbol in expected} == expected
-    rows = train.sequences(task, task.draw(torch.Generator(), 3, "cpu", True), 2, True)
+    rows = train.layout_of(task, 2, True, torch.device("cpu"))(task.draw(torch.Generator(), 3, "cpu", True))
     assert rows.dtype == torch.int32 and rows[:, 10:14].tolist() == [[50257, 50258, 50258, 50259]] * 3
 
 
@@ -730,7 +730,8 @@ def test_training_and_evaluation_stay_on_a_fake_gpu(arm, fake_gpu: FakeGPU):
 @pytest.mark.parametrize(("name", "size"), [("multiplication", 4), ("arithmetic", 3), ("lis", 8)])
 def test_streams_and_their_layout_stay_on_a_fake_gpu(name, size, fake_gpu: FakeGPU):
     task = tasks.choose(name, size)
-    rows = train.sequences(task, tasks.stream(task, 0, 3, 32, "cuda"), 2, name == "multiplication")
+    layout = train.layout_of(task, 2, name == "multiplication", torch.device("cuda"))
+    rows = layout(tasks.stream(task, 0, 3, 32, torch.device("cuda")))
     assert rows.device.type == "cuda" and rows.shape == (32, task.question + 4 + task.answer) and not fake_gpu.asked
 
 
