@@ -15,7 +15,7 @@ deviation 1 that do not covary (VICReg's terms). The projection learns from thes
     h  hidden states of a level   (B, T, D)      N  --covariance-batch       lambda1, lambda2  --lambda1, --lambda2
     W  projection                 (d, D)         d  --projection-width
 
-    python seqvcr/train.py                                              # demo: 2x2 digits, about DEMO s of one core
+    python seqvcr/train.py                                              # demo: 2x2 digits, about 20 s of one core
     python seqvcr/train.py --lambda1 0 --lambda2 0 --out runs/scratch2  # an ablation: pause tokens alone
     python seqvcr/train.py --layer last --covariance-axis batch+length --out runs/scratch3
     python seqvcr/train.py --scale gpu --task arithmetic                # 5 operators modulo 11
