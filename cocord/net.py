@@ -478,6 +478,8 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], float | None]:
         stop(f"{path} cannot be read ({type(error).__name__}); a file that holds more than tensors and numbers "
              "(RepDistiller's *_last.pth) is never loaded")  # fmt: skip
     accuracy = found.get("accuracy") if isinstance(found, dict) else None
+    if isinstance(found, dict) and found.get("diverged"):
+        stop(f"{path}: the training of this teacher diverged; train another, with a smaller --lr")
     for name in WRAPPERS:
         if isinstance(found, dict) and isinstance(found.get(name), dict):
             found = found[name]
