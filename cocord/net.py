@@ -412,11 +412,11 @@ NETWORKS: dict[str, tuple[int, Callable[[int], nn.Module]]] = {  # name: (featur
     "ResNet18": (512, partial(LargeResNet, Plain, (2, 2, 2, 2))),
     "ResNet50": (2048, partial(LargeResNet, Bottleneck, (3, 4, 6, 3))),
     # The demo's: a stem of stride 2, few channels.
-    "small_student": (32, partial(ResNet, 1, (8, 8, 16, 32), stride=2)),
-    "small_resnet_32": (32, partial(ResNet, 1, (16, 32, 64, 32), stride=2)),
-    "small_resnet_64": (64, partial(ResNet, 1, (16, 16, 32, 64), stride=2)),
-    "small_vgg_32": (32, partial(VGG, 1, (32, 48, 64, 32), stride=2)),
-    "small_vgg_64": (64, partial(VGG, 1, (32, 48, 64, 64), stride=2)),
+    "vgg_s": (32, partial(VGG, 1, (8, 16, 24, 24, 32), stride=2)),
+    "resnet_s32": (32, partial(ResNet, 1, (16, 32, 64, 32), stride=2)),
+    "resnet_s64": (64, partial(ResNet, 1, (16, 32, 64, 64), stride=2)),
+    "vgg_s32": (32, partial(VGG, 1, (24, 32, 48, 48, 32), stride=2)),
+    "vgg_s64": (64, partial(VGG, 1, (24, 32, 48, 64, 64), stride=2)),
 }
 MOBILE = ("MobileNetV2", "ShuffleV1", "ShuffleV2")  # trained at a fifth of the others' learning rate
 EXPECTED = {  # top-1 of RepDistiller's single runs on CIFAR-100, percent

@@ -30,7 +30,7 @@ from common.run import Run
 
 SCALES = {  #    demo               gpu         paper
     "data_set": ("glyphs36",        "cifar100", "cifar100"),
-    "network":  ("small_resnet_32", "resnet56", "resnet56"),
+    "network":  ("vgg_s32", "resnet56", "resnet56"),
     "epochs":   (8,                 240,        240),
     "batch":    (64,                64,         64),
 }  # fmt: skip

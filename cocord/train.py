@@ -60,8 +60,8 @@ Made = Callable[[int], Iterator[Batch]]  # epoch -> its batches
 
 SCALES = {  #              demo               gpu          paper
     "data_set":        ("glyphs36",        "cifar100",  "cifar100"),
-    "teacher":         ("small_resnet_32", "resnet56",  "resnet56"),
-    "student":         ("small_student",   "resnet20",  "resnet20"),
+    "teacher":         ("vgg_s32", "resnet56",  "resnet56"),
+    "student":         ("vgg_s",   "resnet20",  "resnet20"),
     "epochs":          (5,                 240,         240),
     "batch":           (64,                64,          64),
     "hidden":          (256,               2048,        2048),
@@ -387,7 +387,7 @@ def step_rate(epoch: int, epochs: int) -> float:
 def build_optimizer(parts: list[nn.Module], lr: float, weight_decay: float) -> torch.optim.Optimizer:
     """SGD with momentum 0.9 on all parameters of the parts, decay included."""
     trained = [weight for part in parts for weight in part.parameters()]
-    return torch.optim.SGD(trained, lr, momentum=0.9, weight_decay=weight_decay, fused=True)
+    return torch.optim.SGD(trained, lr, momentum=0.9, weight_decay=weight_decay, foreach=True)
 
 
 def one_step(
