@@ -117,6 +117,7 @@ cocord.momentum   := $(or $(PAIRS),$(cocord.momentum.$(or $(SCALE),gpu)))
 cocord.controls   := $(if $(PAIRS),,$(cocord.controls.$(or $(SCALE),gpu)))
 cocord.pairs      := $(sort $(cocord.prediction) $(cocord.momentum) $(cocord.controls))
 
+cocord.double := $(if $(filter demo,$(SCALE)),1,8)
 alone := --lambda-contrast 0 --forward-weight 0 --swapped-weight 0
 teacher-of = $(firstword $(subst -, ,$1))
 student-of = $(lastword $(subst -, ,$1))
@@ -126,8 +127,8 @@ cocord.base@$1             := $(pair)
 cocord.forward-only@$1     := $(pair) --swapped-weight 0
 cocord.swapped-only@$1     := $(pair) --forward-weight 0
 cocord.none@$1             := $(pair) --forward-weight 0 --swapped-weight 0
-cocord.forward-x2@$1       := $(pair) --forward-weight 8 --swapped-weight 0
-cocord.swapped-x2@$1       := $(pair) --forward-weight 0 --swapped-weight 8
+cocord.forward-x2@$1       := $(pair) --forward-weight $(cocord.double) --swapped-weight 0
+cocord.swapped-x2@$1       := $(pair) --forward-weight 0 --swapped-weight $(cocord.double)
 cocord.frozen@$1           := $(pair) --teacher-head partial --teacher-momentum 1
 cocord.moving@$1           := $(pair) --teacher-head partial --teacher-momentum 0.999
 cocord.moving-fast@$1      := $(pair) --teacher-head partial --teacher-momentum 0.99
@@ -142,16 +143,17 @@ cocord.needs = $(if $(filter teacher@% cross-entropy@%,$1),,teacher@$(call teach
 cocord.teachers := $(sort $(foreach one,$(cocord.pairs),teacher@$(call teacher-of,$(one))))
 $(foreach one,$(cocord.teachers),$(eval cocord.$(one) := --network $(patsubst teacher@%,%,$(one))))
 
-# moving against frozen, and at demo scale, where 0.999 hardly moves in few steps, a faster one; $1 arms' prefix, $2 pair
-moved = $1moving@$2:$1frozen@$2$(if $(filter demo,$(SCALE)), $(if $1,adapter-,moving-)fast@$2:$1frozen@$2)
+# At demo scale, where 0.999 hardly moves in few steps, a faster momentum stands beside it.
+fast = $(if $(filter demo,$(SCALE)),$(if $1,$1,moving-)fast@$2:$1frozen@$2)
 beside = $1@$2:cross-entropy@$(call student-of,$2) distillation@$2:$1@$2
 cocord := cocord-prediction-loss cocord-teacher-momentum
 cocord-prediction-loss    := $(foreach one,$(cocord.prediction),forward-only@$(one):base@$(one) swapped-only@$(one):base@$(one)) \
 	$(foreach one,$(cocord.prediction),$(foreach arm,none forward-x2 swapped-x2,$(arm)@$(one):base@$(one)) \
 	$(call beside,base,$(one)))
 cocord-teacher-momentum   := $(foreach one,$(cocord.momentum),moving@$(one):frozen@$(one)) \
-	$(foreach one,$(cocord.momentum),$(filter-out moving@%,$(call moved,,$(one))) $(call moved,adapter-,$(one)) \
-	$(call beside,frozen,$(one))) $(foreach one,$(cocord.controls),$(call moved,,$(one)) $(call beside,frozen,$(one)))
+	$(foreach one,$(cocord.momentum),$(call fast,,$(one)) adapter-moving@$(one):adapter-frozen@$(one) \
+	$(call fast,adapter-,$(one)) $(call beside,frozen,$(one))) \
+	$(foreach one,$(cocord.controls),moving@$(one):frozen@$(one) $(call beside,frozen,$(one)))
 
 cocord.rehearsal := --rehearse 20
 cocord.data.gpu := $(if $(findstring --data-set,$(EXTRA)),,cifar-100-python)

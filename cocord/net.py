@@ -63,14 +63,14 @@ class Basic(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Three stages of n basic blocks; `widths` are those of the stem and of the stages."""
+    """Three stages of n basic blocks; `widths` are those of the stem and of the stages, `stride` that of both first."""
 
     def __init__(self, n: int, widths: tuple[int, int, int, int], classes: int, stride: int = 1):
         super().__init__()
         self.conv1, self.bn1 = convolution(3, widths[0], 3, stride), nn.BatchNorm2d(widths[0])
         for stage in (1, 2, 3):
             inputs, outputs = widths[stage - 1 : stage + 1]
-            blocks = [Basic(inputs, outputs, 1 if stage == 1 else 2)]
+            blocks = [Basic(inputs, outputs, stride if stage == 1 else 2)]
             blocks += [Basic(outputs, outputs, 1) for _ in range(n - 1)]
             setattr(self, f"layer{stage}", nn.Sequential(*blocks))
         self.fc = nn.Linear(widths[3], classes)

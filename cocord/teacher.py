@@ -31,8 +31,8 @@ from common.run import Run
 SCALES = {  #    demo               gpu         paper
     "data_set": ("glyphs36",        "cifar100", "cifar100"),
     "network":  ("vgg_s32", "resnet56", "resnet56"),
-    "epochs":   (8,                 240,        240),
-    "batch":    (64,                64,         64),
+    "epochs":   (6,                 240,        240),
+    "batch":    (32,                64,         64),
 }  # fmt: skip
 
 
@@ -51,14 +51,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def train(
     run: Run, network: nn.Module, data: images.Images, made: Made, optimizer: torch.optim.Optimizer, *, epochs: int,
-    last: int, lr: float, precision: str,
+    last: int, batch: int, lr: float, precision: str,
 ) -> None:  # fmt: skip
     """The training up to epoch `last` of `epochs`; saves after each, and goes on from there when started again."""
 
     def state() -> dict[str, Any]:
         return {"model": network.state_dict(), "optimizer": optimizer.state_dict()}
 
-    saved = run.state(data.device)
+    saved, steps = run.state(data.device), -(-data.examples // batch)
     if saved is None:
         run.save(0, {}, state())
     else:
@@ -66,8 +66,8 @@ def train(
         optimizer.load_state_dict(saved["optimizer"])
     for epoch in tqdm(range(saved["epoch"] if saved else 0, last), run.name, disable=None, leave=False):
         started, seen, total = time.perf_counter(), 0, torch.zeros((), device=data.device)
-        optimizer.param_groups[0]["lr"] = lr * step_rate(epoch, epochs)
-        for (x,), labels in made(epoch):
+        for number, ((x,), labels) in enumerate(made(epoch)):
+            optimizer.param_groups[0]["lr"] = lr * step_rate((epoch + number / steps) / epochs)
             with devices.autocast(precision, data.device):
                 logits = network(x)[1]
             loss = F.cross_entropy(logits.float(), labels)
@@ -126,8 +126,9 @@ def main(argv: list[str] | None = None) -> None:
         optimizer = build_optimizer([network], args.lr, args.weight_decay)
         made = functools.partial(batches, data, kind, 1, args.batch, args.seed)
         train(
-            run, network, data, made, optimizer, epochs=args.epochs, last=last, lr=args.lr, precision=args.precision
-        )
+            run, network, data, made, optimizer, epochs=args.epochs, last=last, batch=args.batch, lr=args.lr,
+            precision=args.precision,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

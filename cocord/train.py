@@ -32,7 +32,7 @@ Differs from the authors' code:
  4. The teacher's batch norms are folded into its convolutions; a last batch of one image is left out.
  5. Reported is the last epoch; theirs keeps the epoch that is best on the test set.
  6. The distillation term: their tables have it, their code has not; ours compares logits of the same view x.
- 7. The demo scale (glyphs, small networks and heads, rate, epochs) is ours.
+ 7. The demo scale (glyphs, small networks and heads, epochs, the weights of the prediction) is ours.
 """
 
 import argparse
@@ -63,14 +63,16 @@ SCALES = {  #              demo               gpu          paper
     "teacher":         ("vgg_s32", "resnet56",  "resnet56"),
     "student":         ("vgg_s",   "resnet20",  "resnet20"),
     "epochs":          (5,                 240,         240),
-    "batch":           (64,                64,          64),
+    "batch":           (32,                64,          64),
+    "forward_weight":  (0.5,               4.0,         4.0),
+    "swapped_weight":  (0.5,               4.0,         4.0),
     "hidden":          (256,               2048,        2048),
     "dim":             (128,               2048,        2048),
     "bottleneck":      (64,                512,         512),
     "queue":           (512,               2048,        2048),
 }  # fmt: skip
 VIEWS = {"glyphs": {"pad": 2, "flip": 0.0}, "cifar": {"pad": 4, "flip": 0.5}, "folder": {"pad": 4, "flip": 0.5}}
-DECAYS = (150 / 240, 180 / 240, 210 / 240)  # of the epochs; there the rate falls to a tenth
+DECAYS = (150 / 240, 180 / 240, 210 / 240)  # of the steps; there the rate falls to a tenth
 HEADS = ("frozen", "partial", "adapter", "full")
 PARTS = ("loss", "contrastive_loss", "class_loss", "forward_loss", "swapped_loss", "distillation_loss", "train_accuracy")
 PARTS += ("contrastive_accuracy", "positive_cosine", "negative_cosine")  # of the log: means over an epoch
@@ -81,7 +83,7 @@ def optimisation_flags(parser: argparse.ArgumentParser) -> None:
     """What teachers and students have in common."""
     optimisation = parser.add_argument_group("optimisation")
     optimisation.add_argument("--epochs", type=command.whole(1), help="paper: 240; the rate falls tenfold after 5/8, "
-                              "3/4 and 7/8 of them")  # fmt: skip
+                              "3/4 and 7/8 of the steps")  # fmt: skip
     optimisation.add_argument("--batch", type=command.whole(2), help="paper: 64; the last one may be smaller")
     optimisation.add_argument("--lr", type=command.number(0), help="default 0.05; 0.01 for MobileNetV2 and ShuffleNets")
     optimisation.add_argument("--weight-decay", type=command.number(0), default=5e-4, help="on all that is trained")
@@ -102,8 +104,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     method = parser.add_argument_group("method (defaults: the paper's)")
     method.add_argument("--teacher", choices=(*net.NETWORKS, "none"), help="none: without contrast and distillation")
     method.add_argument("--student", choices=tuple(net.NETWORKS))
-    method.add_argument("--forward-weight", type=command.number(0), default=4.0, help="of the term p to u")
-    method.add_argument("--swapped-weight", type=command.number(0), default=4.0, help="of the term p' to u'")
+    method.add_argument("--forward-weight", type=command.number(0), help="of the term p to u; paper: 4")
+    method.add_argument("--swapped-weight", type=command.number(0), help="of the term p' to u'; paper: 4")
     method.add_argument("--lambda-contrast", type=command.number(0), default=1.0)
     method.add_argument("--lambda-class", type=command.number(0), default=1.0)
     method.add_argument("--lambda-kd", type=command.number(0), default=0.0, help="plain distillation, temperature 4")
@@ -379,9 +381,9 @@ def load_teacher(
 # ------------------------------------------------------------------------------------------------- train
 
 
-def step_rate(epoch: int, epochs: int) -> float:
-    """The factor of the learning rate in the epoch numbered from 0: a tenth from each of DECAYS on."""
-    return 0.1 ** sum(epoch >= round(decay * epochs) for decay in DECAYS)
+def step_rate(progress: float) -> float:
+    """The factor of the learning rate at a progress from 0 to 1: a tenth from each of DECAYS on."""
+    return 0.1 ** sum(progress >= decay for decay in DECAYS)
 
 
 def build_optimizer(parts: list[nn.Module], lr: float, weight_decay: float) -> torch.optim.Optimizer:
@@ -441,7 +443,7 @@ def train(
         checkpoints.fit(model, saved["model"], run.folder)
         optimizer.load_state_dict(saved["optimizer"])
         probe = saved["probe"]
-    first, followers = saved["epoch"] if saved else 0, model.followers()
+    first, steps, followers = saved["epoch"] if saved else 0, -(-data.examples // batch), model.followers()
     totals = torch.zeros(len(PARTS), device=data.device)
     plain = functools.partial(one_step, model, optimizer, teacher, terms, followers, totals)
     replay: Callable | None = None
@@ -449,12 +451,12 @@ def train(
     for epoch in tqdm(range(first, last), run.name, last, initial=first, disable=None, leave=False):
         started, seen = time.perf_counter(), 0
         totals.zero_()
-        rate = lr * step_rate(epoch, epochs)
-        if rate != optimizer.param_groups[0]["lr"]:
-            optimizer.param_groups[0]["lr"], replay = rate, None  # a graph has the rate in it
         for number, (views, labels) in enumerate(made(epoch)):
-            if cuda_graph and replay is None and number == 3:  # three steps as they are get everything going
-                replay = graphed(plain, views, labels)
+            rate = lr * step_rate((epoch + number / steps) / epochs)
+            if rate != optimizer.param_groups[0]["lr"]:
+                optimizer.param_groups[0]["lr"], replay = rate, None  # a graph has the rate in it
+            if cuda_graph and replay is None and number >= 3 and len(labels) == batch:
+                replay = graphed(plain, views, labels)  # three steps as they are got everything going
             (replay if replay and len(labels) == batch else plain)(views, labels)
             seen += len(labels)
         means = (totals / seen).tolist()  # asks the device, once an epoch
@@ -468,7 +470,7 @@ def train(
             "test_accuracy": accuracy(model.student, data, precision),
             "key_consistency": (before * probe).sum(1).mean().item(),
             "teacher_head_shift": (norm(moved) / norm(start)).item(),
-            "lr": rate,
+            "lr": optimizer.param_groups[0]["lr"],
             "examples_per_second": seen / seconds,
             "seconds": seconds,
             "peak_memory": devices.peak_memory(data.device),

@@ -5,6 +5,8 @@ plain / step    a plain reference over our step: Pillow augmentation in two Data
                 tensors, `.item()` at every step; the same network, loss and optimiser
 views / step    share of our step that picking, augmenting and normalising the views takes
 
+CoCoRD: bench_cocord.py says what is counted and timed.
+
 BSA, at N = 4096, K = 64, batch 256 and 384 channels:
 
 step / floor    our whole training step over its five matrix products alone
@@ -24,6 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+import bench_cocord
 import bsa.train
 from common import command, devices, images
 from simsiam import train
@@ -205,6 +208,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     device = devices.choose(args.device, "demo")
     measure_bsa(device, args.rounds)
+    bench_cocord.main(device, args.rounds)
     for name in SETTINGS:
         measure(name, device, args.rounds)
 
