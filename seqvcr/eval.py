@@ -14,7 +14,6 @@ predicted_std  what deviation of W h the loss is lowest at, given how many direc
 """
 
 import argparse
-import functools
 import math
 import time
 from pathlib import Path
@@ -30,7 +29,7 @@ from common.hold import held
 from common.run import finished
 from seqvcr import tasks
 from seqvcr.net import GPT
-from seqvcr.train import ETA, SeqVCR, build_model, right, sequences, variance_covariance, vocabulary
+from seqvcr.train import ETA, SeqVCR, build_model, layout_of, right, variance_covariance, vocabulary
 
 SOLVED = 90.0  # percent of exact match
 TOGETHER = 256  # sequences that entropy_batch is taken over
@@ -214,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
     elsewhere = "A --device with more memory, or --device cpu, gives the same metrics"
     with held(args.folder), devices.memory_for(device, f"{PROBED} sequences at every level", elsewhere):
-        task, count = tasks.choose(arguments["task"], arguments["size"]), arguments["train_size"] or 0
+        task, count = tasks.choose(arguments["task"], arguments["size"]), arguments["train_size"]
         if arguments["rehearse"]:
             count, task = min(count, 100 * arguments["batch"]), task._replace(measured=arguments["batch"])
         file = Path(arguments["data_file"]) if arguments["data_file"] else None
@@ -225,7 +224,7 @@ def main(argv: list[str] | None = None) -> None:
         model = build_model(arguments, task, device).eval()
         checkpoints.fit(model, saved["model"], args.folder / "model.pt")
         gpt2 = bool(arguments["init_from"])
-        layout = functools.partial(sequences, task, pause=arguments["pause"], gpt2=gpt2)
+        layout = layout_of(task, arguments["pause"], gpt2, device)
         raw = data.validation if args.held_out else data.test
         rows = layout(raw)
         if args.show:

@@ -10,7 +10,7 @@ from statistics import mean
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from common import command, figures, records, studies, tables
 
@@ -35,10 +35,10 @@ QUESTIONS = {  # study: (the plan's question, what the paper publishes)
 PRIMARY = "exact_match"
 METRICS = {
     "exact_match": studies.Metric("exact match", "%", 1),
-    "entropy_mean": studies.Metric("matrix entropy, mean over levels", "", 3),
-    "entropy_min": studies.Metric("matrix entropy, least inner level", "", 3),
-    "entropy_batch_level": studies.Metric("batch entropy, regularised level", "", 3),
-    "digit_accuracy": studies.Metric("accuracy by position, mean", "%", 1),
+    "entropy_mean": studies.Metric("matrix entropy, mean", "", 3),
+    "entropy_min": studies.Metric("matrix entropy, lowest inner level", "", 3),
+    "entropy_batch_level": studies.Metric("batch entropy at its level", "", 3),
+    "digit_accuracy": studies.Metric("token accuracy", "%", 1),
     "steps_to_solve": studies.Metric("steps to solve", "", 0),
     "variance_loss": studies.Metric("variance loss", "", 3, judged=False),
     "covariance_loss": studies.Metric("covariance loss", "", 3, judged=False),
@@ -127,6 +127,13 @@ def entropy_panels(runs: records.Runs, groups: Mapping[str, Mapping[str, str]]) 
         for name, arms in groups.items()
         for metric, title in titles.items()
     ]
+
+
+def whole_levels(figure: Figure) -> Figure:
+    """Levels are whole numbers."""
+    for axis in figure.axes:
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
 
 
 def position_panels(runs: records.Runs, groups: Mapping[str, Mapping[str, str]]) -> list[figures.Curves]:
@@ -247,13 +254,14 @@ def main(argv: list[str] | None = None) -> None:
     reference = label(args.study, own, arguments.get(own))
     remarks = {row["arm"]: f"{len(row['diverged'])} diverged" for row in summary["rows"] if row["diverged"]}
     words = {row["arm"]: row["word"] or "" for row in summary["rows"]}
-    chance = "the most frequent answer"
+    chance, every = "the most frequent answer", [arm for arms in groups.values() for arm in arms]
+    ordered = list(dict.fromkeys([*every, *design.arms]))
     drawn = {
-        "entropy": figures.curves(entropy_panels(runs, groups), labels, reference, caption),
-        "metrics": figures.dots(dot_panels(runs), design.arms, own, remarks, chance, caption),
+        "entropy": whole_levels(figures.curves(entropy_panels(runs, groups), labels, reference, caption)),
+        "metrics": figures.dots(dot_panels(runs), ordered, own, remarks, chance, caption),
         "positions": figures.curves(position_panels(runs, groups), labels, reference, caption),
-        "prediction": prediction(runs, own, caption),
-        "solved": figures.dots(solved_panels(runs), design.arms, own, words, caption=caption),
+        "prediction": prediction({arm: runs[arm] for arm in ordered}, own, caption),
+        "solved": figures.dots(solved_panels(runs), ordered, own, words, caption=caption),
     }
     if "width" in args.study:
         drawn["width"] = width_curves(runs, arguments, caption)

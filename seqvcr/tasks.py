@@ -177,7 +177,6 @@ def grow(tokens: Tensor, numbers: int, generator: torch.Generator) -> Tensor:
     """One derivation step of expressions (n, width) with `numbers` numbers: one of them, chosen at random, becomes
     `a operator b` of the same value modulo 11, in brackets where precedence needs them. Nothing is divided by zero."""
     device, width, one = tokens.device, tokens.shape[1], (len(tokens), 1)
-    inverse = torch.tensor([0, *(pow(a, -1, MODULUS) for a in range(1, MODULUS))], device=device)
     chosen = torch.randint(1, numbers + 1, one, generator=generator, device=device)
     is_number = tokens < MODULUS
     place = (is_number & (is_number.cumsum(1) == chosen)).int().argmax(1, keepdim=True)
@@ -191,8 +190,8 @@ def grow(tokens: Tensor, numbers: int, generator: torch.Generator) -> Tensor:
     first = solved.int().argmax(1, keepdim=True)
     operator, a = operator.gather(1, first), a.gather(1, first)
     b = torch.where(operator == PLUS, value - a, a - value)
-    b = torch.where(operator == TIMES, value * inverse[a], b)
-    b = torch.where(operator == OVER, a * inverse[value.clamp(max=MODULUS - 1)], b) % MODULUS
+    b = torch.where(operator == TIMES, value * a ** (MODULUS - 2), b)  # Fermat: the power is the inverse
+    b = torch.where(operator == OVER, a * value ** (MODULUS - 2), b) % MODULUS
 
     left = torch.where(place > 0, tokens.gather(1, (place - 1).clamp(min=0)), FILL)
     right = torch.where(place + 1 < width, tokens.gather(1, (place + 1).clamp(max=width - 1)), FILL)
@@ -323,8 +322,8 @@ def with_pauses(task: Task, rows: Tensor, pause: int) -> Tensor:
     if not pause:
         return rows
     start = len(task.symbols) - len(PAUSES)
-    block = torch.tensor([start, *[start + 1] * pause, start + 2], dtype=rows.dtype, device=rows.device)
-    return torch.cat([rows[:, : task.question], block.expand(len(rows), -1), rows[:, task.question :]], 1)
+    block = [rows.new_full((len(rows), count), start + number) for number, count in enumerate((1, pause, 1))]
+    return torch.cat([rows[:, : task.question], *block, rows[:, task.question :]], 1)
 
 
 def readable(task: Task, row: Tensor) -> str:

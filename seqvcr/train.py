@@ -57,7 +57,6 @@ from seqvcr.net import GPT, GPT2_TOKENS, fill_gpt2
 
 SCALES = {  #                 demo              gpu               paper
     "task":             ("multiplication", "multiplication", "multiplication"),
-    "train_size":       (808_000,           808_000,          808_000),
     "layers":           (2,                 5,                12),
     "heads":            (4,                 8,                12),
     "width":            (64,                512,              768),
@@ -71,10 +70,12 @@ TASKS = {  #            multiplication  arithmetic  lis
     "lambda1":          (1.0,           0.1,        0.1),
     "lambda2":          (0.004,         0.5,        0.5),
     "covariance_batch": (32,            128,        128),
+    "train_size":       (808_000,       1_000_000,  1_000_000),
     "size":             (4,             5,          50),
     "size at demo":     (2,             3,          12),
 }  # fmt: skip
 NAMES = ("multiplication", "arithmetic", "lis")
+STREAM = 0  # as --train-size
 ETA = 0.001  # section 3.4
 EPOCHS = 20  # a run is logged, measured on validation rows and saved so often
 WARM_UP = 0.05  # of the steps
@@ -90,8 +91,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--task", choices=NAMES)
     data.add_argument("--size", type=command.whole(1), help="digits of a factor (4; demo 2), operators (5), or numbers "
                       "whose longest increasing subsequence is asked for (50)")  # fmt: skip
-    data.add_argument("--train-size", type=examples, help="distinct training rows at most (paper: 808,000), or "
-                      "`stream`: fresh ones at every step")  # fmt: skip
+    data.add_argument("--train-size", type=examples, help="distinct training rows at most (paper: 808,000, other tasks "
+                      "1,000,000), or `stream`: fresh ones at every step")  # fmt: skip
     data.add_argument("--data-file", type=Path, help="training rows from a file of the published multiplication data")
     network = parser.add_argument_group("network")
     network.add_argument("--layers", type=command.whole(1), help="blocks")
@@ -125,7 +126,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         "no markers either; paper: 2 (section 3.5)")  # fmt: skip
     args = command.parse(parser, SCALES, argv)
 
-    for name in ("lambda1", "lambda2", "covariance_batch", "size"):
+    for name in ("lambda1", "lambda2", "covariance_batch", "train_size", "size"):
         row = TASKS["size at demo" if name == "size" and args.scale == "demo" else name]
         if getattr(args, name) is None:
             setattr(args, name, row[NAMES.index(args.task)])
@@ -138,7 +139,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         stop(f"--batch {args.batch} must be a multiple of --covariance-batch {args.covariance_batch}")
     if (args.data_file or args.init_from) and args.task != "multiplication":
         stop(f"--data-file and --init-from are for --task multiplication, not for {args.task}")
-    if args.data_file and args.train_size is None:
+    if args.data_file and args.train_size == STREAM:
         stop("--data-file has a number of rows: --train-size stream has none")
     if args.scale == "paper" and args.task == "multiplication" and not args.init_from:
         stop("--scale paper goes on from GPT-2: give --init-from model.safetensors, or --init-from none for its shape "
@@ -148,9 +149,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def examples(text: str) -> int | None:
-    """A type for add_argument: a number of rows, or None for `stream`."""
-    return None if text == "stream" else command.whole(1)(text)
+def examples(text: str) -> int:
+    """A type for add_argument: a number of rows, or STREAM for `stream`."""
+    return STREAM if text == "stream" else command.whole(1)(text)
 
 
 # ------------------------------------------------------------------------------------------------- model
@@ -253,10 +254,15 @@ def seqvcr_loss(
 # ------------------------------------------------------------------------------------------------- data
 
 
-def sequences(task: tasks.Task, rows: Tensor, pause: int, gpt2: bool) -> Tensor:
-    """Rows of a task as the network reads them, pauses inserted: (n, length), uint8 or, with GPT-2's tokens, int32."""
-    rows = tasks.with_pauses(task, rows, pause)
-    return vocabulary(task, gpt2)[1].to(rows.device, torch.int32)[rows.long()] if gpt2 else rows
+def layout_of(task: tasks.Task, pause: int, gpt2: bool, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """From a task's rows to those that the network reads, pauses inserted: uint8 or, as GPT-2's tokens, int32."""
+    table = vocabulary(task, True)[1].to(device, torch.int32) if gpt2 else None
+
+    def layout(rows: Tensor) -> Tensor:
+        rows = tasks.with_pauses(task, rows, pause)
+        return rows if table is None else table[rows.long()]
+
+    return layout
 
 
 def passes(train: Tensor, seed: int, batch: int) -> Callable[[int], Tensor]:
@@ -373,7 +379,7 @@ def main(argv: list[str] | None = None) -> None:
         if run.finished:
             return
         task, steps, length = tasks.choose(args.task, args.size), args.steps, -(-args.steps // EPOCHS)
-        count = args.train_size or 0
+        count = args.train_size
         if args.rehearse:
             steps, length, count = 2 * args.rehearse, args.rehearse, min(count, 100 * args.batch)
             task = task._replace(measured=args.batch)
@@ -381,12 +387,12 @@ def main(argv: list[str] | None = None) -> None:
         if args.init_from:
             fill_gpt2(model.gpt, args.init_from)
         data = tasks.load(task, count, args.data_file, device)
-        if args.train_size and args.batch > len(data.train):
+        if args.train_size != STREAM and args.batch > len(data.train):
             stop(f"--batch {args.batch} is more than the {len(data.train)} training rows")
         run.begin(devices.facts(device) | {"data": checkpoints.sha256(*(x.cpu() for x in data)), "steps": args.steps})
-        layout = functools.partial(sequences, task, pause=args.pause, gpt2=bool(args.init_from))
+        layout = layout_of(task, args.pause, bool(args.init_from), device)
         batch_of = passes(layout(data.train), args.seed, args.batch)
-        if args.train_size is None:
+        if args.train_size == STREAM:
             batch_of = lambda step: layout(tasks.stream(task, args.seed, step, args.batch, device)).long()  # noqa: E731
         losses = functools.partial(
             seqvcr_loss, answer=task.answer, lambda1=args.lambda1, lambda2=args.lambda2, layer=args.layer,

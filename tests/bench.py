@@ -12,23 +12,35 @@ BSA, at N = 4096, K = 64, batch 256 and 384 channels:
 step / floor    our whole training step over its five matrix products alone
 dense / closed  the alignment loss with its target of width N written out over the closed form, forward and backward
 parts           what the largest K, the alignment loss (with them) and Adam take of a step
+
+Seq-VCR, regulariser over 32 sequences of 13 tokens at 256 channels, forward and backward; network of 3 blocks of 128:
+
+direct / ours   equation 4 with its d x d covariances over `variance_covariance`, time and memory beyond the inputs
+on / off        our whole step with the regulariser (d = 2048) over the step without
+plain / off     a minimal GPT of the same shape (attention written out, logits everywhere, AdamW tensor by tensor,
+                `.item()` at every step) over ours without the regulariser
 """
 
 import functools
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 import bench_cocord
 import bsa.train
+import seqvcr.train
 from common import command, devices, images
+from seqvcr import tasks
+from seqvcr.net import GPT
 from simsiam import train
 
 SETTINGS = {  # name: (network, projector layers, data as, batch on a CPU, batch on a GPU, steps a round)
@@ -84,6 +96,26 @@ def stepper(network: str, layers: int, device: torch.device, layout: torch.memor
     return step
 
 
+Timed = dict[str, list[float]]
+
+
+def in_turn(work: dict[str, Callable[[], float]], rounds: int) -> Timed:
+    """Each kind of work once a round, its seconds by kind; a first round warms up and does not count."""
+    timed: Timed = {which: [] for which in work}
+    for number in range(rounds + 1):
+        for which, timing in work.items():
+            spent = timing()
+            if number:
+                timed[which].append(spent)
+    return timed
+
+
+def ratio(timed: Timed, a: str, b: str) -> str:
+    """Median, lowest and highest of a / b, round by round."""
+    found = [x / y for x, y in zip(timed[a], timed[b], strict=True)]
+    return f"{statistics.median(found):.2f} [{min(found):.2f}-{max(found):.2f}]"
+
+
 def endless(made: Callable[[int], Iterator[list[Tensor]]]) -> Iterator[list[Tensor]]:
     epoch = 0
     while True:
@@ -121,21 +153,12 @@ def measure(name: str, device: torch.device, rounds: int) -> None:
         "step": lambda: seconds(steps, device, lambda: step(next(ours))),
         "plain": plain_round,
     }
-    timed: dict[str, list[float]] = {which: [] for which in work}
-    for number in range(rounds + 1):
-        for which, timing in work.items():
-            spent = timing()
-            if number:  # the first round warms up
-                timed[which].append(spent)
-
-    def ratio(a: str, b: str) -> str:
-        found = [x / y for x, y in zip(timed[a], timed[b], strict=True)]
-        return f"{statistics.median(found):.2f} [{min(found):.2f}-{max(found):.2f}]"
-
+    timed = in_turn(work, rounds)
     rate = batch / statistics.median(timed["step"])
     print(
-        f"{name}, batch {batch}: step / bare {ratio('step', 'bare')}, views / step {ratio('views', 'step')}, "
-        f"plain / step {ratio('plain', 'step')} ({rate:.0f} images/s, {rounds} rounds of {steps} steps)",
+        f"{name}, batch {batch}: step / bare {ratio(timed, 'step', 'bare')}, views / step "
+        f"{ratio(timed, 'views', 'step')}, plain / step {ratio(timed, 'plain', 'step')} ({rate:.0f} images/s, "
+        f"{rounds} rounds of {steps} steps)",
         flush=True,
     )
 
@@ -179,23 +202,128 @@ def measure_bsa(device: torch.device, rounds: int, steps: int = 5) -> None:
         "largest": lambda: wide.topk(active, dim=1),
         "adam": optimizer.step,
     }
-    timed: dict[str, list[float]] = {which: [] for which in work}
-    for number in range(rounds + 1):
-        for which, once in work.items():
-            spent = seconds(steps, device, once)
-            if number:
-                timed[which].append(spent)
-
-    def ratio(a: str, b: str) -> str:
-        found = [x / y for x, y in zip(timed[a], timed[b], strict=True)]
-        return f"{statistics.median(found):.2f} [{min(found):.2f}-{max(found):.2f}]"
-
+    timed = in_turn({which: functools.partial(seconds, steps, device, once) for which, once in work.items()}, rounds)
     rate = batch / statistics.median(timed["step"])
     print(
-        f"BSA, N {latent}, K {active}, batch {batch}, d {width}: step / floor {ratio('step', 'floor')}, "
-        f"dense / closed {ratio('dense', 'closed')}; of a step: largest K {ratio('largest', 'step')}, alignment loss "
-        f"{ratio('closed', 'step')}, Adam {ratio('adam', 'step')} ({rate:.0f} rows/s, "
+        f"BSA, N {latent}, K {active}, batch {batch}, d {width}: step / floor "
+        f"{ratio(timed, 'step', 'floor')}, dense / closed {ratio(timed, 'dense', 'closed')}; of a step: largest K "
+        f"{ratio(timed, 'largest', 'step')}, alignment loss {ratio(timed, 'closed', 'step')}, Adam "
+        f"{ratio(timed, 'adam', 'step')} ({rate:.0f} rows/s, "
         f"{rounds} rounds of {steps} steps)",
+        flush=True,
+    )
+
+
+def direct_terms(h: Tensor, weight: Tensor) -> Tensor:
+    """L_var + L_cov of one chunk as equation 4 is usually written: a d x d covariance for every position."""
+    x = (h @ weight.T).transpose(0, 1)
+    x = x - x.mean(1, keepdim=True)
+    covariances = x.mT @ x / (x.shape[1] - 1)
+    variances = covariances.diagonal(dim1=1, dim2=2)
+    off_diagonal = covariances.square().sum() - variances.square().sum()
+    return F.relu(1 - (variances + seqvcr.train.ETA).sqrt()).mean() + off_diagonal / variances.numel()
+
+
+def memory(device: torch.device, work: Callable[[], object]) -> float:
+    """GiB that `work` held at most beyond what was there: on a CPU that of a forked process."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**30
+    reading, writing = os.pipe()
+    if (child := os.fork()) == 0:
+        before = devices.peak_memory(device)
+        work()
+        os.write(writing, f"{(devices.peak_memory(device) - before) / 2**30}".encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as file:
+        held = float(file.read())
+    os.waitpid(child, 0)
+    return held
+
+
+class Minimal(nn.Module):
+    """A GPT as most tutorials write it: attention by a masked softmax, logits at every position."""
+
+    def __init__(self, gpt: GPT):
+        super().__init__()
+        self.gpt = gpt
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.gpt.wte(tokens) + self.gpt.wpe.weight[: tokens.shape[1]]
+        future = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device).triu(1)
+        for block in self.gpt.h:
+            q, k, v = (
+                part.unflatten(2, (block.attn.heads, -1)).transpose(1, 2)
+                for part in block.attn.c_attn(block.ln_1(x)).chunk(3, dim=2)
+            )
+            scores = (q @ k.mT / q.shape[3] ** 0.5).masked_fill(future, float("-inf"))
+            x = x + block.attn.c_proj((scores.softmax(3) @ v).transpose(1, 2).flatten(2))
+            x = x + block.mlp(block.ln_2(x))
+        return self.gpt.ln_f(x) @ self.gpt.wte.weight.T
+
+
+def measure_seqvcr(device: torch.device, rounds: int) -> None:
+    """Print the ratios of Seq-VCR."""
+    h = torch.randn(32, 13, 256, device=device).requires_grad_()
+    for width in (512, 1024, 2048, 4096):
+        weight = (torch.randn(width, 256, device=device) / 32).requires_grad_()
+
+        def ours(weight: Tensor = weight) -> None:
+            variance, covariance, _ = seqvcr.train.variance_covariance(h, weight, 32)
+            (variance + covariance).backward()
+
+        def direct(weight: Tensor = weight) -> None:
+            direct_terms(h, weight).backward()
+
+        held = [memory(device, work) for work in (direct, ours)]
+        work = {
+            "direct": functools.partial(seconds, 1, device, direct),
+            "ours": functools.partial(seconds, 5, device, ours),
+        }
+        timed = in_turn(work, rounds)
+        print(
+            f"Seq-VCR, d {width}: direct / ours {ratio(timed, 'direct', 'ours')} in time, {held[0]:.2f} / "
+            f"{held[1]:.2f} GiB in memory ({1000 * statistics.median(timed['ours']):.1f} ms, {rounds} rounds)",
+            flush=True,
+        )
+
+    task, batch = tasks.choose("multiplication", 4), 128
+    rows = tasks.with_pauses(task, task.draw(None, batch, device, True), 2).long()
+    models = {
+        name: seqvcr.train.SeqVCR(GPT(len(task.symbols), 32, 3, 4, 128, 0.0, 0), 2048, 0).to(device)
+        for name in ("off", "on", "plain")
+    }
+    optimizers = {name: seqvcr.train.build_optimizer(model, 1e-4) for name, model in models.items()}
+    optimizers["plain"] = torch.optim.AdamW(models["plain"].gpt.parameters(), 1e-4, foreach=False)
+    minimal = Minimal(models["plain"].gpt)
+
+    def step(name: str, lambda1: float, lambda2: float) -> None:
+        loss, _ = seqvcr.train.seqvcr_loss(
+            models[name], rows, answer=task.answer, lambda1=lambda1, lambda2=lambda2, layer=0, axis="batch",
+            covariance_batch=32, precision="auto",
+        )  # fmt: skip
+        optimizers[name].zero_grad(set_to_none=True)
+        loss.backward()
+        optimizers[name].step()
+
+    def plain() -> None:
+        wanted = rows[:, 1:].clone()
+        wanted[:, : -task.answer] = -100
+        loss = F.cross_entropy(minimal(rows[:, :-1]).flatten(0, 1), wanted.flatten())
+        optimizers["plain"].zero_grad()
+        loss.backward()
+        optimizers["plain"].step()
+        loss.item()
+
+    steps = {"off": lambda: step("off", 0, 0), "on": lambda: step("on", 1.0, 0.004), "plain": plain}
+    timed = in_turn({name: functools.partial(seconds, 3, device, once) for name, once in steps.items()}, rounds)
+    rate = batch * (rows.shape[1] - 1) / statistics.median(timed["off"])
+    print(
+        f"Seq-VCR, 3 blocks of 128, batch {batch}, {rows.shape[1] - 1} tokens: on / off {ratio(timed, 'on', 'off')}, "
+        f"plain / off {ratio(timed, 'plain', 'off')} ({rate:.0f} tokens/s without the regulariser, {rounds} rounds)",
         flush=True,
     )
 
@@ -207,6 +335,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     device = devices.choose(args.device, "demo")
+    measure_seqvcr(device, args.rounds)
     measure_bsa(device, args.rounds)
     bench_cocord.main(device, args.rounds)
     for name in SETTINGS:
