@@ -5,6 +5,7 @@ Names of parameters and buffers are those of RepDistiller's released teachers, w
 pool adaptively: equal to the fixed windows of 8 and 4 pixels at 32 pixels, and any larger multiple of 4 will do.
 """
 
+import itertools
 import zipfile
 from collections.abc import Callable
 from functools import partial
@@ -37,7 +38,8 @@ def kaiming(module: nn.Module) -> None:
     """Every convolution as normal(0, sqrt(2 / (k k outputs))), which is Kaiming's rule for fan-out."""
     for part in module.modules():
         if isinstance(part, nn.Conv2d):
-            nn.init.normal_(part.weight, 0, (2 / (part.kernel_size[0] * part.kernel_size[1] * part.out_channels)) ** 0.5)
+            height, across = part.kernel_size
+            nn.init.normal_(part.weight, 0, (2 / (height * across * part.out_channels)) ** 0.5)
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
 
@@ -446,7 +448,7 @@ def fold(network: nn.Module) -> nn.Module:
         follows = [(name, name.replace("conv", "bn")) for name in parts if name.startswith("conv")]
         if isinstance(module, nn.Sequential):
             names = list(parts)
-            follows = list(zip(names, names[1:], strict=False))
+            follows = list(itertools.pairwise(names))
         elif isinstance(module, PreActivated | WideResNet):  # here a batch norm comes before its convolution
             follows = [("conv1", "bn2")] if isinstance(module, PreActivated) else []
         for first, second in follows:
@@ -471,7 +473,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], float | None]:
         old = path.exists() and not zipfile.is_zipfile(path)  # the format of before torch 1.6 has no checksums
         found = torch.load(path, map_location="cpu", weights_only=True) if old else checkpoints.load(path)
     except FileNotFoundError:
-        stop(f"{path}: no such weights; make cocord-teachers, or cocord/teacher.py --network NAME --out DIR, makes them")
+        stop(f"{path}: no such weights; make cocord-teachers, or cocord/teacher.py --network NAME, makes them")
     except Damaged as error:
         stop(f"{error}; a file that holds more than tensors and numbers (RepDistiller's *_last.pth) is never loaded")
     except Exception as error:  # torch raises many kinds for a cut or hostile file

@@ -7,7 +7,6 @@ Reads the runs' metrics.json and train.jsonl, computes nothing new, and draws wh
 
 from collections.abc import Mapping, Sequence
 from statistics import stdev
-from typing import Any
 
 from common import command, figures, records, statistics, studies, tables
 
@@ -77,8 +76,8 @@ def resolution(runs: records.Runs, reference: str, seeds: int) -> str:
     def half(spread: float) -> float:
         return statistics.student_t_quantile(0.975, 2 * seeds - 2) * spread * (2 / seeds) ** 0.5
 
-    text = f"{seeds} seeds an arm resolve differences above about {half(SPREAD):.2f} points at the spread published for "
-    text += f"CIFAR-100 (sd {SPREAD})"
+    text = f"{seeds} seeds an arm resolve differences above about {half(SPREAD):.2f} points at the spread published "
+    text += f"for CIFAR-100 (sd {SPREAD})"
     found = list(records.values(runs, reference, PRIMARY).values())
     if len(found) > 1:
         text += f", above {half(stdev(found)):.2f} at that of {reference} here (sd {stdev(found):.2f})"
@@ -112,9 +111,7 @@ def kept(seeds: Mapping[int, records.Record], key: str, found: list[records.Curv
     return found if contrasted or key == "test_accuracy" else []
 
 
-def dot_panels(
-    runs: records.Runs, groups: Mapping[str, Sequence[str]], metrics: Sequence[str]
-) -> list[figures.Dots]:
+def dot_panels(runs: records.Runs, groups: Mapping[str, Sequence[str]], metrics: Sequence[str]) -> list[figures.Dots]:
     """For each pair a panel for each metric; the slow student as hollow marks beside the accuracy."""
     panels = []
     for pair, arms in groups.items():

@@ -21,9 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 from cocord import net
-from cocord.train import (
-    VIEWS, Made, accuracy, batches, build_optimizer, load_data, optimisation_flags, step_rate,
-)  # fmt: skip
+from cocord.train import VIEWS, Made, accuracy, batches, build_optimizer, load_data, optimisation_flags, step_rate
 from common import checkpoints, command, devices, draws, files, images
 from common.hold import held
 from common.run import Run

@@ -38,7 +38,7 @@ Differs from the authors' code:
 import argparse
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +74,10 @@ SCALES = {  #              demo               gpu          paper
 VIEWS = {"glyphs": {"pad": 2, "flip": 0.0}, "cifar": {"pad": 4, "flip": 0.5}, "folder": {"pad": 4, "flip": 0.5}}
 DECAYS = (150 / 240, 180 / 240, 210 / 240)  # of the steps; there the rate falls to a tenth
 HEADS = ("frozen", "partial", "adapter", "full")
-PARTS = ("loss", "contrastive_loss", "class_loss", "forward_loss", "swapped_loss", "distillation_loss", "train_accuracy")
-PARTS += ("contrastive_accuracy", "positive_cosine", "negative_cosine")  # of the log: means over an epoch
+PARTS: tuple[str, ...] = ("loss", "contrastive_loss", "class_loss", "forward_loss", "swapped_loss", "distillation_loss")
+PARTS += ("train_accuracy", "contrastive_accuracy", "positive_cosine", "negative_cosine")  # means over an epoch
+TERMS = ("forward_weight", "swapped_weight", "lambda_contrast", "lambda_class", "lambda_kd", "temperature",
+         "student_momentum", "teacher_momentum", "precision")  # fmt: skip
 PROBED = 256  # training images whose keys tell how consistent keys are
 
 
@@ -190,8 +192,8 @@ class CoCoRD(nn.Module):
 
     def followers(self) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
         """([of the slow student and its head, what they follow], [of the teacher's head, what it follows])."""
-        slow = [*self.slow_student.parameters(), *self.slow_head.parameters()]
-        fast = [*self.student.parameters(), *self.head.parameters()]
+        slow: list[Tensor] = [*self.slow_student.parameters(), *self.slow_head.parameters()]
+        fast: list[Tensor] = [*self.student.parameters(), *self.head.parameters()]
         both = zip(self.teacher_head.parameters(), self.head.parameters(), strict=True)
         equal = [(a, b) for a, b in both if self.moves and a.shape == b.shape]
         return [slow, fast], [[a for a, _ in equal], [b for _, b in equal]]
@@ -237,7 +239,7 @@ def contrastive_loss(z: Tensor, keys: Tensor, queue: Tensor, temperature: float)
 
 
 def prediction_loss(p: Tensor, u: Tensor) -> Tensor:
-    """Mean of 2 - 2 cos over the rows of p and u, (B, dim) each: the squared distance of the unit vectors, in [0, 4]."""
+    """Mean of 2 - 2 cos over the rows of p and u, (B, dim) each: the unit vectors' squared distance, 0 to 4."""
     return 2 - 2 * F.cosine_similarity(p.float(), u.float(), dim=1).mean()
 
 
@@ -480,9 +482,9 @@ def train(
     run.finish({"model": kept(model.state_dict()), "epoch": last, "diverged": False})
 
 
-def norm(tensors: list[Tensor]) -> Tensor:
+def norm(tensors: Sequence[Tensor]) -> Tensor:
     """Euclidean length of all numbers together."""
-    return torch.stack(torch._foreach_norm(tensors)).norm()
+    return torch.stack(torch._foreach_norm(list(tensors))).norm()
 
 
 def kept(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -525,9 +527,6 @@ def main(argv: list[str] | None = None) -> None:
             lr=args.lr, precision=args.precision, cuda_graph=args.cuda_graph, facts={"teacher_accuracy": taught},
         )  # fmt: skip
 
-
-TERMS = ("forward_weight", "swapped_weight", "lambda_contrast", "lambda_class", "lambda_kd", "temperature")
-TERMS += ("student_momentum", "teacher_momentum", "precision")
 
 if __name__ == "__main__":
     main()

@@ -27,6 +27,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 
+import bench_cocord
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-import bench_cocord
 import bsa.train
 import seqvcr.train
 from common import command, devices, images

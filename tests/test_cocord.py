@@ -271,7 +271,7 @@ def test_the_queue_keeps_the_newest_keys_in_order_round_its_end():
 
 def test_a_steps_own_keys_are_never_among_its_negatives():
     """The loss is that of the queue before the step; afterwards the keys are in it."""
-    model, network, (views, labels) = small(queue=8), taught(), batch()
+    model, network, (views, _) = small(queue=8), taught(), batch()
     before = model.queue.clone()
     twin = copy.deepcopy(model)
     parts = step(model, network)
@@ -293,10 +293,10 @@ TABLE = {  # name: (parameters, entries of the state)
     "wrn_16_1": (180_916, 82), "ResNet18": (11_220_132, 122),
 }  # fmt: skip
 PAIRS = (
-    "wrn_40_2-wrn_16_2 wrn_40_2-wrn_40_1 resnet56-resnet20 resnet110-resnet20 resnet110-resnet32 resnet32x4-resnet8x4 "
-    "vgg13-vgg8 vgg13-MobileNetV2 ResNet50-MobileNetV2 ResNet50-vgg8 resnet32x4-ShuffleV1 resnet32x4-ShuffleV2 "
-    "wrn_40_2-ShuffleV1"
-).split()
+    *("wrn_40_2-wrn_16_2", "wrn_40_2-wrn_40_1", "resnet56-resnet20", "resnet110-resnet20", "resnet110-resnet32"),
+    *("resnet32x4-resnet8x4", "vgg13-vgg8", "vgg13-MobileNetV2", "ResNet50-MobileNetV2", "ResNet50-vgg8"),
+    *("resnet32x4-ShuffleV1", "resnet32x4-ShuffleV2", "wrn_40_2-ShuffleV1"),
+)
 
 
 def count(module: nn.Module) -> int:
@@ -334,8 +334,8 @@ def test_heads_have_the_specifications_sizes():
 
 def test_published_names_of_last_layers():
     last = {"resnet56": "fc.weight", "wrn_40_2": "block1.layer.0.convShortcut.weight", "vgg13": "classifier.weight",
-            "MobileNetV2": "classifier.0.weight", "ShuffleV2": "linear.weight", "resnet32x4": "layer1.0.downsample.1.bias",
-            "ResNet50": "layer1.0.shortcut.0.weight"}  # fmt: skip
+            "MobileNetV2": "classifier.0.weight", "ShuffleV2": "linear.weight",
+            "resnet32x4": "layer1.0.downsample.1.bias", "ResNet50": "layer1.0.shortcut.0.weight"}  # fmt: skip
     assert all(name in net.build(network, 100).state_dict() for network, name in last.items())
 
 
@@ -435,7 +435,7 @@ def test_batches_are_whole_epochs_of_three_views_that_follow_from_seed_and_epoch
     assert sorted(torch.cat([labels for _, labels in made]).tolist()) == list(range(22))
     again, other = list(train.batches(data, kind, 3, 8, 0, 1)), list(train.batches(data, kind, 3, 8, 0, 2))
     assert torch.equal(made[2][0][1], again[2][0][1]) and not torch.equal(made[2][0][1], other[2][0][1])
-    assert not torch.equal(list(train.batches(data, kind, 3, 8, 1, 1))[0][0][0], made[0][0][0])
+    assert not torch.equal(next(train.batches(data, kind, 3, 8, 1, 1))[0][0], made[0][0][0])
     views = made[0][0]
     assert not torch.equal(views[0], views[1]) and not torch.equal(views[1], views[2])
     single = next(train.batches(data, kind, 1, 8, 0, 1))[0]
@@ -523,7 +523,8 @@ def test_a_users_mistake_ends_in_one_sentence(flags, words, tmp_path, capsys):
 
 
 def test_rates_and_heads_that_are_not_given_follow_from_the_pair():
-    assert train.parse_args(["--scale", "gpu", "--student", "ShuffleV1"]).lr == 0.01 and train.parse_args(["--scale", "gpu"]).lr == 0.05
+    rates = [train.parse_args(["--student", name]).lr for name in ("ShuffleV1", "MobileNetV2", "resnet20")]
+    assert rates == [0.01, 0.01, 0.05]
     heads = [train.parse_args(["--teacher", name]).teacher_head for name in ("resnet_s32", "resnet_s64")]
     assert heads == ["full", "frozen"]
 
