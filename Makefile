@@ -118,42 +118,41 @@ cocord.controls   := $(if $(PAIRS),,$(cocord.controls.$(or $(SCALE),gpu)))
 cocord.pairs      := $(sort $(cocord.prediction) $(cocord.momentum) $(cocord.controls))
 
 cocord.double := $(if $(filter demo,$(SCALE)),1,8)
-alone := --lambda-contrast 0 --forward-weight 0 --swapped-weight 0
-teacher-of = $(firstword $(subst -, ,$1))
-student-of = $(lastword $(subst -, ,$1))
-pair = --teacher $(teacher-of) --student $(student-of)
+cocord.alone := --lambda-contrast 0 --forward-weight 0 --swapped-weight 0
+cocord.teacher-of = $(firstword $(subst -, ,$1))
+cocord.student-of = $(lastword $(subst -, ,$1))
+cocord.pair = --teacher $(cocord.teacher-of) --student $(cocord.student-of)
 define PAIR # its arms; $1 teacher-student
-cocord.base@$1             := $(pair)
-cocord.forward-only@$1     := $(pair) --swapped-weight 0
-cocord.swapped-only@$1     := $(pair) --forward-weight 0
-cocord.none@$1             := $(pair) --forward-weight 0 --swapped-weight 0
-cocord.forward-x2@$1       := $(pair) --forward-weight $(cocord.double) --swapped-weight 0
-cocord.swapped-x2@$1       := $(pair) --forward-weight 0 --swapped-weight $(cocord.double)
-cocord.frozen@$1           := $(pair) --teacher-head partial --teacher-momentum 1
-cocord.moving@$1           := $(pair) --teacher-head partial --teacher-momentum 0.999
-cocord.moving-fast@$1      := $(pair) --teacher-head partial --teacher-momentum 0.99
-cocord.adapter-frozen@$1   := $(pair) --teacher-head adapter --teacher-momentum 1
-cocord.adapter-moving@$1   := $(pair) --teacher-head adapter --teacher-momentum 0.999
-cocord.adapter-fast@$1     := $(pair) --teacher-head adapter --teacher-momentum 0.99
-cocord.distillation@$1     := $(pair) $(alone) --lambda-kd 0.9 --lambda-class 0.1
-cocord.cross-entropy@$(student-of) := --teacher none --student $(student-of) $(alone)
+cocord.base@$1             := $(cocord.pair)
+cocord.forward-only@$1     := $(cocord.pair) --swapped-weight 0
+cocord.swapped-only@$1     := $(cocord.pair) --forward-weight 0
+cocord.none@$1             := $(cocord.pair) --forward-weight 0 --swapped-weight 0
+cocord.forward-x2@$1       := $(cocord.pair) --forward-weight $(cocord.double) --swapped-weight 0
+cocord.swapped-x2@$1       := $(cocord.pair) --forward-weight 0 --swapped-weight $(cocord.double)
+cocord.frozen@$1           := $(cocord.pair) --teacher-head partial --teacher-momentum 1
+cocord.moving@$1           := $(cocord.pair) --teacher-head partial --teacher-momentum 0.999
+cocord.moving-fast@$1      := $(cocord.pair) --teacher-head partial --teacher-momentum 0.99
+cocord.adapter-frozen@$1   := $(cocord.pair) --teacher-head adapter --teacher-momentum 1
+cocord.adapter-moving@$1   := $(cocord.pair) --teacher-head adapter --teacher-momentum 0.999
+cocord.distillation@$1     := $(cocord.pair) $(cocord.alone) --lambda-kd 0.9 --lambda-class 0.1
+cocord.cross-entropy@$(cocord.student-of) := --teacher none --student $(cocord.student-of) $(cocord.alone)
 endef
 $(foreach one,$(cocord.pairs),$(eval $(call PAIR,$(one))))
-cocord.needs = $(if $(filter teacher@% cross-entropy@%,$1),,teacher@$(call teacher-of,$(lastword $(subst @, ,$1))))
-cocord.teachers := $(sort $(foreach one,$(cocord.pairs),teacher@$(call teacher-of,$(one))))
+cocord.needs = $(if $(filter teacher@% cross-entropy@%,$1),,teacher@$(call cocord.teacher-of,$(lastword $(subst @, ,$1))))
+cocord.teachers := $(sort $(foreach one,$(cocord.pairs),teacher@$(call cocord.teacher-of,$(one))))
 $(foreach one,$(cocord.teachers),$(eval cocord.$(one) := --network $(patsubst teacher@%,%,$(one))))
 
 # At demo scale, where 0.999 hardly moves in few steps, a faster momentum stands beside it.
-fast = $(if $(filter demo,$(SCALE)),$(if $1,$1,moving-)fast@$2:$1frozen@$2)
-beside = $1@$2:cross-entropy@$(call student-of,$2) distillation@$2:$1@$2
+cocord.fast = $(if $(filter demo,$(SCALE)),moving-fast@$1:frozen@$1)
+cocord.beside = $1@$2:cross-entropy@$(call cocord.student-of,$2) distillation@$2:$1@$2
 cocord := cocord-prediction-loss cocord-teacher-momentum
 cocord-prediction-loss    := $(foreach one,$(cocord.prediction),forward-only@$(one):base@$(one) swapped-only@$(one):base@$(one)) \
 	$(foreach one,$(cocord.prediction),$(foreach arm,none forward-x2 swapped-x2,$(arm)@$(one):base@$(one)) \
-	$(call beside,base,$(one)))
+	$(call cocord.beside,base,$(one)))
 cocord-teacher-momentum   := $(foreach one,$(cocord.momentum),moving@$(one):frozen@$(one)) \
-	$(foreach one,$(cocord.momentum),$(call fast,,$(one)) adapter-moving@$(one):adapter-frozen@$(one) \
-	$(call fast,adapter-,$(one)) $(call beside,frozen,$(one))) \
-	$(foreach one,$(cocord.controls),moving@$(one):frozen@$(one) $(call beside,frozen,$(one)))
+	$(foreach one,$(cocord.momentum),$(call cocord.fast,$(one)) adapter-moving@$(one):adapter-frozen@$(one) \
+	$(call cocord.beside,frozen,$(one))) \
+	$(foreach one,$(cocord.controls),moving@$(one):frozen@$(one) $(call cocord.beside,frozen,$(one)))
 
 cocord.rehearsal := --rehearse 20
 cocord.data.gpu := $(if $(findstring --data-set,$(EXTRA)),,cifar-100-python)

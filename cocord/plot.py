@@ -25,7 +25,7 @@ METRICS = {
     "positive_cosine": studies.Metric("cosine to the own key", "", 3),
     "negative_cosine": studies.Metric("cosine to the queue", "", 3),
     "key_consistency": studies.Metric("cosine of keys, epoch to epoch", "", 4),
-    "teacher_head_shift": studies.Metric("shift of the teacher's head, of its length", "", 3),
+    "teacher_head_shift": studies.Metric("shift of the teacher's head", "", 3),
     "train_loss": studies.Metric("training loss", "", 3, judged=False),
     "examples_per_second": studies.Metric("training images per second", "", 0, judged=False),
 }

@@ -29,7 +29,7 @@ from common.run import Run
 SCALES = {  #    demo               gpu         paper
     "data_set": ("glyphs36",        "cifar100", "cifar100"),
     "network":  ("vgg_s32", "resnet56", "resnet56"),
-    "epochs":   (6,                 240,        240),
+    "epochs":   (5,                 240,        240),
     "batch":    (32,                64,         64),
 }  # fmt: skip
 
