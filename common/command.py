@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from common.exits import stop
 
-PLACES = frozenset({"out", "replace", "data", "device", "workers"})  # flags that say where, not what
+PLACES = frozenset({"out", "replace", "data", "device", "workers", "weights"})  # flags that say where, not what
 SCALES = ("demo", "gpu", "paper")
 Defaults = Mapping[str, tuple[Any, Any, Any]]  # flag -> its default at demo, gpu and paper scale
 

@@ -5,6 +5,8 @@ plain / step    a plain reference over our step: Pillow augmentation in two Data
                 tensors, `.item()` at every step; the same network, loss and optimiser
 views / step    share of our step that picking, augmenting and normalising the views takes
 
+CoCoRD: bench_cocord.py says what is counted and timed.
+
 BSA, at N = 4096, K = 64, batch 256 and 384 channels:
 
 step / floor    our whole training step over its five matrix products alone
@@ -25,6 +27,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 
+import bench_cocord
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -334,6 +337,7 @@ def main(argv: list[str] | None = None) -> None:
     device = devices.choose(args.device, "demo")
     measure_seqvcr(device, args.rounds)
     measure_bsa(device, args.rounds)
+    bench_cocord.main(device, args.rounds)
     for name in SETTINGS:
         measure(name, device, args.rounds)
 

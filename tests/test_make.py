@@ -21,7 +21,7 @@ if words[:2] == ["-m", "common.slots"]:
 gpu = os.environ.get("CUDA_VISIBLE_DEVICES")
 with open("calls.txt", "a") as calls:
     print(*words, *([f"gpu={{gpu}} shared={{os.environ['RUNS_ON_THIS_GPU']}}"] if gpu else []), file=calls)
-if words[0].endswith("train.py"):
+if words[0].endswith(("train.py", "teacher.py")):
     out = after("--out")
     if str(out) in os.environ.get("BREAK", ""):
         sys.exit(1)
@@ -59,7 +59,7 @@ class House:
     def __init__(self, folder: Path):
         self.folder = folder
         shutil.copy(ROOT / "Makefile", folder)
-        for name in ("simsiam/plot.py", "bsa/plot.py", "seqvcr/plot.py", "common/report.py"):
+        for name in ("simsiam/plot.py", "bsa/plot.py", "seqvcr/plot.py", "cocord/plot.py", "common/report.py"):
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).touch()
         for name in ("__init__", "slots", "exits", "provenance"):
@@ -305,3 +305,27 @@ def test_demo_is_every_study_with_one_seed_on_the_cpu(house):
 def test_help_names_papers_studies_and_arms(house):
     _, calls, printed = house.make()
     assert calls == [] and "simsiam-stop-gradient" in printed and "--no-stop-gradient" in printed
+
+
+def test_teachers_are_trained_first_once_and_take_no_extra(house):
+    code, calls, printed = house.make("cocord-teacher-momentum", "SEEDS=0 1", "EXTRA=--queue 64", "-j2")
+    taught = [call for call in calls if "teacher.py" in call]
+    assert code == 0 and len(taught) == len(set(taught)) == 3, printed
+    assert not any("--queue" in call for call in taught) and all("--seed 0" in call for call in taught)
+    for place, call in enumerate(calls):
+        if "cocord/train.py" in call and "--weights" in call:
+            weights = Path(call.split("--weights ")[1].split()[0])
+            assert weights.parts[3] == f"teacher@{call.split('--teacher ')[1].split()[0]}"
+            assert any(f"--out {weights.parent} " in one for one in calls[:place])
+    assert sum("--teacher none" in call for call in calls if "train.py" in call) == 2
+    assert house.make("cocord-teacher-momentum", "SEEDS=0 1", "EXTRA=--queue 64")[:2] == (0, [])
+
+
+def test_teachers_by_themselves_other_pairs_and_a_rehearsal(house):
+    calls = house.make("cocord-teachers")[1]
+    assert len(calls) == 4 and all(call.startswith("cocord/teacher.py") for call in calls)
+    calls = house.make("cocord-prediction-loss", "SEEDS=0", "PAIRS=vgg13-vgg8")[1]
+    assert sum("--network vgg13" in call for call in calls) == 1
+    assert {call.split("--student ")[1].split()[0] for call in calls if "cocord/train.py" in call} == {"vgg8"}
+    calls = house.make("cocord-prediction-loss", "SEEDS=0", "EXTRA=--rehearse 20", "RUNS=runs/rehearsal/demo")[1]
+    assert "--rehearse 20" in next(call for call in calls if "teacher.py" in call)

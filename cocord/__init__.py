@@ -1,0 +1,1 @@
+"""CoCoRD: contrastive consistent representation distillation."""

@@ -1,0 +1,532 @@
+"""CoCoRD: a student learns a frozen teacher's representation by contrast, and a slow copy of itself by prediction.
+
+Fu, Yang & Yang, "Contrastive Consistent Representation Distillation", BMVC 2023 (first an ICLR 2023 submission).
+Re-implemented from its abstract, the tables and the diagram that its authors published, and the behaviour of their
+code; README.md says what of the paper could not be had.
+
+Three random crops x, x', x" of every image. The student g with projection head f and predictor h sees x and x'; the
+teacher, through a head of its own, turns x" into the key k, which is kept in a queue; a slow student g', f' follows
+g, f and gives the targets of the predictions:
+
+    z  = f(g(x))   z' = f(g(x'))   p = h(z)   p' = h(z')   u = f'(g'(x'))   u' = f'(g'(x))   k = n(f_t(g_t(x")))
+    L  = contrast * CE([n(z) k, n(z) queue] / tau, first)  +  class * CE(logits(x), y)
+       + forward * (2 - 2 cos(p, u))  +  swapped * (2 - 2 cos(p', u'))  +  kd * T^2 KL(teacher's || student's logits)
+
+    x, x', x"   views           (B, 3, S, S)      n      scales rows to length 1
+    z, p, u, k  embeddings      (B, dim)          tau    --temperature;  T = 4
+    queue       the last keys   (K, dim)          means over the batch, weights --lambda-*, --*-weight
+
+Before the targets are made, g' and f' move by their momentum towards g and f, and f_t towards f by its own. A step:
+forward, these three moves, targets, loss, gradient, queue. The student alone is kept.
+
+    python cocord/teacher.py --out runs/teacher                      # a teacher for the demo, about 15 s of one core
+    python cocord/train.py --weights runs/teacher                    # demo: 36 kinds of glyphs, about 10 s of one core
+    python cocord/train.py --swapped-weight 0 --weights runs/teacher --out runs/scratch2     # an ablation
+    python cocord/train.py --scale gpu --teacher vgg13 --student MobileNetV2 --weights vgg13_vanilla/ckpt_epoch_240.pth
+
+Differs from the authors' code:
+ 1. Pairs of unequal feature widths: theirs do not build. The teacher's head is then frozen, as the paper is said to
+    have it (--teacher-head auto); partial and adapter let it move.
+ 2. The queue takes the keys after the gradient instead of before it, which changes nothing and saves its copy.
+ 3. What an arm does not use is not computed: no second view of the student without the swapped term.
+ 4. The teacher's batch norms are folded into its convolutions; a last batch of one image is left out.
+ 5. Reported is the last epoch; theirs keeps the epoch that is best on the test set.
+ 6. The distillation term: their tables have it, their code has not; ours compares logits of the same view x.
+ 7. The demo scale (glyphs, small networks and heads, epochs, the weights of the prediction) is ours.
+"""
+
+import argparse
+import functools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from cocord import net
+from common import checkpoints, command, devices, draws, images
+from common.exits import stop
+from common.hold import held
+from common.run import Run
+
+Batch = tuple[list[Tensor], Tensor]  # views (B, 3, S, S) each, labels (B,)
+Made = Callable[[int], Iterator[Batch]]  # epoch -> its batches
+
+# ------------------------------------------------------------------------------------------------- arguments
+
+SCALES = {  #              demo               gpu          paper
+    "data_set":        ("glyphs36",        "cifar100",  "cifar100"),
+    "teacher":         ("vgg_s32", "resnet56",  "resnet56"),
+    "student":         ("vgg_s",   "resnet20",  "resnet20"),
+    "epochs":          (5,                 240,         240),
+    "batch":           (32,                64,          64),
+    "forward_weight":  (0.5,               4.0,         4.0),
+    "swapped_weight":  (0.5,               4.0,         4.0),
+    "hidden":          (256,               2048,        2048),
+    "dim":             (128,               2048,        2048),
+    "bottleneck":      (64,                512,         512),
+    "queue":           (512,               2048,        2048),
+}  # fmt: skip
+VIEWS = {"glyphs": {"pad": 2, "flip": 0.0}, "cifar": {"pad": 4, "flip": 0.5}, "folder": {"pad": 4, "flip": 0.5}}
+DECAYS = (150 / 240, 180 / 240, 210 / 240)  # of the steps; there the rate falls to a tenth
+HEADS = ("frozen", "partial", "adapter", "full")
+PARTS: tuple[str, ...] = ("loss", "contrastive_loss", "class_loss", "forward_loss", "swapped_loss", "distillation_loss")
+PARTS += ("train_accuracy", "contrastive_accuracy", "positive_cosine", "negative_cosine")  # means over an epoch
+TERMS = ("forward_weight", "swapped_weight", "lambda_contrast", "lambda_class", "lambda_kd", "temperature",
+         "student_momentum", "teacher_momentum", "precision")  # fmt: skip
+PROBED = 256  # training images whose keys tell how consistent keys are
+
+
+def optimisation_flags(parser: argparse.ArgumentParser) -> None:
+    """What teachers and students have in common."""
+    optimisation = parser.add_argument_group("optimisation")
+    optimisation.add_argument("--epochs", type=command.whole(1), help="paper: 240; the rate falls tenfold after 5/8, "
+                              "3/4 and 7/8 of the steps")  # fmt: skip
+    optimisation.add_argument("--batch", type=command.whole(2), help="paper: 64; the last one may be smaller")
+    optimisation.add_argument("--lr", type=command.number(0), help="default 0.05; 0.01 for MobileNetV2 and ShuffleNets")
+    optimisation.add_argument("--weight-decay", type=command.number(0), default=5e-4, help="on all that is trained")
+    precisions = ("auto", "float32", "bfloat16")
+    optimisation.add_argument("--precision", choices=precisions, default="auto", help="auto: bfloat16 on CUDA alone")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """All flags, resolved: contradictions stop (exit 2), `lr` is a number and `teacher_head` one of HEADS."""
+    parser = command.Parser(__doc__, SCALES)
+    data = command.run_flags(parser)
+    data.add_argument("--data-set", choices=images.NAMES)
+    data.add_argument("--held-out", action="store_true", help="train on nine tenths, measure on the tenth: for tuning")
+    data.add_argument("--weights", type=Path, help="the teacher's: folder of a run of teacher.py, or a checkpoint; "
+                      "default ../../teacher@NAME/0 beside --out")  # fmt: skip
+    optimisation_flags(parser)
+    parser.add_argument("--cuda-graph", action="store_true", help="replay steps of full batches as one CUDA graph")
+    method = parser.add_argument_group("method (defaults: the paper's)")
+    method.add_argument("--teacher", choices=(*net.NETWORKS, "none"), help="none: without contrast and distillation")
+    method.add_argument("--student", choices=tuple(net.NETWORKS))
+    method.add_argument("--forward-weight", type=command.number(0), help="of the term p to u; paper: 4")
+    method.add_argument("--swapped-weight", type=command.number(0), help="of the term p' to u'; paper: 4")
+    method.add_argument("--lambda-contrast", type=command.number(0), default=1.0)
+    method.add_argument("--lambda-class", type=command.number(0), default=1.0)
+    method.add_argument("--lambda-kd", type=command.number(0), default=0.0, help="plain distillation, temperature 4")
+    method.add_argument("--temperature", type=command.number(1e-3), default=0.1, help="tau of the contrast")
+    method.add_argument("--teacher-momentum", type=command.number(0, 1), default=0.999, help="1: its head stays")
+    method.add_argument("--student-momentum", type=command.number(0, 1), default=0.9, help="of the slow student")
+    method.add_argument("--teacher-head", choices=("auto", *HEADS), default="auto", help="what moves of the teacher's "
+                        "head: nothing, tensors of equal shape, a head of the student's shape behind a random linear "
+                        "map, everything; auto: full at equal feature widths, else frozen")  # fmt: skip
+    method.add_argument("--queue", type=command.whole(1), help="K, keys that are negatives")
+    method.add_argument("--hidden", type=command.whole(1), help="of the heads")
+    method.add_argument("--dim", type=command.whole(2), help="of the embedding")
+    method.add_argument("--bottleneck", type=command.whole(1), help="of the predictor")
+    args = command.parse(parser, SCALES, argv)
+
+    args.lr = (0.01 if args.student in net.MOBILE else 0.05) if args.lr is None else args.lr
+    if args.teacher == "none":
+        if args.lambda_contrast or args.lambda_kd:
+            stop("--teacher none: contrast and distillation need one; give --lambda-contrast 0 and --lambda-kd 0")
+        args.teacher_head = "frozen"
+        return args
+    widths = net.width(args.teacher), net.width(args.student)
+    if args.teacher_head == "full" and widths[0] != widths[1]:
+        stop(f"--teacher-head full: features of {args.teacher} are {widths[0]} wide, those of {args.student} "
+             f"{widths[1]}; take frozen, partial or adapter")  # fmt: skip
+    if args.teacher_head == "auto":
+        args.teacher_head = "full" if widths[0] == widths[1] else "frozen"
+    if args.queue < args.batch:
+        stop(f"--queue {args.queue} is less than --batch {args.batch}: it must hold a batch")
+    if args.weights is None:
+        args.weights = args.out.parent.parent / f"teacher@{args.teacher}" / "0"
+    return args
+
+
+# ------------------------------------------------------------------------------------------------- model
+
+
+def build_head(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    """A two-layer perceptron with batch norm and without normalisation at its end."""
+    return nn.Sequential(
+        nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, outputs)
+    )
+
+
+class CoCoRD(nn.Module):
+    """All but the teacher: what is trained (student, head, predictor), what follows it, and the queue of keys.
+
+    Every part has a seed of its own; what follows starts as a copy of what it follows, built from the same seed.
+    """
+
+    queue: Tensor
+    pointer: Tensor
+
+    def __init__(
+        self, student: str, classes: int, teacher_width: int, hidden: int, dim: int, bottleneck: int, queue: int,
+        teacher_head: str, seed: int,
+    ):  # fmt: skip
+        super().__init__()
+        width = net.width(student)
+        with draws.forked(seed, "student"):
+            self.student = net.build(student, classes)
+        with draws.forked(seed, "head"):
+            self.head = build_head(width, hidden, dim)
+        with draws.forked(seed, "predictor"):
+            self.predictor = build_head(dim, bottleneck, dim)
+        with draws.forked(seed, "student"):
+            self.slow_student = net.build(student, classes)
+        with draws.forked(seed, "head"):
+            self.slow_head = build_head(width, hidden, dim)
+        # ABLATION (teacher momentum): a head of the student's shape starts as its copy, any other at random.
+        adapted = teacher_head == "adapter"
+        with draws.forked(seed, "head" if adapted or teacher_width == width else "teacher head"):
+            self.teacher_head = build_head(width if adapted else teacher_width, hidden, dim)
+        with draws.forked(seed, "adapter"):
+            self.adapter = nn.Linear(teacher_width, width, bias=False) if adapted else nn.Identity()
+        for part in (self.slow_student, self.slow_head, self.teacher_head, self.adapter):
+            part.requires_grad_(False)
+        with draws.forked(seed, "queue"):
+            self.register_buffer("queue", F.normalize(torch.randn(queue, dim), dim=1))
+        self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))  # on the device, for CUDA graphs
+        self.moves = teacher_head != "frozen"
+
+    def followers(self) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
+        """([of the slow student and its head, what they follow], [of the teacher's head, what it follows])."""
+        slow: list[Tensor] = [*self.slow_student.parameters(), *self.slow_head.parameters()]
+        fast: list[Tensor] = [*self.student.parameters(), *self.head.parameters()]
+        both = zip(self.teacher_head.parameters(), self.head.parameters(), strict=True)
+        equal = [(a, b) for a, b in both if self.moves and a.shape == b.shape]
+        return [slow, fast], [[a for a, _ in equal], [b for _, b in equal]]
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor) -> None:
+        """The keys (B, dim) take the place of the oldest ones, round the end of the queue."""
+        places = (torch.arange(len(keys), device=keys.device) + self.pointer) % len(self.queue)
+        self.queue.index_copy_(0, places, keys)
+        self.pointer.add_(len(keys)).remainder_(len(self.queue))
+
+
+@torch.no_grad()
+def follow(slow: list[Tensor], fast: list[Tensor], momentum: float) -> None:
+    """slow <- momentum * slow + (1 - momentum) * fast, in place; exact at 0 and 1."""
+    if slow and momentum < 1:
+        torch._foreach_lerp_(slow, fast, 1 - momentum)
+
+
+def build_model(args: Mapping[str, Any], classes: int, device: torch.device) -> CoCoRD:
+    """The networks that a run's arguments (args.json) describe, on `device`."""
+    names = ("student", "hidden", "dim", "bottleneck", "queue", "teacher_head", "seed")
+    taught = args["student"] if args["teacher"] == "none" else args["teacher"]
+    model = CoCoRD(**{name: args[name] for name in names}, classes=classes, teacher_width=net.width(taught))
+    return model.to(memory_format=torch.channels_last).to(device)
+
+
+# ------------------------------------------------------------------------------------------------- loss
+
+
+def contrastive_loss(z: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """InfoNCE of queries z (B, dim) with their own keys (B, dim, unit length) among the queue's (K, dim).
+
+    And (3,) for the log: share of queries nearest to their own key, mean cosine to it, mean cosine to the queue.
+    """
+    q = F.normalize(z.float(), dim=1)
+    positive, negative = (q * keys).sum(1, keepdim=True), q @ queue.T
+    logits = torch.cat([positive, negative], 1)
+    first = torch.zeros(len(z), dtype=torch.int64, device=z.device)
+    with torch.no_grad():
+        seen = torch.stack([(logits.argmax(1) == 0).float().mean(), positive.mean(), negative.mean()])
+    return F.cross_entropy(logits / temperature, first), seen
+
+
+def prediction_loss(p: Tensor, u: Tensor) -> Tensor:
+    """Mean of 2 - 2 cos over the rows of p and u, (B, dim) each: the unit vectors' squared distance, 0 to 4."""
+    return 2 - 2 * F.cosine_similarity(p.float(), u.float(), dim=1).mean()
+
+
+def distillation_loss(logits: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
+    """T^2 KL(teacher || student) of logits (B, classes) at temperature T, summed over classes, mean over the batch."""
+    student, target = (F.log_softmax(x.float() / temperature, 1) for x in (logits, teacher))
+    return temperature**2 * F.kl_div(student, target, reduction="batchmean", log_target=True)
+
+
+def losses(
+    model: CoCoRD, teacher: nn.Module | None, views: list[Tensor], labels: Tensor, followers: tuple, *,
+    forward_weight: float, swapped_weight: float, lambda_contrast: float, lambda_class: float, lambda_kd: float,
+    temperature: float, student_momentum: float, teacher_momentum: float, precision: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """One step's loss; the PARTS for the log, (10,); and the keys for the queue. Moves what follows the student.
+
+    ABLATION (prediction loss): `forward_weight` and `swapped_weight`; at 0 a term's views are not even looked at.
+    """
+    x, swapped_x, teacher_x = views
+    zero = torch.zeros((), device=labels.device)
+    forward_loss = swapped_loss = contrast = distillation = zero
+    seen, keys = zero.expand(3), None
+    with devices.autocast(precision, labels.device):
+        feature, logits = model.student(x)
+        z = model.head(feature) if forward_weight or lambda_contrast else None
+        p = model.predictor(z) if forward_weight else None
+        swapped_p = model.predictor(model.head(model.student(swapped_x)[0])) if swapped_weight else None
+    with torch.no_grad():
+        (slow, fast), (slow_head, fast_head) = followers
+        if forward_weight or swapped_weight:
+            follow(slow, fast, student_momentum)
+        # ABLATION (teacher momentum): how fast the teacher's head follows the student's
+        follow(slow_head, fast_head, teacher_momentum)
+        with devices.autocast(precision, labels.device):
+            u = model.slow_head(model.slow_student(swapped_x)[0]) if forward_weight else None
+            swapped_u = model.slow_head(model.slow_student(x)[0]) if swapped_weight else None
+            if teacher is not None and lambda_contrast:
+                keys = make_keys(model, teacher, teacher_x)
+            soft = teacher(x)[1] if teacher is not None and lambda_kd else None
+    if p is not None and u is not None:
+        forward_loss = prediction_loss(p, u)
+    if swapped_p is not None and swapped_u is not None:
+        swapped_loss = prediction_loss(swapped_p, swapped_u)
+    if z is not None and keys is not None:
+        contrast, seen = contrastive_loss(z, keys, model.queue, temperature)
+    if soft is not None:
+        distillation = distillation_loss(logits, soft)
+    classes = F.cross_entropy(logits.float(), labels)
+    loss = lambda_class * classes + lambda_contrast * contrast + lambda_kd * distillation
+    loss = loss + forward_weight * forward_loss + swapped_weight * swapped_loss  # the sum of the two, not their mean
+    right = (logits.argmax(1) == labels).float().mean()
+    parts = torch.stack([loss, contrast, classes, forward_loss, swapped_loss, distillation, right, *seen]).detach()
+    return loss, parts, keys
+
+
+@torch.no_grad()
+def make_keys(model: CoCoRD, teacher: nn.Module, x: Tensor) -> Tensor:
+    """Teacher keys of views (B, 3, S, S), unit length, (B, dim) float32. The head's batch norm is in train mode."""
+    return F.normalize(model.teacher_head(model.adapter(teacher(x)[0])).float(), dim=1)
+
+
+# ------------------------------------------------------------------------------------------------- data
+
+
+def load_data(name: str, folder: Path, held_out: bool, device: torch.device) -> images.Images:
+    """Resident on the device. `held_out`: the training set's tenth stands in the place of the test set."""
+    data = images.load(name, folder, 32, device)
+    if not held_out:
+        return data
+    rest, tenth = draws.held_out(data.examples, device)
+    train, labels = data.train, data.train_labels
+    return data._replace(train=train[rest], train_labels=labels[rest], test=train[tenth], test_labels=labels[tenth])
+
+
+def crops(pixels: Tensor, rows: Tensor, offsets: Tensor, flip: Tensor, size: int) -> Tensor:
+    """Windows of padded pictures: (M, 3, size, size) uint8 in channels-last order, from pixels (N, H, W, 3) uint8.
+
+    rows (M,): which picture; offsets (M, 2): the window's top and left; flip (M,) bool: mirror it.
+    """
+    places = torch.arange(size, device=pixels.device)
+    across = torch.where(flip[:, None], size - 1 - places, places) + offsets[:, 1:]
+    down = offsets[:, :1] + places + rows[:, None] * pixels.shape[1]
+    numbers = down[:, :, None] * pixels.shape[2] + across[:, None, :]
+    taken = pixels.flatten(0, 2).index_select(0, numbers.flatten())
+    return taken.view(len(rows), size, size, 3).permute(0, 3, 1, 2)
+
+
+def batches(
+    data: images.Images, kind: Mapping[str, Any], views: int, batch: int, seed: int, epoch: int
+) -> Iterator[Batch]:
+    """One epoch: `views` normalised crops of every image, padded with black (C:loader's recipe), and the labels.
+
+    Order and crops follow from (seed, epoch) alone. The last batch may be smaller; if it is of one image, which batch
+    norm cannot take, it is left out.
+    """
+    pad, size = kind["pad"], data.train.shape[-1]
+    pixels = F.pad(data.train, (pad, pad, pad, pad)).permute(0, 2, 3, 1).contiguous()
+    order = draws.permutation(seed, "order", epoch, data.examples, data.device)
+    every = [rows for rows in order.split(batch) if len(rows) > 1]
+    for step, rows in enumerate(every, epoch * len(every)):
+        numbers = draws.Draws(seed, "views", step, 3 * batch, slice(0, 3 * len(rows)), data.device)
+        drawn = numbers.uniform(shape=(3,))[: views * len(rows)]
+        offsets = (drawn[:, :2] * (2 * pad + 1)).long()
+        made = crops(pixels, rows.repeat(views), offsets, drawn[:, 2] < kind["flip"], size)
+        yield list(data.normalise(made).split(len(rows))), data.train_labels[rows]
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, data: images.Images, precision: str) -> float:
+    """Top-1 on the test pictures in percent, in eval mode; the network goes back to the mode it was in."""
+    mode, correct = network.training, torch.zeros((), device=data.device)
+    network.eval()
+    for x, labels in data.batches("test"):
+        with devices.autocast(precision, data.device):
+            logits = network(x.contiguous(memory_format=torch.channels_last))[1]
+        correct += (logits.argmax(1) == labels).sum()
+    network.train(mode)
+    return 100 * correct.item() / len(data.test)
+
+
+def load_teacher(
+    name: str, path: Path, data: images.Images, precision: str, rehearsing: bool
+) -> tuple[nn.Module, str, float]:
+    """(the frozen teacher, sha256 of its weights, its accuracy in percent): measured before it teaches.
+
+    Stops (exit 2) where its accuracy is under half of what its file says, or RepDistiller's table on CIFAR-100.
+    """
+    network, told = net.load(name, data.classes, path)
+    told = net.EXPECTED.get(name) if told is None and data.classes == 100 else told
+    digest = checkpoints.sha256(*network.state_dict().values())
+    network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last).to(data.device)
+    measured = accuracy(network, data, precision)
+    beside = "" if told is None else f"; expected {told:.2f} %"
+    print(f"teacher {name} from {path}: {measured:.2f} % of the test pictures{beside}", flush=True)
+    if told is not None and measured < told / 2 and not rehearsing:
+        stop(f"--weights {path}: {name} reaches {measured:.2f} % where {told:.2f} % were expected: are these its "
+             "weights, and is this its data set?")  # fmt: skip
+    return net.fold(network), digest, measured
+
+
+# ------------------------------------------------------------------------------------------------- train
+
+
+def step_rate(progress: float) -> float:
+    """The factor of the learning rate at a progress from 0 to 1: a tenth from each of DECAYS on."""
+    return 0.1 ** sum(progress >= decay for decay in DECAYS)
+
+
+def build_optimizer(parts: list[nn.Module], lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """SGD with momentum 0.9 on all parameters of the parts, decay included."""
+    trained = [weight for part in parts for weight in part.parameters()]
+    return torch.optim.SGD(trained, lr, momentum=0.9, weight_decay=weight_decay, foreach=True)
+
+
+def one_step(
+    model: CoCoRD, optimizer: torch.optim.Optimizer, teacher: nn.Module | None, terms: Mapping[str, Any],
+    followers: tuple, totals: Tensor, views: list[Tensor], labels: Tensor,
+) -> None:  # fmt: skip
+    """Loss, gradient, optimiser, queue; the parts of the loss are added to `totals`, weighted by the batch."""
+    loss, parts, keys = losses(model, teacher, views, labels, followers, **terms)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    totals.add_(parts, alpha=len(labels))
+    if keys is not None:
+        model.enqueue(keys)
+
+
+def graphed(step: Callable[[list[Tensor], Tensor], None], views: list[Tensor], labels: Tensor) -> Callable:
+    """The step as one CUDA graph for batches of this size; capturing it computes nothing."""
+    fixed, fixed_labels = [view.clone() for view in views], labels.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(fixed, fixed_labels)
+
+    def replay(views: list[Tensor], labels: Tensor) -> None:
+        torch._foreach_copy_([*fixed, fixed_labels], [*views, labels])
+        graph.replay()
+
+    return replay
+
+
+def train(
+    run: Run, model: CoCoRD, teacher: nn.Module | None, data: images.Images, made: Made,
+    optimizer: torch.optim.Optimizer, terms: Mapping[str, Any], *, epochs: int, last: int, batch: int, lr: float,
+    precision: str, cuda_graph: bool, facts: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """The training up to epoch `last` of `epochs`; saves after each, and goes on from there when started again."""
+    start = [weight.clone() for weight in model.teacher_head.parameters()]
+    fixed = data.normalise(data.train[:PROBED]).contiguous(memory_format=torch.channels_last)
+
+    def state() -> dict[str, Any]:
+        return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "probe": probe}
+
+    def probe_keys() -> Tensor:
+        return torch.zeros(1, 1, device=data.device) if teacher is None else make_keys(model, teacher, fixed)
+
+    saved = run.state(data.device)
+    if saved is None:
+        probe = probe_keys()
+        run.save(0, {"test_accuracy": accuracy(model.student, data, precision), **facts}, state())
+    else:
+        checkpoints.fit(model, saved["model"], run.folder)
+        optimizer.load_state_dict(saved["optimizer"])
+        probe = saved["probe"]
+    first, steps, followers = saved["epoch"] if saved else 0, -(-data.examples // batch), model.followers()
+    totals = torch.zeros(len(PARTS), device=data.device)
+    plain = functools.partial(one_step, model, optimizer, teacher, terms, followers, totals)
+    replay: Callable | None = None
+
+    for epoch in tqdm(range(first, last), run.name, last, initial=first, disable=None, leave=False):
+        started, seen = time.perf_counter(), 0
+        totals.zero_()
+        for number, (views, labels) in enumerate(made(epoch)):
+            rate = lr * step_rate((epoch + number / steps) / epochs)
+            if rate != optimizer.param_groups[0]["lr"]:
+                optimizer.param_groups[0]["lr"], replay = rate, None  # a graph has the rate in it
+            if cuda_graph and replay is None and number >= 3 and len(labels) == batch:
+                replay = graphed(plain, views, labels)  # three steps as they are got everything going
+            (replay if replay and len(labels) == batch else plain)(views, labels)
+            seen += len(labels)
+        means = (totals / seen).tolist()  # asks the device, once an epoch
+        seconds = time.perf_counter() - started
+        if not devices.finite_on_all_ranks([*model.state_dict().values(), totals]):
+            run.diverge(epoch + 1, data.device)
+            return
+        before, probe = probe, probe_keys()
+        moved = torch._foreach_sub(list(model.teacher_head.parameters()), start)
+        record = dict(zip(PARTS, means, strict=True)) | {
+            "test_accuracy": accuracy(model.student, data, precision),
+            "key_consistency": (before * probe).sum(1).mean().item(),
+            "teacher_head_shift": (norm(moved) / norm(start)).item(),
+            "lr": optimizer.param_groups[0]["lr"],
+            "examples_per_second": seen / seconds,
+            "seconds": seconds,
+            "peak_memory": devices.peak_memory(data.device),
+        }
+        run.save(epoch + 1, record, state())
+        run.say(epoch + 1, last, record)
+    run.finish({"model": kept(model.state_dict()), "epoch": last, "diverged": False})
+
+
+def norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Euclidean length of all numbers together."""
+    return torch.stack(torch._foreach_norm(list(tensors))).norm()
+
+
+def kept(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What is evaluated: the student and the slow student."""
+    return {name: one for name, one in state.items() if name.startswith(("student.", "slow_student."))}
+
+
+# ------------------------------------------------------------------------------------------------- main
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    torch.set_num_threads(args.threads)
+    device = devices.choose(args.device, args.scale)
+    if args.cuda_graph and device.type != "cuda":
+        stop(f"--cuda-graph is for a CUDA GPU, not for {device}: leave it out")
+    smaller = f"--batch {args.batch // 2} needs about half, but is another run"
+    terms = {name: getattr(args, name) for name in TERMS}
+    with held(args.out), devices.memory_for(device, f"--batch {args.batch}", smaller):
+        run = Run(args.out, vars(args), __file__, args.replace)
+        if run.finished:
+            return
+        data = load_data(args.data_set, args.data, args.held_out, device)
+        kind = next(kind for name, kind in VIEWS.items() if args.data_set.startswith(name))
+        steps, last = -(-data.examples // args.batch), args.epochs
+        if args.rehearse:
+            data, last = data.few(args.rehearse * args.batch), min(2, args.epochs)
+        teacher, digest, taught = None, None, None
+        if args.teacher != "none":
+            teacher, digest, taught = load_teacher(
+                args.teacher, args.weights, data, args.precision, bool(args.rehearse)
+            )
+        facts = {"data": data.digest, "steps": args.epochs * steps, "teacher_weights": digest}
+        run.begin(devices.facts(device) | facts)
+        model = build_model(vars(args), data.classes, device)
+        optimizer = build_optimizer([model.student, model.head, model.predictor], args.lr, args.weight_decay)
+        made = functools.partial(batches, data, kind, 3, args.batch, args.seed)
+        train(
+            run, model, teacher, data, made, optimizer, terms, epochs=args.epochs, last=last, batch=args.batch,
+            lr=args.lr, precision=args.precision, cuda_graph=args.cuda_graph, facts={"teacher_accuracy": taught},
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
