@@ -196,6 +196,8 @@ paper-of  = $(firstword $(subst -, ,$1))
 arms-of   = $(sort $(subst :, ,$($1)))
 run-of    = $(RUNS)/$(call paper-of,$1)/$2/$3
 drawn     = $(RESULTS)/.drawn/$1@$2
+# (Stripped: where its buffer happens to move, make 4.3 leaves the newline at the file's end.)
+read      = $(strip $(file <$1))
 
 # A run: its model is made again when the arm's flags are not those it was made with; $1 paper, $2 arm, $3 seed.
 # A teacher is a run too, of another script and of seed 0 alone; of EXTRA it takes only that this is a rehearsal.
@@ -203,7 +205,7 @@ extra-of  = $(if $(filter teacher@%,$2),$(findstring $($1.rehearsal),$(EXTRA)),$
 flags-of  = $(strip flags: $($1.$2) $(extra-of))
 needs-of  = $(patsubst %,$(RUNS)/$1/%/0/model.pt,$(call $1.needs,$2))
 define RUN
-$(RUNS)/$1/$2/$3/model.pt: $(if $(subst x$(call flags-of,$1,$2)x,,x$(file <$(RUNS)/$1/$2/$3/flags)x),FORCE) \
+$(RUNS)/$1/$2/$3/model.pt: $(if $(subst x$(call flags-of,$1,$2)x,,x$(call read,$(RUNS)/$1/$2/$3/flags)x),FORCE) \
 		| $(VENV) $(addprefix $(DATA)/,$($1.data.$(SCALE))) $(needs-of)
 	$(START) $1/$(if $(filter teacher@%,$2),teacher,train).py --scale $(SCALE) --out $(RUNS)/$1/$2/$3 --seed $3 \
 		--device $(DEVICE) --data $(DATA) --replace $(addprefix --weights ,$(needs-of)) $($1.$2) $(extra-of)
@@ -218,7 +220,7 @@ endef
 asked = $(strip $($1) $(SEEDS))
 define DRAWING
 $(call drawn,$1,$2): $(foreach arm,$(call arms-of,$1),$(call run-of,$1,$(arm),$2)/metrics.json) \
-		$(call paper-of,$1)/plot.py $(if $(subst x$(call asked,$1)x,,x$(file <$(call drawn,$1,$2))x),FORCE)
+		$(call paper-of,$1)/plot.py $(if $(subst x$(call asked,$1)x,,x$(call read,$(call drawn,$1,$2))x),FORCE)
 	$$(call plot,$1)
 	@mkdir -p $$(@D) && echo '$(call asked,$1)' >$$@
 endef
