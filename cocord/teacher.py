@@ -26,11 +26,11 @@ from common import checkpoints, command, devices, draws, files, images
 from common.hold import held
 from common.run import Run
 
-SCALES = {  #    demo               gpu         paper
-    "data_set": ("glyphs36",        "cifar100", "cifar100"),
-    "network":  ("vgg_s32", "resnet56", "resnet56"),
-    "epochs":   (5,                 240,        240),
-    "batch":    (32,                64,         64),
+SCALES = {  #    demo        gpu         paper
+    "data_set": ("glyphs36", "cifar100", "cifar100"),
+    "network":  ("vgg_s32",  "resnet56", "resnet56"),
+    "epochs":   (5,          240,        240),
+    "batch":    (32,         64,         64),
 }  # fmt: skip
 
 

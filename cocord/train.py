@@ -58,18 +58,18 @@ Made = Callable[[int], Iterator[Batch]]  # epoch -> its batches
 
 # ------------------------------------------------------------------------------------------------- arguments
 
-SCALES = {  #              demo               gpu          paper
-    "data_set":        ("glyphs36",        "cifar100",  "cifar100"),
-    "teacher":         ("vgg_s32", "resnet56",  "resnet56"),
-    "student":         ("vgg_s",   "resnet20",  "resnet20"),
-    "epochs":          (5,                 240,         240),
-    "batch":           (32,                64,          64),
-    "forward_weight":  (0.5,               4.0,         4.0),
-    "swapped_weight":  (0.5,               4.0,         4.0),
-    "hidden":          (256,               2048,        2048),
-    "dim":             (128,               2048,        2048),
-    "bottleneck":      (64,                512,         512),
-    "queue":           (512,               2048,        2048),
+SCALES = {  #          demo         gpu         paper
+    "data_set":        ("glyphs36", "cifar100", "cifar100"),
+    "teacher":         ("vgg_s32",  "resnet56", "resnet56"),
+    "student":         ("vgg_s",    "resnet20", "resnet20"),
+    "epochs":          (4,          240,        240),
+    "batch":           (32,         64,         64),
+    "forward_weight":  (0.5,        4.0,        4.0),
+    "swapped_weight":  (0.5,        4.0,        4.0),
+    "hidden":          (256,        2048,       2048),
+    "dim":             (128,        2048,       2048),
+    "bottleneck":      (64,         512,        512),
+    "queue":           (512,        2048,       2048),
 }  # fmt: skip
 VIEWS = {"glyphs": {"pad": 2, "flip": 0.0}, "cifar": {"pad": 4, "flip": 0.5}, "folder": {"pad": 4, "flip": 0.5}}
 DECAYS = (150 / 240, 180 / 240, 210 / 240)  # of the steps; there the rate falls to a tenth
