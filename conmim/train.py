@@ -309,7 +309,7 @@ def batches(
             )  # fmt: skip
             strong = [strong_view(crop, numbers("colours"), kind["blur"])] if coloured else []
         query, *key = (data.normalise(view) for view in (crop, *strong))
-        yield query, *(key or [query]), random_masks(numbers("mask"), patches, ratio)
+        yield query, (key or [query])[0], random_masks(numbers("mask"), patches, ratio)
 
 
 # ------------------------------------------------------------------------------------------------- train
@@ -382,7 +382,8 @@ def momentum_at(step: int, steps: int, first: float) -> float:
 
 def build_optimizer(model: ConMIM, lr: float) -> torch.optim.AdamW:
     """AdamW on the online network; no decay of vectors, of the class token and of absolute positions."""
-    free, decayed = [], []
+    free: list[Tensor] = []
+    decayed: list[Tensor] = []
     for name, weight in model.online.named_parameters():
         exempt = weight.ndim == 1 or name in ("vit.cls_token", "vit.pos_embed")
         (free if exempt else decayed).append(weight)
@@ -423,7 +424,7 @@ def train(
         return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
 
     forward = devices.distribute(model, data.device, synchronised)
-    slow, fast = (list(branch.parameters()) for branch in (model.average, model.online))
+    weights: list[list[Tensor]] = [list(branch.parameters()) for branch in (model.average, model.online)]
     fixed, saved = fixed_batch(data, patches, mask_ratio), run.state(data.device)
     measure = functools.partial(diagnose, model, keys, *fixed, precision)
     if saved is None:
@@ -444,7 +445,7 @@ def train(
         for step, views in enumerate(made(epoch), epoch * steps):
             rate_now = learning_rate(step, warm_up * steps, epochs * steps, lr)
             momentum_now = momentum_at(step, epochs * steps, momentum)
-            one_step(forward, optimizer, slow, fast, views, totals, keys=keys, leak=leak, temperature=temperature,
+            one_step(forward, optimizer, *weights, views, totals, keys=keys, leak=leak, temperature=temperature,
                      lr=rate_now, momentum=momentum_now, precision=precision)  # fmt: skip
         loss, clipped = devices.mean_over_ranks(totals / steps).tolist()  # asks the device, once an epoch
         seconds = time.perf_counter() - started
