@@ -4,6 +4,7 @@ Names of parameters are those of the authors' files (a BEiT), in both layouts: p
 table serves every block, and fine-tuning, where every block has its own.
 """
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -32,9 +33,11 @@ NETWORKS = {
 }
 
 
+@torch.no_grad()
 def initialise(weight: Tensor) -> None:
-    """Normal with deviation 0.02, cut at +-0.02: one deviation, as BEiT's authors mean it."""
-    nn.init.trunc_normal_(weight, std=0.02, a=-0.02, b=0.02)
+    """Normal with deviation 0.02, cut at +-0.02 (one deviation, as BEiT's authors mean it): its inverse distribution."""
+    within = math.erf(1 / math.sqrt(2))
+    weight.uniform_(-within, within).erfinv_().mul_(0.02 * math.sqrt(2)).clamp_(-0.02, 0.02)
 
 
 def relative_places(grid: int) -> Tensor:

@@ -59,7 +59,8 @@ class House:
     def __init__(self, folder: Path):
         self.folder = folder
         shutil.copy(ROOT / "Makefile", folder)
-        for name in ("simsiam/plot.py", "bsa/plot.py", "seqvcr/plot.py", "cocord/plot.py", "common/report.py"):
+        for name in ("simsiam/plot.py", "bsa/plot.py", "seqvcr/plot.py", "cocord/plot.py", "conmim/plot.py",
+                     "common/report.py"):  # fmt: skip
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).touch()
         for name in ("__init__", "slots", "exits", "provenance"):
