@@ -35,7 +35,7 @@ NETWORKS = {
 
 @torch.no_grad()
 def initialise(weight: Tensor) -> None:
-    """Normal with deviation 0.02, cut at +-0.02 (one deviation, as BEiT's authors mean it): its inverse distribution."""
+    """Normal with deviation 0.02, cut at +-0.02 (one deviation, as BEiT's authors mean it), by its inverse."""
     within = math.erf(1 / math.sqrt(2))
     weight.uniform_(-within, within).erfinv_().mul_(0.02 * math.sqrt(2)).clamp_(-0.02, 0.02)
 
@@ -212,14 +212,15 @@ class Projector(nn.Sequential):
     """
 
     def __init__(self, width: int, hidden: int, dim: int):
+        def linear(inputs: int, outputs: int) -> nn.Linear:
+            layer = nn.Linear(inputs, outputs, bias=False)
+            initialise(layer.weight)
+            return layer
+
         parts: list[nn.Module] = []
         for inputs in (width, hidden):
-            parts += [nn.Linear(inputs, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
-        parts += [nn.Linear(hidden, dim, bias=False), nn.BatchNorm1d(dim, affine=False)]
-        super().__init__(*parts)
-        for part in self:
-            if isinstance(part, nn.Linear):
-                initialise(part.weight)
+            parts += [linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
+        super().__init__(*parts, linear(hidden, dim), nn.BatchNorm1d(dim, affine=False))
 
     def forward(self, tokens: Tensor) -> Tensor:
         return super().forward(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
