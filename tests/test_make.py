@@ -299,7 +299,7 @@ def test_an_evening_runs_the_first_contrasts_that_fit(house):
 
 def test_demo_is_every_study_with_one_seed_on_the_cpu(house):
     code, calls, printed = house.make("demo")
-    assert code == 0 and len(runs(calls)) == 9 and all("--device cpu" in call for call in calls if "train" in call)
+    assert code == 0 and len(runs(calls)) == 9 and all("--device cpu" in call for call in calls if "train.py" in call)
     assert "runs/demo/report/index.html" in printed and {run.split("/")[1] for run in runs(calls)} == {"0"}
 
 
