@@ -1,7 +1,7 @@
 # Papers, studies, arms: the experimental design of the whole project. An arm is the flags that make it; a study is
 # its contrasts, arm:reference, the primary one first.
 
-PAPERS := simsiam bsa seqvcr cocord
+PAPERS := simsiam bsa seqvcr cocord conmim
 
 simsiam.base              :=
 simsiam.no-stop-gradient  := --no-stop-gradient
@@ -157,6 +157,23 @@ cocord-teacher-momentum   := $(foreach one,$(cocord.momentum),moving@$(one):froz
 cocord.rehearsal := --rehearse 20
 cocord.data.gpu := $(if $(findstring --data-set,$(EXTRA)),,cifar-100-python)
 cocord.data.paper := $(cocord.data.gpu)
+
+# ConMIM: with the average's keys --no-stop-gradient changes no bit (a test shows it), so six of eight cells are runs.
+conmim.base                       :=
+conmim.basic-views                := --views basic
+conmim.online-keys                := --keys online
+conmim.symmetric                  := --keys online --views basic
+conmim.online-no-stop-gradient    := --keys online --no-stop-gradient
+conmim.symmetric-no-stop-gradient := --keys online --views basic --no-stop-gradient
+conmim.no-pretraining             := --epochs 0
+
+conmim := conmim-stop-gradient conmim-asymmetry
+conmim-stop-gradient      := online-no-stop-gradient:online-keys symmetric-no-stop-gradient:symmetric online-keys:base \
+	base:no-pretraining
+conmim-asymmetry          := symmetric:base basic-views:base online-keys:base base:no-pretraining
+
+conmim.rehearsal := --rehearse 20
+conmim.data.gpu := $(if $(findstring --data-set,$(EXTRA)),,cifar-10-batches-py)
 
 # ------------------------------------------------------------------------------------------------- what can be set
 

@@ -57,11 +57,11 @@ def start_ranks(device: torch.device) -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def distribute(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model under DistributedDataParallel, on CUDA with synchronised batch norms; as it is on a single rank."""
+def distribute(model: nn.Module, device: torch.device, synchronised: bool = True) -> nn.Module:
+    """The model under DistributedDataParallel, on CUDA with `synchronised` batch norms; as it is on a single rank."""
     if not dist.is_initialized():
         return model
-    if device.type == "cuda":  # torch has no SyncBatchNorm for CPUs
+    if device.type == "cuda" and synchronised:  # torch has no SyncBatchNorm for CPUs
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return DistributedDataParallel(model, [device] if device.type == "cuda" else None)
 

@@ -1,0 +1,1 @@
+"""ConMIM (arXiv 2205.09616): training, evaluation, figures."""
