@@ -17,6 +17,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from common import command, figures, records, statistics, studies, tables
 
@@ -50,26 +51,43 @@ METRICS = {
 }
 INFORMATIVE = (20.0, 80.0)  # percent: where the control's accuracy must lie for one above it to tell anything
 DISAGREE = "averaged and online weights disagree in sign"
-KEYS = {"ema": ("ema", 0.0), "online": ("online", 0.0), "online,\nno stop-gradient": ("online", 1.0)}
+KEYS = {"ema": ("ema", 0.0), "online": ("online", 0.0), "online, no\nstop-gradient": ("online", 1.0)}
 VIEWS = ("asymmetric", "basic")
-EFFECTS = {  # rows of the factorial's right panel: weights of the cells (views, place in KEYS)
-    "keys: online - ema": {("asymmetric", 1): 0.5, ("basic", 1): 0.5, ("asymmetric", 0): -0.5, ("basic", 0): -0.5},
-    "views: basic - asymmetric": {
-        ("basic", 0): 0.5, ("basic", 1): 0.5, ("asymmetric", 0): -0.5, ("asymmetric", 1): -0.5,
-    },
-    "keys × views": {("basic", 1): 1, ("asymmetric", 1): -1, ("basic", 0): -1, ("asymmetric", 0): 1},
-    "both: online, basic - base": {("basic", 1): 1, ("asymmetric", 0): -1},
-    "without - with stop-gradient": {
-        ("asymmetric", 2): 0.5, ("basic", 2): 0.5, ("asymmetric", 1): -0.5, ("basic", 1): -0.5,
-    },
-    "stop-gradient × views": {("basic", 2): 1, ("asymmetric", 2): -1, ("basic", 1): -1, ("asymmetric", 1): 1},
-}  # fmt: skip
-SINGLE = {  # and of simple effects, drawn under their main effect
-    "keys: online - ema": [{(views, 1): 1, (views, 0): -1} for views in VIEWS],
-    "views: basic - asymmetric": [{("basic", keys): 1, ("asymmetric", keys): -1} for keys in (0, 1)],
-    "without - with stop-gradient": [{(views, 2): 1, (views, 1): -1} for views in VIEWS],
-}
 Cell = tuple[str, int]  # views, place in KEYS
+
+
+class Effect(NamedTuple):
+    """A row of the factorial's right panel: its name, the weights of the cells, and whether it is a simple effect."""
+
+    name: str
+    weights: Mapping[Cell, float]
+    simple: bool = False
+
+
+def factors() -> list[Effect]:
+    """The factorial's effects: each main effect and its two simple ones, and what they differ by."""
+
+    def minus(one: Cell, other: Cell) -> dict[Cell, float]:
+        return {one: 1.0, other: -1.0}
+
+    def both(one: Mapping[Cell, float], other: Mapping[Cell, float], sign: int, scale: float) -> dict[Cell, float]:
+        return {cell: scale * (one.get(cell, 0) + sign * other.get(cell, 0)) for cell in [*one, *other]}
+
+    asymmetric, basic = VIEWS
+    keys = [minus((views, 1), (views, 0)) for views in VIEWS]
+    seen = [minus((basic, place), (asymmetric, place)) for place in (0, 1)]
+    held = [minus((views, 2), (views, 1)) for views in VIEWS]
+    return [
+        Effect("keys: online − ema", both(*keys, 1, 0.5)),
+        *(Effect(f"at {views} views", one, True) for views, one in zip(VIEWS, keys, strict=True)),
+        Effect("views: basic − asymmetric", both(*seen, 1, 0.5)),
+        *(Effect(f"at {name} keys", one, True) for name, one in zip(("ema", "online"), seen, strict=True)),
+        Effect("keys × views", both(seen[1], seen[0], -1, 1)),
+        Effect("both: symmetric − base", minus((basic, 1), (asymmetric, 0))),
+        Effect("stop-gradient: without − with", both(*held, 1, 0.5)),
+        *(Effect(f"at {views} views", one, True) for views, one in zip(VIEWS, held, strict=True)),
+        Effect("stop-gradient × views", both(held[1], held[0], -1, 1)),
+    ]
 
 
 class Combination(NamedTuple):
@@ -213,6 +231,7 @@ def interaction_panel(
     """One line a setting of the views over the kinds of keys: mean, 95 % interval, a faint dot a seed; the control."""
     axis.set(xticks=range(len(KEYS)), xlim=(-0.35, len(KEYS) - 0.65), axisbelow=True)
     axis.set_xticklabels(list(KEYS), fontsize=9)
+    axis.margins(y=0.08)
     axis.set_title(tables.title(METRICS[metric]._asdict()))
     axis.set_xlabel("keys from")
     axis.grid(axis="y", color="#E5E5E5", linewidth=0.8)
@@ -222,37 +241,35 @@ def interaction_panel(
             axis.axhspan(level.low, level.high, color=figures.GREY, alpha=0.15, linewidth=0)
         axis.axhline(level.mean, color=figures.GREY, linewidth=1, linestyle=":")
     for views, shift in zip(VIEWS, (-0.06, 0.06), strict=True):
-        way: list[tuple[float, float]] = []
+        way: dict[int, float] = {}
         for place in range(len(KEYS)):
             values = list(records.values(runs, found.get((views, place), ""), metric).values())
             if whole := combine([values], [1]):
+                way[place] = whole.mean
                 axis.plot([place + 2.4 * shift] * len(values), values, "o", ms=3.5, mec="none", alpha=0.45,
                           color=looks[views]["color"])  # fmt: skip
                 interval_line(axis, place + shift, whole, False, color=looks[views]["color"], marker="o", ms=6)
-                way.append((place + shift, whole.mean))
-        kept = [point for point in way if point[0] < 2 - 0.5], [point for point in way if point[0] > 0.5]
-        for part, width in zip(kept, (1.6, 1.6), strict=True):
-            axis.plot([x for x, _ in part], [y for _, y in part], color=looks[views]["color"], linewidth=width,
-                      linestyle=looks[views]["linestyle"], alpha=0.8)  # fmt: skip
+        for place in way:
+            if place + 1 in way:  # nothing is drawn across a hole
+                axis.plot([place + shift, place + 1 + shift], [way[place], way[place + 1]], alpha=0.8, **looks[views])
 
 
 def effects_panel(axis: Axes, runs: records.Runs, found: Mapping[Cell, str]) -> None:
-    """Main effects and interactions with intervals; simple effects as small marks; online weights hollow."""
+    """Effects with intervals, the simple ones smaller under their main effect; online weights hollow."""
+    rows = factors()
     axis.axvline(0, color=figures.GREY, linewidth=1)
-    axis.set(yticks=range(len(EFFECTS)), yticklabels=list(EFFECTS), ylim=(len(EFFECTS) - 0.4, -0.6), axisbelow=True)
+    axis.set(yticks=range(len(rows)), ylim=(len(rows) - 0.4, -0.6), axisbelow=True, xlabel="points")
     axis.tick_params(axis="y", length=0)
     axis.grid(axis="x", color="#E5E5E5", linewidth=0.8)
-    axis.set_title("effects on it (points)")
-    axis.set_xlabel("difference")
-    colour = figures.REFERENCE
-    for place, (name, weights) in enumerate(EFFECTS.items()):
-        if whole := effect(runs, found, weights, PRIMARY):
-            interval_line(axis, place - 0.1, whole, True, color=colour, marker="o", ms=6)
-        if online := effect(runs, found, weights, ONLINE):
-            interval_line(axis, place + 0.12, online, True, color=colour, marker="o", ms=5, mfc="white", mew=1.2)
-        for mark, single in zip("<>", SINGLE.get(name, []), strict=False):
-            if one := effect(runs, found, single, PRIMARY):
-                axis.plot(one.mean, place + 0.33, mark, color=figures.GREY, ms=5, mec="none")
+    axis.set_title("effects on fine-tuned accuracy")
+    for label, row in zip(axis.set_yticklabels([row.name for row in rows]), rows, strict=True):
+        label.set(fontsize=8.5 if row.simple else 10, color=figures.GREY if row.simple else figures.REFERENCE)
+    for place, row in enumerate(rows):
+        colour, size = (figures.GREY, 4) if row.simple else (figures.REFERENCE, 6)
+        if whole := effect(runs, found, row.weights, PRIMARY):
+            interval_line(axis, place - 0.14, whole, True, color=colour, marker="o", ms=size)
+        if online := effect(runs, found, row.weights, ONLINE):
+            interval_line(axis, place + 0.14, online, True, color=colour, marker="o", ms=size, mfc="white", mew=1.2)
 
 
 def factorial(runs: records.Runs, base: str, control: str, caption: str) -> Figure:
@@ -261,8 +278,8 @@ def factorial(runs: records.Runs, base: str, control: str, caption: str) -> Figu
     looks = figures.looks(["asymmetric views", "basic views"], "asymmetric views")
     by_views = dict(zip(VIEWS, looks.values(), strict=True))
     with matplotlib.rc_context(figures.STYLE):
-        figure = Figure(figsize=(12.4, 4.4), layout="constrained")
-        axes = figure.subplots(1, 3, width_ratios=[1, 1, 0.95])
+        figure = Figure(figsize=(12.4, 4.8), layout="constrained")
+        axes = figure.subplots(1, 3, width_ratios=[1, 1, 0.9])
         for axis, metric in zip(axes, (PRIMARY, "position_r2"), strict=False):
             interaction_panel(axis, runs, found, control, metric, by_views)
         effects_panel(axes[2], runs, found)
@@ -273,11 +290,17 @@ def factorial(runs: records.Runs, base: str, control: str, caption: str) -> Figu
         holes = f"Not there: {'; '.join(missing)}. " if missing else ""
         text = (
             "Bars: 95 % intervals over training seeds (right: Welch's, descriptive and unadjusted); faint: seeds. "
-            "Right: filled, averaged weights; hollow, online weights; small marks, the effect at asymmetric views or ema "
-            "keys (left-pointing) and at basic views or online keys (right-pointing). With ema keys the stop-gradient "
-            "changes nothing, bit for bit. "
+            "Right: filled, averaged weights; hollow, online weights; ×: the effect at basic views minus that at "
+            "asymmetric ones. With ema keys the stop-gradient changes nothing, bit for bit. "
         )
         return figures.finish(figure, shown, text + holes + caption)
+
+
+def whole_epochs(figure: Figure) -> Figure:
+    """Epochs are whole numbers."""
+    for axis in figure.axes:
+        axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    return figure
 
 
 def curve_panels(runs: records.Runs, floor: float | None) -> list[figures.Curves]:
@@ -345,7 +368,7 @@ def similarities(
         show_picture(axes[0][0], first["picture"], None, "the image")
         show_picture(axes[1][0], first["picture"], first["mask"], "masked as its\nqueries see it")
         for column, arm in enumerate(arms, 1):
-            for row, (key, label) in enumerate({"own": "of its own keys", "other": "of another image's"}.items()):
+            for row, (key, label) in enumerate({"own": "of its own keys", "other": "of another image's keys"}.items()):
                 axis = axes[row][column]
                 if arm not in found:
                     axis.text(0.5, 0.5, "no run", ha="center", va="center", transform=axis.transAxes, **figures.SMALL)
@@ -359,11 +382,13 @@ def similarities(
             axes[1][column].set_ylabel("query position" if column == 1 else "")
         bar = figure.colorbar(drawn, ax=list(axes[:, -1]), shrink=0.6, pad=0.04)
         bar.set_label("cosine")
+        seeds_shown = {seed for seed, _ in found.values()}
         told = ", ".join(f"{arm} {seed}" for arm, (seed, _) in found.items())
+        told = f"Seeds: {told}. " if len(seeds_shown) > 1 else f"Seed {seeds_shown.pop()}. "
         text = (
             "Cosine of one test image's queries with keys: above with its own, below with those of another image. A "
             "diagonal above and none below: what is there was recognised. The same diagonal below: a key says where it "
-            f"is, whatever the picture shows. Seeds: {told}. "
+            f"is, whatever the picture shows. {told}"
         )
         marked = {"masked query: only these have a loss": {"color": "black", "linewidth": 4}}
         return figures.finish(figure, marked, text + caption), notes
@@ -434,8 +459,8 @@ def main(argv: list[str] | None = None) -> None:
     summary["notes"] += unread
     drawn = {
         "factorial": factorial(everything, base, untrained, caption + gaps),
-        "curves": figures.curves(
-            curve_panels(trained, min(floors, default=None)), list(trained), reference, caption + gaps
+        "curves": whole_epochs(
+            figures.curves(curve_panels(trained, min(floors, default=None)), list(trained), reference, caption + gaps)
         ),
         "metrics": figures.dots(dot_panels(runs), design.arms, reference, remarks, "online weights", caption),
     } | ({"similarity": pictures} if pictures else {})
