@@ -12,7 +12,7 @@ by f~, a moving average of it. The query of a masked patch j is compared with th
     x^ basic view, masked (B, 3, S, S)      f   vision transformer, projector, L2 norm: (B, N, dim)
     x  strong view, full  (B, 3, S, S)      sg  stop-gradient: leak * k + (1 - leak) * k.detach(), leak 0 in the paper
 
-    python conmim/train.py                                                      # demo: glyphs, about 35 s of one core
+    python conmim/train.py                                                      # demo: glyphs, about 45 s of one core
     python conmim/train.py --keys online --no-stop-gradient --out runs/scratch2 # an ablation
     python conmim/train.py --scale gpu --out runs/cifar                         # CIFAR-10, ViT-Tiny/4, 200 epochs
     torchrun --nproc-per-node 8 conmim/train.py --scale paper --data ImageNet --out runs/imagenet
@@ -77,8 +77,8 @@ SCALES = {  #           demo           gpu             paper
     "hidden":      (256,           2048,           4096),  # of the projector
     "dim":         (64,            256,            256),
     "momentum":    (0.98,          0.996,          0.996),
-    "epochs":      (3,             200,            300),  # the paper on ViT-B: 300 and 800
-    "warm_up":     (1,             10,             10),  # epochs
+    "epochs":      (2,             200,            300),  # the paper on ViT-B: 300 and 800
+    "warm_up":     (0.4,           10,             10),  # epochs
     "batch":       (32,            512,            2048),
     "lr":          (2e-3,          1e-3,           1.5e-3),
     "workers":     (0,             4,              8),
@@ -101,7 +101,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--workers", type=command.whole(0), help="processes that decode a folder's images")
     optimisation = parser.add_argument_group("optimisation")
     optimisation.add_argument("--epochs", type=command.whole(0), help="0: initial weights; paper: 300, 800 (table 1)")
-    optimisation.add_argument("--warm-up", type=command.whole(0), help="epochs of rising rate; official recipe: 10")
+    optimisation.add_argument("--warm-up", type=command.number(0), help="epochs of rising rate; official recipe: 10")
     optimisation.add_argument("--batch", type=command.whole(2), help="global batch; official recipe: 2048")
     optimisation.add_argument("--lr", type=command.number(0), help="peak rate, not scaled by the batch")
     precisions = ("auto", "float32", "bfloat16")
@@ -416,7 +416,7 @@ def one_step(
 def train(
     run: Run, model: ConMIM, data: Data, made: Callable[[int], Iterator[Batch]], optimizer: torch.optim.Optimizer, *,
     keys: str, leak: float, temperature: float, mask_ratio: float, momentum: float, epochs: int, last: int,
-    warm_up: int, batch: int, lr: float, precision: str, patches: int, synchronised: bool, compiled: bool,
+    warm_up: float, batch: int, lr: float, precision: str, patches: int, synchronised: bool, compiled: bool,
 ) -> None:  # fmt: skip
     """The training up to epoch `last` of `epochs`; saves after each, and goes on from there when started again."""
 
@@ -424,7 +424,8 @@ def train(
         return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
 
     forward = devices.distribute(model, data.device, synchronised)
-    weights: list[list[Tensor]] = [list(branch.parameters()) for branch in (model.average, model.online)]
+    slow: list[Tensor] = [*model.average.parameters()]
+    fast: list[Tensor] = [*model.online.parameters()]
     fixed, saved = fixed_batch(data, patches, mask_ratio), run.state(data.device)
     measure = functools.partial(diagnose, model, keys, *fixed, precision)
     if saved is None:
@@ -443,9 +444,9 @@ def train(
     for epoch in tqdm(range(first, last), run.name, last, initial=first, disable=None, leave=False):
         started, totals = time.perf_counter(), torch.zeros(2, device=data.device)
         for step, views in enumerate(made(epoch), epoch * steps):
-            rate_now = learning_rate(step, warm_up * steps, epochs * steps, lr)
+            rate_now = learning_rate(step, round(warm_up * steps), epochs * steps, lr)
             momentum_now = momentum_at(step, epochs * steps, momentum)
-            one_step(forward, optimizer, *weights, views, totals, keys=keys, leak=leak, temperature=temperature,
+            one_step(forward, optimizer, slow, fast, views, totals, keys=keys, leak=leak, temperature=temperature,
                      lr=rate_now, momentum=momentum_now, precision=precision)  # fmt: skip
         loss, clipped = devices.mean_over_ranks(totals / steps).tolist()  # asks the device, once an epoch
         seconds = time.perf_counter() - started
