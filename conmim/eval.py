@@ -383,17 +383,17 @@ def training_facts(folder: Path) -> dict[str, float | None]:
     """The keys that only training knows, from train.jsonl; a run of no epochs has its line of epoch 0 alone."""
     try:
         first, *epochs = files.read_lines(folder / "train.jsonl")
-    except ValueError as error:
+        last = epochs[-1] if epochs else first
+        return {
+            **{name: last[name] for name in DIAGNOSTICS},
+            "train_loss": last.get("loss"),
+            "clipped_fraction": last.get("clipped_fraction"),
+            "examples_per_second": median(line["examples_per_second"] for line in epochs or [first]),
+            "train_seconds": sum(line["seconds"] for line in epochs or [first]),
+            "peak_memory": last["peak_memory"],
+        }
+    except (ValueError, KeyError) as error:
         stop(f"{folder / 'train.jsonl'} is damaged or empty ({error}): move {folder} away and train this run again")
-    last = epochs[-1] if epochs else first
-    return {
-        **{name: last.get(name) for name in DIAGNOSTICS},
-        "train_loss": last.get("loss"),
-        "clipped_fraction": last.get("clipped_fraction"),
-        "examples_per_second": median(line["examples_per_second"] for line in epochs or [first]),
-        "train_seconds": sum(line["seconds"] for line in epochs or [first]),
-        "peak_memory": last.get("peak_memory"),
-    }
 
 
 def official_weights(path: Path) -> dict[str, Tensor]:
