@@ -4,6 +4,7 @@ Names of parameters are those of the authors' files (a BEiT), in both layouts: p
 table serves every block, and fine-tuning, where every block has its own.
 """
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -32,9 +33,11 @@ NETWORKS = {
 }
 
 
+@torch.no_grad()
 def initialise(weight: Tensor) -> None:
-    """Normal with deviation 0.02, cut at +-0.02: one deviation, as BEiT's authors mean it."""
-    nn.init.trunc_normal_(weight, std=0.02, a=-0.02, b=0.02)
+    """Normal with deviation 0.02, cut at +-0.02 (one deviation, as BEiT's authors mean it), by its inverse."""
+    within = math.erf(1 / math.sqrt(2))
+    weight.uniform_(-within, within).erfinv_().mul_(0.02 * math.sqrt(2)).clamp_(-0.02, 0.02)
 
 
 def relative_places(grid: int) -> Tensor:
@@ -209,14 +212,15 @@ class Projector(nn.Sequential):
     """
 
     def __init__(self, width: int, hidden: int, dim: int):
+        def linear(inputs: int, outputs: int) -> nn.Linear:
+            layer = nn.Linear(inputs, outputs, bias=False)
+            initialise(layer.weight)
+            return layer
+
         parts: list[nn.Module] = []
         for inputs in (width, hidden):
-            parts += [nn.Linear(inputs, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
-        parts += [nn.Linear(hidden, dim, bias=False), nn.BatchNorm1d(dim, affine=False)]
-        super().__init__(*parts)
-        for part in self:
-            if isinstance(part, nn.Linear):
-                initialise(part.weight)
+            parts += [linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
+        super().__init__(*parts, linear(hidden, dim), nn.BatchNorm1d(dim, affine=False))
 
     def forward(self, tokens: Tensor) -> Tensor:
         return super().forward(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
