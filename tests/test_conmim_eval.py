@@ -4,12 +4,15 @@ import argparse
 import json
 import math
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import FakeGPU
+from test_ranks import ENVIRONMENT, launch
 from torch import nn
 from torch.nn.functional import normalize
 
@@ -339,6 +342,28 @@ def test_metrics_are_those_of_a_naive_measurement(arm, finished, pictures):
     assert all(found[name] == last[name] for name in evaluate.DIAGNOSTICS)
 
 
+def test_the_untrained_network_is_the_runs_own_start_and_keys_are_probed_where_they_are_made(finished, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(evaluate, "evaluate", lambda networks, *_: seen.update(networks) or {})
+    for arm in ("base", "online"):
+        saved = checkpoints.load(finished / arm / "model.pt")
+        start = train.build_model(saved["arguments"], CPU).average.vit.state_dict()
+        evaluate.evaluate_run(saved["model"], some_images(), saved["arguments"], recipe(), finished, True)
+        found = seen["_untrained"].vit.state_dict()
+        assert all(torch.equal(one, start[name]) for name, one in found.items())
+        assert not torch.equal(found["mask_token"], seen[""].vit.state_dict()["mask_token"])
+        probed = [suffix for suffix, features in seen.items() if features.projector is not None]
+        assert probed == ([""] if arm == "base" else ["_online"])
+
+
+def test_neighbours_and_temperature_are_the_specifications(monkeypatch):
+    given, settings = [], arguments()
+    monkeypatch.setattr(probes, "knn_accuracy", lambda *rest: given.append(rest[-2:]) or 0.0)
+    features = evaluate.Features(train.build_model(settings, CPU).online.vit)
+    evaluate.frozen(features, some_images(), torch.arange(60), settings, 16)
+    assert given == [(20, 0.07)]
+
+
 def test_averaged_and_online_weights_are_told_apart(finished, monkeypatch):
     seen = []
     monkeypatch.setattr(evaluate, "fine_tune", lambda state, *_: seen.append(state) or float(len(seen)))
@@ -356,7 +381,16 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_numbers(epoch, finished, 
     """Interrupted in the first fine-tuning, and in the second (three epochs each)."""
     shutil.copytree(finished / "base", tmp_path / "run")
     monkeypatch.setattr(evaluate, "SAVED_EVERY", -1.0)
-    made, began = evaluate.labelled_batches, []
+    made, began, ended, accuracy = evaluate.labelled_batches, [], [], evaluate.accuracy
+
+    def watched(model, *rest):
+        ended.append(model.blocks[1].mlp.fc1.weight.detach().clone())
+        return accuracy(model, *rest)
+
+    monkeypatch.setattr(evaluate, "accuracy", watched)
+    shutil.copytree(finished / "base", tmp_path / "straight")
+    evaluate.main([str(tmp_path / "straight")])
+    assert metrics_of(tmp_path / "straight")["finetune_accuracy"] == metrics_of(finished / "base")["finetune_accuracy"]
 
     def interrupted(*given):
         began.append(given[-1])
@@ -369,6 +403,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_numbers(epoch, finished, 
         evaluate.main([str(tmp_path / "run")])
     assert (tmp_path / "run/eval_state.pt").exists()
     evaluate.main([str(tmp_path / "run")])
+    assert len(ended) == 4 and all(torch.equal(one, other) for one, other in zip(ended[:2], ended[2:], strict=True))
     assert began == [*([0, 1, 2] * 2)[:epoch], *([0, 1, 2] * 2)[epoch - 1 :]]
     found, expected = metrics_of(tmp_path / "run"), metrics_of(finished / "base")
     timing = ("seconds", "peak_memory")
@@ -411,6 +446,25 @@ def test_a_folder_without_a_run_ends_in_one_sentence(tmp_path, capsys):
     assert end.value.code == 2 and "conmim/train.py" in capsys.readouterr().err
 
 
+WEIGHTS = """
+import sys
+import torch
+from common import checkpoints, devices
+from conmim import eval as evaluate, net
+net.NETWORKS["vit_demo"] = net.Shape(*{shape})
+evaluate.RECIPES |= {{name: (value, value, value) for name, value in {little}.items()}}
+evaluate.RECIPES["crop"] = ((1.0, 1.0),) * 3
+accuracy = evaluate.accuracy
+def watched(model, *rest):
+    from pathlib import Path
+    checkpoints.save(Path(sys.argv[1]) / f"{{devices.ranks()[0]}}.pt", model.state_dict())
+    return accuracy(model, *rest)
+evaluate.accuracy = watched
+torch.set_num_threads(1)
+evaluate.main(sys.argv[1:])
+"""
+
+
 # ---------------------------------------------------------------------------------------------- larger scales
 
 
@@ -433,6 +487,23 @@ def test_the_recipes_of_larger_scales_run(scale, pictures, tmp_path, monkeypatch
         with pytest.raises(SystemExit) as end:
             evaluate.main([str(tmp_path / "run"), "--held-out"])
         assert end.value.code == 2 and "--held-out is for data that live on the device" in capsys.readouterr().err
+
+
+def test_two_ranks_fine_tune_as_one(pictures, tmp_path):
+    """The demo's own network; with batches of two ranks' halves the classifier's gradients are the whole batch's."""
+    out = tmp_path / "run"
+    train.main(tiny(out, pictures))
+    script = tmp_path / "alone.py"
+    script.write_text(WEIGHTS.format(shape=tuple(SHAPE), little=LITTLE))
+    done = launch(script, str(out))
+    assert done.returncode == 0, done.stderr
+    two, found = checkpoints.load(out / "0.pt"), metrics_of(out)
+    assert all(torch.equal(one, two[name]) for name, one in checkpoints.load(out / "1.pt").items())
+    subprocess.run([sys.executable, str(script), str(out)], env=ENVIRONMENT, check=True, capture_output=True)
+    for name, one in checkpoints.load(out / "0.pt").items():
+        torch.testing.assert_close(two[name], one, rtol=1e-3, atol=1e-5)
+    alone = metrics_of(out)
+    assert all(found[name] == pytest.approx(alone[name], abs=1e-3) for name in evaluate.ACCURACIES)
 
 
 @pytest.mark.parametrize("fine_tuned", [False, True])
@@ -485,7 +556,6 @@ def test_official_files_that_cannot_be_read_are_named(content, words, tmp_path, 
 
 @pytest.mark.parametrize("scale", [0, 2])
 def test_evaluation_stays_on_a_fake_gpu(scale, fake_gpu: FakeGPU, tmp_path, monkeypatch):
-    monkeypatch.setattr(net, "initialise", nn.init.zeros_)  # cutting a normal asks for values until they fit
     monkeypatch.setattr(evaluate, "identity_of", lambda *_: "")
     monkeypatch.setattr(checkpoints, "save", lambda *_: None)
     monkeypatch.setattr(evaluate, "labelled", lambda labels, *_: torch.arange(len(labels)))
