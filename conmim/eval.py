@@ -1,0 +1,476 @@
+"""What a ConMIM run has learnt: fine-tuned, linear and kNN accuracy of both its networks, written to metrics.json.
+
+    python conmim/eval.py runs/scratch                                # a finished run of train.py
+    python conmim/eval.py runs/official --weights checkpoint_copy-799.pth --data ImageNet     # an official file
+
+`finetune_accuracy`, `linear_accuracy` and `knn_accuracy` are those of the averaged weights, in every arm; the same
+names with `_online` those of the weights that the optimiser moved. An arm whose keys are not the average's has an
+average all the same, so that no difference between arms is one of weight averaging. Features are the mean of the patch
+tokens after the final norm: the class token has no loss. Fine-tuning is the authors' (class `Classifier`, rates that
+fall from the head to the patch embedding), its settings stand in RECIPES; which images are labelled follows from
+the data seed, its order and augmentation from the run's. The position diagnostics are the last epoch's of train.jsonl;
+`key_linear_accuracy` is a linear probe on the mean of an image's unit keys, which a pure position code cannot pass.
+
+The picture of one image's similarities goes to similarity.npz: `own` (N, N), its queries by its keys; `other` (N, N),
+its queries by another image's keys; `mask` (N,) and the `picture` (3, S, S).
+"""
+
+import argparse
+import io
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from common import augment, checkpoints, command, devices, draws, files, folders, probes
+from common.exits import stop
+from common.hold import held
+from common.run import finished
+from conmim import net, train
+from conmim.net import NETWORKS, Classifier, ViT
+from conmim.train import ConMIM, Data, build_model, load_data
+
+RECIPES = {  #            demo         gpu          paper
+    "labels":        (360,         None,        None),  # that fine-tuning has, as many of each class; None: all
+    "bank":          (2000,        None,        None),  # labelled images behind linear probe and kNN
+    "epochs":        (10,          100,         100),
+    "warm_up":       (1,           5,           20),  # epochs
+    "batch":         (36,          256,         1024),
+    "lr":            (3e-3,        1e-3,        4e-3),  # of the head, at its peak
+    "last_lr":       (1e-6,        1e-6,        1e-6),
+    "layer_decay":   (0.75,        0.75,        0.65),
+    "weight_decay":  (0.05,        0.05,        0.05),
+    "drop_path":     (0.0,         0.1,         0.1),
+    "smoothing":     (0.1,         0.1,         0.1),
+    "crop":          ((0.6, 1.0),  (0.5, 1.0),  (0.08, 1.0)),
+    "rand_augment":  (0,           9,           9),  # its magnitude, two operations; 0: without
+    "mixup":         (0.0,         0.8,         0.8),  # one of the two in each batch; 0: without
+    "cutmix":        (0.0,         1.0,         1.0),
+    "erase":         (0.0,         0.0,         0.25),  # probability
+}  # fmt: skip
+ALIKE = 8  # images of a batch on the device that share their operations of RandAugment
+SAVED_EVERY = 30.0  # seconds of fine-tuning that an interruption may cost, at most an epoch more
+NEIGHBOURS, TAU = 20, 0.07
+UNTRAINED = "_untrained"
+ACCURACIES = ("finetune_accuracy", "linear_accuracy", "knn_accuracy")
+DIAGNOSTICS = ("own_top1", "cross_top1", "position_r2", "key_effective_rank")
+CLAIMS = (  # of a diverged run they are null
+    *(f"{name}{which}" for which in ("", "_online") for name in ACCURACIES),
+    *("untrained_linear_accuracy", "key_linear_accuracy", *DIAGNOSTICS, "train_loss", "clipped_fraction"),
+)
+Recipe = dict[str, Any]
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = command.Parser(__doc__)
+    parser.add_argument("folder", type=Path, help="folder of a finished run; with --weights: where metrics.json goes")
+    parser.add_argument("--weights", type=Path, help="an official file, pre-trained or fine-tuned, instead of a run")
+    parser.add_argument("--network", choices=tuple(NETWORKS), default="vit_base_16", help="of --weights")
+    parser.add_argument("--data", type=Path, help="where the data lie; default: as in training")
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:1; default: as in training")
+    parser.add_argument("--threads", type=command.whole(1), help="default: as in training")
+    parser.add_argument(
+        "--held-out", action="store_true", help="measure on the training set's held-out tenth: for tuning"
+    )
+    return parser.parse_args(argv)
+
+
+# ------------------------------------------------------------------------------------------------- labels
+
+
+def labelled(labels: Tensor, count: int | None, classes: int) -> Tensor:
+    """Row numbers, rising, of `count` images with equally many of each class (one more of some), by the data seed.
+
+    labels (N,) int64 on the CPU; None, or more than there are, takes all.
+    """
+    if count is None or count >= len(labels):
+        return torch.arange(len(labels))
+    order = draws.permutation(draws.DATA_SEED, "labelled", 0, len(labels), "cpu")
+    shuffled = labels[order]
+    place = F.one_hot(shuffled, classes).cumsum(0).gather(1, shuffled[:, None])[:, 0]  # among its class's
+    return order[place.argsort(stable=True)[:count]].sort().values
+
+
+def tenth_as_test(data: Any) -> Any:
+    """The same with nine tenths of the training images, and the held-out tenth in place of the test images."""
+    rest, tenth = draws.held_out(data.examples, data.device)
+    train_, labels = data.train, data.train_labels
+    return data._replace(train=train_[rest], train_labels=labels[rest], test=train_[tenth], test_labels=labels[tenth])
+
+
+# ------------------------------------------------------------------------------------------------- fine-tuning
+
+
+def layer_scales(depth: int, decay: float) -> list[float]:
+    """What the rate is multiplied with in each of the depth + 2 groups: patch embedding, blocks, head."""
+    return [decay ** (depth + 1 - group) for group in range(depth + 2)]
+
+
+def group_of(name: str, depth: int) -> int:
+    """Group of a Classifier's parameter: 0 embedding and class token, b + 1 block b, depth + 1 norm and head."""
+    if name.startswith(("cls_token", "pos_embed", "patch_embed.")):
+        return 0
+    return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth + 1
+
+
+def build_optimizer(model: Classifier, decay: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW with a `scale` in every group; no weight decay of vectors, class token and absolute positions."""
+    scales = layer_scales(len(model.blocks), decay)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, weight in model.named_parameters():
+        scale = scales[group_of(name, len(model.blocks))]
+        exempt = weight.ndim == 1 or name in ("cls_token", "pos_embed")
+        groups.setdefault((scale, 0.0 if exempt else weight_decay), []).append(weight)
+    return torch.optim.AdamW(
+        [{"params": found, "scale": scale, "weight_decay": own} for (scale, own), found in groups.items()], fused=True
+    )
+
+
+def erased(x: Tensor, numbers: draws.Draws, probability: float) -> Tensor:
+    """A box, a fiftieth to a third of an image (B, 3, S, S), becomes noise of unit variance, with `probability`."""
+    boxes = augment.random_boxes(numbers, *x.shape[2:], scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3))
+    top, left, height, width = boxes[:, :, None].unbind(1)
+    rows, columns = (torch.arange(side, device=x.device) for side in x.shape[2:])
+    down = (rows >= top) & (rows < top + height) & (numbers.uniform(shape=(1,)) < probability)
+    inside = down[:, None, :, None] & ((columns >= left) & (columns < left + width))[:, None, None, :]
+    return torch.where(inside, numbers.uniform(-(3**0.5), 3**0.5, shape=tuple(x.shape[1:])), x)
+
+
+def labelled_batches(
+    data: Data, labels: Tensor, rows: Tensor, recipe: Recipe, flip: float, size: int, batch: int, mine: slice,
+    seed: int, epoch: int,
+) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+    """One epoch of augmented, normalised images (b, 3, S, S) and labels (b,), cut to this rank's rows `mine`.
+
+    `rows` (n,) on the CPU are the labelled images of the training set; the last incomplete batch is dropped.
+    """
+    steps = len(rows) // batch
+    order = rows[draws.permutation(seed, "fine-tuning order", epoch, len(rows), "cpu")][: steps * batch]
+    order = order.view(steps, batch)[:, mine]
+    varied = [v2.RandAugment(2, recipe["rand_augment"])] if recipe["rand_augment"] else []
+    streamed = None
+    if isinstance(data, folders.Streamed):
+        crop = v2.RandomResizedCrop(size, recipe["crop"], interpolation=v2.InterpolationMode.BICUBIC)
+        transform = v2.Compose([crop, v2.RandomHorizontalFlip(flip), *varied, v2.PILToTensor()])
+        streamed = data.views(transform, 1, order.tolist(), seed, epoch)
+    on_device = order.to(data.device)
+    for step, picked in enumerate(on_device, epoch * steps):
+        numbers = draws.Draws(seed, "fine-tuning view", step, batch, mine, data.device)
+        draws.reseed(seed, "fine-tuning", step, devices.ranks()[0])  # RandAugment, mixing, stochastic depth
+        if streamed:
+            x = next(streamed)[0]
+        else:
+            x = augment.random_resized_crop(data.train[picked], numbers, recipe["crop"], size=size, flip=flip)
+            x = torch.cat([varied[0](few) for few in x.split(ALIKE)]) if varied else x
+        x = data.normalise(x)
+        yield erased(x, numbers, recipe["erase"]) if recipe["erase"] else x, labels[picked]
+
+
+def fine_tune(
+    state: dict[str, Tensor], data: Data, labels: Tensor, rows: Tensor, recipe: Recipe, arguments: dict[str, Any],
+    begun: dict[str, Any], save: Callable[[dict[str, Any]], None],
+) -> float:  # fmt: skip
+    """Test accuracy in percent, after the last epoch, of a Classifier that starts from a ViT's `state`.
+
+    `begun` is what `save` was given before an interruption, or empty.
+    """
+    seed, size, precision, device = arguments["seed"], arguments["size"], arguments["precision"], data.device
+    shape = NETWORKS[arguments["network"]]
+    with draws.forked(seed, "classifier"):
+        model = Classifier(size, *shape, arguments["layer_scale"], arguments["positions"], data.classes,
+                           recipe["drop_path"])  # fmt: skip
+    checkpoints.fit(model, model.state_dict() | net.to_classifier(state), "the pre-trained network")
+    model.to(device)
+    optimizer = build_optimizer(model, recipe["layer_decay"], recipe["weight_decay"])
+    if begun:
+        checkpoints.fit(model, begun["classifier"], "eval_state.pt")
+        optimizer.load_state_dict(begun["optimizer"])
+    forward = devices.distribute(model, device)
+    rank, world = devices.ranks()
+    batch = min(recipe["batch"], len(rows)) // world * world
+    mine, steps = slice(rank * batch // world, (rank + 1) * batch // world), len(rows) // batch
+    mixed = [kind(alpha=recipe[name], num_classes=data.classes) for name, kind in
+             (("mixup", v2.MixUp), ("cutmix", v2.CutMix)) if recipe[name]]  # fmt: skip
+    mix = v2.RandomChoice(mixed) if mixed else None
+    flip, last_saved = train.augmentation(arguments["data_set"])["flip"], time.perf_counter()
+    model.train()
+    for epoch in range(begun.get("epoch", 0), recipe["epochs"]):
+        made = labelled_batches(data, labels, rows, recipe, flip, size, batch, mine, seed, epoch)
+        for step, (x, y) in enumerate(made, epoch * steps):
+            rate = train.learning_rate(
+                step, recipe["warm_up"] * steps, recipe["epochs"] * steps, recipe["lr"], recipe["last_lr"]
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["scale"]
+            x, y = mix(x, y) if mix else (x, y)
+            with devices.autocast(precision, device):
+                logits = forward(x)
+            loss = F.cross_entropy(logits.float(), y, label_smoothing=recipe["smoothing"])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+        if time.perf_counter() - last_saved > SAVED_EVERY:
+            save({"epoch": epoch + 1, "classifier": model.state_dict(), "optimizer": optimizer.state_dict()})
+            last_saved = time.perf_counter()
+    return accuracy(model, data, precision)
+
+
+def accuracy(model: Classifier, data: Data, precision: str) -> float:
+    """Test accuracy in percent."""
+    logits, truth = probes.represent([model], data, "test", precision)
+    return 100.0 * (logits.argmax(1) == truth).float().mean().item()
+
+
+# ------------------------------------------------------------------------------------------------- frozen features
+
+
+class Features(nn.Module):
+    """Mean of the patches' tokens (B, width) and, with a projector, of their unit projections: (B, width + dim)."""
+
+    def __init__(self, vit: ViT, projector: nn.Module | None = None):
+        super().__init__()
+        self.vit, self.projector = vit, projector
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.vit(x)
+        found = tokens[:, 1:].float().mean(1)
+        if self.projector is None:
+            return found
+        return torch.cat([found, F.normalize(self.projector(tokens)[:, 1:].float(), dim=2).mean(1)], 1)
+
+
+def frozen(
+    features: Features, data: Data, rows: Tensor, settings: dict[str, Any], width: int
+) -> dict[str, float]:  # fmt: skip
+    """kNN and linear accuracy in percent from the labelled training images `rows`, a linear one of the keys if any."""
+    if isinstance(data, folders.Streamed):
+        known, labels = probes.represent([features], data, "train", settings["precision"])
+    else:
+        picked = rows.to(data.device)
+        few = data._replace(train=data.train[picked], train_labels=data.train_labels[picked])
+        known, labels = probes.represent([features], few, "train", settings["precision"])
+    asked, truth = probes.represent([features], data, "test", settings["precision"])
+    parts = draws.held_out(len(known), data.device)
+
+    def linear(part: slice) -> float:
+        return probes.linear_accuracy(
+            known[:, part], labels, asked[:, part], truth, data.classes, parts, settings["seed"]
+        )
+
+    tokens = slice(width)
+    found = {
+        "linear_accuracy": linear(tokens),
+        "knn_accuracy": probes.knn_accuracy(
+            known[:, tokens], labels, asked[:, tokens], truth, data.classes, NEIGHBOURS, TAU
+        ),
+    }
+    return found | ({} if features.projector is None else {"key_linear_accuracy": linear(slice(width, None))})
+
+
+# ------------------------------------------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def similarity(model: ConMIM, data: Data, arguments: dict[str, Any]) -> dict[str, np.ndarray]:
+    """What similarity.npz holds; `own` and `other` are cosines between -1 and 1, float32."""
+    patches = (arguments["size"] // NETWORKS[arguments["network"]].patch) ** 2
+    x, mask = train.fixed_batch(data, patches, arguments["mask_ratio"])
+    with train.unmoved_statistics(model), devices.autocast(arguments["precision"], x.device):
+        q, k = model(x, x, mask, arguments["keys"], 0.0)
+    other = min(1, len(x) - 1)
+    own, cross = train.similarities(q[[0, 0]], k[[0, other]])
+    picture = (x[0] * data.deviation + data.mean).clamp(0, 1)
+    found = {"own": own, "other": cross, "mask": mask[0], "picture": (255 * picture).round().byte()}
+    return {name: value.cpu().numpy() for name, value in found.items()}
+
+
+def write_similarity(path: Path, found: dict[str, np.ndarray]) -> None:
+    """A .npz file of plain arrays, written atomically."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **found)  # type: ignore[arg-type]
+    files.write_bytes(path, buffer.getvalue())
+
+
+def read_state(path: Path, identity: str, device: torch.device) -> dict[str, Any]:
+    """eval_state.pt of an evaluation of the same weights with the same recipe, or nothing. Stops on damage."""
+    try:
+        state = checkpoints.load(path, device)
+    except FileNotFoundError:
+        return {}
+    except files.Damaged as error:
+        stop(f"{error}: remove it to begin the evaluation again")
+    return state if state.get("identity") == identity else {}
+
+
+def identity_of(networks: dict[str, Features], settings: Any) -> str:
+    """sha256 of the networks' tensors, and what they are evaluated with."""
+    tensors = (one.detach().float().cpu() for part in networks.values() for one in part.state_dict().values())
+    return f"{checkpoints.sha256(*tensors)} {settings}"
+
+
+def evaluate(
+    networks: dict[str, Features], data: Data, arguments: dict[str, Any], recipe: Recipe, folder: Path, held_out: bool
+) -> dict[str, float]:
+    """Accuracies in percent of the networks, by the suffix of their metrics; of `untrained` the linear one alone.
+
+    Goes on from eval_state.pt. With `held_out` measured on the training set's tenth.
+    """
+    if held_out:
+        data = tenth_as_test(data)
+    labels = torch.tensor(data.train.targets) if isinstance(data, folders.Streamed) else data.train_labels.cpu()
+    rows, bank = (labelled(labels, recipe[key], data.classes) for key in ("labels", "bank"))
+    on_device, width = labels.to(data.device), NETWORKS[arguments["network"]].width
+    path, rank = folder / "eval_state.pt", devices.ranks()[0]
+    identity = identity_of(networks, [*recipe.items(), held_out])
+    begun = read_state(path, identity, data.device)
+    found: dict[str, float] = dict(begun.get("done", {}))
+
+    def save(name: str, state: dict[str, Any]) -> None:
+        if rank == 0:
+            checkpoints.save(path, {"identity": identity, "done": found, "name": name, **state})
+
+    for suffix, features in networks.items():
+        if suffix == UNTRAINED:
+            continue
+        name = f"finetune_accuracy{suffix}"
+        if name not in found:
+            mine = begun if begun.get("name") == name and "epoch" in begun else {}
+            found[name] = fine_tune(
+                features.vit.state_dict(), data, on_device, rows, recipe, arguments, mine,
+                lambda state, name=name: save(name, state),
+            )  # fmt: skip
+            save("", {})
+    for suffix, features in networks.items():
+        one = frozen(features, data, bank, arguments, width)
+        if suffix == UNTRAINED:
+            found["untrained_linear_accuracy"] = one["linear_accuracy"]
+            continue
+        found |= {f"{name}{'' if name.startswith('key') else suffix}": value for name, value in one.items()}
+    return found
+
+
+def evaluate_run(
+    weights: dict[str, Tensor], data: Data, arguments: dict[str, Any], recipe: Recipe, folder: Path, held_out: bool
+) -> dict[str, float]:
+    """The claims of a run whose networks have these weights; writes similarity.npz beside them.
+
+    A run of no epochs has one network, the untrained one, under all its names.
+    """
+    model = build_model(arguments, data.device)
+    checkpoints.fit(model, weights, folder / "model.pt")
+    averaged = arguments["keys"] == "ema" or not arguments["epochs"]
+    networks = {"": Features(model.average.vit, model.average.projector if averaged else None)}
+    if arguments["epochs"]:
+        networks["_online"] = Features(model.online.vit, None if averaged else model.online.projector)
+        networks[UNTRAINED] = Features(build_model(arguments, data.device).average.vit)
+    found = evaluate(networks, data, arguments, recipe, folder, held_out)
+    if not arguments["epochs"]:
+        found |= {f"{name}_online": found[name] for name in ACCURACIES}
+        found["untrained_linear_accuracy"] = found["linear_accuracy"]
+    if not held_out and devices.ranks()[0] == 0:
+        write_similarity(folder / "similarity.npz", similarity(model, data, arguments))
+    return found
+
+
+def training_facts(folder: Path) -> dict[str, float | None]:
+    """The keys that only training knows, from train.jsonl; a run of no epochs has its line of epoch 0 alone."""
+    try:
+        first, *epochs = files.read_lines(folder / "train.jsonl")
+        last = epochs[-1] if epochs else first
+        return {
+            **{name: last[name] for name in DIAGNOSTICS},
+            "train_loss": last.get("loss"),
+            "clipped_fraction": last.get("clipped_fraction"),
+            "examples_per_second": median(line["examples_per_second"] for line in epochs or [first]),
+            "train_seconds": sum(line["seconds"] for line in epochs or [first]),
+            "peak_memory": last["peak_memory"],
+        }
+    except (ValueError, KeyError) as error:
+        stop(f"{folder / 'train.jsonl'} is damaged or empty ({error}): move {folder} away and train this run again")
+
+
+def official_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of an official file, pre-trained or fine-tuned (`model`, else `module`, else the file itself)."""
+    torch.serialization.add_safe_globals([argparse.Namespace])  # the authors keep their flags in the file
+    try:
+        state = checkpoints.load(path)
+    except FileNotFoundError:
+        stop(f"--weights {path}: no such file")
+    except files.Damaged as error:
+        stop(f"--weights: {error}")
+    state = state.get("model", state.get("module", state))
+    if "patch_embed.proj.weight" not in state:
+        stop(f"--weights {path}: no patch_embed.proj.weight in it; the first name is {next(iter(state), None)}")
+    return state
+
+
+def official(path: Path, network: str, data: Data, recipe: Recipe, folder: Path, held_out: bool) -> dict[str, Any]:
+    """What an official file's network is worth: fine-tuned ones are only tested, pre-trained ones evaluated as a run's.
+
+    The kind of position and LayerScale follow from the names and values in the file.
+    """
+    state = official_weights(path)
+    positions = ("absolute" if not any("relative_position_bias_table" in name for name in state) else
+                 "both" if "pos_embed" in state else "relative")  # fmt: skip
+    arguments = vars(train.parse_args(["--scale", "paper", "--network", network, "--positions", positions]))
+    shape = NETWORKS[network]
+    if "head.weight" in state and "mask_token" not in state:
+        kept = {name: one for name, one in state.items() if not name.endswith("relative_position_index")}
+        model = Classifier(arguments["size"], *shape, 0.1, positions, data.classes).to(data.device)
+        checkpoints.fit(model, kept, path)
+        return {"finetune_accuracy": accuracy(model, data, arguments["precision"])}
+    vit = ViT(arguments["size"], *shape, 0.1, positions).to(data.device)
+    named = {name[4:]: one for name, one in net.from_official(state).items() if name.startswith("vit.")}
+    checkpoints.fit(vit, named, path)
+    return evaluate({"": Features(vit)}, data, arguments, recipe, folder, held_out)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    if args.weights:
+        arguments, saved, facts = vars(train.parse_args(["--scale", "paper"])), None, {}
+    else:
+        arguments, facts, saved = finished(args.folder, "conmim/train.py")
+        facts = {**training_facts(args.folder), **facts}
+    torch.set_num_threads(args.threads or arguments["threads"])
+    device = devices.choose(args.device or arguments["device"], arguments["scale"])
+    rank, _ = devices.start_ranks(device)
+    started, folder = time.perf_counter(), args.data or Path(arguments["data"])
+    recipe = {name: row[command.SCALES.index(arguments["scale"])] for name, row in RECIPES.items()}
+    now = f"batches of 500 images, {recipe['batch']} in fine-tuning"
+    with held(args.folder, rank), devices.memory_for(device, now, "A --device with more memory gives the same metrics"):
+        data = load_data(arguments["data_set"], folder, arguments["size"], arguments["workers"], device)
+        if data.digest != facts.get("data", data.digest):
+            stop(f"--data {folder} is not what {args.folder} was trained on (digest {data.digest[:12]}): give that")
+        if args.held_out and isinstance(data, folders.Streamed):
+            stop("--held-out is for data that live on the device: up to 64 pixels")
+        if arguments["rehearse"]:
+            data, recipe = data.few(arguments["rehearse"] * arguments["batch"]), recipe | {"epochs": 1, "warm_up": 0}
+        metrics: dict[str, Any] = {**facts, "diverged": bool(saved and saved["diverged"])}
+        if args.weights:
+            metrics |= official(args.weights, args.network, data, recipe, args.folder, args.held_out)
+            metrics["weights"] = args.weights.name
+        elif metrics["diverged"]:
+            metrics |= dict.fromkeys(CLAIMS)
+        else:
+            metrics |= evaluate_run(saved["model"], data, arguments, recipe, args.folder, args.held_out)
+        if saved:
+            patches = (arguments["size"] // NETWORKS[arguments["network"]].patch) ** 2
+            metrics["loss_floor"] = train.loss_floor(patches, arguments["temperature"])
+        metrics["seconds"] = facts.get("train_seconds", 0.0) + time.perf_counter() - started
+        if rank == 0:
+            files.write_json(args.folder / ("held_out.json" if args.held_out else "metrics.json"), metrics)
+            (args.folder / "eval_state.pt").unlink(missing_ok=True)
+            shown = (f"{name} {metrics[name]:.4g}" for name in CLAIMS if metrics.get(name) is not None)
+            print(f"{args.folder}: {'  '.join(shown)}")
+
+
+if __name__ == "__main__":
+    main()
