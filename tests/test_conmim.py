@@ -908,10 +908,11 @@ def test_every_cell_of_a_scale_takes_two_real_steps(scale, network, pictures, mo
         assert all(not torch.equal(a, b) for a, b in zip(slow, start, strict=True) if b.abs().max() > 0)
 
 
-def test_the_papers_scale_trains_by_main(pictures, tmp_path):
+def test_the_papers_scale_trains_on_two_ranks_with_workers(pictures, tmp_path):
     flags = ["--scale", "paper", "--network", "vit_small_16", "--hidden", "64", "--size", "96", "--data", str(pictures)]
-    flags += ["--batch", "4", "--rehearse", "1", "--device", "cpu", "--workers", "0"]
-    train.main([*flags, "--out", str(tmp_path / "run")])
+    flags += ["--batch", "4", "--rehearse", "1", "--device", "cpu", "--workers", "1", "--out", str(tmp_path / "run")]
+    done = launch(ROOT / "conmim/train.py", *flags)
+    assert done.returncode == 0, done.stderr
     saved = checkpoints.load(tmp_path / "run/model.pt")
     assert saved["epoch"] == 2 and saved["model"]["online.vit.norm.weight"].shape == (384,)
 
