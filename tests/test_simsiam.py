@@ -186,7 +186,8 @@ def test_the_collapse_rule_wants_both_meters_in_every_seed():
 def test_no_two_arms_resolve_to_equal_arguments(scale):
     arms = design("simsiam", scale)[0]
     resolved = {json.dumps(vars(train.parse_args(["--scale", scale, *flags])), default=str) for flags in arms.values()}
-    assert len(resolved) == len(arms) == (8 if scale == "paper" else 9)  # narrow would be base there
+    assert len(resolved) == len(arms)
+    assert ("narrow" in arms) == (scale != "paper")  # it would be base there
 
 
 def test_every_flag_is_read():
