@@ -5,7 +5,7 @@ plain / step    a plain reference over our step: Pillow augmentation in two Data
                 tensors, `.item()` at every step; the same network, loss and optimiser
 views / step    share of our step that picking, augmenting and normalising the views takes
 
-CoCoRD: bench_cocord.py says what is counted and timed.
+CoCoRD and ConMIM: bench_cocord.py and bench_conmim.py say what is counted and timed.
 
 BSA, at N = 4096, K = 64, batch 256 and 384 channels:
 
@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import bench_cocord
+import bench_conmim
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -338,6 +339,7 @@ def main(argv: list[str] | None = None) -> None:
     measure_seqvcr(device, args.rounds)
     measure_bsa(device, args.rounds)
     bench_cocord.main(device, args.rounds)
+    bench_conmim.main(device, args.rounds)
     for name in SETTINGS:
         measure(name, device, args.rounds)
 

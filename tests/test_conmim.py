@@ -387,6 +387,20 @@ def test_the_table_is_added_to_the_logits_of_every_block():
     assert not torch.allclose(before, vit(x))
 
 
+def test_a_block_is_pre_norm_with_exact_gelu_and_scaled_branches():
+    block, x = net.Block(8, 2, 0.25).double(), torch.randn(2, 5, 8, dtype=torch.float64)
+    nn.init.normal_(block.mlp.fc1.weight)
+
+    def normed(tokens):
+        return (tokens - tokens.mean(2, keepdim=True)) / (tokens.var(2, unbiased=False, keepdim=True) + 1e-6).sqrt()
+
+    middle = x + 0.25 * block.attn(normed(x), None)
+    inner = normed(middle) @ block.mlp.fc1.weight.T + block.mlp.fc1.bias
+    active = inner * (1 + torch.special.erf(inner / math.sqrt(2))) / 2
+    expected = middle + 0.25 * (active @ block.mlp.fc2.weight.T + block.mlp.fc2.bias)
+    torch.testing.assert_close(block(x, None), expected, rtol=1e-9, atol=1e-12)
+
+
 def test_masked_patches_are_replaced_by_one_token_before_any_position():
     vit, x = net.ViT(16, 4, 8, 2, 2, 0.5, "relative"), torch.randn(2, 3, 16, 16)
     mask = torch.zeros(2, 16, dtype=torch.bool)
@@ -511,6 +525,21 @@ def test_arms_see_equal_queries_and_masks_and_basic_keys_are_the_queries():
     again, other = made(data=data), made(data=data, epoch=2)
     assert all(torch.equal(a, b) for one, two in zip(base, again, strict=True) for a, b in zip(one, two, strict=True))
     assert not torch.equal(other[0][0], base[0][0]) and not torch.equal(other[0][2], base[0][2])
+
+
+def test_every_kind_of_draw_has_a_purpose_and_every_step_its_own(monkeypatch):
+    asked, real = [], draws.Draws
+
+    def recorded(seed, purpose, **rest):
+        asked.append((purpose, rest["step"]))
+        return real(seed, purpose, **rest)
+
+    monkeypatch.setattr(draws, "Draws", recorded)
+    made(epoch=2)
+    assert sorted(asked) == sorted(itertools.product(("geometry", "colours", "mask"), range(10, 15)))
+    asked.clear()
+    made("symmetric", epoch=2)
+    assert sorted(asked) == sorted(itertools.product(("geometry", "mask"), range(10, 15)))
 
 
 def test_ranks_share_the_batches():
@@ -850,7 +879,10 @@ LARGER = [("gpu", "vit_tiny_4"), ("gpu", "vit_small_8"), ("paper", "vit_small_16
 
 @pytest.mark.parametrize(("scale", "network"), LARGER)
 def test_every_cell_of_a_scale_takes_two_real_steps(scale, network, pictures, monkeypatch):
-    """True widths on four small pictures; above 64 pixels those that a worker's code crops and colours."""
+    """True widths on four small pictures; above 64 pixels those that a worker's code crops and colours.
+
+    All cells with one network of each scale, with the other the cheapest and the dearest.
+    """
     size = {"vit_tiny_4": 32, "vit_small_8": 64}.get(network, 96)
     flags = ["--scale", scale, "--network", network, "--data", str(pictures), "--size", str(size)]
     flags += [] if network == "vit_tiny_4" else ["--data-set", "folder"]
@@ -861,7 +893,7 @@ def test_every_cell_of_a_scale_takes_two_real_steps(scale, network, pictures, mo
     model, arms = train.build_model(args, CPU), design("conmim", scale)[0]
     slow, fast = (list(branch.parameters()) for branch in (model.average, model.online))
     start = [one.detach().clone() for one in fast]
-    for arm in CELLS if network != "vit_base_16" else ("base", "symmetric-no-stop-gradient"):
+    for arm in CELLS if network in ("vit_tiny_4", "vit_small_16") else ("base", "symmetric-no-stop-gradient"):
         own, totals = train.parse_args([*flags, *arms[arm]]), torch.zeros(2)
         with torch.no_grad():
             torch._foreach_copy_(fast, start)
@@ -876,10 +908,11 @@ def test_every_cell_of_a_scale_takes_two_real_steps(scale, network, pictures, mo
         assert all(not torch.equal(a, b) for a, b in zip(slow, start, strict=True) if b.abs().max() > 0)
 
 
-def test_the_papers_scale_trains_by_main(pictures, tmp_path):
+def test_the_papers_scale_trains_on_two_ranks_with_workers(pictures, tmp_path):
     flags = ["--scale", "paper", "--network", "vit_small_16", "--hidden", "64", "--size", "96", "--data", str(pictures)]
-    flags += ["--batch", "4", "--rehearse", "1", "--device", "cpu", "--workers", "0"]
-    train.main([*flags, "--out", str(tmp_path / "run")])
+    flags += ["--batch", "4", "--rehearse", "1", "--device", "cpu", "--workers", "1", "--out", str(tmp_path / "run")]
+    done = launch(ROOT / "conmim/train.py", *flags)
+    assert done.returncode == 0, done.stderr
     saved = checkpoints.load(tmp_path / "run/model.pt")
     assert saved["epoch"] == 2 and saved["model"]["online.vit.norm.weight"].shape == (384,)
 

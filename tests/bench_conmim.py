@@ -1,0 +1,202 @@
+"""ConMIM's share of `make bench`: the pre-training step at CIFAR size (ViT-Tiny/4, projector 2048) beside three others.
+
+operations      kernels that PyTorch dispatches in one step after the first ones, views left out; ours and plain
+floor / step    the step's own matrix products alone (with convolution and fused attention, whose products cannot be
+                had apart), replayed on operands of the same shapes and strides: the share of the step that they take
+outside / step  what is not the networks: views and masks, loss, clipping, AdamW, the average
+plain / step    a reference of the authors' structure: two Pillow views an image in two DataLoader workers, rows of the
+                logits picked by their mask, AdamW, clipping and average parameter by parameter, `.item()` and
+                synchronisation at every step; the same network
+"""
+
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from bench_cocord import Counted
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from common import devices, images
+from conmim import train
+
+PATCHES = 64
+
+
+class Products(TorchDispatchMode):
+    """Records the matrix products that are dispatched, to `replay` them on other numbers."""
+
+    NAMES = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[Callable[[], object]] = []
+        self.pool: dict[tuple, Tensor] = {}
+
+    def operand(self, value: object) -> object:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        key = (value.shape, value.stride(), value.dtype)
+        if key not in self.pool:
+            made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+            self.pool[key] = made.normal_()
+        return self.pool[key]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, func._schema.name.partition("::")[2]
+        result = func(*args, **kwargs)
+        if name in self.NAMES or "scaled_dot_product" in name:
+            self.calls.append(functools.partial(func, *map(self.operand, args), **kwargs))
+        return result
+
+    def replay(self) -> None:
+        for call in self.calls:
+            call()
+
+
+class Pillow(Dataset):
+    """The basic and the strong view of each picture, and a mask, as the authors' data set makes them."""
+
+    def __init__(self, pixels: Tensor, length: int):
+        self.pictures = [Image.fromarray(np.ascontiguousarray(one.permute(1, 2, 0).cpu().numpy())) for one in pixels]
+        self.views = train.WorkerViews(32, True, **train.augmentation("cifar"))
+        self.scale, self.length = v2.ToDtype(torch.float32, scale=True), length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, np.ndarray]:
+        query, key = self.scale(self.views(self.pictures[index % len(self.pictures)])) * 2 - 1
+        cells = np.zeros(PATCHES // 4, dtype=bool)
+        cells[np.random.permutation(len(cells))[: math.ceil(0.75 * len(cells))]] = True
+        side = round(len(cells) ** 0.5)
+        return query, key, cells.reshape(side, side).repeat(2, axis=0).repeat(2, axis=1).reshape(-1)
+
+
+class Plain:
+    """One step after another, as the authors' loop is structured."""
+
+    def __init__(self, args: dict, device: torch.device):
+        self.model, self.device, self.seen, self.length = train.build_model(args, device), device, 0, 1000
+        decayed, free = (group["params"] for group in train.build_optimizer(self.model, 1e-3).param_groups)
+        groups = [{"params": decayed, "weight_decay": 0.05}, {"params": free, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, 1e-3, (0.9, 0.98), foreach=False)
+        self.meters: dict[str, float] = {}
+
+    def step(self, query: Tensor, key: Tensor, mask: Tensor) -> None:
+        query, key, mask = (one.to(self.device, non_blocking=True) for one in (query, key, mask))
+        for group in self.optimizer.param_groups:
+            group["lr"] = train.learning_rate(self.seen, 100, self.length, 1e-3)
+        with devices.autocast("auto", self.device):
+            with torch.no_grad():
+                k = F.normalize(self.model.average(key, None), dim=-1)
+            q = F.normalize(self.model.online(query, mask), dim=-1)
+            scores = torch.einsum("bnc,bmc->bnm", [q, k]) / 0.1
+            places = torch.arange(PATCHES, device=self.device).repeat(len(q), 1)
+            loss = F.cross_entropy(scores[mask].float(), places[mask])
+        self.meters["loss"] = loss.item()
+        if not math.isfinite(self.meters["loss"]):
+            raise FloatingPointError
+        self.optimizer.zero_grad()
+        loss.backward()
+        online = list(self.model.online.parameters())
+        norm = nn.utils.clip_grad_norm_(online, 3.0, foreach=False)
+        self.optimizer.step()
+        momentum = train.momentum_at(self.seen, self.length, 0.996)
+        with torch.no_grad():
+            for slow, fast in zip(self.model.average.parameters(), online, strict=True):
+                slow.data = slow.data * momentum + fast.data * (1.0 - momentum)
+        synchronise(self.device)
+        self.meters |= {"accuracy": (scores[mask].argmax(-1) == places[mask]).float().mean().item()}
+        self.meters |= {"norm": norm.item(), "lr": max(group["lr"] for group in self.optimizer.param_groups)}
+        self.seen = (self.seen + 1) % self.length
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def endless(made: Callable[[int], Iterator[train.Batch]]) -> Iterator[train.Batch]:
+    epoch = 0
+    while True:
+        yield from made(epoch)
+        epoch += 1
+
+
+def main(device: torch.device, rounds: int) -> None:
+    size = 512 if device.type == "cuda" else 32
+    args = vars(train.parse_args(["--scale", "gpu"]))
+    pixels = torch.randint(0, 256, (max(2000, 4 * size), 3, 32, 32), dtype=torch.uint8, device=device)
+    labels, half = torch.zeros(len(pixels), device=device), torch.full((3, 1, 1), 0.5, device=device)
+    data, kind = images.Images(pixels, labels, pixels, labels, 10, half, half, ""), train.augmentation("cifar")
+    rest = (kind, "asymmetric", 32, PATCHES, 0.75, size, slice(0, size), 0)
+    made = endless(lambda epoch: train.batches(data, *rest, epoch))
+
+    model, totals = train.build_model(args, device), torch.zeros(2, device=device)
+    slow, fast = (list(branch.parameters()) for branch in (model.average, model.online))
+    optimizer = train.build_optimizer(model, 1e-3)
+    step = functools.partial(
+        train.one_step, model, optimizer, slow, fast, totals=totals, keys="ema", leak=0.0, temperature=0.1, lr=1e-3,
+        momentum=0.996, precision="auto",
+    )  # fmt: skip
+    plain, loader = Plain(args, device), iter(DataLoader(Pillow(pixels[:2000], 10_000 * size), size, num_workers=2))
+    q, k = torch.randn(2, size, PATCHES, 256, device=device)
+    q.requires_grad_()
+
+    def outside() -> None:
+        mask = next(made)[2]
+        q.grad = None
+        train.denoising_contrast(q, k, mask, 0.1).backward()
+        nn.utils.clip_grad_norm_(fast, train.CLIP, foreach=True)
+        optimizer.step()
+        train.follow(slow, fast, 0.996)
+
+    work = {"step": lambda: step(made=next(made)), "plain": lambda: plain.step(*next(loader)), "outside": outside}
+    operations = {}
+    for name in ("step", "plain"):
+        work[name]()
+        ready = next(made) if name == "step" else next(loader)
+        with Counted() as counter:
+            step(made=ready) if name == "step" else plain.step(*ready)
+        operations[name] = counter.operations
+    with Products() as products:
+        step(made=next(made))
+    work["floor"] = products.replay
+
+    timed: dict[str, list[float]] = {name: [] for name in work}
+    repeats = {"outside": 5} | ({name: 5 for name in work} if device.type == "cuda" else {})
+    for number in range(rounds + 1):  # the first one warms up
+        for name, once in work.items():
+            synchronise(device)
+            started = time.perf_counter()
+            for _ in range(repeats.get(name, 1)):
+                once()
+            synchronise(device)
+            if number:
+                timed[name].append((time.perf_counter() - started) / repeats.get(name, 1))
+
+    def ratio(a: str, b: str) -> str:
+        found = [x / y for x, y in zip(timed[a], timed[b], strict=True)]
+        return f"{statistics.median(found):.3f} [{min(found):.3f}-{max(found):.3f}]"
+
+    print(
+        f"ConMIM, ViT-Tiny/4, projector 2048, batch {size}: operations {operations['step']} / {operations['plain']} "
+        f"plain = {operations['step'] / operations['plain']:.2f}; floor / step {ratio('floor', 'step')}, "
+        f"outside / step {ratio('outside', 'step')}, plain / step {ratio('plain', 'step')} "
+        f"({size / statistics.median(timed['step']):.0f} images/s, {rounds} rounds)",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(torch.device("cpu"), 3)
