@@ -207,8 +207,7 @@ def judged(summary: dict[str, Any], runs: records.Runs, control: studies.Control
     positions = "; ".join(told(own, name) for name in ("own_top1", "cross_top1", "position_r2"))
     sentence = f"Position diagnostics, which need no labels: {arm} minus {reference}: {positions}."
     words = [f"{row['arm']} {row['word']}" for row in summary["rows"] if row["word"]]
-    sentence += f" {'; '.join(words)}." if words else ""
-    notes.append(sentence)
+    notes.append(" ".join([sentence, *([f"{'; '.join(words)}."] if words else [])]))
     if summary["verdict"] in (tables.NOT_INFORMATIVE, DISAGREE):
         finding = f"{finding} {sentence}"
     return summary | {"finding": finding, "notes": notes + summary["notes"]}
@@ -288,8 +287,9 @@ def factorial(runs: records.Runs, base: str, control: str, caption: str) -> Figu
         missing = [f"{views} views, keys {key}".replace("\n", " ") for views in VIEWS for place, key in enumerate(KEYS)
                    if (views, place) not in found]  # fmt: skip
         holes = f"Not there: {'; '.join(missing)}. " if missing else ""
-        text = (
-            "Bars: 95 % intervals over training seeds (right: Welch's, descriptive and unadjusted); faint: seeds. "
+        several = any(len(by_seed) > 1 for by_seed in runs.values())
+        bars = "Bars: 95 % intervals over training seeds (right: Welch's, descriptive and unadjusted); faint: seeds. "
+        text = (bars if several else "One training seed: no interval. ") + (
             "Right: filled, averaged weights; hollow, online weights; ×: the effect at basic views minus that at "
             "asymmetric ones. With ema keys the stop-gradient changes nothing, bit for bit. "
         )
