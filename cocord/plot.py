@@ -119,7 +119,8 @@ def dot_panels(runs: records.Runs, groups: Mapping[str, Sequence[str]], metrics:
             values = {short(arm): list(records.values(runs, arm, key).values()) for arm in arms}
             slow = {short(arm): list(records.values(runs, arm, "accuracy_slow_student").values()) for arm in arms}
             title = f"{tables.title(METRICS[key]._asdict())}\n{pair.replace('-', ' → ')}"
-            panels.append(figures.Dots(title, values, slow if key == PRIMARY else {}))
+            percent = {"within": (0, 100)} if METRICS[key].unit == "%" else {}
+            panels.append(figures.Dots(title, values, slow if key == PRIMARY else {}, **percent))
     return panels
 
 
@@ -158,7 +159,8 @@ def main(argv: list[str] | None = None) -> None:
     reference = args.contrasts[0].split(":")[1]
     summary["notes"] = [resolution(runs, reference, len(args.seeds)), *summary["notes"]]
     groups = tables.settings(summary)
-    arms = list(dict.fromkeys(short(arm) for arm in design.arms))
+    names = [short(arm) for group in groups.values() for arm in group]
+    arms = sorted(dict.fromkeys(names), key=lambda arm: -names.count(arm))  # what every pair has stands first
     remarks = {short(row["arm"]): "diverged" for row in summary["rows"] if row["diverged"]}
     caption = f"{data}. "
     momentum = args.study == "cocord-teacher-momentum"
@@ -167,7 +169,9 @@ def main(argv: list[str] | None = None) -> None:
     curves |= {} if momentum else {"contrastive_accuracy": "contrastive top-1"}
     shown = ("accuracy", "teacher_head_shift") if momentum else ("accuracy", "contrastive_accuracy")
     drawn = {
-        "curves": figures.curves(curve_panels(runs, groups, curves), arms, short(reference), caption),
+        "curves": figures.whole_epochs(
+            figures.curves(curve_panels(runs, groups, curves), arms, short(reference), caption)
+        ),
         "metrics": figures.dots(
             dot_panels(runs, groups, shown), arms, short(reference), remarks, "slow student", caption
         ),

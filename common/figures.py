@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from common.files import write_bytes
 from common.records import Curve
@@ -65,6 +66,7 @@ class Dots(NamedTuple):
     values: Mapping[str, Sequence[float]]
     hollow: Mapping[str, Sequence[float]] = {}
     lines: Mapping[str, float] = {}
+    within: tuple[float, float] = (-math.inf, math.inf)  # possible values: an interval beyond them is cut
 
 
 def looks(arms: Sequence[str], reference: str) -> dict[str, dict[str, Any]]:
@@ -133,6 +135,13 @@ def curves(panels: Sequence[Curves], arms: Sequence[str], reference: str, captio
         return finish(figure, {arm: style[arm] for arm in arms}, text + caption)
 
 
+def whole_epochs(figure: Figure) -> Figure:
+    """The same figure with whole numbers on its x axes: epochs, where they are few."""
+    for axis in figure.axes:
+        axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    return figure
+
+
 def _band(axis: Axes, seeds: Sequence[Curve], style: Mapping[str, Any]) -> None:
     longest = max((x for x, _ in seeds), key=len, default=[])
     whole = [y for x, y in seeds if x == longest]
@@ -173,6 +182,8 @@ def dots(
                 if marked := panel.hollow.get(arm):
                     axis.plot(np.mean(marked), place - 0.12, "D", color=style[arm]["color"], mfc="white", ms=6)
             _reference_lines(axis, panel.lines, vertical=True)
+            left, right = axis.get_xlim()
+            axis.set_xlim(max(left, panel.within[0]), min(right, panel.within[1]))
         text = "Dots: training seeds; stroke: mean; bar: 95 % Student-t interval (data and split fixed)"
         if all(len(found) < 2 for panel in panels for found in panel.values.values()):
             text = "One training seed: no interval"

@@ -17,7 +17,6 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from common import command, figures, records, statistics, studies, tables
 
@@ -296,13 +295,6 @@ def factorial(runs: records.Runs, base: str, control: str, caption: str) -> Figu
         return figures.finish(figure, shown, text + holes + caption)
 
 
-def whole_epochs(figure: Figure) -> Figure:
-    """Epochs are whole numbers."""
-    for axis in figure.axes:
-        axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    return figure
-
-
 def curve_panels(runs: records.Runs, floor: float | None) -> list[figures.Curves]:
     """Loss and position diagnostics over the epochs."""
     titles = {
@@ -459,7 +451,7 @@ def main(argv: list[str] | None = None) -> None:
     summary["notes"] += unread
     drawn = {
         "factorial": factorial(everything, base, untrained, caption + gaps),
-        "curves": whole_epochs(
+        "curves": figures.whole_epochs(
             figures.curves(curve_panels(trained, min(floors, default=None)), list(trained), reference, caption + gaps)
         ),
         "metrics": figures.dots(dot_panels(runs), design.arms, reference, remarks, "online weights", caption),
