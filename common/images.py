@@ -2,18 +2,17 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision import datasets
 
-from common import checkpoints, command, draws, files, folders, glyphs
+from common import checkpoints, command, draws, files, glyphs
 from common.exits import stop
 
 GLYPHS = {"train": 5000, "test": 1000}
-CIFAR = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
+CIFAR = ("cifar10", "cifar100")
 NAMES = (*glyphs.PRESETS, *CIFAR, "folder")
 
 
@@ -67,6 +66,8 @@ def load(name: str, data: Path, size: int, device: torch.device, workers: int = 
     `size` (pixels) counts for image folders only, which are decoded once into one file.
     """
     if name == "folder":
+        from common import folders  # here, as torchvision below: it takes 1.5 s, and a demo starts a hundred processes
+
         digest = folders.digest(data)
         parts = [folders.resident(data / part, size, data, workers, digest) for part in ("train", "val")]
         classes = int(parts[0][1].max()) + 1
@@ -97,10 +98,17 @@ def cached_glyphs(name: str, part: str, data: Path) -> tuple[Tensor, Tensor]:
     return images, labels
 
 
+def torchvision_class(name: str) -> Any:
+    """torchvision's class of `name`, one of CIFAR."""
+    from torchvision import datasets
+
+    return getattr(datasets, name.upper())
+
+
 def cifar(name: str, data: Path, train: bool) -> tuple[Tensor, Tensor]:
     """CIFAR through torchvision, whose checksums stand before its unpickling: (N, 3, 32, 32) uint8 and labels."""
     try:
-        found = CIFAR[name](str(data), train=train)
+        found = torchvision_class(name)(str(data), train=train)
     except RuntimeError:
         stop(f"{name} is not in {data}, or damaged: python -m common.images {name} --data {data} downloads it")
     return torch.from_numpy(np.ascontiguousarray(found.data.transpose(0, 3, 1, 2))), torch.tensor(found.targets)
@@ -120,14 +128,14 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
 def main(argv: list[str] | None = None) -> None:
     """Download what can be downloaded: `python -m common.images cifar10 cifar100 --data data`."""
     parser = command.Parser(main.__doc__)
-    parser.add_argument("names", nargs="+", choices=tuple(CIFAR))
+    parser.add_argument("names", nargs="+", choices=CIFAR)
     parser.add_argument("--data", type=Path, default=Path("data"))
     args = parser.parse_args(argv)
     for name in args.names:
         try:
-            CIFAR[name](str(args.data), download=True)
+            torchvision_class(name)(str(args.data), download=True)
         except (OSError, RuntimeError) as error:
-            archive = CIFAR[name].filename
+            archive = torchvision_class(name).filename
             stop(f"{name} could not be downloaded ({error}): put {archive} into {args.data} and run this again")
         print(f"{name} is in {args.data}")
 

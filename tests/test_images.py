@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torchvision import datasets
 from torchvision.transforms import v2
 
 from common import folders, images
@@ -152,7 +153,7 @@ def test_a_download_that_fails_says_which_file_to_put_where(served, tmp_path, mo
             threading.Thread(target=server.serve_forever).start()
         else:
             server.server_close()
-        monkeypatch.setattr(images.datasets.CIFAR10, "url", f"{site}/cifar-10-python.tar.gz")
+        monkeypatch.setattr(datasets.CIFAR10, "url", f"{site}/cifar-10-python.tar.gz")
         with pytest.raises(SystemExit) as end:
             images.main(["cifar10", "--data", str(tmp_path)])
         if served:
