@@ -25,7 +25,7 @@ class Shape(NamedTuple):
 
 
 NETWORKS = {
-    "vit_demo": Shape(4, 64, 3, 4),
+    "vit_demo": Shape(4, 64, 2, 4),
     "vit_tiny_4": Shape(4, 192, 12, 3),
     "vit_small_8": Shape(8, 384, 12, 6),
     "vit_small_16": Shape(16, 384, 12, 6),
