@@ -74,7 +74,7 @@ SCALES = {  #           demo           gpu             paper
     "network":     ("vit_demo",    "vit_tiny_4",   "vit_base_16"),
     "layer_scale": (0.1,           0.1,            0.1),  # the authors on ViT-L: 1e-5
     "positions":   ("both",        "relative",     "relative"),
-    "hidden":      (256,           2048,           4096),  # of the projector
+    "hidden":      (128,           2048,           4096),  # of the projector
     "dim":         (64,            256,            256),
     "momentum":    (0.98,          0.996,          0.996),
     "epochs":      (2,             200,            300),  # the paper on ViT-B: 300 and 800
