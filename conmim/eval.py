@@ -40,7 +40,7 @@ from conmim.train import ConMIM, Data, build_model, load_data
 RECIPES = {  #            demo         gpu          paper
     "labels":        (360,         None,        None),  # that fine-tuning has, as many of each class; None: all
     "bank":          (2000,        None,        None),  # labelled images behind linear probe and kNN
-    "epochs":        (10,          100,         100),
+    "epochs":        (8,           100,         100),
     "warm_up":       (1,           5,           20),  # epochs
     "batch":         (36,          256,         1024),
     "lr":            (3e-3,        1e-3,        4e-3),  # of the head, at its peak
