@@ -317,6 +317,7 @@ def dot_panels(runs: records.Runs) -> list[figures.Dots]:
             {arm: list(records.values(runs, arm, f"{key}_online").values()) for arm in runs}
             if f"{key}_online" in METRICS
             else {},
+            within=(0, 100 if METRICS[key].unit == "%" else 1),
         )
         for key in keys
     ]
