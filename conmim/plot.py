@@ -196,8 +196,9 @@ def judged(summary: dict[str, Any], runs: records.Runs, control: studies.Control
     other = next(one for one in own if one["metric"] == ONLINE)
     if None not in (primary["mean"], other["mean"]) and primary["mean"] * other["mean"] < 0:
         sentence = (
-            f"{arm}:{reference} is {told(own, PRIMARY)} with averaged, {told(own, ONLINE).partition(', ')[2]} with "
-            "online weights: they disagree in sign, so no claim is made on accuracy."
+            f"{arm}:{reference} is {told(own, PRIMARY)} with averaged, "
+            f"{told(own, ONLINE).removeprefix(METRICS[ONLINE].label + ' ')} with online weights: they disagree in "
+            "sign, so no claim is made on accuracy."
         )
         notes.append(sentence)
         finding = f"{finding} {sentence}"
