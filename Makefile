@@ -269,8 +269,8 @@ endif
 $(PAPERS): %: ; @$(call carefully,$($*))
 all: ; @$(call carefully,$(STUDIES))
 define carefully
-+code=0; for seed in $(SEEDS); do \
-	$(MAKE) --no-print-directory seed SEED=$$seed ASKED="$1" || { code=$$?; $(if $(KEEP_GOING),,break;) }; done; \
++code=0; for seed in $(SEEDS); do for asked in $(if $(ONE_BY_ONE),$1,"$1"); do \
+	$(MAKE) --no-print-directory seed SEED=$$seed ASKED="$$asked" || { code=$$?; $(if $(KEEP_GOING),,break 2;) }; done; done; \
 	$(MAKE) --no-print-directory $$([ $$code = 0 ] && echo page || echo report) ASKED="$1" && exit $$code
 endef
 KEEP_GOING = $(findstring k,$(firstword -$(MAKEFLAGS)))
@@ -288,8 +288,9 @@ cocord-teachers: $(cocord.teachers:%=$(RUNS)/cocord/%/0/model.pt)
 report: | $(VENV)
 	@$(foreach study,$(STUDIES),$(call plot,$(study)) &&) $(page)
 
+# One study after the other: the first is there in two minutes.
 demo:
-	@+$(MAKE) --no-print-directory all SCALE=demo SEEDS=0 DEVICE=cpu RESULTS=runs/demo/report \
+	@+$(MAKE) --no-print-directory all SCALE=demo SEEDS=0 DEVICE=cpu RESULTS=runs/demo/report ONE_BY_ONE=yes \
 		$(if $(findstring -j,$(MAKEFLAGS)),,-j$(shell getconf _NPROCESSORS_ONLN))
 
 # Every arm takes a few real steps, is evaluated and drawn, in a folder of its own.

@@ -20,7 +20,7 @@ Before the targets are made, g' and f' move by their momentum towards g and f, a
 forward, these three moves, targets, loss, gradient, queue. The student alone is kept.
 
     python cocord/teacher.py --out runs/teacher                      # a teacher for the demo, about 15 s of one core
-    python cocord/train.py --weights runs/teacher                    # demo: 36 kinds of glyphs, about 10 s of one core
+    python cocord/train.py --weights runs/teacher                    # demo: 36 kinds of glyphs, about 20 s of one core
     python cocord/train.py --swapped-weight 0 --weights runs/teacher --out runs/scratch2     # an ablation
     python cocord/train.py --scale gpu --teacher vgg13 --student MobileNetV2 --weights vgg13_vanilla/ckpt_epoch_240.pth
 

@@ -301,6 +301,10 @@ def test_demo_is_every_study_with_one_seed_on_the_cpu(house):
     code, calls, printed = house.make("demo")
     assert code == 0 and len(runs(calls)) == 9 and all("--device cpu" in call for call in calls if "train.py" in call)
     assert "runs/demo/report/index.html" in printed and {run.split("/")[1] for run in runs(calls)} == {"0"}
+    drawn = [call.split()[1] for call in calls if call.split()[0].endswith("plot.py")]
+    assert len(drawn) == len(set(drawn)) == 12
+    first = next(place for place, call in enumerate(calls) if "plot.py" in call)
+    assert drawn[0] == "simsiam-stop-gradient" and not any("predictor" in call for call in calls[:first])
 
 
 def test_help_names_papers_studies_and_arms(house):
