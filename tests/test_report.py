@@ -384,3 +384,12 @@ def test_arms_without_a_setting_stand_in_one_table(tmp_path):
     found = studies.summarise(design, records.read_runs(tmp_path, design.arms, [0]), METRICS)
     assert tables.settings(found) == {"": ["base", "arm", "control"]}
     assert "<h3>" not in report.section("toy-arm", found, [], "make toy-arm")
+
+
+def test_an_interval_is_cut_where_no_value_can_be():
+    values = {"base": [95.0, 99.0], "other": [10.0, 90.0]}
+    free, cut = (
+        figures.dots([figures.Dots("accuracy", values, **within)], list(values), "base").axes[0].get_xlim()
+        for within in ({}, {"within": (0, 100)})
+    )
+    assert free[0] < 0 and free[1] > 100 and cut == (0, 100)
