@@ -72,6 +72,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optimisation.add_argument("--steps", type=command.whole(1), help=f"in {EPOCHS} epochs of equal length")
     optimisation.add_argument("--batch", type=command.whole(2), help="rows a step")
     optimisation.add_argument("--lr", type=command.number(0), help="of Adam, constant")
+    optimisation.add_argument("--lr-factor", type=command.number(0), default=1.0, help="times --lr (robustness)")
     precisions = ("auto", "float32", "bfloat16")
     optimisation.add_argument("--precision", choices=precisions, default="auto", help="of the matrix products alone")
     optimisation.add_argument("--compile", action="store_true", help="torch.compile; for long runs on a GPU")
@@ -92,6 +93,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         "or their values (a TopK autoencoder); take --alpha 0")  # fmt: skip
     args = command.parse(parser, SCALES, argv)
 
+    args.lr *= args.lr_factor
+    del args.lr_factor
     if args.data.suffix in FORMATS:
         args.data_set = "file"
     elif args.data_set == "file":

@@ -21,7 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 from cocord import net
-from cocord.train import VIEWS, Made, accuracy, batches, build_optimizer, load_data, optimisation_flags, step_rate
+from cocord.train import VIEWS, Made, accuracy, batches, build_optimizer, load_data, optimisation_flags, rate_factor
 from common import checkpoints, command, devices, draws, files, images
 from common.hold import held
 from common.run import Run
@@ -65,7 +65,7 @@ def train(
     for epoch in tqdm(range(saved["epoch"] if saved else 0, last), run.name, disable=None, leave=False):
         started, seen, total = time.perf_counter(), 0, torch.zeros((), device=data.device)
         for number, ((x,), labels) in enumerate(made(epoch)):
-            optimizer.param_groups[0]["lr"] = lr * step_rate((epoch + number / steps) / epochs)
+            optimizer.param_groups[0]["lr"] = lr * rate_factor((epoch + number / steps) / epochs)
             with devices.autocast(precision, data.device):
                 logits = network(x)[1]
             loss = F.cross_entropy(logits.float(), labels)

@@ -81,8 +81,8 @@ TERMS = ("forward_weight", "swapped_weight", "lambda_contrast", "lambda_class", 
 PROBED = 256  # training images whose keys tell how consistent keys are
 
 
-def optimisation_flags(parser: argparse.ArgumentParser) -> None:
-    """What teachers and students have in common."""
+def optimisation_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """What teachers and students have in common; returns the group."""
     optimisation = parser.add_argument_group("optimisation")
     optimisation.add_argument("--epochs", type=command.whole(1), help="paper: 240; the rate falls tenfold after 5/8, "
                               "3/4 and 7/8 of the steps")  # fmt: skip
@@ -91,6 +91,7 @@ def optimisation_flags(parser: argparse.ArgumentParser) -> None:
     optimisation.add_argument("--weight-decay", type=command.number(0), default=5e-4, help="on all that is trained")
     precisions = ("auto", "float32", "bfloat16")
     optimisation.add_argument("--precision", choices=precisions, default="auto", help="auto: bfloat16 on CUDA alone")
+    return optimisation
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -101,8 +102,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--held-out", action="store_true", help="train on nine tenths, measure on the tenth: for tuning")
     data.add_argument("--weights", type=Path, help="the teacher's: folder of a run of teacher.py, or a checkpoint; "
                       "default ../../teacher@NAME/0 beside --out")  # fmt: skip
-    optimisation_flags(parser)
-    parser.add_argument("--cuda-graph", action="store_true", help="replay steps of full batches as one CUDA graph")
+    optimisation = optimisation_flags(parser)
+    optimisation.add_argument("--lr-factor", type=command.number(0), default=1.0, help="times --lr (robustness)")
+    optimisation.add_argument(
+        "--cuda-graph", action="store_true", help="replay steps of full batches as one CUDA graph"
+    )
     method = parser.add_argument_group("method (defaults: the paper's)")
     method.add_argument("--teacher", choices=(*net.NETWORKS, "none"), help="none: without contrast and distillation")
     method.add_argument("--student", choices=tuple(net.NETWORKS))
@@ -124,6 +128,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = command.parse(parser, SCALES, argv)
 
     args.lr = (0.01 if args.student in net.MOBILE else 0.05) if args.lr is None else args.lr
+    args.lr *= args.lr_factor
+    del args.lr_factor
     if args.teacher == "none":
         if args.lambda_contrast or args.lambda_kd:
             stop("--teacher none: contrast and distillation need one; give --lambda-contrast 0 and --lambda-kd 0")
@@ -383,7 +389,7 @@ def load_teacher(
 # ------------------------------------------------------------------------------------------------- train
 
 
-def step_rate(progress: float) -> float:
+def rate_factor(progress: float) -> float:
     """The factor of the learning rate at a progress from 0 to 1: a tenth from each of DECAYS on."""
     return 0.1 ** sum(progress >= decay for decay in DECAYS)
 
@@ -454,7 +460,7 @@ def train(
         started, seen = time.perf_counter(), 0
         totals.zero_()
         for number, (views, labels) in enumerate(made(epoch)):
-            rate = lr * step_rate((epoch + number / steps) / epochs)
+            rate = lr * rate_factor((epoch + number / steps) / epochs)
             if rate != optimizer.param_groups[0]["lr"]:
                 optimizer.param_groups[0]["lr"], replay = rate, None  # a graph has the rate in it
             if cuda_graph and replay is None and number >= 3 and len(labels) == batch:

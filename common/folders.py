@@ -8,29 +8,33 @@ import signal
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision import datasets
-from torchvision.transforms import v2
 from tqdm import tqdm
 
 from common import draws
 from common.exits import DISK, USER, stop
 from common.files import FULL
 
+if TYPE_CHECKING:  # imported where it is used: it takes 2 s, and a demo without it starts a hundred processes
+    from torchvision import datasets
 
-def open_folder(root: Path) -> datasets.ImageFolder:
+
+def open_folder(root: Path) -> "datasets.ImageFolder":
     """torchvision's ImageFolder. Stops (exit 2) where `root` holds no class folders with images."""
+    from torchvision import datasets
+
     try:
         return datasets.ImageFolder(str(root))
     except (FileNotFoundError, OSError) as error:
         stop(f"--data: {root} is no folder of class folders with images ({error})")
 
 
-def open_parts(data: Path) -> tuple[datasets.ImageFolder, datasets.ImageFolder]:
+def open_parts(data: Path) -> "tuple[datasets.ImageFolder, datasets.ImageFolder]":
     """`train` and `val` of `data`. Stops (exit 2) where they do not hold the same classes."""
     train, test = open_folder(data / "train"), open_folder(data / "val")
     if differing := set(train.classes) ^ set(test.classes):
@@ -54,7 +58,7 @@ class Undecodable(Exception):
 class Decoded(Dataset):
     """Pictures of an ImageFolder, each through `transform`; item i is (picture, label)."""
 
-    def __init__(self, folder: datasets.ImageFolder, transform: Callable):
+    def __init__(self, folder: "datasets.ImageFolder", transform: Callable):
         self.folder, self.transform = folder, transform
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
@@ -68,7 +72,7 @@ class Views(Dataset):
     Item i is the list of its views, (3, S, S) uint8 each.
     """
 
-    def __init__(self, folder: datasets.ImageFolder, transform: Callable, views: int, seed: int, epoch: int):
+    def __init__(self, folder: "datasets.ImageFolder", transform: Callable, views: int, seed: int, epoch: int):
         self.folder, self.transform, self.views, self.seed, self.epoch = folder, transform, views, seed, epoch
 
     def __getitem__(self, index: int) -> list[Tensor]:
@@ -80,7 +84,7 @@ class Views(Dataset):
         return views
 
 
-def read(folder: datasets.ImageFolder, index: int):
+def read(folder: "datasets.ImageFolder", index: int):
     """(PIL picture, label). Raises Undecodable."""
     try:
         return folder[index]
@@ -143,6 +147,8 @@ class Streamed:
 
         The test view is the paper's: shorter side to 8/7 of the size (256 for 224), then the central square.
         """
+        from torchvision.transforms import v2
+
         folder = self.train if part == "train" else self.test
         transform = v2.Compose([v2.Resize(round(self.size * 8 / 7)), v2.CenterCrop(self.size), v2.PILToTensor()])
         rows = list(range(len(folder)))[rank::world]
@@ -177,8 +183,10 @@ def resident(root: Path, size: int, cache: Path, workers: int, fingerprint: str)
     return torch.from_numpy(pixels), torch.tensor(folder.targets)
 
 
-def decode(folder: datasets.ImageFolder, part: Path, shape: tuple[int, ...], workers: int) -> None:
+def decode(folder: "datasets.ImageFolder", part: Path, shape: tuple[int, ...], workers: int) -> None:
     """Append the pictures that `part` lacks; a whole one is a .npy file of `shape`, uint8. Raises OSError."""
+    from torchvision.transforms import v2
+
     header = BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
     start, one = len(header.getvalue()), int(np.prod(shape[1:]))

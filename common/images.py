@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import checkpoints, command, draws, files, glyphs
+from common import checkpoints, command, draws, files, folders, glyphs
 from common.exits import stop
 
 GLYPHS = {"train": 5000, "test": 1000}
 CIFAR = ("cifar10", "cifar100")
 NAMES = (*glyphs.PRESETS, *CIFAR, "folder")
+SMALL = 64  # pixels: up to here a folder's images live on the device
 
 
 class Images(NamedTuple):
@@ -66,8 +67,6 @@ def load(name: str, data: Path, size: int, device: torch.device, workers: int = 
     `size` (pixels) counts for image folders only, which are decoded once into one file.
     """
     if name == "folder":
-        from common import folders  # here, as torchvision below: it takes 1.5 s, and a demo starts a hundred processes
-
         digest = folders.digest(data)
         parts = [folders.resident(data / part, size, data, workers, digest) for part in ("train", "val")]
         classes = int(parts[0][1].max()) + 1
@@ -98,9 +97,19 @@ def cached_glyphs(name: str, part: str, data: Path) -> tuple[Tensor, Tensor]:
     return images, labels
 
 
+Data = Images | folders.Streamed
+
+
+def load_or_stream(name: str, data: Path, size: int, device: torch.device, workers: int) -> Data:
+    """The same; only a folder's images above 64 pixels are not resident: workers read them."""
+    if name == "folder" and size > SMALL:
+        return folders.Streamed(data, size, workers, device)
+    return load(name, data, size, device, workers)
+
+
 def torchvision_class(name: str) -> Any:
     """torchvision's class of `name`, one of CIFAR."""
-    from torchvision import datasets
+    from torchvision import datasets  # here: it takes 2 s, and a demo without it starts a hundred processes
 
     return getattr(datasets, name.upper())
 

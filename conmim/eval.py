@@ -27,15 +27,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.transforms import v2
 
-from common import augment, checkpoints, command, devices, draws, files, folders, probes
+from common import augment, checkpoints, command, devices, draws, files, folders, images, probes
 from common.exits import stop
 from common.hold import held
+from common.images import Data
 from common.run import finished
 from conmim import net, train
 from conmim.net import NETWORKS, Classifier, ViT
-from conmim.train import ConMIM, Data, build_model, load_data
+from conmim.train import ConMIM, build_model
 
 RECIPES = {  #            demo         gpu          paper
     "labels":        (360,         None,        None),  # that fine-tuning has, as many of each class; None: all
@@ -154,9 +154,10 @@ def labelled_batches(
     steps = len(rows) // batch
     order = rows[draws.permutation(seed, "fine-tuning order", epoch, len(rows), "cpu")][: steps * batch]
     order = order.view(steps, batch)[:, mine]
-    varied = [v2.RandAugment(2, recipe["rand_augment"])] if recipe["rand_augment"] else []
-    streamed = None
+    varied, streamed = rand_augment(recipe["rand_augment"]), None
     if isinstance(data, folders.Streamed):
+        from torchvision.transforms import v2
+
         crop = v2.RandomResizedCrop(size, recipe["crop"], interpolation=v2.InterpolationMode.BICUBIC)
         transform = v2.Compose([crop, v2.RandomHorizontalFlip(flip), *varied, v2.PILToTensor()])
         streamed = data.views(transform, 1, order.tolist(), seed, epoch)
@@ -171,6 +172,27 @@ def labelled_batches(
             x = torch.cat([varied[0](few) for few in x.split(ALIKE)]) if varied else x
         x = data.normalise(x)
         yield erased(x, numbers, recipe["erase"]) if recipe["erase"] else x, labels[picked]
+
+
+def rand_augment(magnitude: int) -> list[Callable[[Tensor], Tensor]]:
+    """RandAugment of two operations, or nothing at magnitude 0."""
+    if not magnitude:
+        return []
+    from torchvision.transforms import v2  # here: the demo does without it, and it takes 2 s
+
+    return [v2.RandAugment(2, magnitude)]
+
+
+def mixing(recipe: Recipe, classes: int) -> Callable[..., Any] | None:
+    """Mixup or CutMix, as the recipe has them; one of them at random where it has both, None where it has neither."""
+    if not (recipe["mixup"] or recipe["cutmix"]):
+        return None
+    from torchvision.transforms import v2
+
+    kinds = {"mixup": v2.MixUp, "cutmix": v2.CutMix}
+    return v2.RandomChoice(
+        [kind(alpha=recipe[name], num_classes=classes) for name, kind in kinds.items() if recipe[name]]
+    )
 
 
 def fine_tune(
@@ -196,9 +218,7 @@ def fine_tune(
     rank, world = devices.ranks()
     batch = min(recipe["batch"], len(rows)) // world * world
     mine, steps = slice(rank * batch // world, (rank + 1) * batch // world), len(rows) // batch
-    mixed = [kind(alpha=recipe[name], num_classes=data.classes) for name, kind in
-             (("mixup", v2.MixUp), ("cutmix", v2.CutMix)) if recipe[name]]  # fmt: skip
-    mix = v2.RandomChoice(mixed) if mixed else None
+    mix = mixing(recipe, data.classes)
     flip, last_saved = train.augmentation(arguments["data_set"])["flip"], time.perf_counter()
     model.train()
     for epoch in range(begun.get("epoch", 0), recipe["epochs"]):
@@ -446,7 +466,7 @@ def main(argv: list[str] | None = None) -> None:
     recipe = {name: row[command.SCALES.index(arguments["scale"])] for name, row in RECIPES.items()}
     now = f"batches of 500 images, {recipe['batch']} in fine-tuning"
     with held(args.folder, rank), devices.memory_for(device, now, "A --device with more memory gives the same metrics"):
-        data = load_data(arguments["data_set"], folder, arguments["size"], arguments["workers"], device)
+        data = images.load_or_stream(arguments["data_set"], folder, arguments["size"], device, arguments["workers"])
         if data.digest != facts.get("data", data.digest):
             stop(f"--data {folder} is not what {args.folder} was trained on (digest {data.digest[:12]}): give that")
         if args.held_out and isinstance(data, folders.Streamed):

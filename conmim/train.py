@@ -40,27 +40,24 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms import v2
 from tqdm import tqdm
 
 from common import augment, checkpoints, command, devices, draws, folders, images, schedules, spread
 from common.exits import stop
 from common.hold import held
+from common.images import Data
 from common.run import Run
 from conmim.net import NETWORKS, POSITIONS, Projector, ViT
 
-Data = images.Images | folders.Streamed
 Batch = tuple[Tensor, Tensor, Tensor]  # queries' view, keys' view, mask
 Range = tuple[float, float]
 
-SMALL = 64  # pixels: up to here images live on the device
 WEIGHT_DECAY, BETAS, LAST_RATE = 0.05, (0.9, 0.98), 1e-5
 CLIP = 3.0  # norm of the gradient
 CELL = 2  # patches: side of the squares that are masked
@@ -97,13 +94,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = command.Parser(__doc__, SCALES)
     data = command.run_flags(parser)
     data.add_argument("--data-set", choices=images.NAMES, help="folder: --data holds train/CLASS/*, val/CLASS/*")
-    data.add_argument("--size", type=command.whole(16), help=f"of a folder's images; above {SMALL} workers decode")
+    data.add_argument("--size", type=command.whole(16), help="of a folder's images; above 64 pixels workers decode")
     data.add_argument("--workers", type=command.whole(0), help="processes that decode a folder's images")
     optimisation = parser.add_argument_group("optimisation")
     optimisation.add_argument("--epochs", type=command.whole(0), help="0: initial weights; paper: 300, 800 (table 1)")
     optimisation.add_argument("--warm-up", type=command.number(0), help="epochs of rising rate; official recipe: 10")
     optimisation.add_argument("--batch", type=command.whole(2), help="global batch; official recipe: 2048")
     optimisation.add_argument("--lr", type=command.number(0), help="peak rate, not scaled by the batch")
+    optimisation.add_argument("--lr-factor", type=command.number(0), default=1.0, help="times --lr (robustness)")
     precisions = ("auto", "float32", "bfloat16")
     optimisation.add_argument("--precision", choices=precisions, default="auto", help="auto: bfloat16 on CUDA alone")
     optimisation.add_argument("--compile", action="store_true", help="torch.compile; for long runs on a GPU")
@@ -127,7 +125,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.no_stop_gradient and args.gradient_leak not in (None, 1.0):
         stop(f"--no-stop-gradient is --gradient-leak 1, but --gradient-leak {args.gradient_leak} was given: drop one")
     args.gradient_leak = 1.0 if args.no_stop_gradient else args.gradient_leak or 0.0
-    del args.no_stop_gradient
+    args.lr *= args.lr_factor
+    del args.no_stop_gradient, args.lr_factor
     if args.data_set != "folder" and args.size != 32:
         stop(f"--size {args.size} is for --data-set folder alone: {args.data_set} has 32 pixels")
     patch = NETWORKS[args.network].patch
@@ -219,13 +218,6 @@ def loss_floor(n: int, temperature: float) -> float:
 # ------------------------------------------------------------------------------------------------- data
 
 
-def load_data(name: str, folder: Path, size: int, workers: int, device: torch.device) -> Data:
-    """Resident on the device; only a folder's images above 64 pixels are read by workers."""
-    if name == "folder" and size > SMALL:
-        return folders.Streamed(folder, size, workers, device)
-    return images.load(name, folder, size, device, workers)
-
-
 def augmentation(name: str) -> dict[str, Any]:
     """The row of AUGMENTATION for a data set."""
     return next(kind for start, kind in AUGMENTATION.items() if name.startswith(start))
@@ -251,11 +243,13 @@ class WorkerViews:
     """
 
     def __init__(self, size: int, coloured: bool, crop: Range, flip: float, blur: float):
+        from torchvision.transforms import v2  # here: only large images need it, and it takes 2 s
+
         bicubic, jitter = v2.InterpolationMode.BICUBIC, v2.ColorJitter(0.4, 0.4, 0.2, 0.1)
         blurred, numbers = v2.GaussianBlur(23, (0.1, 2.0)), v2.PILToTensor()
         crops = v2.RandomResizedCrop(size, crop, interpolation=bicubic)
         self.geometry = v2.Compose([v2.RandomHorizontalFlip(flip), crops])
-        self.views = [numbers]
+        self.views: list[Callable[[Image.Image], Tensor]] = [numbers]
         if coloured:
             parts = [v2.RandomApply([jitter], 0.8), v2.RandomGrayscale(0.2), v2.RandomApply([blurred], blur)]
             self.views.append(v2.Compose([*parts, v2.RandomSolarize(128, 0.2), numbers]))
@@ -485,7 +479,7 @@ def main(argv: list[str] | None = None) -> None:
         run = Run(args.out, vars(args), __file__, args.replace, rank)
         if run.finished:
             return
-        data = load_data(args.data_set, args.data, args.size, args.workers, device)
+        data = images.load_or_stream(args.data_set, args.data, args.size, device, args.workers)
         if args.batch > data.examples:
             stop(f"--batch {args.batch} is more than the {data.examples} training images")
         steps, last = data.examples // args.batch, args.epochs

@@ -45,11 +45,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import checkpoints, command, devices, draws
+from common import checkpoints, command, devices, draws, schedules
 from common.exits import stop
 from common.hold import held
 from common.run import Run
-from common.schedules import cosine
 from seqvcr import tasks
 from seqvcr.net import GPT, GPT2_TOKENS, fill_gpt2
 
@@ -106,6 +105,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                               "passes over 808,000 rows at batch 32")  # fmt: skip
     optimisation.add_argument("--batch", type=command.whole(2), help="sequences a step; paper: 32, other tasks 128")
     optimisation.add_argument("--lr", type=command.number(0), help="at its peak; paper: 5e-4, small networks 1e-4")
+    optimisation.add_argument("--lr-factor", type=command.number(0), default=1.0, help="times --lr (robustness)")
     precisions = ("auto", "float32", "bfloat16")
     optimisation.add_argument("--precision", choices=precisions, default="auto", help="of the network; the regulariser "
                               "is float32")  # fmt: skip
@@ -126,6 +126,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         "no markers either; paper: 2 (section 3.5)")  # fmt: skip
     args = command.parse(parser, SCALES, argv)
 
+    args.lr *= args.lr_factor
+    del args.lr_factor
     for name in ("lambda1", "lambda2", "covariance_batch", "train_size", "size"):
         row = TASKS["size at demo" if name == "size" and args.scale == "demo" else name]
         if getattr(args, name) is None:
@@ -298,6 +300,18 @@ def right(model: GPT, rows: Tensor, answer: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------- train
 
 
+def rate_factor(progress: float) -> float:
+    """The learning rate's factor at a progress from 0 to 1: a linear warm-up, then half a cosine to zero."""
+    return min(1.0, progress / WARM_UP) * schedules.cosine(max(0.0, progress - WARM_UP) / (1 - WARM_UP))
+
+
+def build_optimizer(model: SeqVCR, lr: float) -> torch.optim.AdamW:
+    """AdamW; the projection is not decayed."""
+    groups = [{"params": list(model.gpt.parameters()), "weight_decay": WEIGHT_DECAY}]
+    groups += [{"params": list(model.projection.parameters()), "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr, fused=True)
+
+
 def train(
     run: Run, model: SeqVCR, batch_of: Callable[[int], Tensor], validation: Tensor, optimizer: torch.optim.Optimizer,
     losses: Callable[[SeqVCR, Tensor], Losses], *, seed: int, steps: int, length: int, batch: int, lr: float,
@@ -324,7 +338,7 @@ def train(
         model.train()
         for step in numbers:
             for group in optimizer.param_groups:
-                group["lr"] = lr * rate((step + 0.5) / steps)
+                group["lr"] = lr * rate_factor((step + 0.5) / steps)
             if dropout:
                 draws.reseed(seed, "dropout", step)
             loss, parts = losses(model, batch_of(step))
@@ -352,18 +366,6 @@ def train(
         run.save(epoch + 1, record | positions, state())
         run.say(epoch + 1, last, record)
     run.finish({"model": model.state_dict(), "epoch": last, "diverged": False})
-
-
-def rate(progress: float) -> float:
-    """The learning rate's factor: a linear warm-up, then half a cosine to zero."""
-    return min(1.0, progress / WARM_UP) * cosine(max(0.0, progress - WARM_UP) / (1 - WARM_UP))
-
-
-def build_optimizer(model: SeqVCR, lr: float) -> torch.optim.AdamW:
-    """AdamW; the projection is not decayed."""
-    groups = [{"params": list(model.gpt.parameters()), "weight_decay": WEIGHT_DECAY}]
-    groups += [{"params": list(model.projection.parameters()), "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr, fused=True)
 
 
 # ------------------------------------------------------------------------------------------------- main

@@ -21,12 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from common import checkpoints, command, devices, draws, files, folders, probes, schedules
+from common import checkpoints, command, devices, draws, files, folders, images, probes, schedules
 from common.exits import stop
 from common.hold import held
+from common.images import Data
 from common.run import finished
 from simsiam import train
-from simsiam.train import Data, SimSiam, build_model, load_data, measure, represent
+from simsiam.train import SimSiam, build_model, measure, represent
 
 PREFIXES = ("module.encoder.", "encoder.", "module.backbone.", "backbone.")
 CLAIMS = (  # of a diverged run they are null
@@ -181,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
     started, folder = time.perf_counter(), args.data or Path(arguments["data"])
     elsewhere = "A --device with more memory, or --device cpu, gives the same metrics"
     with held(args.folder, rank), devices.memory_for(device, "batches of 500 images", elsewhere):
-        data = load_data(arguments["data_set"], folder, arguments["size"], arguments["workers"], device)
+        data = images.load_or_stream(arguments["data_set"], folder, arguments["size"], device, arguments["workers"])
         if data.digest != facts.get("data", data.digest):
             stop(f"--data {folder} is not what {args.folder} was trained on (digest {data.digest[:12]}): give that")
         if args.held_out and isinstance(data, folders.Streamed):

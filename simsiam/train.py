@@ -35,7 +35,6 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,10 +46,10 @@ from tqdm import tqdm
 from common import augment, checkpoints, command, devices, draws, folders, images, probes, schedules, spread
 from common.exits import stop
 from common.hold import held
+from common.images import Data
 from common.run import Run
-from simsiam.net import NETWORKS, SMALL, build_backbone
+from simsiam.net import NETWORKS, build_backbone
 
-Data = images.Images | folders.Streamed
 Made = Callable[[int], Iterator[list[Tensor]]]  # epoch -> its batches: lists of views
 Range = tuple[float, float]
 Pairs = list[tuple[int, int]]  # (view that predicts, view that is predicted)
@@ -84,7 +83,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = command.Parser(__doc__, SCALES)
     data = command.run_flags(parser)
     data.add_argument("--data-set", choices=images.NAMES, help="folder: --data holds train/CLASS/*, val/CLASS/*")
-    data.add_argument("--size", type=command.whole(16), help=f"of a folder's images; above {SMALL} workers decode")
+    data.add_argument("--size", type=command.whole(16), help="of a folder's images; above 64 pixels workers decode")
     data.add_argument("--workers", type=command.whole(0), help="processes that decode a folder's images")
     data.add_argument("--neighbours", type=command.whole(1), help="k of the kNN monitor; the paper gives none")
     data.add_argument("--monitor-every", type=command.whole(1), help="epochs between kNN and collapse measures")
@@ -92,6 +91,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optimisation.add_argument("--epochs", type=command.whole(1), help="paper: 100 on ImageNet, 800 on CIFAR-10")
     optimisation.add_argument("--batch", type=command.whole(2), help="global batch; paper: 512")
     optimisation.add_argument("--lr", type=command.number(0), help="base rate, times batch / 256 (section 3)")
+    optimisation.add_argument("--lr-factor", type=command.number(0), default=1.0, help="times --lr (robustness)")
     optimisation.add_argument("--weight-decay", type=command.number(0), help="on every parameter (appendix A)")
     precisions = ("auto", "float32", "bfloat16")
     optimisation.add_argument("--precision", choices=precisions, default="auto", help="auto: bfloat16 on CUDA alone")
@@ -113,7 +113,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.no_stop_gradient and args.gradient_leak not in (None, 1.0):
         stop(f"--no-stop-gradient is --gradient-leak 1, but --gradient-leak {args.gradient_leak} was given: drop one")
     args.gradient_leak = 1.0 if args.no_stop_gradient else args.gradient_leak or 0.0
-    del args.no_stop_gradient
+    args.lr *= args.lr_factor
+    del args.no_stop_gradient, args.lr_factor
     if args.data_set != "folder" and args.size != 32:
         stop(f"--size {args.size} is for --data-set folder alone: {args.data_set} has 32 pixels")
     width, dim = NETWORKS[args.network]
@@ -230,13 +231,6 @@ def simsiam_loss(p: dict[int, Tensor], z: list[Tensor], pairs: Pairs, leak: floa
 
 
 # ------------------------------------------------------------------------------------------------- data
-
-
-def load_data(name: str, folder: Path, size: int, workers: int, device: torch.device) -> Data:
-    """Resident on the device; only a folder's images above 64 pixels are read by workers."""
-    if name == "folder" and size > SMALL:
-        return folders.Streamed(folder, size, workers, device)
-    return images.load(name, folder, size, device, workers)
 
 
 def one_view(
@@ -392,7 +386,7 @@ def main(argv: list[str] | None = None) -> None:
         run = Run(args.out, vars(args), __file__, args.replace, rank)
         if run.finished:
             return
-        data = load_data(args.data_set, args.data, args.size, args.workers, device)
+        data = images.load_or_stream(args.data_set, args.data, args.size, device, args.workers)
         if args.batch > data.examples:
             stop(f"--batch {args.batch} is more than the {data.examples} training images")
         steps, last = data.examples // args.batch, args.epochs

@@ -464,7 +464,7 @@ def test_a_tenth_is_held_out(tmp_path):
 def test_the_rate_falls_after_epochs_150_180_and_210():
     last = 781 / 782  # of an epoch's steps
     places = (0, 149 + last, 150, 179 + last, 180, 209 + last, 210, 239 + last)
-    rates = [0.05 * train.step_rate(place / 240) for place in places]
+    rates = [0.05 * train.rate_factor(place / 240) for place in places]
     assert rates == pytest.approx([0.05, 0.05, 5e-3, 5e-3, 5e-4, 5e-4, 5e-5, 5e-5])
 
 

@@ -888,7 +888,7 @@ def test_every_cell_of_a_scale_takes_two_real_steps(scale, network, pictures, mo
     flags += [] if network == "vit_tiny_4" else ["--data-set", "folder"]
     monkeypatch.setattr(images, "cifar", lambda *_: (torch.randint(0, 256, (40, 3, 32, 32)).byte(), torch.arange(40)))
     args = vars(train.parse_args(flags))
-    data = train.load_data(args["data_set"], args["data"], size, 0, CPU)
+    data = images.load_or_stream(args["data_set"], args["data"], size, CPU, 0)
     patches = (size // net.NETWORKS[network].patch) ** 2
     model, arms = train.build_model(args, CPU), design("conmim", scale)[0]
     slow, fast = (list(branch.parameters()) for branch in (model.average, model.online))

@@ -603,8 +603,9 @@ def test_every_pass_takes_all_rows_once_in_an_order_of_its_own():
 
 
 def test_the_rate_rises_and_falls():
-    assert train.rate(0.0) == 0 and train.rate(0.025) == pytest.approx(0.5) and train.rate(0.05) == pytest.approx(1)
-    assert train.rate(0.525) == pytest.approx(0.5) and train.rate(1.0) == pytest.approx(0)
+    assert train.rate_factor(0.0) == 0 and train.rate_factor(0.025) == pytest.approx(0.5)
+    assert train.rate_factor(0.05) == pytest.approx(1)
+    assert train.rate_factor(0.525) == pytest.approx(0.5) and train.rate_factor(1.0) == pytest.approx(0)
 
 
 def test_the_projection_is_not_decayed():
