@@ -1,7 +1,7 @@
 # Papers, studies, arms: the experimental design of the whole project. An arm is the flags that make it; a study is
 # its contrasts, arm:reference, the primary one first.
 
-PAPERS := simsiam bsa seqvcr cocord conmim
+PAPERS := simsiam conmim cocord bsa seqvcr
 
 simsiam.base              :=
 simsiam.no-stop-gradient  := --no-stop-gradient
@@ -66,9 +66,10 @@ TASKS ?= $(seqvcr.tasks.$(SCALE))
 
 seqvcr.pairs  := 0.5-0.002 1-0.004 2-0.008 0.05-0.25 0.1-0.5 0.2-1
 seqvcr.widths := 512 1024 4096
+seqvcr.strengths := 0.1-0.0004 0.3-0.0012 3-0.012 10-0.04
 seqvcr.base   :=
 seqvcr.off    := --lambda1 0 --lambda2 0
-$(foreach p,$(seqvcr.pairs),$(eval seqvcr.$p := --lambda1 $(subst -, --lambda2 ,$p)))
+$(foreach p,$(seqvcr.pairs) $(seqvcr.strengths),$(eval seqvcr.$p := --lambda1 $(subst -, --lambda2 ,$p)))
 $(foreach d,$(seqvcr.widths),$(eval seqvcr.width-$d := --projection-width $d))
 seqvcr.layer-1             := --layer 1
 seqvcr.layer-last          := --layer last
@@ -76,7 +77,7 @@ seqvcr.batch-length        := --covariance-axis batch+length
 seqvcr.last-batch-length   := --layer last --covariance-axis batch+length
 $(foreach d,$(seqvcr.widths),$(eval seqvcr.last-width-$d := --layer last --projection-width $d))
 $(foreach k,0 4 8,$(eval seqvcr.pause-$k := --pause $k) $(eval seqvcr.off-pause-$k := --lambda1 0 --lambda2 0 --pause $k))
-$(foreach t,2x2 2x2-128 4x4 5x5 arithmetic lis,$(foreach a,base off $(seqvcr.pairs) $(seqvcr.widths:%=width-%) layer-1 \
+$(foreach t,2x2 2x2-128 4x4 5x5 arithmetic lis,$(foreach a,base off $(seqvcr.pairs) $(seqvcr.strengths) $(seqvcr.widths:%=width-%) layer-1 \
 	layer-last batch-length last-batch-length $(seqvcr.widths:%=last-width-%) $(foreach k,0 4 8,pause-$k off-pause-$k),\
 	$(eval seqvcr.$a@$t := $(seqvcr.$t) $(seqvcr.$a))))
 # The pair that carries a setting's verdict: the task's default, or the other family's over a batch of 128. (`off` has
@@ -138,7 +139,7 @@ cocord.distillation@$1     := $(cocord.pair) $(cocord.alone) --lambda-kd 0.9 --l
 cocord.cross-entropy@$(cocord.student-of) := --teacher none --student $(cocord.student-of) $(cocord.alone)
 endef
 $(foreach one,$(cocord.pairs),$(eval $(call PAIR,$(one))))
-cocord.needs = $(if $(filter teacher@% cross-entropy@%,$1),,teacher@$(call cocord.teacher-of,$(lastword $(subst @, ,$1))))
+cocord.needs = $(if $(filter teacher@% cross-entropy@%,$1),,teacher@$(call cocord.teacher-of,$(word 2,$(subst @, ,$1))))
 cocord.teachers := $(sort $(foreach one,$(cocord.pairs),teacher@$(call cocord.teacher-of,$(one))))
 $(foreach one,$(cocord.teachers),$(eval cocord.$(one) := --network $(patsubst teacher@%,%,$(one))))
 
@@ -175,10 +176,62 @@ conmim-asymmetry          := symmetric:base basic-views:base online-keys:base ba
 conmim.rehearsal := --rehearse 20
 conmim.data.gpu := $(if $(findstring --data-set,$(EXTRA)),,cifar-10-batches-py)
 
+# Curves, extras too: what lies between the arms of the first contrast, which are the plan's.
+leaks := 0.02 0.05 0.1 0.2 0.5
+$(foreach x,$(leaks),$(eval simsiam.leak-$x := --gradient-leak $x))
+$(foreach x,$(leaks),$(eval conmim.leak-$x := --keys online --gradient-leak $x))
+simsiam-gradient-leak  := no-stop-gradient:base $(leaks:%=leak-%:base)
+conmim-gradient-leak   := online-no-stop-gradient:online-keys $(leaks:%=leak-%:online-keys) base:no-pretraining
+
+cocord.one     := $(firstword $(cocord.prediction))
+cocord.two     := $(firstword $(cocord.momentum))
+cocord.weights := $(if $(filter demo,$(SCALE)),0.1 0.25 1 2 4,1 2 8 16)
+cocord.momenta := 0.9 0.97 0.997
+$(foreach x,$(cocord.weights),$(eval cocord.forward-$x@$(cocord.one) := $(call cocord.pair,$(cocord.one)) --forward-weight $x))
+$(foreach x,$(cocord.weights),$(eval cocord.swapped-$x@$(cocord.one) := $(call cocord.pair,$(cocord.one)) --swapped-weight $x))
+$(foreach x,$(cocord.momenta),$(eval cocord.momentum-$x@$(cocord.two) := $(call cocord.pair,$(cocord.two)) --teacher-head \
+	partial --teacher-momentum $x))
+cocord.at = $(foreach one,$2,$(subst :,@$1:,$(one))@$1) $3@$1:cross-entropy@$(call cocord.student-of,$1)
+cocord-forward-weight  := $(call cocord.at,$(cocord.one),swapped-only:base $(cocord.weights:%=forward-%:base),base)
+cocord-swapped-weight  := $(call cocord.at,$(cocord.one),forward-only:base $(cocord.weights:%=swapped-%:base),base)
+cocord-momentum        := $(call cocord.at,$(cocord.two),moving:frozen moving-fast:frozen \
+	$(cocord.momenta:%=momentum-%:frozen),frozen)
+
+bsa-alignment-weight   := no-alignment:base $(addsuffix :base,$(addprefix cosine-,0.1 0.3 3 10))
+seqvcr-strength         = $(call seqvcr.at,base:off $(seqvcr.strengths:%=%:off) 0.5-0.002:off 2-0.008:off)
+
+# Robustness, extras too: the primary contrasts of each paper, and controls where they are runs, once more at a third
+# and at three times the learning rate, as ARM@third and ARM@triple.
+simsiam.primary := no-stop-gradient:base no-predictor:base no-projector:base asymmetric:base
+conmim.primary  := online-no-stop-gradient:online-keys symmetric:base
+conmim.control  := base:no-pretraining
+cocord.primary  := $(foreach one,$(cocord.prediction),forward-only@$(one):base@$(one) swapped-only@$(one):base@$(one)) \
+	$(foreach one,$(cocord.momentum),moving@$(one):frozen@$(one))
+cocord.control  := $(foreach one,$(cocord.prediction),base@$(one):cross-entropy@$(call cocord.student-of,$(one))) \
+	$(foreach one,$(cocord.momentum),frozen@$(one):cross-entropy@$(call cocord.student-of,$(one)))
+bsa.primary     := no-alignment:base mse:base
+seqvcr.primary   = $(foreach t,$(TASKS),$(call seqvcr.first,$t):$(call seqvcr.plain,$t)) $(call seqvcr.at,width-4096:width-512)
+seqvcr.control   = $(call seqvcr.at,width-512:off)
+third  := --lr-factor 0.333
+triple := --lr-factor 3
+at-rate = $(foreach one,$2,$(subst :,@$1:,$(one))@$1)
+define ROBUSTNESS
+$1-robustness := $($1.primary) $(foreach rate,third triple,$(call at-rate,$(rate),$($1.primary))) $($1.control) \
+	$(foreach rate,third triple,$(call at-rate,$(rate),$($1.control)))
+$(foreach rate,third triple,$(foreach arm,$(sort $(subst :, ,$($1.primary) $($1.control))),$(eval \
+	$1.$(arm)@$(rate) := $($1.$(arm)) $($(rate)))))
+endef
+
+simsiam.sweeps := simsiam-robustness simsiam-gradient-leak
+conmim.sweeps  := conmim-robustness conmim-gradient-leak
+cocord.sweeps  := cocord-robustness cocord-forward-weight cocord-swapped-weight cocord-momentum
+bsa.sweeps     := bsa-robustness bsa-alignment-weight
+seqvcr.sweeps  := seqvcr-robustness seqvcr-strength
+
 # ------------------------------------------------------------------------------------------------- what can be set
 
 SCALE  ?= gpu
-SEEDS  ?= 0 1 2 3 4
+SEEDS  ?= $(COMMITTED)
 DEVICE ?= auto
 DATA   ?= data
 EXTRA  ?=
@@ -188,8 +241,9 @@ PYTHON ?=
 HOURS  ?= 8
 PAIRS  ?=
 RUNS    := runs/$(SCALE)
-RESULTS ?= $(if $(EXTRA)$(subst x0 1 2 3 4x,,x$(strip $(SEEDS))x),$(RUNS)/report,results/$(SCALE))
-# (So what is committed, the seeds 0 to 4 without EXTRA, is never touched by a try.)
+RESULTS ?= $(if $(EXTRA)$(subst x$(COMMITTED)x,,x$(strip $(SEEDS))x),$(RUNS)/report,results/$(SCALE))$(SECOND_PAGE:yes=/extras)
+COMMITTED := 0 1 2$(if $(SECOND_PAGE),, 3 4)
+# (So what is committed, the seeds 0 to 4, of extras 0 to 2, without EXTRA, is never touched by a try.)
 
 # ------------------------------------------------------------------------------------------------- machinery
 
@@ -200,9 +254,13 @@ MAKEFLAGS += --no-builtin-rules
 .SUFFIXES:
 .DEFAULT_GOAL := help
 
-EXTRAS := $(foreach paper,$(PAPERS),$($(paper).extras))
+$(foreach paper,$(PAPERS),$(eval $(call ROBUSTNESS,$(paper))))
+SWEEPS := $(foreach paper,$(PAPERS),$($(paper).sweeps))
+EXTRAS := $(SWEEPS) $(foreach paper,$(PAPERS),$($(paper).extras))
+robustness := $(filter %-robustness,$(SWEEPS))
+curves := $(filter-out %-robustness,$(SWEEPS))
 STUDIES := $(if $(SECOND_PAGE),$(EXTRAS),$(foreach paper,$(PAPERS),$($(paper))))
-every-arm = $(sort $(foreach study,$($1) $($1.extras),$(call arms-of,$(study))))
+every-arm = $(sort $(foreach study,$($1) $($1.extras) $2,$(call arms-of,$(study))))
 VENV := $(if $(PYTHON),,.venv/installed)
 RUN_PYTHON := $(if $(PYTHON),$(PYTHON),python)
 START = $(if $(GPUS),$(RUN_PYTHON) -m common.slots "$(GPUS)" )$(LAUNCH) $(RUN_PYTHON)
@@ -247,7 +305,7 @@ plot = $(RUN_PYTHON) $(call paper-of,$1)/plot.py $1 $($1) --scale $(SCALE) --run
 page = $(RUN_PYTHON) -m common.report --results $(RESULTS) --title 'Ablation studies, scale $(SCALE)' \
 	--command 'make {} $(again)' $(STUDIES)
 
-$(foreach paper,$(PAPERS),$(foreach arm,$(call every-arm,$(paper)),$(foreach seed,$(SEEDS),$(eval $(call \
+$(foreach paper,$(PAPERS),$(foreach arm,$(call every-arm,$(paper),$($(paper).sweeps)),$(foreach seed,$(SEEDS),$(eval $(call \
 	RUN,$(paper),$(arm),$(seed))))))
 $(foreach teacher,$(cocord.teachers),$(eval $(call RUN,cocord,$(teacher),0)))
 $(foreach study,$(STUDIES),$(foreach seed,$(SEEDS),$(eval $(call DRAWING,$(study),$(seed)))))
@@ -262,9 +320,12 @@ ifndef ASKED
 .NOTPARALLEL: # several goals one after the other: they may share runs
 endif
 $(STUDIES): %: ; @$(call carefully,$*)
-ifndef SECOND_PAGE
-.PHONY: $(EXTRAS)
-$(EXTRAS): %: ; @+$(MAKE) --no-print-directory $* SECOND_PAGE=yes RESULTS=$(RESULTS)/extras
+.PHONY: $(EXTRAS) robustness curves
+ifdef SECOND_PAGE
+robustness curves: %: ; @$(call carefully,$($*))
+else
+$(EXTRAS) robustness curves: %: ; @+$(MAKE) --no-print-directory $* SECOND_PAGE=yes \
+	$(if $(filter file,$(origin RESULTS)),,RESULTS=$(RESULTS)/extras)
 endif
 $(PAPERS): %: ; @$(call carefully,$($*))
 all: ; @$(call carefully,$(STUDIES))
@@ -327,6 +388,10 @@ help:
 	@echo 'make demo                    every study once, small, on the CPU; the page is runs/demo/report/index.html'
 	@echo 'make STUDY | PAPER | all     SCALE=gpu|demo|paper SEEDS="0 1 2 3 4" DEVICE=auto DATA=data EXTRA= GPUS= LAUNCH='
 	@echo '                             PYTHON= RESULTS= PAIRS="resnet56-resnet20"'
+	@echo 'make robustness              the primary contrasts at a third, once and three times the learning rate, seeds 0 1 2:'
+	@echo '                             $(robustness)'
+	@echo 'make curves                  what lies between the arms of a contrast, seeds 0 1 2: $(wordlist 1,2,$(curves))'
+	@echo '                             $(wordlist 3,9,$(curves))'
 	@echo 'make cocord-teachers         the networks that teach, once for all seeds'
 	@echo 'make report                  draws what there is; make -n STUDY shows what would run'
 	@echo 'make rehearsal               every arm of a SCALE: a few real steps, evaluated and drawn; memory and speed'
@@ -334,7 +399,7 @@ help:
 	@echo 'make evening                 the first contrasts over 3 seeds, cheapest first, that fit HOURS=8'
 	@echo 'make test lint doctor bench data'
 	@$(foreach paper,$(PAPERS),echo; echo '$(paper)'; $(foreach study,$($(paper)) $($(paper).extras),\
-		echo '  $(study): $($(study))';) $(foreach arm,$(call every-arm,$(paper)),printf '    %-24s %s\n' \
+		echo '  $(study): $($(study))';) $(foreach arm,$(call every-arm,$(paper),),printf '    %-24s %s\n' \
 		'$(arm)' '$($(paper).$(arm))';))
 
 .venv/installed: pyproject.toml
