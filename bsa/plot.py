@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from common import command, figures, records, statistics, studies, tables
+from common import command, figures, records, statistics, studies, sweeps, tables
 from common.files import read_json
 
 QUESTIONS = {
@@ -54,6 +54,13 @@ METRICS = {
 }
 ASKED = tuple(METRICS)[:5]  # the plan's own
 MARGIN = 0.01  # of fixed top-K reconstruction loss; declared before any reported run: within it arms count as alike
+SWEEPS = {
+    "bsa-robustness": sweeps.Sweep(sweeps.ROBUSTNESS, (PRIMARY, "active_mean")),
+    "bsa-alignment-weight": sweeps.Sweep(
+        "How much alignment is enough?", (PRIMARY, "reconstruction_loss", "active_mean", "dead_fraction"), "alpha",
+        "α, weight of the alignment loss",
+    ),
+}  # fmt: skip
 MANY = 8  # arms; above it a figure has fewer panels, or groups of arms
 FAMILIES = {  # (alignment, reconstruction): how a family of arms that differ in alpha is called
     ("cosine", "cosine"): "cosine alignment",
@@ -512,12 +519,15 @@ def activations(
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = command.parse_study(__doc__, tuple(QUESTIONS), argv)
+    args = command.parse_study(__doc__, (*QUESTIONS, *SWEEPS), argv)
     references = list(dict.fromkeys(contrast.split(":")[1] for contrast in args.contrasts))
     design = studies.Study(
-        args.study, "BSA", args.scale, QUESTIONS[args.study], "", args.reproduce, PRIMARY, args.contrasts,
+        args.study, "BSA", args.scale, QUESTIONS.get(args.study, ""), "", args.reproduce, PRIMARY, args.contrasts,
         [control(arm) for arm in references], PUBLISHED, margin=MARGIN,
     )  # fmt: skip
+    if sweep := SWEEPS.get(args.study):
+        sweeps.draw(args, design, sweep, METRICS, lambda runs: setting(runs)[0])
+        return
     runs, reference = records.read_runs(args.runs, design.arms, args.seeds), references[0]
     data, arguments = setting(runs)
     if not arguments:

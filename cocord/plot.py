@@ -8,7 +8,7 @@ Reads the runs' metrics.json and train.jsonl, computes nothing new, and draws wh
 from collections.abc import Mapping, Sequence
 from statistics import stdev
 
-from common import command, figures, records, statistics, studies, tables
+from common import command, figures, records, statistics, studies, sweeps, tables
 
 QUESTIONS = {
     "cocord-prediction-loss": "Does the prediction loss need both directions, and is it more than its weight?",
@@ -29,6 +29,20 @@ METRICS = {
     "train_loss": studies.Metric("training loss", "", 3, judged=False),
     "examples_per_second": studies.Metric("training images per second", "", 0, judged=False),
 }
+SHOWN = ("accuracy", "contrastive_accuracy")
+SWEEPS = {
+    "cocord-robustness": sweeps.Sweep(sweeps.ROBUSTNESS, SHOWN),
+    "cocord-forward-weight": sweeps.Sweep(
+        "How much of the forward term, beside the swapped one?", SHOWN, "forward_weight", "weight of the forward term"
+    ),
+    "cocord-swapped-weight": sweeps.Sweep(
+        "How much of the swapped term, beside the forward one?", SHOWN, "swapped_weight", "weight of the swapped term"
+    ),
+    "cocord-momentum": sweeps.Sweep(
+        "Across architectures: how slowly must the teacher's head move?", (*SHOWN, "teacher_head_shift"),
+        "teacher_momentum", "momentum of the teacher's head (1: it stays)",
+    ),
+}  # fmt: skip
 MARGIN = 0.3  # points; declared before any reported run: at the published spread less is no evidence
 SPREAD = 0.18  # points; sample sd of five published CIFAR-100 runs (DKD, resnet32x4 to resnet8x4, mdistiller #7)
 # Top-1 that the authors publish on CIFAR-100 (student alone, plain distillation, CoCoRD); seeds and epoch unknown.
@@ -144,12 +158,16 @@ def controls(contrasts: Sequence[str]) -> list[studies.Control]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = command.parse_study(__doc__, tuple(QUESTIONS), argv)
+    args = command.parse_study(__doc__, (*QUESTIONS, *SWEEPS), argv)
+    sweep = SWEEPS.get(args.study)
     pairs = list(dict.fromkeys(contrast.split(":")[0].partition("@")[2] for contrast in args.contrasts))
     design = studies.Study(
-        args.study, "CoCoRD", args.scale, QUESTIONS[args.study], "", args.reproduce, PRIMARY, args.contrasts,
-        controls(args.contrasts), published(pairs), primaries(args.study, args.contrasts), MARGIN,
+        args.study, "CoCoRD", args.scale, QUESTIONS.get(args.study, ""), "", args.reproduce, PRIMARY, args.contrasts,
+        controls(args.contrasts), published(pairs), 1 if sweep else primaries(args.study, args.contrasts), MARGIN,
     )  # fmt: skip
+    if sweep:
+        sweeps.draw(args, design, sweep, METRICS, setting)
+        return
     runs = records.read_runs(args.runs, design.arms, args.seeds)
     data = setting(runs)
     if not data:

@@ -79,7 +79,8 @@ def looks(arms: Sequence[str], reference: str) -> dict[str, dict[str, Any]]:
     return {arm: found.get(arm, {"color": REFERENCE, "linestyle": "-"}) for arm in arms}
 
 
-def _grid(count: int, width: float, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
+def grid(count: int, width: float, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
+    """An empty figure of `count` panels, three in a row at most, two if more; width and height of one in inches."""
     columns = count if count <= 3 else 2
     rows = math.ceil(count / columns)
     figure = Figure(figsize=(max(5.0, columns * width), rows * height + 0.8), layout="constrained")
@@ -120,7 +121,7 @@ def curves(panels: Sequence[Curves], arms: Sequence[str], reference: str, captio
     A seed that ends before its arm's others is drawn alone, thin, and never averaged.
     """
     with matplotlib.rc_context(STYLE):
-        figure, axes = _grid(len(panels), 3.5, 2.7)
+        figure, axes = grid(len(panels), 3.5, 2.7)
         style = looks(arms, reference)
         for axis, panel in zip(axes, panels, strict=True):
             axis.set(xlabel=panel.x_label, title=panel.title, xscale=panel.x_scale, yscale=panel.y_scale)
@@ -168,7 +169,7 @@ def dots(
     `remarks` stand under an arm's name (diverged seeds); `hollow` says what the hollow marks are.
     """
     with matplotlib.rc_context(STYLE):
-        figure, axes = _grid(len(panels), 3.3, 0.45 * len(arms) + 0.5, sharey=True)
+        figure, axes = grid(len(panels), 3.3, 0.45 * len(arms) + 0.5, sharey=True)
         style = looks(arms, reference)
         names = [f"{arm}\n{remarks[arm]}" if remarks and remarks.get(arm) else arm for arm in arms]
         for axis, panel in zip(axes, panels, strict=True):

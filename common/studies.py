@@ -91,7 +91,7 @@ def summarise(study: Study, runs: Runs, metrics: Mapping[str, Metric], rule: Rul
     primary = [contrast for contrast in result["contrasts"] if contrast["primary"]]
     for control in result["controls"]:
         control["primary"] = any(control in _guards(contrast, result["controls"]) for contrast in primary)
-    verdicts = {contrast["arm"]: _verdict(contrast, result["controls"]) for contrast in primary}
+    verdicts = {contrast["arm"]: judge(contrast, result["controls"]) for contrast in primary}
     alike = len(set(verdicts.values())) == 1
     named = [f"{arm}: {word}" for arm, word in verdicts.items()]
     result["verdict"] = next(iter(verdicts.values())) if alike else "; ".join(named)
@@ -142,8 +142,8 @@ def _guards(contrast: dict[str, Any], controls: list[dict[str, Any]]) -> list[di
     return own or [control for control in controls if control["arm"].partition("@")[2] == setting]
 
 
-def _verdict(contrast: dict[str, Any], controls: list[dict[str, Any]]) -> str:
-    """A primary contrast's word, after its positive controls have been asked."""
+def judge(contrast: dict[str, Any], controls: list[dict[str, Any]]) -> str:
+    """A contrast's word, after the positive controls that guard it have been asked."""
     passed = [control["passed"] for control in _guards(contrast, controls)]
     if False in passed:
         return NOT_INFORMATIVE

@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from common import command, figures, records, statistics, studies, tables
+from common import command, figures, records, statistics, studies, sweeps, tables
 
 QUESTIONS = {  # study: (the plan's question, what the paper publishes)
     "conmim-stop-gradient": (
@@ -48,6 +48,14 @@ METRICS = {
     "train_loss": studies.Metric("training loss", "", 3, judged=False),
     "clipped_fraction": studies.Metric("clipped steps", "", 3, judged=False),
 }
+SWEEPS = {
+    "conmim-robustness": sweeps.Sweep(sweeps.ROBUSTNESS, (PRIMARY, "position_r2", "own_top1")),
+    "conmim-gradient-leak": sweeps.Sweep(
+        "How much of the keys' gradient may pass before they become positions?",
+        (PRIMARY, "linear_accuracy", "position_r2", "cross_top1"), "gradient_leak",
+        "share of the keys' gradient that passes (online keys)",
+    ),
+}  # fmt: skip
 INFORMATIVE = (20.0, 80.0)  # percent: where the control's accuracy must lie for one above it to tell anything
 DISAGREE = "averaged and online weights disagree in sign"
 KEYS = {"ema": ("ema", 0.0), "online": ("online", 0.0), "online, no\nstop-gradient": ("online", 1.0)}
@@ -424,14 +432,27 @@ def every_arm(folder: Path, known: Sequence[str]) -> list[str]:
     return list(dict.fromkeys([*known, *others]))
 
 
+def guards(contrasts: Sequence[str]) -> list[tuple[str, str]]:
+    """(arm, what it must beat): the last contrast, and those to the same reference in another setting."""
+    pairs = [(arm, reference) for arm, _, reference in (one.partition(":") for one in contrasts)]
+    beaten = pairs[-1][1].partition("@")[0]
+    return [pair for pair in pairs if pair[1].partition("@")[0] == beaten]
+
+
 def main(argv: list[str] | None = None) -> None:
-    args = command.parse_study(__doc__, tuple(QUESTIONS), argv)
-    question, published = QUESTIONS[args.study]
-    base, untrained = args.contrasts[-1].split(":")
-    control = studies.Control("no pre-training", PRIMARY, base, other_arm=untrained)
+    args = command.parse_study(__doc__, (*QUESTIONS, *SWEEPS), argv)
+    question, published = QUESTIONS.get(args.study, ("", "none published"))
+    controls = [
+        studies.Control("no pre-training", PRIMARY, base, other_arm=untrained)
+        for base, untrained in guards(args.contrasts)
+    ]
     design = studies.Study(
-        args.study, "ConMIM", args.scale, question, "", args.reproduce, PRIMARY, args.contrasts, [control], published
+        args.study, "ConMIM", args.scale, question, "", args.reproduce, PRIMARY, args.contrasts, controls, published
     )
+    if sweep := SWEEPS.get(args.study):
+        sweeps.draw(args, design, sweep, METRICS, lambda runs: setting(runs)[0], position_code)
+        return
+    control, (base, untrained) = controls[-1], guards(args.contrasts)[-1]
     everything = records.read_runs(args.runs, every_arm(args.runs, design.arms), args.seeds)
     runs = {arm: everything[arm] for arm in design.arms}
     data, arguments = setting(runs)

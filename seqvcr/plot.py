@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from common import command, figures, records, studies, tables
+from common import command, figures, records, studies, sweeps, tables
 
 QUESTIONS = {  # study: (the plan's question, what the paper publishes)
     "seqvcr-coefficients": (
@@ -49,6 +49,14 @@ METRICS = {
     "cross_entropy": studies.Metric("training cross entropy", "", 3, judged=False),
 }
 ASKED = ("exact_match", "entropy_mean", "entropy_batch_level", "digit_accuracy")
+SWEEPS = {
+    "seqvcr-robustness": sweeps.Sweep(sweeps.ROBUSTNESS, (PRIMARY, "entropy_batch_level")),
+    "seqvcr-strength": sweeps.Sweep(
+        "How strong should the regulariser be, in the default pair's proportion?",
+        (PRIMARY, "digit_accuracy", "entropy_batch_level", "entropy_mean"), "lambda1", "λ₁, with λ₂ = 0.004 λ₁",
+        ("lambda2",),
+    ),
+}  # fmt: skip
 SOLVED = {"solved": 90.0}  # percent of exact match
 TASKS = {"multiplication": "{0}x{0} digits", "arithmetic": "{0} operators modulo 11", "lis": "sequences of {0} numbers"}
 
@@ -75,6 +83,12 @@ def setting(arguments: Mapping[str, Mapping[str, Any]]) -> str:
     named = dict.fromkeys(TASKS[one["task"]].format(one["size"]) for one in arguments.values())
     shape = f"{first['layers']} blocks of width {first['width']}"
     return f"{' and '.join(named)}, {shape}, {first['steps']} steps of batch {first['batch']}"
+
+
+def recipe(runs: records.Runs) -> str:
+    """`setting` of runs; nothing where there are none."""
+    found = arguments_of(runs)
+    return setting(found) if found else ""
 
 
 def label(study: str, arm: str, arguments: Mapping[str, Any] | None) -> str:
@@ -222,25 +236,38 @@ def width_curves(runs: records.Runs, arguments: Mapping[str, Mapping[str, Any]],
 
 
 def controls(study: str, contrasts: Sequence[str], primaries: int) -> list[studies.Control]:
-    """What must be beaten: chance, by the arms of the primary contrasts; in the studies on width no regulariser, by the
-    arm of the last contrast."""
+    """What must be beaten: chance, by the arms of the primary contrasts (in robustness by what they are compared with);
+    where widths are compared no regulariser, by the arm of the last contrast."""
+    pairs = [one.split(":") for one in contrasts]
+    if study == "seqvcr-robustness":
+        references = dict.fromkeys(reference for _, reference in pairs)
+        wide = {arm: other for arm, other in pairs if arm in references}
+        return [
+            studies.Control("no regulariser", PRIMARY, arm, other_arm=wide[arm])
+            if arm in wide
+            else studies.Control("the most frequent answer", PRIMARY, arm, "chance_exact_match")
+            for arm in references
+        ]
     if "width" in study:
         arm, off = contrasts[-1].split(":")
         return [studies.Control("no regulariser", PRIMARY, arm, other_arm=off)]
-    place = 0 if study == "seqvcr-coefficients" else 1
-    arms = dict.fromkeys(one.split(":")[place] for one in contrasts[:primaries])
+    place = 0 if study in ("seqvcr-coefficients", "seqvcr-strength") else 1
+    arms = dict.fromkeys(pair[place] for pair in pairs[:primaries])
     return [studies.Control("the most frequent answer", PRIMARY, arm, "chance_exact_match") for arm in arms]
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = command.parse_study(__doc__, tuple(QUESTIONS), argv)
-    question, published = QUESTIONS[args.study]
+    args = command.parse_study(__doc__, (*QUESTIONS, *SWEEPS), argv)
+    question, published = QUESTIONS.get(args.study, ("", "none published"))
     settings = {one.split(":")[0].partition("@")[2] for one in args.contrasts}
     primaries = len(settings) if args.study == "seqvcr-coefficients" else 1
     design = studies.Study(
         args.study, "Seq-VCR", args.scale, question, "", args.reproduce, PRIMARY, args.contrasts,
         controls(args.study, args.contrasts, primaries), published, primaries,
     )  # fmt: skip
+    if sweep := SWEEPS.get(args.study):
+        sweeps.draw(args, design, sweep, METRICS, recipe, solved)
+        return
     runs = records.read_runs(args.runs, design.arms, args.seeds)
     arguments = arguments_of(runs)
     if not arguments:

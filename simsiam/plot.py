@@ -8,7 +8,7 @@ Reads the runs' metrics.json and train.jsonl, computes nothing new, and draws wh
 from statistics import mean
 from typing import Any
 
-from common import command, figures, records, studies, tables
+from common import command, figures, records, studies, sweeps, tables
 
 QUESTIONS = {  # study: (the plan's question, what the paper publishes)
     "simsiam-stop-gradient": (
@@ -38,7 +38,14 @@ METRICS = {
 }
 ASKED = tuple(METRICS)[:4]  # the plan's own
 MARGIN = 2.0  # points of kNN accuracy; declared before any run: within it arms count as alike
-CONTROL = studies.Control("untrained", "knn_accuracy", "base", "untrained_knn_accuracy")
+SWEEPS = {
+    "simsiam-robustness": sweeps.Sweep(sweeps.ROBUSTNESS, ("knn_accuracy", "std_ratio")),
+    "simsiam-gradient-leak": sweeps.Sweep(
+        "How much of the target's gradient may pass before the representation collapses?",
+        ("knn_accuracy", "linear_accuracy", "std_ratio", "mean_cosine"), "gradient_leak",
+        "share of the target's gradient that passes",
+    ),
+}  # fmt: skip
 UNTRAINED = {"knn_accuracy": "untrained_knn_accuracy", "std_ratio": "untrained_std_ratio"}
 
 
@@ -90,13 +97,22 @@ def dot_panels(runs: records.Runs) -> list[figures.Dots]:
     ]
 
 
+def control(arm: str) -> studies.Control:
+    """What `arm` must beat: its own network before training."""
+    return studies.Control("untrained", "knn_accuracy", arm, "untrained_knn_accuracy")
+
+
 def main(argv: list[str] | None = None) -> None:
-    args = command.parse_study(__doc__, tuple(QUESTIONS), argv)
-    question, published = QUESTIONS[args.study]
+    args = command.parse_study(__doc__, (*QUESTIONS, *SWEEPS), argv)
+    question, published = QUESTIONS.get(args.study, ("", "none published"))
+    references = dict.fromkeys(contrast.split(":")[1] for contrast in args.contrasts)
     design = studies.Study(
         args.study, "SimSiam", args.scale, question, "", args.reproduce, "knn_accuracy", args.contrasts,
-        [CONTROL], published, margin=MARGIN,
+        [control(arm) for arm in references], published, margin=MARGIN,
     )  # fmt: skip
+    if sweep := SWEEPS.get(args.study):
+        sweeps.draw(args, design, sweep, METRICS, lambda runs: setting(runs)[0], collapsed)
+        return
     runs = records.read_runs(args.runs, design.arms, args.seeds)
     data, arguments = setting(runs)
     if not arguments:
