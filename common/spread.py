@@ -23,6 +23,7 @@ def effective_rank(z: Tensor) -> float:
     """exp of the entropy of the normalised singular values of the centred rows of z (N, D), 1 to D."""
     unit = F.normalize(z.double(), dim=1)
     centred = unit - unit.mean(0)
-    singular = torch.linalg.eigvalsh(centred.T @ centred).clamp_min(0).sqrt()
+    gram = centred.T @ centred if len(z) >= z.shape[1] else centred @ centred.T  # equal but for zeros
+    singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     share = singular / singular.sum().clamp_min(1e-300)
     return torch.special.entr(share).sum().exp().item()

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import json
 import os
 import subprocess
 from collections.abc import Iterator
@@ -14,7 +15,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 
-from common import draws
+from common import draws, files
+from common.run import Run
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,6 +39,16 @@ def pictures(tmp_path_factory) -> Path:
                 pixels[8:28, 8:30, channel] = rng.integers(150, 255)
                 Image.fromarray(pixels).save(folder / f"{number}.png")
     return root
+
+
+@pytest.fixture
+def unsaved(monkeypatch) -> None:
+    """Runs log their epochs but save no state: of true widths one has hundreds of megabytes."""
+
+    def log(run: Run, epoch: int, record: dict, state: dict) -> None:
+        files.append_line(run.folder / "train.jsonl", json.dumps({"epoch": epoch, **record}))
+
+    monkeypatch.setattr(Run, "save", log)
 
 
 class FakeGPU:

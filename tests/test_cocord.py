@@ -713,14 +713,14 @@ def two_steps(arm: str, flags: list[str], folder, scale: str) -> None:
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_every_published_pair_constructs_trains_and_evaluates(pair, random_cifar, tmp_path):
+def test_every_published_pair_constructs_trains_and_evaluates(pair, random_cifar, unsaved, tmp_path):
     arms = design("cocord", "paper")[0]
     two_steps("base", arms[f"base@{pair}"], tmp_path, "paper")
     saved = checkpoints.load(tmp_path / "base/0/model.pt")
     assert saved["arguments"]["dim"] == 2048 and saved["epoch"] == 2
 
 
-def test_every_arm_of_gpu_scale_takes_two_steps(random_cifar, tmp_path):
+def test_every_arm_of_gpu_scale_takes_two_steps(random_cifar, unsaved, tmp_path):
     """Of the momentum study's pairs one of each kind."""
     arms = design("cocord", "gpu")[0]
     some = ("resnet56-resnet20", "vgg13-MobileNetV2", "resnet110-wrn_40_1")

@@ -633,15 +633,9 @@ def test_a_loss_that_is_not_finite_is_a_result(tmp_path, monkeypatch):
     assert checkpoints.load(tmp_path / "run/model.pt")["epoch"] == 8
 
 
-def only_logged(run: train.Run, epoch: int, record: dict, state: dict) -> None:
-    """In place of Run.save where a state has hundreds of megabytes."""
-    files.append_line(run.folder / "train.jsonl", json.dumps({"epoch": epoch, **record}))
-
-
-def test_every_arm_of_gpu_scale_takes_two_steps_and_is_evaluated(tmp_path, monkeypatch):
+def test_every_arm_of_gpu_scale_takes_two_steps_and_is_evaluated(unsaved, tmp_path, monkeypatch):
     """At the scale's own widths, five blocks of 512; paper scale: below."""
     monkeypatch.setattr(tasks, "ROWS", 4096)
-    monkeypatch.setattr(train.Run, "save", only_logged)
     done = set()
     for arm, flags in DESIGNS["gpu"][0].items():
         small = ["--batch", "4", "--covariance-batch", "4", "--train-size", "40"]
@@ -662,14 +656,13 @@ def test_every_arm_of_gpu_scale_takes_two_steps_and_is_evaluated(tmp_path, monke
 
 
 @pytest.mark.parametrize("arm", ["base@5x5", "off@5x5", "0.05-0.25@4x4", "width-4096@5x5"])
-def test_paper_scale_goes_on_from_gpt2(arm, tmp_path, monkeypatch):
+def test_paper_scale_goes_on_from_gpt2(arm, unsaved, tmp_path, monkeypatch):
     """GPT-2's own width, tokens and positions; two of its twelve blocks."""
     monkeypatch.setattr(tasks, "ROWS", 4096)
     weights = {name: 0.1 * one for name, one in gpt2_arrays(2, 768, train.GPT2_VOCABULARY, 1024).items()}
     write_safetensors(tmp_path / "model.safetensors", weights)
     argv = ["--scale", "paper", "--device", "cpu", "--rehearse", "1", *DESIGNS["paper"][0][arm], "--layers", "2"]
     argv += ["--batch", "4", "--covariance-batch", "4", "--train-size", "40"]
-    monkeypatch.setattr(train.Run, "save", only_logged)
     train.main([*argv, "--init-from", str(tmp_path / "model.safetensors"), "--out", str(tmp_path / "run")])
     saved = checkpoints.load(tmp_path / "run/model.pt")["model"]
     assert saved["gpt.wte.weight"].shape == (50260, 768)

@@ -162,6 +162,9 @@ def test_spread_of_known_sets():
     assert spread.std_ratio(antipodal) == pytest.approx(1.0, abs=0.02)
     assert spread.effective_rank(antipodal) == pytest.approx(1.0, abs=1e-3)
     few, unit = rows[:20], F.normalize(rows[:20], dim=1)
+    share = torch.linalg.svdvals(unit.double() - unit.double().mean(0))
+    share = share[share > 1e-9] / share.sum()
+    assert spread.effective_rank(few) == pytest.approx((-(share * share.log()).sum()).exp().item())
     pairs = [float(unit[i] @ unit[j]) for i in range(20) for j in range(20) if i != j]
     assert spread.mean_cosine(few) == pytest.approx(sum(pairs) / len(pairs), abs=1e-6)
 
@@ -410,7 +413,7 @@ def test_the_predictors_rate_follows_its_own_schedule(finished, pictures, tmp_pa
 
 
 @pytest.mark.parametrize("scale", ["gpu", "paper"])
-def test_every_arm_takes_two_steps_is_evaluated_and_drawn(scale, pictures, tmp_path, monkeypatch):
+def test_every_arm_takes_two_steps_is_evaluated_and_drawn(scale, pictures, unsaved, tmp_path, monkeypatch):
     """True widths, a batch of four; random pixels for CIFAR, and small pictures that a worker's code decodes."""
 
     def cifar(name, data, part):
@@ -429,13 +432,14 @@ def test_every_arm_takes_two_steps_is_evaluated_and_drawn(scale, pictures, tmp_p
         assert width == 512 and saved["arguments"]["network"] == ("resnet18" if scale == "gpu" else "resnet50")
         views = 4 if arm == "asymmetric-2x" else 2
         assert saved["model"]["backbone.bn1.num_batches_tracked"] == 2 * views and saved["epoch"] == 2
+        (tmp_path / arm / "0/model.pt").unlink()
     for study, contrasts in studies.items():
         words = ["--scale", scale, "--runs", str(tmp_path), "--seeds", "0", "--results", str(tmp_path / "results")]
         plot.main([study, *contrasts, *words])
         assert "missing" not in (tmp_path / "results" / f"{study}.md").read_text()
 
 
-def test_a_large_pictures_probe_learns_and_official_names_are_read(pictures, tmp_path, monkeypatch, capsys):
+def test_a_large_pictures_probe_learns_and_official_names_are_read(pictures, unsaved, tmp_path, monkeypatch, capsys):
     """Two epochs of LARS on red against blue; then a checkpoint under the authors' names."""
     out = tmp_path / "run"
     flags = ["--scale", "paper", "--data", str(pictures), "--size", "96", "--batch", "24", "--epochs", "1"]
