@@ -556,11 +556,7 @@ def main(argv: list[str] | None = None) -> None:
         "tradeoff": trade,
     }
     drawn["activations"] = activations(found, reference, active, caption + gaps, groups)
-    args.results.mkdir(parents=True, exist_ok=True)
-    for name, figure in drawn.items():
-        figures.save(figure, args.results, f"{args.study}-{name}")
-    tables.write_tables(summary, args.results)
-    print(f"{args.study}: {summary['finding']}")
+    studies.publish(summary, drawn, args.results)
 
 
 if __name__ == "__main__":

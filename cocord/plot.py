@@ -194,11 +194,7 @@ def main(argv: list[str] | None = None) -> None:
             dot_panels(runs, groups, shown), arms, short(reference), remarks, "slow student", caption
         ),
     }
-    args.results.mkdir(parents=True, exist_ok=True)
-    for name, figure in drawn.items():
-        figures.save(figure, args.results, f"{args.study}-{name}")
-    tables.write_tables(summary, args.results)
-    print(f"{args.study}: {summary['finding']}")
+    studies.publish(summary, drawn, args.results)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,12 @@ second factor; settings are never pooled. A diverged run is counted, never avera
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from matplotlib.figure import Figure
+
+from common import figures, tables
 from common.records import Runs, notes, provenance, values
 from common.statistics import paired, summary, verdict, welch
 from common.tables import NOT_INFORMATIVE, ONE_SEED, finding
@@ -97,6 +101,16 @@ def summarise(study: Study, runs: Runs, metrics: Mapping[str, Metric], rule: Rul
     result["verdict"] = next(iter(verdicts.values())) if alike else "; ".join(named)
     result["counted"] = any(word in WORDS for word in verdicts.values())
     return result | {"finding": finding(result)}
+
+
+def publish(summary: Mapping[str, Any], drawn: Mapping[str, Figure], folder: Path) -> None:
+    """Write a study's figures (<study>-<name>.svg and .png) and tables into `folder`, and print its finding."""
+    study = summary["study"]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in drawn.items():
+        figures.save(figure, folder, f"{study}-{name}")
+    tables.write_tables(summary, folder)
+    print(f"{study}: {summary['finding']}")
 
 
 def _contrast(runs: Runs, contrast: str, key: str, metric: Metric, margin: float | None) -> dict[str, Any]:

@@ -274,7 +274,4 @@ def draw(
     else:
         summary = robustness(summary, sweep)
         figure = rates_figure(runs, summary, sweep, f"{data}. ")
-    args.results.mkdir(parents=True, exist_ok=True)
-    figures.save(figure, args.results, f"{design.study}-sweep")
-    tables.write_tables(summary, args.results)
-    print(f"{design.study}: {summary['finding']}")
+    studies.publish(summary, {"sweep": figure}, args.results)

@@ -479,11 +479,7 @@ def main(argv: list[str] | None = None) -> None:
         ),
         "metrics": figures.dots(dot_panels(runs), design.arms, reference, remarks, "online weights", caption),
     } | ({"similarity": pictures} if pictures else {})
-    args.results.mkdir(parents=True, exist_ok=True)
-    for name, figure in drawn.items():
-        figures.save(figure, args.results, f"{args.study}-{name}")
-    tables.write_tables(summary, args.results)
-    print(f"{args.study}: {summary['finding']}")
+    studies.publish(summary, drawn, args.results)
 
 
 if __name__ == "__main__":

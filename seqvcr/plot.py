@@ -292,11 +292,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     if "width" in args.study:
         drawn["width"] = width_curves(runs, arguments, caption)
-    args.results.mkdir(parents=True, exist_ok=True)
-    for name, figure in drawn.items():
-        figures.save(figure, args.results, f"{args.study}-{name}")
-    tables.write_tables(summary, args.results)
-    print(f"{args.study}: {summary['finding']}")
+    studies.publish(summary, drawn, args.results)
 
 
 if __name__ == "__main__":

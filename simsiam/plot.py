@@ -122,13 +122,11 @@ def main(argv: list[str] | None = None) -> None:
     reference = args.contrasts[0].split(":")[1]
     caption = f"{data}. "
     remarks = {row["arm"]: f"{len(row['diverged'])} diverged" for row in summary["rows"] if row["diverged"]}
-    curves = figures.curves(curve_panels(runs, arguments["batch"]), design.arms, reference, caption)
-    dots = figures.dots(dot_panels(runs), design.arms, reference, remarks, caption=caption)
-    args.results.mkdir(parents=True, exist_ok=True)
-    figures.save(curves, args.results, f"{args.study}-curves")
-    figures.save(dots, args.results, f"{args.study}-metrics")
-    tables.write_tables(summary, args.results)
-    print(f"{args.study}: {summary['finding']}")
+    drawn = {
+        "curves": figures.curves(curve_panels(runs, arguments["batch"]), design.arms, reference, caption),
+        "metrics": figures.dots(dot_panels(runs), design.arms, reference, remarks, caption=caption),
+    }
+    studies.publish(summary, drawn, args.results)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,31 @@ def unsaved(monkeypatch) -> None:
     monkeypatch.setattr(Run, "save", log)
 
 
+class Unwritten:
+    """Stands in for a run's folder."""
+
+    name = folder = "fake"
+
+    def state(self, device):
+        return None
+
+    def nothing(self, *_):
+        pass
+
+    save = say = finish = diverge = nothing
+
+
+def refused(main, flags: list[str], words: str, folder: Path, capsys) -> None:
+    """A user's mistake: exit 2, one line that holds `words`, and no run has begun."""
+    if torch.cuda.is_available() and any("gpu" in one or "cuda" in one for one in [*flags, words]):
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(SystemExit) as end:
+        main([*flags, "--out", str(folder / "run")])
+    printed = capsys.readouterr().err
+    assert end.value.code == 2 and words in printed and printed.count("\n") == 1
+    assert not (folder / "run/args.json").exists()
+
+
 class FakeGPU:
     """`asked`: how often a number was asked of the device (.item() and what rests on it)."""
 

@@ -10,7 +10,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, design
+from conftest import ROOT, Unwritten, design, refused
 from torch import nn
 from torchvision.transforms.v2 import functional as tv
 
@@ -513,13 +513,7 @@ def test_every_flag_is_read():
     ],
 )
 def test_a_users_mistake_ends_in_one_sentence(flags, words, tmp_path, capsys):
-    if torch.cuda.is_available() and "gpu" in str(flags) + words:
-        pytest.skip("this machine has a GPU")
-    with pytest.raises(SystemExit) as end:
-        train.main([*flags, "--device", "auto" if "gpu" in flags else "cpu", "--out", str(tmp_path / "run")])
-    printed = capsys.readouterr().err
-    assert end.value.code == 2 and words in printed and printed.count("\n") == 1
-    assert not (tmp_path / "run" / "args.json").exists()
+    refused(train.main, ["--device", "auto" if "gpu" in flags else "cpu", *flags], words, tmp_path, capsys)
 
 
 def test_rates_and_heads_that_are_not_given_follow_from_the_pair():
@@ -530,20 +524,6 @@ def test_rates_and_heads_that_are_not_given_follow_from_the_pair():
 
 
 # ---------------------------------------------------------------------------------------------- a fake GPU
-
-
-class Unwritten:
-    """Stands in for a run's folder."""
-
-    name = folder = "fake"
-
-    def state(self, device):
-        return None
-
-    def nothing(self, *_):
-        pass
-
-    save = say = finish = diverge = nothing
 
 
 def train_on_a_fake_gpu(count: int, flags: list[str]) -> None:

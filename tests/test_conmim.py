@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, design
+from conftest import ROOT, Unwritten, design, refused
 from PIL import Image
 from test_ranks import ENVIRONMENT, launch
 from torch import nn
@@ -716,30 +716,10 @@ def test_every_flag_is_read():
     ],
 )
 def test_a_users_mistake_ends_in_one_sentence(flags, words, tmp_path, capsys):
-    if torch.cuda.is_available() and flags == ["--scale", "gpu"]:
-        pytest.skip("this machine has a GPU")
-    with pytest.raises(SystemExit) as end:
-        train.main([*flags, "--out", str(tmp_path / "run")])
-    printed = capsys.readouterr().err
-    assert end.value.code == 2 and words in printed and printed.count("\n") == 1
-    assert not (tmp_path / "run" / "args.json").exists()
+    refused(train.main, flags, words, tmp_path, capsys)
 
 
 # ---------------------------------------------------------------------------------------------- a fake GPU
-
-
-class Unwritten:
-    """Stands in for a run's folder."""
-
-    name = folder = "fake"
-
-    def state(self, device):
-        return None
-
-    def nothing(self, *_):
-        pass
-
-    save = say = finish = diverge = nothing
 
 
 def train_on_a_fake_gpu(count: int, flags: list[str]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, FakeGPU, design
+from conftest import ROOT, FakeGPU, Unwritten, design, refused
 from test_concepts import write_safetensors
 
 from common import checkpoints, files
@@ -462,13 +462,7 @@ def test_every_flag_is_read():
     ],
 )
 def test_a_users_mistake_ends_in_one_sentence(flags, words, tmp_path, capsys):
-    if torch.cuda.is_available() and flags == ["--scale", "gpu"]:
-        pytest.skip("this machine has a GPU")
-    with pytest.raises(SystemExit) as end:
-        train.main([*flags, "--out", str(tmp_path / "run")])
-    printed = capsys.readouterr().err
-    assert end.value.code == 2 and words in printed and printed.count("\n") == 1
-    assert not (tmp_path / "run/args.json").exists()
+    refused(train.main, flags, words, tmp_path, capsys)
 
 
 # ---------------------------------------------------------------------------------------------- runs
@@ -705,11 +699,6 @@ def test_training_and_evaluation_stay_on_a_fake_gpu(arm, fake_gpu: FakeGPU):
     asked = []
     for steps in (4, 8):
         fake_gpu.asked = 0
-
-        class Unwritten:
-            name = folder = "fake"
-            state = staticmethod(lambda device: None)
-            save = say = finish = diverge = lambda *_: None
 
         losses = functools.partial(
             seqvcr_loss, answer=4, lambda1=args.lambda1, lambda2=args.lambda2, layer=args.layer,

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, design, tiny
+from conftest import ROOT, Unwritten, design, refused, tiny
 from torch import nn
 
 from common import checkpoints, images, spread
@@ -222,13 +222,7 @@ def test_every_flag_is_read():
     ],
 )
 def test_a_users_mistake_ends_in_one_sentence(flags, words, tmp_path, capsys):
-    if torch.cuda.is_available() and "cuda" in str(flags) + words:
-        pytest.skip("this machine has a GPU")
-    with pytest.raises(SystemExit) as end:
-        train.main([*flags, "--out", str(tmp_path / "run")])
-    printed = capsys.readouterr().err
-    assert end.value.code == 2 and words in printed and printed.count("\n") == 1
-    assert not (tmp_path / "run" / "args.json").exists()
+    refused(train.main, flags, words, tmp_path, capsys)
 
 
 # ---------------------------------------------------------------------------------------------- views and devices
@@ -262,20 +256,6 @@ def test_the_fake_gpu_notices_what_a_real_one_would(fake_gpu):
             wrong()
     rows.sum().item()
     assert fake_gpu.asked == 1
-
-
-class Unwritten:
-    """Stands in for a run's folder."""
-
-    name = folder = "fake"
-
-    def state(self, device):
-        return None
-
-    def nothing(self, *_):
-        pass
-
-    save = say = finish = diverge = nothing
 
 
 class Pictures:
