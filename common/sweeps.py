@@ -6,6 +6,7 @@ first, arm:reference, then each again as arm@third:reference@third and arm@tripl
 """
 
 import argparse
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -67,17 +68,20 @@ def doses(runs: records.Runs, reference: str, sweep: Sweep) -> dict[str, float]:
 
 
 def onset(summary: Mapping[str, Any], along: Mapping[str, float], metric: str) -> str:
-    """From which dose on, seen from the reference, every dose differs in the same direction; a phrase."""
+    """From which dose on, seen from the reference, every dose differs in the same direction: a phrase, "" without one.
+
+    There is none without intervals, or where the reference has no run.
+    """
     reference = next(one["reference"] for one in summary["contrasts"] if one["primary"])
     words = {one["arm"]: one["word"] for one in summary["all_contrasts"] if one["metric"] == metric and
              one["reference"] == reference}  # fmt: skip
     order, told = list(along), []
     if reference not in order:
-        return "its reference has no run"
+        return ""
     place = order.index(reference)
     for side, arms in (("up", order[place + 1 :]), ("down", order[:place][::-1])):
         known = [words.get(arm, "") for arm in arms]
-        if not known:
+        if not known or tables.ONE_SEED in known:
             continue
         ends = known[-1]
         first = next((i for i in range(len(known)) if set(known[i:]) == {ends}), None)
@@ -99,7 +103,8 @@ def curve_finding(summary: Mapping[str, Any], along: Mapping[str, float], sweep:
             for arm, dose in along.items()
             if metric in rows[arm]
         ]
-        against = f"; against {reference}: {onset(summary, along, metric)}" if described["judged"] else ""
+        against = onset(summary, along, metric) if described["judged"] else ""
+        against = f"; against {reference}: {against}" if against else ""
         sentences.append(f"{described['label']}: {', '.join(points)}{against}.")
     return " ".join(sentences)
 
@@ -110,7 +115,9 @@ def curve(
 ) -> Figure:  # fmt: skip
     """A panel a metric over the doses, evenly spaced: a dot a seed, a line through the means; `named` arms by name."""
     arms = list(along)
-    ticks = [f"{dose:g}" + (f"\n{short(arm)}" if arm in named else "") for arm, dose in along.items()]
+    ticks = [
+        f"{dose:g}" + (f"\n{textwrap.fill(short(arm), 13)}" if arm in named else "") for arm, dose in along.items()
+    ]
     with matplotlib.rc_context(figures.STYLE):
         figure, axes = figures.grid(len(sweep.metrics), 4.4, 3.0)
         for axis, metric in zip(axes, sweep.metrics, strict=True):
@@ -208,7 +215,7 @@ def rates_figure(runs: records.Runs, summary: Mapping[str, Any], sweep: Sweep, c
                 if row == 0:
                     axis.set_title(name.replace(":", "\nminus "))
                 if row == len(axes) - 1:
-                    axis.set_xlabel("learning rate")
+                    axis.set_xlabel("times the learning rate")
             axes[row][0].set_ylabel(tables.title(summary["metrics"][metric]))
         marks = {
             "clear of zero": {"color": figures.COLOURS[0], "marker": "o"},
@@ -266,12 +273,12 @@ def draw(
     shown |= {key: metrics[key] for key in sweep.metrics}
     design = design._replace(question=sweep.question, data=data, primaries=plan(sweep, design.contrasts))
     summary = studies.summarise(design, runs, shown, rule)
-    named = design.contrasts[0].split(":")
+    named, caption = design.contrasts[0].split(":"), f"{data[0].upper()}{data[1:]}. "
     if sweep.dose:
         along = doses(runs, named[1], sweep)
         summary["finding"] = curve_finding(summary, along, sweep)
-        figure = curve(runs, along, named, sweep, metrics, f"{data}. ")
+        figure = curve(runs, along, named, sweep, metrics, caption)
     else:
         summary = robustness(summary, sweep)
-        figure = rates_figure(runs, summary, sweep, f"{data}. ")
+        figure = rates_figure(runs, summary, sweep, caption)
     studies.publish(summary, {"sweep": figure}, args.results)
