@@ -121,8 +121,10 @@ def fake_gpu(monkeypatch) -> Iterator[FakeGPU]:
     monkeypatch.setattr(draws, "generator", lambda *_: None)
     monkeypatch.setattr(nn.Module, "to", moved)
     monkeypatch.setattr(copy, "deepcopy", lambda module: module)
+    gc.freeze()  # what is there already holds no fake parameter: `backward` need not look through it
     with mode:
         yield gpu
+    gc.unfreeze()
 
 
 def design(paper: str, scale: str = "demo") -> tuple[dict[str, list[str]], dict[str, list[str]]]:

@@ -550,7 +550,7 @@ def test_training_stays_on_a_fake_gpu(arm, fake_gpu):
 
 def test_steps_ask_the_device_nothing(fake_gpu):
     asked = []
-    for count in (40, 168):
+    for count in (40, 88):
         fake_gpu.asked = 0
         train_on_a_fake_gpu(count, [])
         asked.append(fake_gpu.asked)

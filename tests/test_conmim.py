@@ -9,13 +9,14 @@ import re
 import subprocess
 import sys
 
+import forked
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, Unwritten, design, refused
 from PIL import Image
-from test_ranks import ENVIRONMENT, launch
+from test_ranks import ENVIRONMENT
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.transforms.v2 import functional as tv
@@ -742,7 +743,7 @@ def test_training_and_its_measures_stay_on_a_fake_gpu(arm, positions, fake_gpu):
 
 def test_steps_ask_the_device_nothing(fake_gpu):
     asked = []
-    for count in (40, 168):
+    for count in (40, 88):
         fake_gpu.asked = 0
         train_on_a_fake_gpu(count, [])
         asked.append(fake_gpu.asked)
@@ -891,7 +892,7 @@ def test_every_cell_of_a_scale_takes_two_real_steps(scale, network, pictures, mo
 def test_the_papers_scale_trains_on_two_ranks_with_workers(pictures, tmp_path):
     flags = ["--scale", "paper", "--network", "vit_small_16", "--hidden", "64", "--size", "96", "--data", str(pictures)]
     flags += ["--batch", "4", "--rehearse", "1", "--device", "cpu", "--workers", "1", "--out", str(tmp_path / "run")]
-    done = launch(ROOT / "conmim/train.py", *flags)
+    done = forked.run(tmp_path, ROOT / "conmim/train.py", *flags, ranks=2)
     assert done.returncode == 0, done.stderr
     saved = checkpoints.load(tmp_path / "run/model.pt")
     assert saved["epoch"] == 2 and saved["model"]["online.vit.norm.weight"].shape == (384,)
@@ -925,10 +926,9 @@ def on_two(tmp_path, pictures, mode: str, *flags: str):
     script.write_text(SCRIPT)
     common = ["--data-set", "folder", "--size", "32", "--data", str(pictures), "--hidden", "24", "--dim", "20"]
     common += ["--batch", "16", "--epochs", "2", "--warm-up", "0", "--device", "cpu", "--lr", "0.01", *flags]
-    done = launch(script, mode, *common, "--out", str(tmp_path / "two"))
-    assert done.returncode == 0, done.stderr
-    alone = [sys.executable, str(script), mode, *common, "--out", str(tmp_path / "one")]
-    subprocess.run(alone, env=ENVIRONMENT, check=True, capture_output=True)
+    for name, ranks in (("two", 2), ("one", 1)):
+        done = forked.run(tmp_path, script, mode, *common, "--out", str(tmp_path / name), ranks=ranks)
+        assert done.returncode == 0, done.stderr
     two, one = (checkpoints.load(tmp_path / name / "model.pt") for name in ("two", "one"))
     logs = [json.loads((tmp_path / n / "train.jsonl").read_text().splitlines()[-1]) for n in ("two", "one")]
     return state(train.build_model(one["arguments"], CPU)), two["model"], one["model"], logs

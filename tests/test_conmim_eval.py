@@ -4,15 +4,13 @@ import argparse
 import json
 import math
 import shutil
-import subprocess
-import sys
 
+import forked
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import FakeGPU
-from test_ranks import ENVIRONMENT, launch
 from torch import nn
 from torch.nn.functional import normalize
 
@@ -495,11 +493,11 @@ def test_two_ranks_fine_tune_as_one(pictures, tmp_path):
     train.main(tiny(out, pictures))
     script = tmp_path / "alone.py"
     script.write_text(WEIGHTS.format(shape=tuple(SHAPE), little=LITTLE))
-    done = launch(script, str(out))
+    done = forked.run(tmp_path, script, str(out), ranks=2)
     assert done.returncode == 0, done.stderr
     two, found = checkpoints.load(out / "0.pt"), metrics_of(out)
     assert all(torch.equal(one, two[name]) for name, one in checkpoints.load(out / "1.pt").items())
-    subprocess.run([sys.executable, str(script), str(out)], env=ENVIRONMENT, check=True, capture_output=True)
+    assert forked.run(tmp_path, script, str(out)).returncode == 0
     for name, one in checkpoints.load(out / "0.pt").items():
         torch.testing.assert_close(two[name], one, rtol=1e-3, atol=1e-5)
     alone = metrics_of(out)
@@ -528,7 +526,7 @@ def test_official_files_are_read_by_name(fine_tuned, pictures, tmp_path, monkeyp
     monkeypatch.setitem(train.SCALES, "workers", (0, 0, 0))
     evaluate.main([str(out), *flags])
     found = metrics_of(out)
-    data = train.load_data("folder", pictures, 96, 0, CPU)
+    data = images.load_or_stream("folder", pictures, 96, CPU, 0)
     if fine_tuned:
         hits = [(model.eval()(x).argmax(1) == y).float() for x, y in data.batches("test")]
         assert found["finetune_accuracy"] == pytest.approx(100 * torch.cat(hits).mean().item())

@@ -264,13 +264,13 @@ def test_a_changed_arm_moves_its_old_run_aside_and_no_other(house):
 
 
 def test_a_rehearsal_takes_every_arm_in_a_folder_of_its_own(house):
-    code, calls, printed = house.make("rehearsal", "EXTRA=--batch 8", "-j2")
+    code, calls, printed = house.make("rehearsal", "PAPERS=simsiam bsa", "EXTRA=--batch 8", "-j2")
     assert code == 0 and len(runs(calls)) == len(runs(calls, "eval")) == 9
     assert all("--rehearse 20 --batch 8" in call for call in calls if "train.py" in call)
     assert not (house.folder / "runs/demo").exists() and not (house.folder / "results").exists()
     assert (house.folder / "runs/rehearsal/demo/report/index.html").exists() and "a table" in printed
-    assert len(runs(house.make("rehearsal")[1])) == 9  # a rehearsal is never "already done"
-    code, calls, _ = house.make("rehearsal", "-k", BREAK="runs/rehearsal/demo/simsiam/base/0")
+    assert len(runs(house.make("rehearsal", "PAPERS=simsiam bsa")[1])) == 9  # a rehearsal is never "already done"
+    code, calls, _ = house.make("rehearsal", "PAPERS=simsiam bsa", "-k", BREAK="runs/rehearsal/demo/simsiam/base/0")
     assert code != 0 and len(runs(calls)) == 9 and calls[-1].startswith("-m common.cost")
 
 
@@ -305,6 +305,28 @@ def test_demo_is_every_study_with_one_seed_on_the_cpu(house):
     assert len(drawn) == len(set(drawn)) == 12
     first = next(place for place, call in enumerate(calls) if "plot.py" in call)
     assert drawn[0] == "simsiam-stop-gradient" and not any("predictor" in call for call in calls[:first])
+
+
+def test_robustness_and_curves_are_extras_of_three_seeds_with_a_page_of_their_own(house):
+    code, calls, printed = house.make("robustness", "PAPERS=bsa cocord", "-j2")
+    assert code == 0, printed
+    tripled = [call for call in calls if "train.py" in call and "--lr-factor 3" in call]
+    assert len(tripled) == 3 * (3 + 6) and all("@triple/" in call for call in tripled)
+    assert {call.split("--seed ")[1].split()[0] for call in tripled} == {"0", "1", "2"}
+    drawn = [call for call in calls if "plot.py" in call]
+    assert {call.split()[1] for call in drawn} == {"bsa-robustness", "cocord-robustness"}
+    assert all("--results results/demo/extras " in call for call in drawn)
+    assert (house.folder / "results/demo/extras/index.html").exists()
+    assert not (house.folder / "results/demo/index.html").exists()
+    for place, call in enumerate(calls):  # at another rate the teacher is the same, and there first
+        if "cocord/train.py" in call and "@third" in call and "--weights" in call:
+            weights = Path(call.split("--weights ")[1].split()[0])
+            assert any(f"--out {weights.parent} " in one for one in calls[:place])
+    assert house.make("robustness", "PAPERS=bsa cocord")[:2] == (0, [])
+    code, calls, _ = house.make("curves", "PAPERS=bsa", "SEEDS=0")
+    assert code == 0 and len([call for call in calls if "train.py" in call]) == 4  # base and no-alignment are there
+    assert "--results runs/demo/report/extras " in next(call for call in calls if "plot.py" in call)
+    assert not (house.folder / "results/demo/extras/bsa-alignment-weight.json").exists()
 
 
 def test_help_names_papers_studies_and_arms(house):
