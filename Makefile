@@ -177,9 +177,9 @@ conmim.rehearsal := --rehearse 20
 conmim.data.gpu := $(if $(findstring --data-set,$(EXTRA)),,cifar-10-batches-py)
 
 # Curves, extras too: what lies between the arms of the first contrast, which are the plan's.
-leaks := 0.02 0.05 0.1 0.2 0.5
+leaks := 0.01 0.02 0.05 0.1 0.2 0.5
 $(foreach x,$(leaks),$(eval simsiam.leak-$x := --gradient-leak $x))
-conmim.leaks := 0.001 0.003 0.01 $(leaks)
+conmim.leaks := 0.001 0.003 $(leaks)
 $(foreach x,$(conmim.leaks),$(eval conmim.leak-$x := --keys online --gradient-leak $x))
 simsiam-gradient-leak  := no-stop-gradient:base $(leaks:%=leak-%:base)
 conmim-gradient-leak   := online-no-stop-gradient:online-keys $(conmim.leaks:%=leak-%:online-keys) base:no-pretraining

@@ -213,7 +213,7 @@ def rates_figure(runs: records.Runs, summary: Mapping[str, Any], sweep: Sweep, c
             for axis, name in zip(axes[row], columns, strict=True):
                 rates_panel(axis, runs, found[name], metric, guards)
                 if row == 0:
-                    axis.set_title(name.replace(":", "\nminus "))
+                    axis.set_title(titled(name))
                 if row == len(axes) - 1:
                     axis.set_xlabel("times the learning rate")
             axes[row][0].set_ylabel(tables.title(summary["metrics"][metric]))
@@ -223,6 +223,13 @@ def rates_figure(runs: records.Runs, summary: Mapping[str, Any], sweep: Sweep, c
         }
         text = "Difference of the means with Welch's 95 % interval; faint: seed by seed. "
         return figures.finish(figure, marks, text + caption)
+
+
+def titled(contrast: str) -> str:
+    """ "arm:reference" as a panel is headed, with the arm's setting once."""
+    arm, reference = contrast.split(":")
+    setting = arm.partition("@")[2]
+    return f"{short(arm)}\nminus {short(reference)}" + (f"\n({setting})" if setting else "")
 
 
 def rates_panel(
