@@ -173,14 +173,12 @@ def held(words: Mapping[str, str]) -> str:
 def robustness(summary: dict[str, Any], sweep: Sweep) -> dict[str, Any]:
     """The summary with its verdict, and a sentence for every primary contrast, over the three rates."""
     verdicts: dict[str, list[str]] = {}
-    sentences = []
+    controls, sentences = summary["controls"], []
     for metric in sweep.metrics:
         described, primary = summary["metrics"][metric], metric == summary["primary_metric"]
         for name, by_rate in at_rates(summary, metric).items():
-            controls = summary["controls"] if primary else None
-            words = {
-                rate: one["word"] if controls is None else studies.judge(one, controls) for rate, one in by_rate.items()
-            }
+            judged = {rate: studies.judge(one, controls) if primary else one["word"] for rate, one in by_rate.items()}
+            words = {rate: word.removesuffix(" at this scale") for rate, word in judged.items()}
             if primary:
                 verdicts.setdefault(held(words), []).append(name)
             alike = dict.fromkeys(words.values())
