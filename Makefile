@@ -366,21 +366,25 @@ rehearsal:
 # Hours: those of finished runs, else what a rehearsal tells (with EXTRA always, since finished runs may have had other).
 comma := ,
 space := $(subst ,, )
-cost = $(RUN_PYTHON) -m common.cost $(REHEARSAL) \
-	$(foreach study,$(STUDIES),$(study)=$(subst $(space),$(comma),$(strip $($(study))))) --seeds $(SEEDS)
-known = $(cost) $(if $(EXTRA),,--runs $(RUNS))
+price = $(RUN_PYTHON) -m common.cost $(REHEARSAL) $(foreach study,$(STUDIES),$(study)=$(subst \
+	$(space),$(comma),$(strip $(call $1,$(study))))) --seeds $(SEEDS)
+whole = $($1)
+cost = $(call price,whole)
+known = $(if $(EXTRA),,--runs $(RUNS))
 unknown = $(foreach arm,$(sort $(foreach study,$($1),$(call arms-of,$(study)))),$(if $(if $(EXTRA),,$(wildcard \
 	$(SEEDS:%=$(RUNS)/$1/$(arm)/%/metrics.json))),,$(REHEARSAL)/$1/$(arm)/0/metrics.json))
 rehearse-unknown = $(foreach paper,$(PAPERS),$(if $(call unknown,$(paper)),$(rehearse) $(call \
 	unknown,$(paper)) EXTRA="$(strip $($(paper).rehearsal) $(EXTRA))" || exit;))
 cost: | $(VENV)
-	@+$(rehearse-unknown) $(known)
+	@+$(rehearse-unknown) $(cost) $(known)
 
-# The first contrast of each study over three seeds, the cheapest first, as far as HOURS go.
+# The first contrast of each study (and the one that tells whether base beats its control, where that takes another run)
+# over three seeds, the cheapest first, as far as HOURS go.
+first = $(firstword $($1)) $(filter $(conmim.control) $(cocord.control) $(call seqvcr.at,base:off),$(wordlist 2,99,$($1)))
 evening: | $(VENV)
-	@+$(rehearse-unknown) chosen=$$($(known) --seeds 0 1 2 --fitting $(HOURS)); \
+	@+$(rehearse-unknown) chosen=$$($(call price,first) $(known) --seeds 0 1 2 --fitting $(HOURS)); \
 	echo "in $(HOURS) hours: $${chosen:-nothing fits}"; code=0; for one in $$chosen; do \
-		$(MAKE) --no-print-directory $${one%%=*} "$$one" SEEDS="0 1 2" || code=$$?; done; exit $$code
+		$(MAKE) --no-print-directory $${one%%=*} "$$(echo $$one | tr , ' ')" SEEDS="0 1 2" || code=$$?; done; exit $$code
 
 # ------------------------------------------------------------------------------------------------- the rest
 

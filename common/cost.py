@@ -60,19 +60,19 @@ def arms_of(study: str, contrasts: Sequence[str]) -> list[str]:
 
 
 def fitting(studies: Mapping[str, list[str]], costs: Mapping[str, Cost], seeds: int, hours: float) -> list[str]:
-    """Which studies' first contrasts fit into `hours` at `seeds` seeds: the cheapest first, shared arms paid once."""
+    """Which studies' contrasts fit into `hours` at `seeds` seeds: the cheapest first, shared arms paid once."""
     paid: set[str] = set()
     chosen: list[str] = []
     while True:
         prices = {}
         for study, contrasts in studies.items():
-            arms = arms_of(study, contrasts[:1])
+            arms = arms_of(study, contrasts)
             if study not in chosen and all(arm in costs for arm in arms):
                 prices[study] = seeds * sum(costs[arm].hours for arm in arms if arm not in paid)
         if not prices or prices[cheapest := min(prices, key=lambda study: prices[study])] > hours:
             return chosen
         hours -= prices[cheapest]
-        paid |= set(arms_of(cheapest, studies[cheapest][:1]))
+        paid |= set(arms_of(cheapest, studies[cheapest]))
         chosen.append(cheapest)
 
 
@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--runs", type=Path, help="folder of whole runs, PAPER/ARM/SEED; they tell more than rehearsals"
     )
-    parser.add_argument("--fitting", type=number(0), metavar="HOURS", help="only name the first contrasts that fit")
+    parser.add_argument("--fitting", type=number(0), metavar="HOURS", help="only name the studies that fit")
     args = parser.parse_args(argv)
     studies = {}
     for one in args.studies:
@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(show(studies, costs, len(args.seeds)))
     else:
         chosen = fitting(studies, costs, len(args.seeds), args.fitting)
-        print(" ".join(f"{study}={studies[study][0]}" for study in chosen))
+        print(" ".join(f"{study}={','.join(studies[study])}" for study in chosen))
 
 
 if __name__ == "__main__":

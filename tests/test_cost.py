@@ -39,7 +39,7 @@ def test_finished_runs_tell_more_than_a_rehearsal(tmp_path):
 
 def test_an_evening_takes_the_cheapest_first_and_pays_shared_arms_once():
     costs = {f"toy/{arm}": cost.Cost(hours, 1.0, 1, "") for arm, hours in {"base": 2, "a": 1, "b": 2, "c": 9}.items()}
-    studies = {"toy-c": ["c:base"], "toy-b": ["b:base", "c:base"], "toy-a": ["a:base"], "toy-d": ["d:base"]}
+    studies = {"toy-c": ["c:base"], "toy-b": ["b:base", "base:a"], "toy-a": ["a:base"], "toy-d": ["d:base"]}
     assert cost.fitting(studies, costs, 1, 2.9) == []
     assert cost.fitting(studies, costs, 1, 3) == ["toy-a"]
     assert cost.fitting(studies, costs, 1, 5) == ["toy-a", "toy-b"]  # 1 + 2, then 2 more: base is paid for

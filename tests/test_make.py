@@ -295,6 +295,15 @@ def test_an_evening_runs_the_first_contrasts_that_fit(house):
     }  # fmt: skip
     assert not (house.folder / "results").exists() and (house.folder / "runs/demo/report/index.html").exists()
     assert not [call for call in house.make("evening", FITTING=fitting)[1] if "train.py" in call]
+    asked = next(call for call in calls if "--fitting" in call).split()
+    assert {"simsiam-predictor=no-predictor:base", "conmim-asymmetry=symmetric:base,base:no-pretraining"} < {*asked}
+    pair = "@resnet_s64-vgg_s"  # the control is another run, and comes with the contrast that it guards
+    assert f"cocord-teacher-momentum=moving{pair}:frozen{pair},frozen{pair}:cross-entropy@vgg_s" in asked
+    assert "seqvcr-projection-width=width-4096@2x2:width-512@2x2,base@2x2:off@2x2" in asked
+    calls = house.make("evening", FITTING="conmim-asymmetry=symmetric:base,base:no-pretraining")[1]
+    assert {call.split("--out ")[1].split("/")[3] for call in calls if "conmim/train.py" in call} == {
+        "base", "symmetric", "no-pretraining",
+    }  # fmt: skip
 
 
 def test_demo_is_every_study_with_one_seed_on_the_cpu(house):
