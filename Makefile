@@ -257,9 +257,9 @@ MAKEFLAGS += --no-builtin-rules
 
 $(foreach paper,$(PAPERS),$(eval $(call ROBUSTNESS,$(paper))))
 SWEEPS := $(foreach paper,$(PAPERS),$($(paper).sweeps))
-EXTRAS := $(SWEEPS) $(foreach paper,$(PAPERS),$($(paper).extras))
 robustness := $(filter %-robustness,$(SWEEPS))
 curves := $(filter-out %-robustness,$(SWEEPS))
+EXTRAS := $(robustness) $(curves) $(foreach paper,$(PAPERS),$($(paper).extras))
 STUDIES := $(if $(SECOND_PAGE),$(EXTRAS),$(foreach paper,$(PAPERS),$($(paper))))
 every-arm = $(sort $(foreach study,$($1) $($1.extras) $2,$(call arms-of,$(study))))
 VENV := $(if $(PYTHON),,.venv/installed)
@@ -303,7 +303,7 @@ endef
 again = SCALE=$(SCALE) SEEDS="$(SEEDS)"$(if $(EXTRA), EXTRA="$(EXTRA)")
 plot = $(RUN_PYTHON) $(call paper-of,$1)/plot.py $1 $($1) --scale $(SCALE) --runs $(RUNS)/$(call paper-of,$1) \
 	--seeds $(SEEDS) --results $(RESULTS) --reproduce 'make $1 $(again)'
-page = $(RUN_PYTHON) -m common.report --results $(RESULTS) --title 'Ablation studies, scale $(SCALE)' \
+page = $(RUN_PYTHON) -m common.report --results $(RESULTS) --title '$(if $(SECOND_PAGE),Robustness$(comma) curves and other extras,Ablation studies), scale $(SCALE)' \
 	--command 'make {} $(again)' $(STUDIES)
 
 $(foreach paper,$(PAPERS),$(foreach arm,$(call every-arm,$(paper),$($(paper).sweeps)),$(foreach seed,$(SEEDS),$(eval $(call \
