@@ -72,9 +72,12 @@ def test_robustness_from_runs_to_verdict(tmp_path, capsys):
     for rate in ("", "@third", "@triple"):
         arm(tmp_path, f"base{rate}", [60.0, 61.0, 62.0])
         arm(tmp_path, f"arm{rate}", [20.0, 21.0, 22.0] if rate != "@triple" else [59.0, 62.0, 61.5])
-    design = study("arm:base", *TRIPLED, controls=map(untrained, ("base", "base@third", "base@triple")))
-    found = draw(tmp_path, design, ROBUST)
-    assert found["verdict"] == f"{sweeps.SOME}: arm:base" and not found["counted"] and found["primaries"] == 1
+        arm(tmp_path, f"other{rate}", [90.0, 91.0, 92.0])
+    others = [one.replace("arm", "other") for one in TRIPLED]
+    controls = map(untrained, ("base", "base@third", "base@triple"))
+    found = draw(tmp_path, study("arm:base", "other:base", *TRIPLED, *others, controls=controls), ROBUST)
+    assert found["verdict"] == f"{sweeps.SOME}: arm:base; {sweeps.ALL}: other:base"
+    assert found["counted"] and found["primaries"] == 2 and "higher at all three rates" in found["finding"]
     assert "lower at a third; lower at base's rate; not resolved at n = 3 at three times" in found["finding"]
     assert "a third -40.0 (-42.3 to -37.7)" in found["finding"]
     assert "std ratio, arm:base: not resolved at n = 3 at all three rates" in found["finding"]
@@ -207,8 +210,10 @@ def test_every_arm_of_a_sweep_is_another_run(paper, scale, tmp_path):
         if sweep.dose:
             differing = {key for key in ends[0] if ends[0][key] != ends[1][key]}
             assert differing == {sweep.dose, *sweep.moving}
-            along = [one[sweep.dose] for one in resolved.values() if one.keys() == ends[0].keys()]
-            assert len(set(along)) >= 4
+            reference, fixed = contrasts[0].split(":")[1], ends[0].keys() - {sweep.dose, *sweep.moving}
+            along = [arm for arm, _, other in (one.partition(":") for one in contrasts) if other == reference]
+            assert len(along) >= 4
+            assert all(resolved[arm][key] == ends[1][key] for arm in along for key in fixed)
 
 
 def test_judge_is_what_a_studys_verdict_is_made_of(tmp_path):
