@@ -315,9 +315,10 @@ $(foreach study,$(STUDIES),$(foreach seed,$(SEEDS),$(eval $(call DRAWING,$(study
 FORCE: ;
 
 # A study, a paper, everything: a make for each seed (in a single parallel one the first evaluation would wait for the
-# last training), then the page; after a failure what there is. $1 studies.
+# last training), then the page; after a failure what there is. $1 studies. ONE_BY_ONE: a make for each study, which also
+# begins the runs of the next one, so that no core waits for a drawing.
 .PHONY: $(STUDIES) $(PAPERS) all demo report page seed rehearsal cost evening
-ifndef ASKED
+ifndef SEED
 .NOTPARALLEL: # several goals one after the other: they may share runs
 endif
 $(STUDIES): %: ; @$(call carefully,$*)
@@ -331,13 +332,15 @@ endif
 $(PAPERS): %: ; @$(call carefully,$($*))
 all: ; @$(call carefully,$(STUDIES))
 define carefully
-+code=0; for seed in $(SEEDS); do for asked in $(if $(ONE_BY_ONE),$1,"$1"); do \
-	$(MAKE) --no-print-directory seed SEED=$$seed ASKED="$$asked" || { code=$$?; $(if $(KEEP_GOING),,break 2;) }; done; done; \
++code=0; for seed in $(SEEDS); do last=; for asked in $(if $(ONE_BY_ONE),$1 "","$1"); do \
+	$(MAKE) --no-print-directory seed SEED=$$seed $(if $(ONE_BY_ONE),ASKED="$$last" NEXT="$$asked",ASKED="$$asked") || \
+	{ code=$$?; $(if $(KEEP_GOING),,break 2;) }; last=$$asked; done; done; \
 	$(MAKE) --no-print-directory $$([ $$code = 0 ] && echo page || echo report) ASKED="$1" && exit $$code
 endef
 KEEP_GOING = $(findstring k,$(firstword -$(MAKEFLAGS)))
 
-seed: $(foreach study,$(ASKED),$(call drawn,$(study),$(SEED)))
+seed: $(foreach study,$(ASKED),$(call drawn,$(study),$(SEED))) $(foreach study,$(NEXT),$(foreach arm,$(call \
+		arms-of,$(study)),$(call run-of,$(study),$(arm),$(SEED))/metrics.json))
 page: $(RESULTS)/index.html
 	@echo "the page: $<"
 $(RESULTS)/index.html: $(wildcard $(foreach seed,$(SEEDS),$(foreach study,$(ASKED),$(call drawn,$(study),$(seed))))) \
