@@ -72,11 +72,12 @@ def overview(study: str, found: Mapping[str, Any] | str) -> list[str]:
         for one in primary
     ]
     words = {True: "passed", False: "not passed", None: "no interval"}
+    guards = [one for one in found["controls"] if one["primary"]]
+    others = [one["passed"] for one in found["controls"] if not one["primary"]]
     several = len(found["controls"]) > 1
     passed = [
-        (f"{one['arm']} against " if several else "") + f"{one['name']}: {words[one['passed']]}"
-        for one in found["controls"]
-    ]
+        (f"{one['arm']} against " if several else "") + f"{one['name']}: {words[one['passed']]}" for one in guards
+    ] + ([f"{others.count(True)} of {len(others)} others passed"] if others else [])
     contrast = f"{metric['label']}: {'; '.join(told)}"
     n = "; ".join(dict.fromkeys(counts(one["n"], one["n_reference"]) for one in primary))
     return [study, found["question"], contrast, n, "; ".join(passed), found["verdict"], found["published"]]

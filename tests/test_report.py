@@ -158,6 +158,7 @@ def test_a_control_of_another_reference_leaves_the_primary_its_verdict(tmp_path)
     assert [control["passed"] for control in found["controls"]] == [True, False]
     assert found["verdict"] == "lower" and not found["finding"].startswith("Not informative")
     assert "Nothing follows from contrasts to other" in found["finding"]
+    assert report.overview("toy-arm", found)[4] == "base against untrained: passed; 0 of 1 others passed"
 
 
 def test_controls_by_arm_direction_and_setting(tmp_path):
