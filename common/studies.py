@@ -51,7 +51,7 @@ class Study(NamedTuple):
     reproduce: str  # the command
     primary_metric: str
     contrasts: Sequence[str]  # "arm:reference", the primary ones first
-    controls: Sequence[Control]  # each guards its own arm's contrasts, and those with its "@setting" that have none
+    controls: Sequence[Control]  # each guards its own arm's contrasts, and those to its "@setting" that have none
     published: str = "none published"
     primaries: int = 1
     margin: float | None = None  # in the primary metric's unit; only within it "no difference" is said
@@ -150,10 +150,12 @@ def _control(runs: Runs, control: Control) -> dict[str, Any]:
 
 
 def _guards(contrast: dict[str, Any], controls: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The controls that a contrast's reference must pass: its own, else those of its setting."""
+    """The controls that guard a contrast: its reference's, else its arm's, else those of the reference's setting."""
     setting = contrast["reference"].partition("@")[2]
-    own = [control for control in controls if control["arm"] == contrast["reference"]]
-    return own or [control for control in controls if control["arm"].partition("@")[2] == setting]
+    for side in ("reference", "arm"):
+        if own := [control for control in controls if control["arm"] == contrast[side]]:
+            return own
+    return [control for control in controls if control["arm"].partition("@")[2] == setting]
 
 
 def judge(contrast: dict[str, Any], controls: list[dict[str, Any]]) -> str:

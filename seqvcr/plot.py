@@ -236,17 +236,19 @@ def width_curves(runs: records.Runs, arguments: Mapping[str, Mapping[str, Any]],
 
 
 def controls(study: str, contrasts: Sequence[str], primaries: int) -> list[studies.Control]:
-    """What must be beaten: chance, by the arms of the primary contrasts (in robustness by what they are compared with);
-    where widths are compared no regulariser, by the arm of the last contrast."""
+    """What must be beaten: chance, by the arms of the primary contrasts; where widths are compared no regulariser, by
+    the arm of the last contrast. In robustness both, at every rate."""
     pairs = [one.split(":") for one in contrasts]
     if study == "seqvcr-robustness":
-        references = dict.fromkeys(reference for _, reference in pairs)
+        references = [reference for _, reference in pairs]
         wide = {arm: other for arm, other in pairs if arm in references}
+        plain = set(wide.values())
         return [
             studies.Control("no regulariser", PRIMARY, arm, other_arm=wide[arm])
             if arm in wide
             else studies.Control("the most frequent answer", PRIMARY, arm, "chance_exact_match")
-            for arm in references
+            for arm, reference in pairs
+            if reference in plain
         ]
     if "width" in study:
         arm, off = contrasts[-1].split(":")

@@ -161,6 +161,16 @@ def test_a_control_of_another_reference_leaves_the_primary_its_verdict(tmp_path)
     assert report.overview("toy-arm", found)[4] == "base against untrained: passed; 0 of 1 others passed"
 
 
+def test_a_control_of_the_contrasts_own_arm_guards_it_before_one_of_the_setting(tmp_path):
+    """Two controls in one setting: `low` fails its own, and only the contrast that it stands in suffers."""
+    for seed in range(5):
+        for arm, knn in (("base", 60.0), ("high", 80.0), ("low", 15.0)):
+            run(tmp_path, arm, seed, knn + seed, control=15.0 + seed)
+    controls = [Control("chance", "knn", arm, other_metric="untrained_knn") for arm in ("low", "high")]
+    found = summarise(tmp_path, contrasts=["high:base", "low:base"], primaries=2, controls=controls)
+    assert found["verdict"] == "high: higher; low: not informative at this scale"
+
+
 def test_controls_by_arm_direction_and_setting(tmp_path):
     grid(tmp_path, base=BASE, arm=ARM, scratch=CONTROL)
     other = Control("no pretraining", "knn", other_arm="scratch")

@@ -652,15 +652,23 @@ def test_every_arm_of_gpu_scale_takes_two_steps_and_is_evaluated(unsaved, tmp_pa
     assert len(done) > 20
 
 
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """(a file of random weights under GPT-2's names, the weights): two blocks of its true width."""
+    file = tmp_path_factory.mktemp("gpt2") / "model.safetensors"
+    weights = {name: 0.1 * one for name, one in gpt2_arrays(2, 768, train.GPT2_VOCABULARY, 1024).items()}
+    write_safetensors(file, weights)
+    return file, weights
+
+
 @pytest.mark.parametrize("arm", ["base@5x5", "off@5x5", "0.05-0.25@4x4", "width-4096@5x5"])
-def test_paper_scale_goes_on_from_gpt2(arm, unsaved, tmp_path, monkeypatch):
+def test_paper_scale_goes_on_from_gpt2(arm, gpt2, unsaved, tmp_path, monkeypatch):
     """GPT-2's own width, tokens and positions; two of its twelve blocks."""
     monkeypatch.setattr(tasks, "ROWS", 4096)
-    weights = {name: 0.1 * one for name, one in gpt2_arrays(2, 768, train.GPT2_VOCABULARY, 1024).items()}
-    write_safetensors(tmp_path / "model.safetensors", weights)
+    file, weights = gpt2
     argv = ["--scale", "paper", "--device", "cpu", "--rehearse", "1", *DESIGNS["paper"][0][arm], "--layers", "2"]
     argv += ["--batch", "4", "--covariance-batch", "4", "--train-size", "40"]
-    train.main([*argv, "--init-from", str(tmp_path / "model.safetensors"), "--out", str(tmp_path / "run")])
+    train.main([*argv, "--init-from", str(file), "--out", str(tmp_path / "run")])
     saved = checkpoints.load(tmp_path / "run/model.pt")["model"]
     assert saved["gpt.wte.weight"].shape == (50260, 768)
     moved = (saved["gpt.h.0.attn.c_proj.weight"] - torch.from_numpy(weights["h.0.attn.c_proj.weight"].T)).abs().mean()
