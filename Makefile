@@ -315,8 +315,8 @@ $(foreach study,$(STUDIES),$(foreach seed,$(SEEDS),$(eval $(call DRAWING,$(study
 FORCE: ;
 
 # A study, a paper, everything: a make for each seed (in a single parallel one the first evaluation would wait for the
-# last training), then the page; after a failure what there is. $1 studies. ONE_BY_ONE: a make for each study, which also
-# begins the runs of the next one, so that no core waits for a drawing.
+# last training), then the page; after a failure what there is. $1 studies. IN_PARTS: a make for the first study and one
+# for the rest of each paper, so that something is seen early; each draws its part while the next part's runs begin.
 .PHONY: $(STUDIES) $(PAPERS) all demo report page seed rehearsal cost evening
 ifndef SEED
 .NOTPARALLEL: # several goals one after the other: they may share runs
@@ -332,11 +332,12 @@ endif
 $(PAPERS): %: ; @$(call carefully,$($*))
 all: ; @$(call carefully,$(STUDIES))
 define carefully
-+code=0; for seed in $(SEEDS); do last=; for asked in $(if $(ONE_BY_ONE),$1 "","$1"); do \
-	$(MAKE) --no-print-directory seed SEED=$$seed $(if $(ONE_BY_ONE),ASKED="$$last" NEXT="$$asked",ASKED="$$asked") || \
++code=0; for seed in $(SEEDS); do last=; for asked in $(if $(IN_PARTS),$(parts) "","$1"); do \
+	$(MAKE) --no-print-directory seed SEED=$$seed $(if $(IN_PARTS),ASKED="$$last" NEXT="$$asked",ASKED="$$asked") || \
 	{ code=$$?; $(if $(KEEP_GOING),,break 2;) }; last=$$asked; done; done; \
 	$(MAKE) --no-print-directory $$([ $$code = 0 ] && echo page || echo report) ASKED="$1" && exit $$code
 endef
+parts = $(firstword $1) $(foreach paper,$(PAPERS),"$(filter-out $(firstword $1),$($(paper)))")
 KEEP_GOING = $(findstring k,$(firstword -$(MAKEFLAGS)))
 
 seed: $(foreach study,$(ASKED),$(call drawn,$(study),$(SEED))) $(foreach study,$(NEXT),$(foreach arm,$(call \
@@ -355,7 +356,7 @@ report: | $(VENV)
 
 # One study after the other: the first is there in two minutes.
 demo:
-	@+$(MAKE) --no-print-directory all SCALE=demo SEEDS=0 DEVICE=cpu RESULTS=runs/demo/report ONE_BY_ONE=yes \
+	@+$(MAKE) --no-print-directory all SCALE=demo SEEDS=0 DEVICE=cpu RESULTS=runs/demo/report IN_PARTS=yes \
 		$(if $(findstring -j,$(MAKEFLAGS)),,-j$(shell getconf _NPROCESSORS_ONLN))
 
 # Every arm takes a few real steps, is evaluated and drawn, in a folder of its own.

@@ -169,7 +169,15 @@ Published values are the papers' own, on their data and at their length: not to 
         images = [f"![{path.stem}]({path.stem}.png)" for path in drawn[study] if path.with_suffix(".png").exists()]
         text += [f"## {study}", told, *images]
     write_text(folder / "README.md", "\n\n".join(text) + "\n")
-    return [f"{s}: {found if isinstance(found, str) else found['finding']}" for s, found in everything.items()]
+    return [line(study, found) for study, found in everything.items()]
+
+
+def line(study: str, found: Mapping[str, Any] | str) -> str:
+    """A study in one line of a terminal: its verdict and its primary contrasts."""
+    if isinstance(found, str):
+        return f"{study}: {found}"
+    _, _, contrast, _, _, verdict, _ = overview(study, found)
+    return f"{study}: {verdict}. {contrast}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -21,7 +21,7 @@ from common.command import PLACES
 ROBUSTNESS = "Do the primary contrasts hold at a third and at three times the learning rate?"
 RATES = {"third": "a third", "": "base's rate", "triple": "three times"}  # by what stands behind the arm's last "@"
 ALL, ONLY, NOT = "holds at all three rates", "only at base's rate", "no finding at base's rate"
-SOME = "holds at base's rate and one other"
+SOME, TURNS = "holds at base's rate and one other", "is the reverse at another rate"
 
 
 class Sweep(NamedTuple):
@@ -119,7 +119,7 @@ def curve(
         f"{dose:g}" + (f"\n{textwrap.fill(short(arm), 13)}" if arm in named else "") for arm, dose in along.items()
     ]
     with matplotlib.rc_context(figures.STYLE):
-        figure, axes = figures.grid(len(sweep.metrics), 4.4, 3.0)
+        figure, axes = figures.grid(len(sweep.metrics), max(4.4, 0.58 * len(arms)), 3.0)
         for axis, metric in zip(axes, sweep.metrics, strict=True):
             values = {arm: list(records.values(runs, arm, metric).values()) for arm in arms}
             means = [(place, float(np.mean(values[arm]))) for place, arm in enumerate(arms) if values[arm]]
@@ -162,10 +162,12 @@ def at_rates(summary: Mapping[str, Any], metric: str) -> dict[str, dict[str, dic
 
 
 def held(words: Mapping[str, str]) -> str:
-    """What the words at the rates amount to: one of ALL, SOME, ONLY, NOT."""
+    """What the words at the rates amount to: one of ALL, SOME, ONLY, TURNS, NOT."""
     own = words.get("", "")
     if own not in studies.WORDS:
         return NOT
+    if {"lower", "higher"} <= set(words.values()):
+        return TURNS
     same = sum(word == own for word in words.values())
     return ALL if same == len(RATES) else SOME if same == 2 else ONLY
 

@@ -353,7 +353,7 @@ def test_page_of_a_half_finished_grid(drawn, tmp_path, capsys):
     readme = (tmp_path / "README.md").read_text()
     assert "![toy-arm](toy-arm.png)" in readme and "`make toy-missing SCALE=demo`" in readme
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].endswith("index.html") and len(printed) == 5 and printed[2].startswith("toy-arm: worse")
+    assert printed[0].endswith("index.html") and len(printed) == 5 and printed[2].startswith("toy-arm: lower. ")
 
 
 def test_two_figures_on_a_page_share_no_id(drawn, tmp_path):

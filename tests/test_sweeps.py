@@ -53,8 +53,10 @@ def has_run(by_seed):
     ("third", "own", "triple", "word"),
     [
         ("lower", "lower", "lower", sweeps.ALL),
-        ("lower", "lower", "higher", sweeps.SOME),
-        ("not resolved at n = 3", "lower", "higher", sweeps.ONLY),
+        ("lower", "lower", "not resolved at n = 3", sweeps.SOME),
+        ("not informative", "lower", "not resolved at n = 3", sweeps.ONLY),
+        ("lower", "lower", "higher", sweeps.TURNS),
+        ("higher", "lower", "not informative", sweeps.TURNS),
         ("lower", "not resolved at n = 3", "lower", sweeps.NOT),
         ("not informative",) * 3 + (sweeps.NOT,),
     ],
