@@ -354,7 +354,7 @@ cocord-teachers: $(cocord.teachers:%=$(RUNS)/cocord/%/0/model.pt)
 report: | $(VENV)
 	@$(foreach study,$(STUDIES),$(call plot,$(study)) &&) $(page)
 
-# One study after the other: the first is there in two minutes.
+# The first study is there in two minutes.
 demo:
 	@+$(MAKE) --no-print-directory all SCALE=demo SEEDS=0 DEVICE=cpu RESULTS=runs/demo/report IN_PARTS=yes \
 		$(if $(findstring -j,$(MAKEFLAGS)),,-j$(shell getconf _NPROCESSORS_ONLN))
