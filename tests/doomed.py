@@ -1,6 +1,5 @@
-"""SimSiam in processes that are made to die, for test_faults: forked from a clean one that has torch already."""
+"""SimSiam in processes that are made to die, for test_faults."""
 
-import multiprocessing
 import os
 import resource
 import signal
@@ -10,19 +9,15 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
+from forked import SERVER
 
 from common import files, folders
 from simsiam import plot, train
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["doomed"])
-
 
 def child(work: Callable[..., None], *arguments, printed: Path | None = None) -> BaseProcess:
     """`work(*arguments)`, started; what it prints goes to the file `printed`."""
-    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-    os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # where the clean process finds what it imports beforehand
-    process = CONTEXT.Process(target=directed, args=(printed or Path(os.devnull), work, arguments))
+    process = SERVER.Process(target=directed, args=(printed or Path(os.devnull), work, arguments))
     process.start()
     return process
 

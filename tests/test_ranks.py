@@ -18,6 +18,13 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
+def test_forked_processes_import_nothing_again():
+    process = forked.SERVER.Process(target=forked.end_with_what_is_not_loaded)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
 def test_a_batch_that_two_ranks_do_not_divide_is_refused(pictures, tmp_path):
     odd = forked.run(tmp_path, ROOT / "simsiam/train.py", *tiny(tmp_path / "odd", pictures, "--batch", "15"), ranks=2)
     assert odd.returncode != 0 and "2 processes do not divide" in odd.stderr and not (tmp_path / "odd").exists()

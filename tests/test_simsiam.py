@@ -406,7 +406,7 @@ def test_every_arm_takes_two_steps_is_evaluated_and_drawn(scale, pictures, unsav
     monkeypatch.setattr(images, "cifar", cifar)
     arms, studies = design("simsiam", scale)
     flags = ["--scale", scale, "--batch", "4", "--rehearse", "1", "--device", "cpu", "--workers", "0"]
-    flags += ["--data", str(pictures), "--size", "32" if scale == "gpu" else "96"]
+    flags += ["--data", str(pictures), "--size", "32" if scale == "gpu" else "72"]
     for arm, own in arms.items():
         train.main([*flags, *own, "--out", str(tmp_path / arm / "0")])
         evaluate.main([str(tmp_path / arm / "0")])
