@@ -242,8 +242,9 @@ PYTHON ?=
 HOURS  ?= 8
 PAIRS  ?=
 RUNS    := runs/$(SCALE)
-RESULTS ?= $(if $(EXTRA)$(subst x$(COMMITTED)x,,x$(strip $(SEEDS))x),$(RUNS)/report,results/$(SCALE))$(SECOND_PAGE:yes=/extras)
+RESULTS ?= $(if $(EXTRA)$(subst x$(COMMITTED)x,,x$(strip $(SEEDS))x)$(WHAT_THERE_IS),$(RUNS)/report,results/$(SCALE))$(SECOND_PAGE:yes=/extras)
 COMMITTED := 0 1 2$(if $(SECOND_PAGE),, 3 4)
+WHAT_THERE_IS := $(if $(ASKED),,$(filter report,$(MAKECMDGOALS)))
 # (So what is committed, the seeds 0 to 4, of extras 0 to 2, without EXTRA, is never touched by a try.)
 
 # ------------------------------------------------------------------------------------------------- machinery
@@ -251,6 +252,10 @@ COMMITTED := 0 1 2$(if $(SECOND_PAGE),, 3 4)
 ifneq ($(filter 3.% 4.0% 4.1%,$(MAKE_VERSION)),)
 $(error GNU make 4.2 or newer is needed, this is $(MAKE_VERSION); on a Mac: brew install make, then gmake)
 endif
+$(foreach one,$(PAPERS),$(if $(wildcard $(one)/plot.py),,$(error PAPERS: there is no paper '$(one)')))
+$(foreach one,$(SCALE),$(if $(filter demo gpu paper,$(one)),,$(error SCALE: there is no '$(one)', but demo, gpu and paper)))
+$(foreach one,$(TASKS),$(if $(seqvcr.$(one)),,$(error TASKS: there is no '$(one)', but 2x2, 2x2-128, 4x4, 5x5, arithmetic and lis)))
+$(if $(strip $(SEEDS)),,$(error SEEDS is empty: name at least one))
 MAKEFLAGS += --no-builtin-rules
 .SUFFIXES:
 .DEFAULT_GOAL := help
@@ -277,7 +282,7 @@ read      = $(strip $(file <$1))
 
 # A run: its model is made again when the arm's flags are not those it was made with; $1 paper, $2 arm, $3 seed.
 # A teacher is a run too, of another script and of seed 0 alone; of EXTRA it takes only that this is a rehearsal.
-extra-of  = $(if $(filter teacher@%,$2),$(findstring $($1.rehearsal),$(EXTRA)),$(EXTRA))
+extra-of  = $(if $(filter teacher@%,$2),$(filter --rehearse=%,$(subst --rehearse ,--rehearse=,$(EXTRA))),$(EXTRA))
 flags-of  = $(strip flags: $($1.$2) $(extra-of))
 needs-of  = $(patsubst %,$(RUNS)/$1/%/0/model.pt,$(call $1.needs,$2))
 define RUN
@@ -352,7 +357,7 @@ $(RESULTS)/index.html: $(wildcard $(foreach seed,$(SEEDS),$(foreach study,$(ASKE
 cocord-teachers: $(cocord.teachers:%=$(RUNS)/cocord/%/0/model.pt)
 
 report: | $(VENV)
-	@$(foreach study,$(STUDIES),$(call plot,$(study)) &&) $(page)
+	@$(foreach study,$(or $(ASKED),$(STUDIES)),$(call plot,$(study)) &&) $(page)
 
 # The first study is there in two minutes.
 demo:
@@ -402,7 +407,7 @@ help:
 	@echo 'make curves                  what lies between the arms of a contrast, seeds 0 1 2: $(wordlist 1,2,$(curves))'
 	@echo '                             $(wordlist 3,9,$(curves))'
 	@echo 'make cocord-teachers         the networks that teach, once for all seeds'
-	@echo 'make report                  draws what there is; make -n STUDY shows what would run'
+	@echo 'make report                  draws what there is, in runs/SCALE/report; make -n STUDY shows what would run'
 	@echo 'make rehearsal               every arm of a SCALE: a few real steps, evaluated and drawn; memory and speed'
 	@echo 'make cost                    hours of every arm and study, from finished runs or a rehearsal'
 	@echo 'make evening                 the first contrasts over 3 seeds, cheapest first, that fit HOURS=8'

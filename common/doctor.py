@@ -11,6 +11,12 @@ import torchvision
 
 from common import command
 
+DATA = {
+    "CIFAR-10 (SimSiam, ConMIM)": "cifar-10-batches-py",
+    "CIFAR-100 (CoCoRD)": "cifar-100-python",
+    "MeSH concepts (BSA)": "mesh-minilm.npy",
+}
+
 
 def findings(data: Path) -> list[tuple[str, str]]:
     """Pairs of (what was found, what to do about it or an empty string)."""
@@ -29,8 +35,9 @@ def findings(data: Path) -> list[tuple[str, str]]:
     else:
         advice = "check nvidia-smi and that the driver is as new as torch wants; make demo needs no GPU"
         found.append((f"no CUDA GPU (torch was built for CUDA {torch.version.cuda})", advice))
-    there = (data / "cifar-10-batches-py").is_dir()
-    found.append((f"CIFAR-10 {'is' if there else 'is not'} in {data}", "" if there else "make data"))
+    for name, file in DATA.items():
+        there = (data / file).exists()
+        found.append((f"{name}: {'' if there else 'not '}in {data}", "" if there else "make data"))
     return found
 
 

@@ -250,7 +250,15 @@ def test_report_draws_a_half_finished_grid_and_runs_nothing(house):
     assert code == 0 and runs(calls) == runs(calls, "eval") == [] and calls[-1].startswith("-m common.report")
     drawn = [call.split()[1] for call in calls[:-1] if "plot.py" in call and "--seeds 0 1 2" in call]
     assert len(set(drawn)) == len(calls) - 1 and drawn == calls[-1].split()[-len(drawn) :] and len(drawn) >= 8
+    calls = house.make("report")[1]  # the committed seeds, but who knows what runs: not where the results are
+    assert all("--results runs/demo/report " in call for call in calls) and not (house.folder / "results").exists()
     assert house.make("simsiam-predictor", "SEEDS=0")[:2] == (0, [])
+
+
+@pytest.mark.parametrize("word", ["TASKS=9x9", "PAPERS=simclr", "SCALE=small", "SEEDS="])
+def test_a_name_that_is_none_ends_before_anything_runs(house, word):
+    code, calls, printed = house.make("seqvcr", word)
+    assert code == 2 and calls == [] and printed.count("***") == 1 and word.split("=")[0] in printed
 
 
 def test_a_changed_arm_moves_its_old_run_aside_and_no_other(house):
@@ -364,5 +372,6 @@ def test_teachers_by_themselves_other_pairs_and_a_rehearsal(house):
     calls = house.make("cocord-prediction-loss", "SEEDS=0", "PAIRS=vgg13-vgg8")[1]
     assert sum("--network vgg13" in call for call in calls) == 1
     assert {call.split("--student ")[1].split()[0] for call in calls if "cocord/train.py" in call} == {"vgg8"}
-    calls = house.make("cocord-prediction-loss", "SEEDS=0", "EXTRA=--rehearse 20", "RUNS=runs/rehearsal/demo")[1]
-    assert "--rehearse 20" in next(call for call in calls if "teacher.py" in call)
+    calls = house.make("cocord-prediction-loss", "SEEDS=0", "EXTRA=--batch 8 --rehearse 3", "RUNS=runs/rehearsal/demo")[1]
+    teacher = next(call for call in calls if "teacher.py" in call)
+    assert "--rehearse=3" in teacher and "--batch" not in teacher
