@@ -473,8 +473,10 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], float | None]:
         old = path.exists() and not zipfile.is_zipfile(path)  # the format of before torch 1.6 has no checksums
         found = torch.load(path, map_location="cpu", weights_only=True) if old else checkpoints.load(path)
     except FileNotFoundError:
-        stop(f"{path}: no such weights; make cocord-teachers (into runs/SCALE/cocord/) or cocord/teacher.py --network NAME "
-             "makes them, --weights names them")
+        stop(
+            f"{path}: no such weights; make cocord-teachers (into runs/SCALE/cocord/) or cocord/teacher.py "
+            "--network NAME makes them, --weights names them"
+        )
     except Damaged as error:
         stop(f"{error}; a file that holds more than tensors and numbers (RepDistiller's *_last.pth) is never loaded")
     except Exception as error:  # torch raises many kinds for a cut or hostile file

@@ -372,6 +372,7 @@ def test_teachers_by_themselves_other_pairs_and_a_rehearsal(house):
     calls = house.make("cocord-prediction-loss", "SEEDS=0", "PAIRS=vgg13-vgg8")[1]
     assert sum("--network vgg13" in call for call in calls) == 1
     assert {call.split("--student ")[1].split()[0] for call in calls if "cocord/train.py" in call} == {"vgg8"}
-    calls = house.make("cocord-prediction-loss", "SEEDS=0", "EXTRA=--batch 8 --rehearse 3", "RUNS=runs/rehearsal/demo")[1]
+    rehearsal = ["EXTRA=--batch 8 --rehearse 3", "RUNS=runs/rehearsal/demo"]
+    calls = house.make("cocord-prediction-loss", "SEEDS=0", *rehearsal)[1]
     teacher = next(call for call in calls if "teacher.py" in call)
     assert "--rehearse=3" in teacher and "--batch" not in teacher
