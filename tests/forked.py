@@ -17,6 +17,19 @@ SCRIPTS = [f"{paper}.{script}" for paper in ("simsiam", "conmim") for script in 
 LOADED = ["torch._dynamo", *SCRIPTS, "simsiam.plot"]
 SERVER.set_forkserver_preload(LOADED)  # the one place: a second call elsewhere would replace these, in silence
 
+NORMS_IN_EVAL_MODE = """
+from torch import nn
+made = train.build_model
+def build_model(*arguments):
+    model = made(*arguments)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.train = lambda mode=True, module=module: module  # from here on it stays as it is
+            module.training = False
+    return model
+train.build_model = build_model
+"""  # source of a script that has imported `train`
+
 
 def end_with_what_is_not_loaded() -> None:
     """In the forked process: its exit code is how many of LOADED the server could not import."""

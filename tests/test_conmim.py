@@ -902,32 +902,19 @@ def test_the_papers_scale_trains_on_two_ranks_with_workers(pictures, tmp_path):
 
 SCRIPT = """
 import sys
-import torch
-from torch import nn
 from conmim import net, train
 net.NETWORKS["vit_demo"] = net.Shape(4, 16, 2, 2)
-made = train.build_model
-def build_model(*arguments):
-    model = made(*arguments)
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.train = lambda mode=True, module=module: module  # from here on it stays as it is
-            module.training = False
-    return model
-if sys.argv.pop(1) == "eval":
-    train.build_model = build_model
-train.main(sys.argv[1:])
 """
 
 
-def on_two(tmp_path, pictures, mode: str, *flags: str):
+def on_two(tmp_path, pictures, norms: str, *flags: str):
     """The same run on two ranks and on one: the start, and what each came to."""
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
+    script.write_text(f"{SCRIPT}{norms}train.main(sys.argv[1:])")
     common = ["--data-set", "folder", "--size", "32", "--data", str(pictures), "--hidden", "24", "--dim", "20"]
     common += ["--batch", "16", "--epochs", "2", "--warm-up", "0", "--device", "cpu", "--lr", "0.01", *flags]
     for name, ranks in (("two", 2), ("one", 1)):
-        done = forked.run(tmp_path, script, mode, *common, "--out", str(tmp_path / name), ranks=ranks)
+        done = forked.run(tmp_path, script, *common, "--out", str(tmp_path / name), ranks=ranks)
         assert done.returncode == 0, done.stderr
     two, one = (checkpoints.load(tmp_path / name / "model.pt") for name in ("two", "one"))
     logs = [json.loads((tmp_path / n / "train.jsonl").read_text().splitlines()[-1]) for n in ("two", "one")]
@@ -936,7 +923,7 @@ def on_two(tmp_path, pictures, mode: str, *flags: str):
 
 @pytest.mark.parametrize("arm", ["base", "online-no-stop-gradient"])
 def test_two_ranks_equal_one_with_batch_norms_in_eval_mode(arm, pictures, tmp_path):
-    start, two, one, logs = on_two(tmp_path, pictures, "eval", *ARMS[arm])
+    start, two, one, logs = on_two(tmp_path, pictures, forked.NORMS_IN_EVAL_MODE, *ARMS[arm])
     for name, expected in one.items():
         moved = (expected.double() - start[name].double()).norm()
         apart = (two[name].double() - expected.double()).norm()
@@ -946,7 +933,7 @@ def test_two_ranks_equal_one_with_batch_norms_in_eval_mode(arm, pictures, tmp_pa
 
 
 def test_on_several_ranks_every_rank_has_batch_statistics_of_its_own(pictures, tmp_path):
-    _, two, one, logs = on_two(tmp_path, pictures, "train")
+    _, two, one, logs = on_two(tmp_path, pictures, "")
     assert logs[0]["loss"] != pytest.approx(logs[1]["loss"], rel=1e-5)
     assert logs[0]["loss"] == pytest.approx(logs[1]["loss"], rel=0.1)
     assert not torch.allclose(two["online.projector.1.running_mean"], one["online.projector.1.running_mean"], rtol=1e-4)

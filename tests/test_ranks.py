@@ -30,28 +30,11 @@ def test_a_batch_that_two_ranks_do_not_divide_is_refused(pictures, tmp_path):
     assert odd.returncode != 0 and "2 processes do not divide" in odd.stderr and not (tmp_path / "odd").exists()
 
 
-EVAL_MODE = """
-import sys
-from torch import nn
-from simsiam import train
-made = train.build_model
-def build_model(*arguments):
-    model = made(*arguments)
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.train = lambda mode=True, module=module: module  # from here on it stays as it is
-            module.training = False
-    return model
-train.build_model = build_model
-train.main(sys.argv[1:])
-"""
-
-
 @pytest.mark.parametrize("loss", ["symmetric", "asymmetric-2x"])
 def test_two_ranks_equal_one_with_batch_norms_in_eval_mode(loss, pictures, tmp_path):
     """After six steps every tensor's change is the same to 1e-5, and to what float32 resolves of the tensor itself."""
     script = tmp_path / "eval_mode.py"
-    script.write_text(EVAL_MODE)
+    script.write_text(f"import sys\nfrom simsiam import train\n{forked.NORMS_IN_EVAL_MODE}train.main(sys.argv[1:])")
     flags = ["--loss", loss, "--lr", "0.5"]
     for name, ranks in (("two", 2), ("one", 1)):
         done = forked.run(tmp_path, script, *tiny(tmp_path / name, pictures, *flags), ranks=ranks)
