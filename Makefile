@@ -49,7 +49,7 @@ bsa-alpha                 := $(addsuffix :base,$(addprefix cosine-,0.1 0.3 3 10)
 	mse-alignment $(addprefix mse-alignment-,0.1 0.3 1 3) $(addprefix l1-,0.001 0.003 0.01 0.03))
 
 bsa.rehearsal := --rehearse 20
-bsa.data.gpu := $(if $(filter %.npy %.npz %.safetensors,$(DATA)),,mesh-minilm.npy)
+bsa.data.gpu = $(if $(own-data),,mesh-minilm.npy)
 
 # Seq-VCR: an arm is run in a setting, ARM@SETTING: a task, and the batch that its covariances are taken over. `base` has
 # the task's own (lambda1, lambda2); where that is one of the six pairs it stands for it.
@@ -242,10 +242,13 @@ PYTHON ?=
 HOURS  ?= 8
 PAIRS  ?=
 RUNS    := runs/$(SCALE)
-RESULTS ?= $(if $(EXTRA)$(subst x$(COMMITTED)x,,x$(strip $(SEEDS))x)$(WHAT_THERE_IS),$(RUNS)/report,results/$(SCALE))$(SECOND_PAGE:yes=/extras)
+# A matrix of one's own is another study, a folder but a place; of PAIRS and TASKS what somebody set.
+own-data := $(filter %.npy %.npz %.safetensors,$(DATA))
+chosen = $(if $(filter command environment,$(firstword $(origin $1))),$($1))
+RESULTS ?= $(if $(EXTRA)$(own-data)$(call chosen,PAIRS)$(call chosen,TASKS)$(subst x$(COMMITTED)x,,x$(strip $(SEEDS))x)$(WHAT_THERE_IS),$(RUNS)/report,results/$(SCALE))$(SECOND_PAGE:yes=/extras)
 COMMITTED := 0 1 2$(if $(SECOND_PAGE),, 3 4)
 WHAT_THERE_IS := $(if $(ASKED),,$(filter report,$(MAKECMDGOALS)))
-# (So what is committed, the seeds 0 to 4, of extras 0 to 2, without EXTRA, is never touched by a try.)
+# (So what is committed, the seeds 0 to 4, of extras 0 to 2, without anything set, is never touched by a try.)
 
 # ------------------------------------------------------------------------------------------------- machinery
 
@@ -283,7 +286,7 @@ read      = $(strip $(file <$1))
 # A run: its model is made again when the arm's flags are not those it was made with; $1 paper, $2 arm, $3 seed.
 # A teacher is a run too, of another script and of seed 0 alone; of EXTRA it takes only that this is a rehearsal.
 extra-of  = $(if $(filter teacher@%,$2),$(filter --rehearse=%,$(subst --rehearse ,--rehearse=,$(EXTRA))),$(EXTRA))
-flags-of  = $(strip flags: $($1.$2) $(extra-of))
+flags-of  = $(strip flags: $($1.$2) $(extra-of) $(addprefix --data ,$(own-data)))
 needs-of  = $(patsubst %,$(RUNS)/$1/%/0/model.pt,$(call $1.needs,$2))
 define RUN
 $(RUNS)/$1/$2/$3/model.pt: $(if $(subst x$(call flags-of,$1,$2)x,,x$(call read,$(RUNS)/$1/$2/$3/flags)x),FORCE) \
@@ -305,7 +308,8 @@ $(call drawn,$1,$2): $(foreach arm,$(call arms-of,$1),$(call run-of,$1,$(arm),$2
 	$$(call plot,$1)
 	@mkdir -p $$(@D) && echo '$(call asked,$1)' >$$@
 endef
-again = SCALE=$(SCALE) SEEDS="$(SEEDS)"$(if $(EXTRA), EXTRA="$(EXTRA)")
+again = SCALE=$(SCALE) SEEDS="$(SEEDS)"$(if $(EXTRA), EXTRA="$(EXTRA)")$(addprefix $(space)DATA=,$(own-data))$(foreach \
+	one,PAIRS TASKS,$(if $(call chosen,$(one)), $(one)="$(call chosen,$(one))"))
 plot = $(RUN_PYTHON) $(call paper-of,$1)/plot.py $1 $($1) --scale $(SCALE) --runs $(RUNS)/$(call paper-of,$1) \
 	--seeds $(SEEDS) --results $(RESULTS) --reproduce 'make $1 $(again)'
 page = $(RUN_PYTHON) -m common.report --results $(RESULTS) --title '$(if $(SECOND_PAGE),Robustness$(comma) curves and other extras,Ablation studies), scale $(SCALE)' \
@@ -357,7 +361,7 @@ $(RESULTS)/index.html: $(wildcard $(foreach seed,$(SEEDS),$(foreach study,$(ASKE
 cocord-teachers: $(cocord.teachers:%=$(RUNS)/cocord/%/0/model.pt)
 
 report: | $(VENV)
-	@$(foreach study,$(or $(ASKED),$(STUDIES)),$(call plot,$(study)) &&) $(page)
+	@code=0; $(foreach study,$(or $(ASKED),$(STUDIES)),$(call plot,$(study)) || code=$$?;) $(page) && exit $$code
 
 # The first study is there in two minutes.
 demo:
@@ -389,7 +393,8 @@ cost: | $(VENV)
 
 # The first contrast of each study (and the one that tells whether base beats its control, where that takes another run)
 # over three seeds, the cheapest first, as far as HOURS go.
-first = $(firstword $($1)) $(filter $(conmim.control) $(cocord.control) $(call seqvcr.at,base:off),$(wordlist 2,99,$($1)))
+first = $(firstword $($1)) $(filter $(conmim.control) $(lastword $(subst :, ,$(firstword $($1)))):cross-entropy@% $(call \
+	seqvcr.at,base:off),$(wordlist 2,99,$($1)))
 evening: | $(VENV)
 	@+$(rehearse-unknown) chosen=$$($(call price,first) $(known) --seeds 0 1 2 --fitting $(HOURS)); \
 	echo "in $(HOURS) hours: $${chosen:-nothing fits}"; code=0; for one in $$chosen; do \

@@ -1,6 +1,7 @@
 """Figures, tables and finding of one BSA study; make calls it with the study's contrasts.
 
-    python bsa/plot.py bsa-alignment-loss no-alignment:base --runs runs/demo/bsa --seeds 0 1 2 3 4
+    python bsa/plot.py bsa-alignment-loss no-alignment:base --runs runs/demo/bsa --seeds 0 1 2 3 4 \\
+        --results runs/demo/report
 
 Reads the runs' metrics.json, train.jsonl and activations.json, and draws what there is; missing runs are holes. Trains
 nothing; the one number it makes itself is the loss at equal activity (`at_activity`), for the study on alpha.

@@ -1,6 +1,7 @@
 """Figures, tables and finding of one CoCoRD study; make calls it with the study's contrasts.
 
-    python cocord/plot.py cocord-prediction-loss forward-only@vgg_s32-vgg_s:base@vgg_s32-vgg_s --runs runs/demo/cocord
+    python cocord/plot.py cocord-prediction-loss forward-only@vgg_s32-vgg_s:base@vgg_s32-vgg_s \\
+        --runs runs/demo/cocord --results runs/demo/report
 
 Reads the runs' metrics.json and train.jsonl, computes nothing new, and draws what there is; missing runs are holes.
 """

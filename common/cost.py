@@ -92,7 +92,10 @@ def show(studies: Mapping[str, list[str]], costs: Mapping[str, Cost], seeds: int
         unknown = " and what is not known" if any(arm not in costs for arm in some) else ""
         hours = seeds * sum(costs[arm].hours for arm in some if arm in costs)
         sums.append([study, str(seeds * len(some)), duration(hours) + unknown])
-    note = "One run at a time; `rehearsal`: training alone, monitors and evaluation come on top."
+    note = (
+        "One run at a time; `rehearsal`: training alone, monitors and evaluation come on top. CoCoRD's teachers, "
+        "trained once for all seeds, are not counted."
+    )
     return "\n\n".join([columns(rows), columns(sums), note])
 
 

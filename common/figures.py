@@ -173,7 +173,7 @@ def dots(
         style = looks(arms, reference)
         names = [f"{arm}\n{remarks[arm]}" if remarks and remarks.get(arm) else arm for arm in arms]
         for axis, panel in zip(axes, panels, strict=True):
-            axis.set(yticks=range(len(arms)), yticklabels=names, ylim=(len(arms) - 0.5, -0.5), axisbelow=True)
+            axis.set(yticks=range(len(arms)), yticklabels=names, ylim=(max(1, len(arms)) - 0.5, -0.5), axisbelow=True)
             axis.set_title(panel.title, pad=18 if panel.lines else 6)
             axis.tick_params(axis="y", length=0)
             axis.grid(axis="x", color="#E5E5E5", linewidth=0.8)

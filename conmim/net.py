@@ -284,11 +284,3 @@ def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif not name.startswith("lm_head.") and not name.endswith("relative_position_index"):
             named[f"vit.{name}"] = tensor
     return named
-
-
-def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state of one network (vit.*, projector.*) under the names of the authors' pre-training files."""
-    return {
-        name.removeprefix("vit.") if name.startswith("vit.") else name.replace("projector.", "projectors.", 1): tensor
-        for name, tensor in state.items()
-    }

@@ -1,6 +1,7 @@
 """Figures, tables and finding of one ConMIM study; make calls it with the study's contrasts.
 
-    python conmim/plot.py conmim-asymmetry symmetric:base basic-views:base base:no-pretraining --runs runs/demo/conmim
+    python conmim/plot.py conmim-asymmetry symmetric:base basic-views:base base:no-pretraining \\
+        --runs runs/demo/conmim --results runs/demo/report
 
 Reads the runs' metrics.json, train.jsonl and similarity.npz, computes nothing new, and draws what there is; missing
 runs are holes. The last contrast names what must be beaten: base against the same network without pre-training.

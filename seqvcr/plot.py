@@ -1,6 +1,7 @@
 """Figures, tables and finding of one Seq-VCR study; make calls it with the study's contrasts.
 
-    python seqvcr/plot.py seqvcr-coefficients base@2x2:off@2x2 --runs runs/demo/seqvcr --seeds 0 1 2 3 4
+    python seqvcr/plot.py seqvcr-coefficients base@2x2:off@2x2 --runs runs/demo/seqvcr --seeds 0 1 2 3 4 \\
+        --results runs/demo/report
 
 Reads the runs' metrics.json and train.jsonl, computes nothing new, and draws what there is; missing runs are holes.
 """
@@ -288,10 +289,11 @@ def main(argv: list[str] | None = None) -> None:
     drawn = {
         "entropy": whole_levels(figures.curves(entropy_panels(runs, groups), labels, reference, caption)),
         "metrics": figures.dots(dot_panels(runs), ordered, own, remarks, chance, caption),
-        "positions": figures.curves(position_panels(runs, groups), labels, reference, caption),
         "prediction": prediction({arm: runs[arm] for arm in ordered}, own, caption),
         "solved": figures.dots(solved_panels(runs), ordered, own, words, caption=caption),
     }
+    if positions := position_panels(runs, groups):  # there are none before the first validation
+        drawn["positions"] = figures.curves(positions, labels, reference, caption)
     if "width" in args.study:
         drawn["width"] = width_curves(runs, arguments, caption)
     studies.publish(summary, drawn, args.results)

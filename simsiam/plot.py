@@ -1,6 +1,7 @@
 """Figures, tables and finding of one SimSiam study; make calls it with the study's contrasts.
 
-    python simsiam/plot.py simsiam-stop-gradient no-stop-gradient:base --runs runs/demo/simsiam --seeds 0 1 2 3 4
+    python simsiam/plot.py simsiam-stop-gradient no-stop-gradient:base --runs runs/demo/simsiam \\
+        --seeds 0 1 2 3 4 --results runs/demo/report
 
 Reads the runs' metrics.json and train.jsonl, computes nothing new, and draws what there is; missing runs are holes.
 """
@@ -74,9 +75,10 @@ def curve_panels(runs: records.Runs, batch: int) -> list[figures.Curves]:
     """
     isotropic = {"isotropic": 1.0}
     bare = {
-        f"{arm}\nuntrained": mean(records.values(runs, arm, "untrained_std_ratio").values())
+        f"{arm}\nuntrained": mean(untrained.values())
         for arm, by_seed in runs.items()
-        if any(run.metrics and run.args["arguments"]["projector"] == "none" for run in by_seed.values())
+        if any(run.args and run.args["arguments"]["projector"] == "none" for run in by_seed.values())
+        if (untrained := records.values(runs, arm, "untrained_std_ratio"))
     }
     floor = {"collapse": 2 * (1 / batch * (1 - 1 / batch)) ** 0.5}
     titles = {"loss": ("training loss", {}), "knn_accuracy": ("kNN accuracy (%)", {})}

@@ -82,6 +82,14 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 # ---------------------------------------------------------------------------------------------- golden values
 
 
+def to_official(state: dict) -> dict:
+    """The state of one network (vit.*, projector.*) under the names of the authors' pre-training files."""
+    return {
+        name.removeprefix("vit.") if name.startswith("vit.") else name.replace("projector.", "projectors.", 1): tensor
+        for name, tensor in state.items()
+    }
+
+
 class Official(nn.Module):
     """The tiny network of the golden case, filled by the official names."""
 
@@ -89,7 +97,7 @@ class Official(nn.Module):
         super().__init__()
         self.vit, self.projector = net.ViT(32, 8, 32, 2, 4, 0.1, "relative"), net.Projector(32, 64, 16)
         for name, weight in self.named_parameters():
-            phase = sum(map(ord, next(iter(net.to_official({name: weight}))))) % 97 + shift
+            phase = sum(map(ord, next(iter(to_official({name: weight}))))) % 97 + shift
             numbers = 0.1 * np.sin(0.37 * np.arange(weight.numel()) + phase)
             weight.data = torch.from_numpy(numbers).float().view(weight.shape)
 
@@ -440,7 +448,7 @@ def test_arms_start_equal_in_what_they_share():
 
 def test_official_files_load_by_name_and_ours_have_their_names():
     branch = Official(0)
-    official = net.to_official(branch.state_dict())
+    official = to_official(branch.state_dict())
     names = {"cls_token", "mask_token", "patch_embed.proj.weight", "rel_pos_bias.relative_position_bias_table",
              "blocks.1.gamma_2", "blocks.0.attn.q_bias", "blocks.0.attn.v_bias", "blocks.0.attn.qkv.weight",
              "norm.bias", "blocks.1.mlp.fc2.bias", "projectors.3.weight", "projectors.7.running_var"}  # fmt: skip

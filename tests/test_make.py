@@ -314,6 +314,33 @@ def test_an_evening_runs_the_first_contrasts_that_fit(house):
     }  # fmt: skip
 
 
+def test_an_evening_takes_the_control_of_the_first_pair_alone(house):
+    calls = house.make("evening", "PAIRS=vgg13-MobileNetV2 wrn_40_2-ShuffleV1")[1]
+    asked = next(call for call in calls if "--fitting" in call).split()
+    pair = "@vgg13-MobileNetV2"
+    assert f"cocord-teacher-momentum=moving{pair}:frozen{pair},frozen{pair}:cross-entropy@MobileNetV2" in asked
+
+
+def test_another_matrix_is_another_run_and_what_was_chosen_is_drawn_elsewhere(house):
+    study = ("bsa-alignment-loss", "no-alignment:base")
+    only = f"{study[0]}={study[1]}"
+    trained = []
+    for data in ("a.npy", "a.npy", "b.npy"):
+        code, calls, _ = house.make(study[0], only, f"DATA={data}")
+        assert code == 0 and not (house.folder / "results").exists()
+        trained.append(sum(f"--data {data} --replace" in call for call in calls))
+        assert all(f"DATA={data}" in call.split("--reproduce")[1] for call in calls if "plot.py" in call)
+    assert trained == [10, 0, 10]
+    for words in (("cocord-prediction-loss", "PAIRS=vgg13-vgg8"), ("seqvcr-coefficients", "TASKS=2x2")):
+        calls = house.make(*words)[1]
+        drawn = [call for call in calls if "plot.py" in call]
+        name, _, value = words[1].partition("=")
+        assert drawn and all(f'{name}="{value}"' in call and "--results runs/demo/report " in call for call in drawn)
+    calls = house.make(study[0], only, "DATA=elsewhere")[1]  # a place, not another study: but the matrix's runs go
+    assert sum("--data elsewhere" in call and "train.py" in call for call in calls) == 10
+    assert (house.folder / "results/demo").exists()
+
+
 def test_demo_is_every_study_with_one_seed_on_the_cpu(house):
     code, calls, printed = house.make("demo")
     assert code == 0 and len(runs(calls)) == 9 and all("--device cpu" in call for call in calls if "train.py" in call)

@@ -759,6 +759,18 @@ def test_studies_are_drawn_and_told(finished, tmp_path, capsys):
     assert "2048" in (tmp_path / "seqvcr-projection-width-width.svg").read_text()
 
 
+def test_a_study_whose_runs_have_only_begun_is_drawn_with_holes(finished, tmp_path, capsys):
+    for arm in ("base@2x2", "off@2x2"):
+        (tmp_path / arm / "0").mkdir(parents=True)
+        shutil.copy(finished / arm / "0/args.json", tmp_path / arm / "0")
+        first = (finished / arm / "0/train.jsonl").read_text().splitlines(keepends=True)[0]
+        (tmp_path / arm / "0/train.jsonl").write_text(first)
+    words = ["--runs", str(tmp_path), "--seeds", "0", "--results", str(tmp_path / "r")]
+    plot.main(["seqvcr-coefficients", "base@2x2:off@2x2", *words])
+    assert "base@2x2: 1 of 1 missing" in (tmp_path / "r/seqvcr-coefficients.md").read_text()
+    assert (tmp_path / "r/seqvcr-coefficients-solved.png").exists()
+
+
 def test_nothing_is_drawn_without_runs_and_solved_seeds_are_counted(tmp_path, capsys):
     plot.main(["seqvcr-layer", "layer-1@2x2:base@2x2", "--runs", str(tmp_path), "--results", str(tmp_path / "r")])
     assert "no runs" in capsys.readouterr().out and not (tmp_path / "r").exists()

@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -364,6 +365,16 @@ def test_figures_and_tables_come_out(finished, tmp_path, capsys):
             assert (tmp_path / f"{study}{name}").stat().st_size > 500
     assert "no-projector minus base" in capsys.readouterr().out
     assert "1 of 2 missing" in (tmp_path / "simsiam-projector.md").read_text()
+
+
+def test_an_arm_whose_every_seed_diverged_is_drawn_and_told(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "runs")
+    path = tmp_path / "runs/no-projector/0/metrics.json"
+    path.write_text(json.dumps(dict.fromkeys(json.loads(path.read_text())) | {"diverged": True}))
+    words = ["--runs", str(tmp_path / "runs"), "--seeds", "0", "--results", str(tmp_path / "r")]
+    plot.main(["simsiam-projector", "no-projector:base", "narrow:base", *words])
+    assert "no-projector: 1 of 1 diverged" in (tmp_path / "r/simsiam-projector.md").read_text()
+    assert (tmp_path / "r/simsiam-projector-curves.png").exists()
 
 
 def test_again_is_refused_finished_or_moved_aside(finished, pictures, tmp_path, capsys):
