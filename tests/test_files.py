@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from conftest import ROOT
 from common import checkpoints, files
 from common.exits import INTERRUPTED
 from common.hold import held
+from common.provenance import script_facts
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
@@ -147,3 +149,22 @@ def test_nothing_in_the_tree_loads_or_runs_unsafely():
         text = path.read_text().replace("unpickling", "")
         assert not [word for word in banned if word in text], path
         assert text.count("torch.load(") == text.count("weights_only=True"), path
+
+
+def test_a_tree_is_dirty_by_its_code_and_not_by_what_was_drawn_meanwhile(tmp_path):
+    assert script_facts(Path(__file__))["source"] and script_facts(new(tmp_path, "x/train.py"))["dirty"] is None
+    new(tmp_path, "results/demo/page.md"), new(tmp_path, "common/run.py")
+    who = ["-c", "user.name=x", "-c", "user.email=x"]
+    for words in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "x"]):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    for name, dirty in (("x/other.py", False), ("results/demo/page.md", False), ("common/run.py", True)):
+        new(tmp_path, name, "changed")
+        found = script_facts(tmp_path / "x/train.py")
+        assert found["dirty"] is dirty and len(found["commit"]) == 40, name
+
+
+def new(folder: Path, name: str, text: str = "") -> Path:
+    """The file `name` below `folder`, with `text`."""
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(text)
+    return folder / name
