@@ -242,10 +242,11 @@ PYTHON ?=
 HOURS  ?= 8
 PAIRS  ?=
 RUNS    := runs/$(SCALE)
-# A matrix of one's own is another study, a folder but a place; of PAIRS and TASKS what somebody set.
+# What makes a try: seeds, flags, pairs, tasks or a matrix of one's own (a folder in DATA is but a place), make report.
 own-data := $(filter %.npy %.npz %.safetensors,$(DATA))
 chosen = $(if $(filter command environment,$(firstword $(origin $1))),$($1))
-RESULTS ?= $(if $(EXTRA)$(own-data)$(call chosen,PAIRS)$(call chosen,TASKS)$(subst x$(COMMITTED)x,,x$(strip $(SEEDS))x)$(WHAT_THERE_IS),$(RUNS)/report,results/$(SCALE))$(SECOND_PAGE:yes=/extras)
+tried = $(EXTRA)$(own-data)$(call chosen,PAIRS)$(call chosen,TASKS)$(subst x$(COMMITTED)x,,x$(strip $(SEEDS))x)$(WHAT_THERE_IS)
+RESULTS ?= $(if $(tried),$(RUNS)/report,results/$(SCALE))$(SECOND_PAGE:yes=/extras)
 COMMITTED := 0 1 2$(if $(SECOND_PAGE),, 3 4)
 WHAT_THERE_IS := $(if $(ASKED),,$(filter report,$(MAKECMDGOALS)))
 # (So what is committed, the seeds 0 to 4, of extras 0 to 2, without anything set, is never touched by a try.)

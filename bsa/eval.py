@@ -132,7 +132,7 @@ def knn_overlap(x: Tensor, z: Tensor, queries: int) -> float:
     """
     unit, on = torch.nn.functional.normalize(x, dim=1), z.gt(0).float()
     shared = torch.zeros((), device=x.device)
-    favour = torch.arange(len(x), 0, -1, device=x.device) / len(x) * 1e-5  # hardly more than two indices can differ by
+    favour = torch.arange(len(x), 0, -1, device=x.device) / len(x) * 1e-5  # less than indices differ by, if codes are sparse
     for numbers in torch.arange(min(queries, len(x)), device=x.device).split(250):
         near = []
         for scores in (unit[numbers] @ unit.T, jaccard(on[numbers], on).double() + favour):

@@ -46,6 +46,8 @@ elif words[0].endswith("eval.py"):
     (pathlib.Path(words[1]) / "metrics.json").write_text("{{}}")
 elif words[:2] == ["-m", "common.cost"]:
     print(os.environ.get("FITTING", "a table") if "--fitting" in words else "a table")
+elif words[1] == os.environ.get("BREAK_PLOT"):
+    sys.exit(1)
 else:
     results = after("--results")
     results.mkdir(parents=True, exist_ok=True)
@@ -253,6 +255,12 @@ def test_report_draws_a_half_finished_grid_and_runs_nothing(house):
     calls = house.make("report")[1]  # the committed seeds, but who knows what runs: not where the results are
     assert all("--results runs/demo/report " in call for call in calls) and not (house.folder / "results").exists()
     assert house.make("simsiam-predictor", "SEEDS=0")[:2] == (0, [])
+
+
+def test_a_study_that_cannot_be_drawn_leaves_the_others_and_the_page(house):
+    code, calls, _ = house.make("report", BREAK_PLOT="simsiam-predictor")
+    drawn = [call.split()[1] for call in calls if "plot.py" in call]
+    assert code != 0 and len(drawn) == 12 and calls[-1].startswith("-m common.report")
 
 
 @pytest.mark.parametrize("word", ["TASKS=9x9", "PAPERS=simclr", "SCALE=small", "SEEDS="])
