@@ -132,7 +132,8 @@ def knn_overlap(x: Tensor, z: Tensor, queries: int) -> float:
     """
     unit, on = torch.nn.functional.normalize(x, dim=1), z.gt(0).float()
     shared = torch.zeros((), device=x.device)
-    favour = torch.arange(len(x), 0, -1, device=x.device) / len(x) * 1e-5  # less than indices differ by, if codes are sparse
+    # less than indices differ by, as long as codes are sparse
+    favour = torch.arange(len(x), 0, -1, device=x.device) / len(x) * 1e-5
     for numbers in torch.arange(min(queries, len(x)), device=x.device).split(250):
         near = []
         for scores in (unit[numbers] @ unit.T, jaccard(on[numbers], on).double() + favour):
