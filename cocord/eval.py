@@ -81,10 +81,9 @@ def main(argv: list[str] | None = None) -> None:
             networks = torch.nn.ModuleDict({"student": model.student, "slow_student": model.slow_student})
             checkpoints.fit(networks, kept(saved["model"]), args.folder / "model.pt")
             followed = arguments["forward_weight"] or arguments["swapped_weight"]
-            precision = arguments["precision"]
             metrics |= {
-                "accuracy": accuracy(model.student, data, precision),
-                "accuracy_slow_student": accuracy(model.slow_student, data, precision) if followed else None,
+                "accuracy": accuracy(model.student, data),
+                "accuracy_slow_student": accuracy(model.slow_student, data) if followed else None,
             }
         metrics["seconds"] = told["train_seconds"] + time.perf_counter() - started
         files.write_json(args.folder / "metrics.json", metrics)

@@ -225,8 +225,8 @@ class MobileNetV2(nn.Module):
 
 
 def shuffle(x: Tensor, groups: int) -> Tensor:
-    """Channel c of group g becomes channel c * groups + g, (B, C, H, W)."""
-    return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
+    """Channel c of group g becomes channel c * groups + g, (B, C, H, W). The result is channels-last."""
+    return x.permute(0, 2, 3, 1).unflatten(3, (groups, -1)).transpose(3, 4).flatten(3).permute(0, 3, 1, 2)
 
 
 class ShuffledV1(nn.Module):
@@ -457,6 +457,17 @@ def fold(network: nn.Module) -> nn.Module:
                 setattr(module, first, nn.utils.fuse_conv_bn_eval(one, other))
                 setattr(module, second, nn.Identity())
     return network
+
+
+def round_weights(network: nn.Module) -> None:
+    """Keep the weights of convolutions and linear layers in bfloat16, in place; for a frozen network.
+
+    Equal in every bit to what autocast makes of them. It would do so at every step: it caches the casts of trained
+    weights alone.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.to(torch.bfloat16)
 
 
 # ------------------------------------------------------------------------------------------------- published weights

@@ -81,7 +81,7 @@ def train(
             return
         record = {
             "loss": mean_loss,
-            "test_accuracy": accuracy(network, data, precision),
+            "test_accuracy": accuracy(network, data),
             "lr": optimizer.param_groups[0]["lr"],
             "examples_per_second": seen / seconds,
             "seconds": seconds,
@@ -89,7 +89,7 @@ def train(
         }
         run.save(epoch + 1, record, state())
         run.say(epoch + 1, last, record)
-    measured = accuracy(network, data, precision)
+    measured = accuracy(network, data)
     lines = files.read_lines(run.folder / "train.jsonl")[1:]
     metrics = {
         "accuracy": measured,

@@ -104,9 +104,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                       "default ../../teacher@NAME/0 beside --out")  # fmt: skip
     optimisation = optimisation_flags(parser)
     optimisation.add_argument("--lr-factor", type=command.number(0), default=1.0, help="times --lr (robustness)")
-    optimisation.add_argument(
-        "--cuda-graph", action="store_true", help="replay steps of full batches as one CUDA graph"
-    )
     method = parser.add_argument_group("method (defaults: the paper's)")
     method.add_argument("--teacher", choices=(*net.NETWORKS, "none"), help="none: without contrast and distillation")
     method.add_argument("--student", choices=tuple(net.NETWORKS))
@@ -193,7 +190,7 @@ class CoCoRD(nn.Module):
             part.requires_grad_(False)
         with draws.forked(seed, "queue"):
             self.register_buffer("queue", F.normalize(torch.randn(queue, dim), dim=1))
-        self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))  # on the device, for CUDA graphs
+        self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
         self.moves = teacher_head != "frozen"
 
     def followers(self) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
@@ -346,21 +343,20 @@ def batches(
     order = draws.permutation(seed, "order", epoch, data.examples, data.device)
     every = [rows for rows in order.split(batch) if len(rows) > 1]
     for step, rows in enumerate(every, epoch * len(every)):
-        numbers = draws.Draws(seed, "views", step, 3 * batch, slice(0, 3 * len(rows)), data.device)
-        drawn = numbers.uniform(shape=(3,))[: views * len(rows)]
+        drawn = draws.Draws(seed, "views", step, 3 * batch, slice(0, 3 * len(rows))).uniform(shape=(3,))
+        drawn = devices.upload(drawn[: views * len(rows)], data.device)
         offsets = (drawn[:, :2] * (2 * pad + 1)).long()
         made = crops(pixels, rows.repeat(views), offsets, drawn[:, 2] < kind["flip"], size)
         yield list(data.normalise(made).split(len(rows))), data.train_labels[rows]
 
 
 @torch.no_grad()
-def accuracy(network: nn.Module, data: images.Images, precision: str) -> float:
-    """Top-1 on the test pictures in percent, in eval mode; the network goes back to the mode it was in."""
+def accuracy(network: nn.Module, data: images.Images) -> float:
+    """Top-1 on the test pictures in percent, in eval mode and float32; the network goes back to the mode it was in."""
     mode, correct = network.training, torch.zeros((), device=data.device)
     network.eval()
     for x, labels in data.batches("test"):
-        with devices.autocast(precision, data.device):
-            logits = network(x.contiguous(memory_format=torch.channels_last))[1]
+        logits = network(x.contiguous(memory_format=torch.channels_last))[1]
         correct += (logits.argmax(1) == labels).sum()
     network.train(mode)
     return 100 * correct.item() / len(data.test)
@@ -377,13 +373,16 @@ def load_teacher(
     told = net.EXPECTED.get(name) if told is None and data.classes == 100 else told
     digest = checkpoints.sha256(*network.state_dict().values())
     network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last).to(data.device)
-    measured = accuracy(network, data, precision)
+    measured = accuracy(network, data)
     beside = "" if told is None else f"; expected {told:.2f} %"
     print(f"teacher {name} from {path}: {measured:.2f} % of the test pictures{beside}", flush=True)
     if told is not None and measured < told / 2 and not rehearsing:
         stop(f"--weights {path}: {name} reaches {measured:.2f} % where {told:.2f} % were expected: are these its "
              "weights, and is this its data set?")  # fmt: skip
-    return net.fold(network), digest, measured
+    network = net.fold(network)
+    if devices.uses_bfloat16(precision, data.device):
+        net.round_weights(network)
+    return network, digest, measured
 
 
 # ------------------------------------------------------------------------------------------------- train
@@ -414,24 +413,10 @@ def one_step(
         model.enqueue(keys)
 
 
-def graphed(step: Callable[[list[Tensor], Tensor], None], views: list[Tensor], labels: Tensor) -> Callable:
-    """The step as one CUDA graph for batches of this size; capturing it computes nothing."""
-    fixed, fixed_labels = [view.clone() for view in views], labels.clone()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step(fixed, fixed_labels)
-
-    def replay(views: list[Tensor], labels: Tensor) -> None:
-        torch._foreach_copy_([*fixed, fixed_labels], [*views, labels])
-        graph.replay()
-
-    return replay
-
-
 def train(
     run: Run, model: CoCoRD, teacher: nn.Module | None, data: images.Images, made: Made,
     optimizer: torch.optim.Optimizer, terms: Mapping[str, Any], *, epochs: int, last: int, batch: int, lr: float,
-    precision: str, cuda_graph: bool, facts: Mapping[str, Any],
+    precision: str, facts: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """The training up to epoch `last` of `epochs`; saves after each, and goes on from there when started again."""
     start = [weight.clone() for weight in model.teacher_head.parameters()]
@@ -441,31 +426,27 @@ def train(
         return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "probe": probe}
 
     def probe_keys() -> Tensor:
-        return torch.zeros(1, 1, device=data.device) if teacher is None else make_keys(model, teacher, fixed)
+        """Keys as the student is taught them, under the training's precision."""
+        with devices.autocast(precision, data.device):
+            return torch.zeros(1, 1, device=data.device) if teacher is None else make_keys(model, teacher, fixed)
 
     saved = run.state(data.device)
     if saved is None:
         probe = probe_keys()
-        run.save(0, {"test_accuracy": accuracy(model.student, data, precision), **facts}, state())
+        run.save(0, {"test_accuracy": accuracy(model.student, data), **facts}, state())
     else:
         checkpoints.fit(model, saved["model"], run.folder)
         optimizer.load_state_dict(saved["optimizer"])
         probe = saved["probe"]
     first, steps, followers = saved["epoch"] if saved else 0, -(-data.examples // batch), model.followers()
     totals = torch.zeros(len(PARTS), device=data.device)
-    plain = functools.partial(one_step, model, optimizer, teacher, terms, followers, totals)
-    replay: Callable | None = None
 
     for epoch in tqdm(range(first, last), run.name, last, initial=first, disable=None, leave=False):
         started, seen = time.perf_counter(), 0
         totals.zero_()
         for number, (views, labels) in enumerate(made(epoch)):
-            rate = lr * rate_factor((epoch + number / steps) / epochs)
-            if rate != optimizer.param_groups[0]["lr"]:
-                optimizer.param_groups[0]["lr"], replay = rate, None  # a graph has the rate in it
-            if cuda_graph and replay is None and number >= 3 and len(labels) == batch:
-                replay = graphed(plain, views, labels)  # three steps as they are got everything going
-            (replay if replay and len(labels) == batch else plain)(views, labels)
+            optimizer.param_groups[0]["lr"] = lr * rate_factor((epoch + number / steps) / epochs)
+            one_step(model, optimizer, teacher, terms, followers, totals, views, labels)
             seen += len(labels)
         means = (totals / seen).tolist()  # asks the device, once an epoch
         seconds = time.perf_counter() - started
@@ -475,7 +456,7 @@ def train(
         before, probe = probe, probe_keys()
         moved = torch._foreach_sub(list(model.teacher_head.parameters()), start)
         record = dict(zip(PARTS, means, strict=True)) | {
-            "test_accuracy": accuracy(model.student, data, precision),
+            "test_accuracy": accuracy(model.student, data),
             "key_consistency": (before * probe).sum(1).mean().item(),
             "teacher_head_shift": (norm(moved) / norm(start)).item(),
             "lr": optimizer.param_groups[0]["lr"],
@@ -505,8 +486,6 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
     device = devices.choose(args.device, args.scale)
-    if args.cuda_graph and device.type != "cuda":
-        stop(f"--cuda-graph is for a CUDA GPU, not for {device}: leave it out")
     smaller = f"--batch {args.batch // 2} needs about half, but is another run"
     terms = {name: getattr(args, name) for name in TERMS}
     with held(args.out), devices.memory_for(device, f"--batch {args.batch}", smaller):
@@ -530,7 +509,7 @@ def main(argv: list[str] | None = None) -> None:
         made = functools.partial(batches, data, kind, 3, args.batch, args.seed)
         train(
             run, model, teacher, data, made, optimizer, terms, epochs=args.epochs, last=last, batch=args.batch,
-            lr=args.lr, precision=args.precision, cuda_graph=args.cuda_graph, facts={"teacher_accuracy": taught},
+            lr=args.lr, precision=args.precision, facts={"teacher_accuracy": taught},
         )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """Batched image augmentation with parameters of their own for every image, one code path for CPU and CUDA.
 
-Images are (N, 3, H, W) float32 in [0, 1]; the crop also takes uint8 and scales it. Every operation equals
-torchvision's on one tensor image. First those with explicit parameters, then `random_*`, which draw them.
-Nothing asks the device for a value: where images are grouped, the host knows the groups.
+Images are (N, 3, H, W) float32 in [0, 1] on any device; the crop also takes uint8 and scales it. Every operation
+equals torchvision's on one tensor image. First those with explicit parameters, then `random_*`, which draw them.
+Parameters are CPU tensors and are copied to the device from pinned memory: no host-device synchronisation.
 """
 
 import math
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.devices import upload
 from common.draws import Draws
 
 HUE = 3  # of the jitter's operations 0 brightness, 1 contrast, 2 saturation, 3 hue
@@ -22,7 +23,8 @@ def resized_crop(images: Tensor, boxes: Tensor, size: tuple[int, int], flip: Ten
     Bilinear between neighbours inside the crop, without antialias also where a crop shrinks (where it
     grows, as from 32 to 32 always, there is none to apply).
     """
-    top, left, height, width = boxes.float().unbind(1)
+    top, left, height, width = upload(boxes.float(), images.device).unbind(1)
+    flip = None if flip is None else upload(flip, images.device)
     vertical = _resizing(top, height, images.shape[2], size[0])
     horizontal = _resizing(left, width, images.shape[3], size[1], flip)
     if images.dtype == torch.uint8:
@@ -43,20 +45,22 @@ def color_jitter(images: Tensor, factors: Tensor, orders: np.ndarray, applied: n
     rows = np.argsort(-slot, kind="stable")
     blends = orders[orders != HUE].reshape(-1, 3)[rows]
     count, *before = [int((slot >= least).sum()) for least in range(4)]
-    plan = torch.as_tensor(np.column_stack([rows, rows.argsort(), blends]))
-    row, back, blend = plan.to(images.device, non_blocking=True).split([1, 1, 3], 1)
-    factors = factors.index_select(0, row[:, 0])
+    row, blend = torch.as_tensor(rows), torch.as_tensor(blends)
+    factors = factors.index_select(0, row)
     own = factors.gather(1, blend)
-    weights = torch.stack([own, (1 - own) * (blend == 1), (1 - own) * (blend == 2)])[..., None, None, None]
+    weights = torch.stack([own, (1 - own) * (blend == 1), (1 - own) * (blend == 2)])
+    turns = upload(factors[:, HUE].contiguous(), images.device)
+    weights = upload(weights, images.device)[..., None, None, None]
+    row, back = upload(torch.stack([row, row.argsort()]), images.device)
 
-    in_order = images.index_select(0, row[:, 0])
+    in_order = images.index_select(0, row)
     jittered = in_order[:count]
     for j, end in enumerate(before):
         _blend_(jittered[:end], *weights[:, :end, j])
-    _shift_hue_(jittered, _per_image(factors[:count, HUE]))
+    _shift_hue_(jittered, _per_image(turns[:count]))
     for j, start in enumerate(before):
         _blend_(jittered[start:], *weights[:, start:count, j])
-    return in_order.index_select(0, back[:, 0])
+    return in_order.index_select(0, back)
 
 
 def grayscale(images: Tensor, chosen: Tensor) -> Tensor:
@@ -71,6 +75,7 @@ def gaussian_blur(images: Tensor, sigmas: Tensor, chosen: Tensor, kernel_size: i
     (SimCLR, appendix A: a tenth of the side).
     """
     radius = max(1, min(images.shape[2:]) // 20) if kernel_size is None else kernel_size // 2
+    sigmas = upload(sigmas, images.device)
     vertical, horizontal = (_gaussian_band(side, sigmas, radius) for side in images.shape[2:])
     return _choose(chosen, _both_axes(vertical, images, horizontal), images)
 
@@ -123,8 +128,8 @@ def random_color_jitter(
     """Jitter with `probability`: multipliers of 1 +- strength, not below 0, and a hue shift of +- `hue` turns."""
     multipliers = [draws.uniform(max(0.0, 1 - s), 1 + s) for s in (brightness, contrast, saturation)]
     factors = torch.stack([*multipliers, draws.uniform(-hue, hue)], 1)
-    orders = draws.host_uniform((4,)).argsort(axis=1)
-    return color_jitter(images, factors, orders, draws.host_uniform() < probability)
+    orders = draws.numpy_uniform((4,)).argsort(axis=1)
+    return color_jitter(images, factors, orders, draws.numpy_uniform() < probability)
 
 
 def random_grayscale(images: Tensor, draws: Draws, probability: float = 0.2) -> Tensor:
@@ -145,7 +150,7 @@ def _per_image(values: Tensor) -> Tensor:
 
 def _choose(chosen: Tensor, new: Tensor, old: Tensor) -> Tensor:
     """`new` where `chosen` (N,), else `old`. Exact, and on a CPU ten times as fast as torch.where."""
-    return torch.lerp(old, new, _per_image(chosen.float()))
+    return torch.lerp(old, new, _per_image(upload(chosen.float(), old.device)))
 
 
 def _places(count: int, flip: Tensor | None, like: Tensor) -> Tensor:

@@ -30,30 +30,49 @@ def choose(name: str, scale: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         stop(f"--device {name} is no device: use auto, cpu, cuda or cuda:1")
     if device.type == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", device.index or 0))
-        if local >= (torch.cuda.device_count() if cuda else 0):
+        index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+        if index >= (torch.cuda.device_count() if cuda else 0):
             stop(f"--device {name}: this machine shows no such CUDA GPU; use --device cpu --scale demo")
-        device = torch.device("cuda", local)
+        device = torch.device("cuda", index)
         torch.cuda.set_device(device)
+    # float32 means float32: cuDNN would round convolutions to TF32's 10 bits, which is enough to blur a collapse meter.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = True  # shapes are fixed: let cuDNN time its algorithms once
     return device
 
 
-def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """bfloat16 autocast for `--precision auto` on CUDA and for `bfloat16`; else an autocast that does nothing.
+def upload(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """A CPU tensor on `device`, without host-device synchronisation: to a GPU it is copied from pinned memory."""
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def uses_bfloat16(precision: str, device: torch.device) -> bool:
+    """Whether a run trains under bfloat16: with `--precision bfloat16`, and with `auto` on CUDA.
 
     On a CPU without bfloat16 instructions autocast is two to five times slower, hence not in auto.
     """
-    wanted = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted)
+    return precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
 
 
-def start_ranks(device: torch.device) -> tuple[int, int]:
-    """(rank, world): joins the process group until the script ends when torchrun started it, else (0, 1)."""
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """bfloat16 autocast where `uses_bfloat16`; else an autocast that does nothing."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=uses_bfloat16(precision, device))
+
+
+def start_ranks(name: str, device: torch.device) -> tuple[int, int]:
+    """(rank, world): joins the process group until the script ends when torchrun started it, else (0, 1).
+
+    `name` is the flag --device: `cuda` gives every rank a GPU of its own; `cuda:N` puts all ranks on one, where NCCL
+    refuses to work and gloo takes its place.
+    """
     if "RANK" not in os.environ:
         return 0, 1
     if not dist.is_initialized():
         atexit.register(stop_ranks)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+        own_gpu = device.type == "cuda" and ":" not in name
+        dist.init_process_group("nccl" if own_gpu else "gloo", timeout=timedelta(hours=2))
     return dist.get_rank(), dist.get_world_size()
 
 

@@ -55,7 +55,7 @@ RECIPES = {  #            demo         gpu          paper
     "cutmix":        (0.0,         1.0,         1.0),
     "erase":         (0.0,         0.0,         0.25),  # probability
 }  # fmt: skip
-ALIKE = 8  # images of a batch on the device that share their operations of RandAugment
+ALIKE = 32  # images of a batch on the device that share their operations of RandAugment: fewer launches
 SAVED_EVERY = 30.0  # seconds of fine-tuning that an interruption may cost, at most an epoch more
 NEIGHBOURS, TAU = 20, 0.07
 UNTRAINED = "_untrained"
@@ -136,11 +136,12 @@ def build_optimizer(model: Classifier, decay: float, weight_decay: float) -> tor
 def erased(x: Tensor, numbers: draws.Draws, probability: float) -> Tensor:
     """A box, a fiftieth to a third of an image (B, 3, S, S), becomes noise of unit variance, with `probability`."""
     boxes = augment.random_boxes(numbers, *x.shape[2:], scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3))
-    top, left, height, width = boxes[:, :, None].unbind(1)
+    boxes = torch.where(numbers.uniform(shape=(1,)) < probability, boxes, 0)  # of height and width 0: nothing is inside
+    top, left, height, width = devices.upload(boxes, x.device)[:, :, None].unbind(1)
     rows, columns = (torch.arange(side, device=x.device) for side in x.shape[2:])
-    down = (rows >= top) & (rows < top + height) & (numbers.uniform(shape=(1,)) < probability)
+    down = (rows >= top) & (rows < top + height)
     inside = down[:, None, :, None] & ((columns >= left) & (columns < left + width))[:, None, None, :]
-    return torch.where(inside, numbers.uniform(-(3**0.5), 3**0.5, shape=tuple(x.shape[1:])), x)
+    return torch.where(inside, torch.empty_like(x).uniform_(-(3**0.5), 3**0.5), x)
 
 
 def labelled_batches(
@@ -163,8 +164,9 @@ def labelled_batches(
         streamed = data.views(transform, 1, order.tolist(), seed, epoch)
     on_device = order.to(data.device)
     for step, picked in enumerate(on_device, epoch * steps):
-        numbers = draws.Draws(seed, "fine-tuning view", step, batch, mine, data.device)
-        draws.reseed(seed, "fine-tuning", step, devices.ranks()[0])  # RandAugment, mixing, stochastic depth
+        numbers = draws.Draws(seed, "fine-tuning view", step, batch, mine)
+        # RandAugment, mixing, erasing and stochastic depth draw from the default generators.
+        draws.reseed(seed, "fine-tuning", step, devices.ranks()[0])
         if streamed:
             x = next(streamed)[0]
         else:
@@ -239,12 +241,12 @@ def fine_tune(
         if time.perf_counter() - last_saved > SAVED_EVERY:
             save({"epoch": epoch + 1, "classifier": model.state_dict(), "optimizer": optimizer.state_dict()})
             last_saved = time.perf_counter()
-    return accuracy(model, data, precision)
+    return accuracy(model, data)
 
 
-def accuracy(model: Classifier, data: Data, precision: str) -> float:
+def accuracy(model: Classifier, data: Data) -> float:
     """Test accuracy in percent."""
-    logits, truth = probes.represent([model], data, "test", precision)
+    logits, truth = probes.represent([model], data, "test")
     return 100.0 * (logits.argmax(1) == truth).float().mean().item()
 
 
@@ -271,12 +273,12 @@ def frozen(
 ) -> dict[str, float]:  # fmt: skip
     """kNN and linear accuracy in percent from the labelled training images `rows`, a linear one of the keys if any."""
     if isinstance(data, folders.Streamed):
-        known, labels = probes.represent([features], data, "train", settings["precision"])
+        known, labels = probes.represent([features], data, "train")
     else:
         picked = rows.to(data.device)
         few = data._replace(train=data.train[picked], train_labels=data.train_labels[picked])
-        known, labels = probes.represent([features], few, "train", settings["precision"])
-    asked, truth = probes.represent([features], data, "test", settings["precision"])
+        known, labels = probes.represent([features], few, "train")
+    asked, truth = probes.represent([features], data, "test")
     parts = draws.held_out(len(known), data.device)
 
     def linear(part: slice) -> float:
@@ -302,7 +304,7 @@ def similarity(model: ConMIM, data: Data, arguments: dict[str, Any]) -> dict[str
     """What similarity.npz holds; `own` and `other` are cosines between -1 and 1, float32."""
     patches = (arguments["size"] // NETWORKS[arguments["network"]].patch) ** 2
     x, mask = train.fixed_batch(data, patches, arguments["mask_ratio"])
-    with train.unmoved_statistics(model), devices.autocast(arguments["precision"], x.device):
+    with train.unmoved_statistics(model):
         q, k = model(x, x, mask, arguments["keys"], 0.0)
     other = min(1, len(x) - 1)
     own, cross = train.similarities(q[[0, 0]], k[[0, other]])
@@ -445,7 +447,7 @@ def official(path: Path, network: str, data: Data, recipe: Recipe, folder: Path,
         kept = {name: one for name, one in state.items() if not name.endswith("relative_position_index")}
         model = Classifier(arguments["size"], *shape, 0.1, positions, data.classes).to(data.device)
         checkpoints.fit(model, kept, path)
-        return {"finetune_accuracy": accuracy(model, data, arguments["precision"])}
+        return {"finetune_accuracy": accuracy(model, data)}
     vit = ViT(arguments["size"], *shape, 0.1, positions).to(data.device)
     named = {name[4:]: one for name, one in net.from_official(state).items() if name.startswith("vit.")}
     checkpoints.fit(vit, named, path)
@@ -460,8 +462,9 @@ def main(argv: list[str] | None = None) -> None:
         arguments, facts, saved = finished(args.folder, "conmim/train.py")
         facts = {**training_facts(args.folder), **facts}
     torch.set_num_threads(args.threads or arguments["threads"])
-    device = devices.choose(args.device or arguments["device"], arguments["scale"])
-    rank, _ = devices.start_ranks(device)
+    name = args.device or arguments["device"]
+    device = devices.choose(name, arguments["scale"])
+    rank, _ = devices.start_ranks(name, device)
     started, folder = time.perf_counter(), args.data or Path(arguments["data"])
     recipe = {name: row[command.SCALES.index(arguments["scale"])] for name, row in RECIPES.items()}
     now = f"batches of 500 images, {recipe['batch']} in fine-tuning"

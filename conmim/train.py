@@ -225,6 +225,7 @@ def augmentation(name: str) -> dict[str, Any]:
 
 def solarize(pixels: Tensor, chosen: Tensor) -> Tensor:
     """Turn the values from 128 / 255 on into their complements, in the images `chosen` (B,) bool; in [0, 1]."""
+    chosen = devices.upload(chosen, pixels.device)
     return torch.lerp(pixels, 1 - pixels, (chosen[:, None, None, None] & (pixels >= 128 / 255)).float())
 
 
@@ -272,7 +273,7 @@ def spread_cells(order: Tensor, ratio: float) -> Tensor:
 
 
 def random_masks(numbers: draws.Draws, patches: int, ratio: float) -> Tensor:
-    """Masks (B, patches) bool, all with the same number of masked patches: 148 of 196 and 48 of 64 at 0.75."""
+    """CPU masks (B, patches) bool, all with the same number of masked patches: 148 of 196 and 48 of 64 at 0.75."""
     return spread_cells(numbers.uniform(shape=(patches // CELL**2,)).argsort(1), ratio)
 
 
@@ -294,7 +295,7 @@ def batches(
         streamed = data.views(made, 1, order[:, rows].tolist(), seed, epoch)
 
     for step, picked in enumerate(order, epoch * steps):
-        numbers = functools.partial(draws.Draws, seed, step=step, count=batch, rows=rows, device=data.device)
+        numbers = functools.partial(draws.Draws, seed, step=step, count=batch, rows=rows)
         if streamed:
             crop, *strong = next(streamed)[0].unbind(1)
         else:
@@ -303,7 +304,8 @@ def batches(
             )  # fmt: skip
             strong = [strong_view(crop, numbers("colours"), kind["blur"])] if coloured else []
         query, *key = (data.normalise(view) for view in (crop, *strong))
-        yield query, (key or [query])[0], random_masks(numbers("mask"), patches, ratio)
+        mask = devices.upload(random_masks(numbers("mask"), patches, ratio), data.device)
+        yield query, (key or [query])[0], mask
 
 
 # ------------------------------------------------------------------------------------------------- train
@@ -313,7 +315,8 @@ def fixed_batch(data: Data, patches: int, ratio: float) -> tuple[Tensor, Tensor]
     """What all arms and seeds are diagnosed on: plain test images (256, 3, S, S), evenly spread, and masks (256, N)."""
     x, _ = next(data.batches("test", 0, max(1, len(data.test) // MEASURED)))
     x = x[:MEASURED]
-    return x, random_masks(draws.Draws(draws.DATA_SEED, "diagnosed mask", 0, len(x), device=x.device), patches, ratio)
+    mask = random_masks(draws.Draws(draws.DATA_SEED, "diagnosed mask", 0, len(x)), patches, ratio)
+    return x, devices.upload(mask, x.device)
 
 
 @contextmanager
@@ -339,15 +342,16 @@ def position_r2(k: Tensor) -> float:
 
 
 @torch.no_grad()
-def diagnose(model: ConMIM, keys: str, x: Tensor, mask: Tensor, precision: str) -> dict[str, float]:
-    """Is the task solved by position alone? From one view x (B, 3, S, S) on both sides; mask (B, N) bool; train mode.
+def diagnose(model: ConMIM, keys: str, x: Tensor, mask: Tensor) -> dict[str, float]:
+    """Is the task solved by position alone? From one view x (B, 3, S, S) on both sides; mask (B, N) bool; train mode,
+    float32.
 
     own_top1            share of masked queries whose own key is the nearest of their image's
     cross_top1          the same among the keys of another image: near own_top1, position is all that counts
     position_r2         of the keys (see there)
     key_effective_rank  exp of the entropy of the keys' singular values, 1 to dim
     """
-    with unmoved_statistics(model), devices.autocast(precision, x.device):
+    with unmoved_statistics(model):
         q, k = model(x, x, mask, keys, 0.0)
     place = torch.arange(mask.shape[1], device=x.device)
 
@@ -421,7 +425,7 @@ def train(
     slow: list[Tensor] = [*model.average.parameters()]
     fast: list[Tensor] = [*model.online.parameters()]
     fixed, saved = fixed_batch(data, patches, mask_ratio), run.state(data.device)
-    measure = functools.partial(diagnose, model, keys, *fixed, precision)
+    measure = functools.partial(diagnose, model, keys, *fixed)
     if saved is None:
         started = time.perf_counter()
         record = measure()
@@ -469,7 +473,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
     device = devices.choose(args.device, args.scale)
-    rank, world = devices.start_ranks(device)
+    rank, world = devices.start_ranks(args.device, device)
     if args.batch % world:
         stop(f"--batch {args.batch} is the global batch: {world} processes do not divide it")
     rows = slice(rank * args.batch // world, (rank + 1) * args.batch // world)

@@ -3,8 +3,8 @@
     python seqvcr/tasks.py --size 4 --lines 3      # multiplication in the published format, chain of thought included
 
 An example is a row of tokens, question and answer. The numbers 0, 1, ... are the first tokens, a task's other symbols
-follow, "=" ends every question. Nothing is downloaded: rows are made on the device, from the data seed or, as a stream,
-from a run's own.
+follow, "=" ends every question. Nothing is downloaded: rows are made from the data seed or, as a stream, from a run's
+own. Random numbers are drawn on the CPU and the integer arithmetic runs on the device: rows are equal on all devices.
 
 multiplication  of two factors of n digits; all digits least significant first, the product filled up to 2n digits
                 (the files of Deng et al. 2023): 9 1 7 3 * 9 4 3 3 = 1 3 9 4 5 4 2 1 is 3719 * 3349 = 12454931
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from common import command, draws
+from common.devices import upload
 from common.exits import stop
 
 PAUSES = ("</pause_start>", "<pause>", "</pause_end>")  # the last three tokens of every task
@@ -73,6 +74,13 @@ def choose(name: str, size: int) -> Task:
     return Task(name, symbols, size + 1, 1, lambda *a: draw_sequences(size, *a), question_key, 20, 10_000)
 
 
+def integers(
+    low: int, high: int, shape: tuple[int, ...], generator: torch.Generator, device: torch.device | str
+) -> Tensor:
+    """Whole numbers in [low, high), int64 on `device`, drawn on the CPU."""
+    return upload(torch.randint(low, high, shape, generator=generator), device)
+
+
 # ------------------------------------------------------------------------------------------------- multiplication
 
 
@@ -92,7 +100,7 @@ def draw_products(
     size: int, generator: torch.Generator, count: int, device: torch.device | str, training: bool
 ) -> Tensor:
     """Rows of two factors with a leading digit that is not zero, each uniform."""
-    factors = torch.randint(10 ** (size - 1), 10**size, (2, count), generator=generator, device=device)
+    factors = integers(10 ** (size - 1), 10**size, (2, count), generator, device)
     return product_rows(factors[0], factors[1], size)
 
 
@@ -162,11 +170,11 @@ def draw_expressions(
 ) -> Tensor:
     """Rows of expressions with `most` operators; in training also with fewer, 1..most in shares of i / sum(i)."""
     tokens = torch.full((count, 4 * most - 1), FILL, device=device)
-    tokens[:, 0] = answer = torch.randint(0, MODULUS, (count,), generator=generator, device=device)
+    tokens[:, 0] = answer = integers(0, MODULUS, (count,), generator, device)
     operators = torch.full((count,), most, device=device)
     if training:
         shares = torch.arange(1, most + 1, device=device).cumsum(0)
-        drawn = torch.randint(0, most * (most + 1) // 2, (count,), generator=generator, device=device)
+        drawn = integers(0, most * (most + 1) // 2, (count,), generator, device)
         operators = torch.searchsorted(shares, drawn, right=True) + 1
     for step in range(most):
         tokens = torch.where((step < operators)[:, None], grow(tokens, step + 1, generator), tokens)
@@ -177,15 +185,15 @@ def grow(tokens: Tensor, numbers: int, generator: torch.Generator) -> Tensor:
     """One derivation step of expressions (n, width) with `numbers` numbers: one of them, chosen at random, becomes
     `a operator b` of the same value modulo 11, in brackets where precedence needs them. Nothing is divided by zero."""
     device, width, one = tokens.device, tokens.shape[1], (len(tokens), 1)
-    chosen = torch.randint(1, numbers + 1, one, generator=generator, device=device)
+    chosen = integers(1, numbers + 1, one, generator, device)
     is_number = tokens < MODULUS
     place = (is_number & (is_number.cumsum(1) == chosen)).int().argmax(1, keepdim=True)
     value = tokens.gather(1, place)
 
     many = (len(tokens), ATTEMPTS)
-    operator = torch.randint(PLUS, OVER + 1, many, generator=generator, device=device)
+    operator = integers(PLUS, OVER + 1, many, generator, device)
     operator[:, -1] = PLUS  # always has a solution: 15 failures before it have a probability below 1e-8
-    a = torch.randint(0, MODULUS, many, generator=generator, device=device)
+    a = integers(0, MODULUS, many, generator, device)
     solved = (operator < TIMES) | ((a != 0) & ((operator == TIMES) | (value != 0)))
     first = solved.int().argmax(1, keepdim=True)
     operator, a = operator.gather(1, first), a.gather(1, first)
@@ -215,12 +223,12 @@ def draw_sequences(
     """Rows of numbers from size + 1 on (those below are answers): noise in which one to three increasing runs are
     planted, each at a random share of the places."""
     shape = (count, size)
-    numbers = torch.randint(size + 1, LARGEST, shape, generator=generator, device=device)
-    runs = torch.randint(1, 4, (count, 1), generator=generator, device=device)
+    numbers = integers(size + 1, LARGEST, shape, generator, device)
+    runs = integers(1, 4, (count, 1), generator, device)
     for run in range(3):
-        share = torch.rand((count, 1), generator=generator, device=device)
-        here = (torch.rand(shape, generator=generator, device=device) < share) & (run < runs)
-        fresh = torch.randint(size + 1, LARGEST, shape, generator=generator, device=device)
+        share = torch.rand((count, 1), generator=generator)
+        here = upload(torch.rand(shape, generator=generator) < share, device) & (run < runs)
+        fresh = integers(size + 1, LARGEST, shape, generator, device)
         rising = torch.where(here, fresh, LARGEST).sort(1).values
         numbers = torch.where(here, rising.gather(1, (here.cumsum(1) - 1).clamp(min=0)), numbers)
     equals = torch.full_like(numbers[:, :1], LARGEST)
@@ -292,7 +300,7 @@ def distinct(task: Task, part: int, count: int, device: torch.device | str) -> T
     drawn = 0
     while len(rows) < count:
         before = len(rows)
-        generator = draws.generator(draws.DATA_SEED, f"{task.name} of part {part}", drawn, device)
+        generator = draws.generator(draws.DATA_SEED, f"{task.name} of part {part}", drawn)
         fresh = task.draw(generator, ROWS, device, part == 0 and drawn < count)
         rows = torch.cat([rows, fresh[part_of(task, fresh) == part]])
         drawn += ROWS
@@ -307,8 +315,8 @@ def distinct(task: Task, part: int, count: int, device: torch.device | str) -> T
 
 
 def stream(task: Task, seed: int, step: int, count: int, device: torch.device | str) -> Tensor:
-    """`count` fresh training rows of this step, whatever was drawn before. Asks the device nothing."""
-    generator = draws.generator(seed, f"stream of {task.name}", step, device)
+    """`count` fresh training rows of this step, whatever was drawn before. No host-device synchronisation."""
+    generator = draws.generator(seed, f"stream of {task.name}", step)
     rows = task.draw(generator, 2 * count + 64, device, True)  # 4 in 5 are kept at least
     kept = (part_of(task, rows) == 0).int()
     return rows[kept.argsort(descending=True, stable=True)[:count]]

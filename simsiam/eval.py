@@ -81,7 +81,7 @@ def digest(module: nn.Module) -> str:
 
 
 def probe_at_full_size(
-    model: SimSiam, data: folders.Streamed, folder: Path, width: int, precision: str, seed: int, *,
+    model: SimSiam, data: folders.Streamed, folder: Path, width: int, seed: int, *,
     epochs: int, batch: int, lr: float,
 ) -> float:  # fmt: skip
     """The paper's linear evaluation: test accuracy in percent after the last epoch. Goes on from eval_state.pt.
@@ -117,9 +117,9 @@ def probe_at_full_size(
         order = draws.permutation(seed, "linear probe order", epoch, data.examples, "cpu")
         order = order[: steps * batch].view(steps, batch)[:, rows]
         for picked, (x,) in zip(order, data.views(transform, 1, order.tolist(), seed, epoch), strict=True):
-            with torch.no_grad(), devices.autocast(precision, device):
+            with torch.no_grad():
                 features = model.backbone(data.normalise(x))
-            loss = F.cross_entropy(head(features.float()), labels[picked].to(device))
+            loss = F.cross_entropy(head(features), labels[picked].to(device))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             for parameter in head.parameters():
@@ -129,22 +129,22 @@ def probe_at_full_size(
         if rank == 0:
             done = {"head": head.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}
             checkpoints.save(path, {**done, "features": identity})
-    features, _, truth = represent(model, data, "test", precision)
+    features, _, truth = represent(model, data, "test")
     return 100.0 * (head(features).argmax(1) == truth).float().mean().item()
 
 
 def evaluate(model: SimSiam, data: Data, settings: dict[str, Any], held_out: bool, folder: Path) -> dict[str, float]:
     """Accuracies in percent and the spread of z, in eval mode; with `held_out` on the training set's tenth."""
-    precision, seed, classes = settings["precision"], settings["seed"], data.classes
-    bank = represent(model, data, "train", precision)
+    seed, classes = settings["seed"], data.classes
+    bank = represent(model, data, "train")
     if held_out:
         rest, tenth = draws.held_out(len(bank[0]), data.device)
         bank, queries = [rows[rest] for rows in bank], [rows[tenth] for rows in bank]
     else:
-        queries = represent(model, data, "test", precision)
+        queries = represent(model, data, "test")
     if isinstance(data, folders.Streamed):
         probe = PROBE | {"epochs": 1} if settings["rehearse"] else PROBE
-        linear = probe_at_full_size(model, data, folder, bank[0].shape[1], precision, seed, **probe)
+        linear = probe_at_full_size(model, data, folder, bank[0].shape[1], seed, **probe)
     else:
         parts = draws.held_out(len(bank[0]), data.device)
         linear = probes.linear_accuracy(bank[0], bank[-1], queries[0], queries[-1], classes, parts, seed)
@@ -177,8 +177,9 @@ def main(argv: list[str] | None = None) -> None:
         arguments, facts, saved = finished(args.folder, "simsiam/train.py")
         facts = {**training_facts(args.folder), **facts}
     torch.set_num_threads(args.threads or arguments["threads"])
-    device = devices.choose(args.device or arguments["device"], arguments["scale"])
-    rank, _ = devices.start_ranks(device)
+    name = args.device or arguments["device"]
+    device = devices.choose(name, arguments["scale"])
+    rank, _ = devices.start_ranks(name, device)
     started, folder = time.perf_counter(), args.data or Path(arguments["data"])
     elsewhere = "A --device with more memory, or --device cpu, gives the same metrics"
     with held(args.folder, rank), devices.memory_for(device, "batches of 500 images", elsewhere):

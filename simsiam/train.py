@@ -265,16 +265,16 @@ def batches(
         return
     for step, picked in enumerate(order, epoch * steps):
         source = data.train[picked[rows]]
-        numbers = [draws.Draws(seed, f"view {view}", step, batch, rows, data.device) for view in range(views)]
+        numbers = [draws.Draws(seed, f"view {view}", step, batch, rows) for view in range(views)]
         yield [data.normalise(one_view(source, number, **kind)) for number in numbers]
 
 
 # ------------------------------------------------------------------------------------------------- train
 
 
-def represent(model: SimSiam, data: Data, part: str, precision: str) -> list[Tensor]:
+def represent(model: SimSiam, data: Data, part: str) -> list[Tensor]:
     """Backbone features (N, width), projections (N, dim) and labels (N,) of `part` ("train", "test"), in eval mode."""
-    return probes.represent([model.backbone, model.projector], data, part, precision)
+    return probes.represent([model.backbone, model.projector], data, part)
 
 
 def measure(bank: Sequence[Tensor], queries: Sequence[Tensor], classes: int, k: int) -> dict[str, float]:
@@ -289,21 +289,20 @@ def measure(bank: Sequence[Tensor], queries: Sequence[Tensor], classes: int, k: 
     }
 
 
-def monitor(model: SimSiam, data: Data, k: int, precision: str) -> dict[str, float]:
+def monitor(model: SimSiam, data: Data, k: int) -> dict[str, float]:
     """`measure` on the training and the test set."""
     devices.share_buffers(model)
-    bank, queries = (represent(model, data, part, precision) for part in ("train", "test"))
+    bank, queries = (represent(model, data, part) for part in ("train", "test"))
     return measure(bank, queries, data.classes, k)
 
 
 @torch.no_grad()
-def untrained(model: SimSiam, made: Iterator[list[Tensor]], data: Data, k: int, precision: str) -> dict[str, float]:
+def untrained(model: SimSiam, made: Iterator[list[Tensor]], data: Data, k: int) -> dict[str, float]:
     """The record of epoch 0, from a copy of the model whose running statistics have seen 20 batches."""
     copied = copy.deepcopy(model)
     for views in itertools.islice(made, 20):
-        with devices.autocast(precision, data.device):
-            z = copied.projector(copied.backbone(views[0]))
-    return {"std_ratio_train_mode": spread.std_ratio(devices.gather_rows(z)), **monitor(copied, data, k, precision)}
+        z = copied.projector(copied.backbone(views[0]))
+    return {"std_ratio_train_mode": spread.std_ratio(devices.gather_rows(z)), **monitor(copied, data, k)}
 
 
 def build_optimizer(model: SimSiam, lr: float, weight_decay: float, predictor_schedule: str) -> torch.optim.Optimizer:
@@ -326,7 +325,7 @@ def train(
     forward = devices.distribute(model, data.device)  # before the first measure: it may change batch norms
     saved = run.state(data.device)
     if saved is None:
-        run.save(0, untrained(model, made(0), data, k, precision), state())
+        run.save(0, untrained(model, made(0), data, k), state())
     else:
         checkpoints.fit(model, saved["model"], run.folder)
         optimizer.load_state_dict(saved["optimizer"])
@@ -360,7 +359,7 @@ def train(
             "peak_memory": devices.peak_memory(data.device),
         }
         if (epoch + 1) % monitor_every == 0 or epoch + 1 == last:
-            record |= monitor(model, data, k, precision)
+            record |= monitor(model, data, k)
         run.save(epoch + 1, record, state())
         run.say(epoch + 1, last, record)
     run.finish({"model": model.state_dict(), "epoch": last, "diverged": False})
@@ -373,7 +372,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
     device = devices.choose(args.device, args.scale)
-    rank, world = devices.start_ranks(device)
+    rank, world = devices.start_ranks(args.device, device)
     if args.batch % world:
         stop(f"--batch {args.batch} is the global batch: {world} processes do not divide it")
     rows = slice(rank * args.batch // world, (rank + 1) * args.batch // world)

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 
-from common import draws, files
+from common import files
 from common.run import Run
 
 ROOT = Path(__file__).parent.parent
@@ -86,7 +86,7 @@ class FakeGPU:
 def fake_gpu(monkeypatch) -> Iterator[FakeGPU]:
     """Inside, "cuda" is a GPU that computes nothing, and that raises where devices are mixed or where a shape depends
     on data. What it cannot do is stood in for: .item() counts and gives 0.5, backward gives gradients of zero,
-    generators are left out, a moved module gets new tensors, a copied one is the module itself.
+    nothing is pinned, a moved module gets new tensors, a copied one is the module itself.
     """
     gpu, mode, item, truth = FakeGPU(), FakeTensorMode(), Tensor.item, Tensor.__bool__
 
@@ -118,7 +118,7 @@ def fake_gpu(monkeypatch) -> Iterator[FakeGPU]:
         Tensor, "__bool__", lambda one: counted(one) >= 0 if isinstance(one, FakeTensor) else truth(one)
     )
     monkeypatch.setattr(Tensor, "backward", backward)
-    monkeypatch.setattr(draws, "generator", lambda *_: None)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(nn.Module, "to", moved)
     monkeypatch.setattr(copy, "deepcopy", lambda module: module)
     gc.freeze()  # what is there already holds no fake parameter: `backward` need not look through it

@@ -248,10 +248,10 @@ def test_gradients_reach_the_student_its_head_and_the_predictor_alone():
 def test_evaluation_leaves_modes_and_statistics_as_they_were():
     model, data = small(), tensors(40)
     before = state(model)
-    train.accuracy(model.student, data, "float32")
+    train.accuracy(model.student, data)
     assert model.student.training and equal(before, state(model))
     frozen = taught()
-    train.accuracy(frozen, data, "float32")
+    train.accuracy(frozen, data)
     assert not frozen.training
 
 
@@ -506,7 +506,6 @@ def test_every_flag_is_read():
         (["--temperature", "0"], "not between"),
         (["--teacher", "alexnet"], "invalid choice"),
         (["--weights", "nowhere"], "no such weights"),
-        (["--cuda-graph"], "for a CUDA GPU"),
         (["--epoch", "3"], "unrecognized"),
         (["--scale", "gpu"], "--scale demo"),
         (["--data-set", "cifar100", "--data", "nowhere"], "common.images cifar100"),
@@ -539,7 +538,7 @@ def train_on_a_fake_gpu(count: int, flags: list[str]) -> None:
     made = functools.partial(train.batches, data, train.VIEWS["cifar"], 3, 16, 0)
     terms = {name: getattr(args, name) for name in train.TERMS} | {"precision": "auto"}
     train.train(Unwritten(), model, network, data, made, optimizer, terms, epochs=2, last=2, batch=16, lr=0.1,
-                precision="auto", cuda_graph=False, facts={})  # fmt: skip
+                precision="auto", facts={})  # fmt: skip
 
 
 @pytest.mark.parametrize("arm", ARMS)

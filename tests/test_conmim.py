@@ -632,8 +632,8 @@ def test_diagnostics_tell_a_position_code_from_content():
     code = torch.eye(16).expand(40, 16, 16)
     content = torch.randn(40, 16, 16)
     mask, x = torch.ones(40, 16, dtype=torch.bool), torch.zeros(40, 3, 4, 4)
-    places = train.diagnose(Fixed(code, code), "ema", x, mask, "float32")
-    pictures = train.diagnose(Fixed(content, content), "ema", x, mask, "float32")
+    places = train.diagnose(Fixed(code, code), "ema", x, mask)
+    pictures = train.diagnose(Fixed(content, content), "ema", x, mask)
     assert places == pytest.approx({"own_top1": 1, "cross_top1": 1, "position_r2": 1, "key_effective_rank": 15})
     assert pictures["own_top1"] == 1 and pictures["cross_top1"] < 0.2 and pictures["position_r2"] < 0.1
     assert 15 < pictures["key_effective_rank"] < 16
@@ -643,7 +643,7 @@ def test_diagnostics_tell_a_position_code_from_content():
 def test_diagnostics_leave_statistics_and_modes_as_they_were(arm):
     model, keys = small(), arguments(*ARMS[arm])["keys"]
     before, (x, _, mask) = state(model), batch()
-    found = train.diagnose(model, keys, x, mask, "float32")
+    found = train.diagnose(model, keys, x, mask)
     assert equal(before, state(model)) and all(module.training for module in model.modules())
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm1d)]
     assert len(norms) == 6 and all(one.track_running_stats for one in norms)
@@ -678,7 +678,7 @@ def test_without_stop_gradient_online_keys_become_a_position_code():
                 train.one_step(model, optimizer, *weights, one, totals, keys=args["keys"], leak=args["gradient_leak"],
                                temperature=0.1, lr=5e-3, momentum=0.98, precision="float32")  # fmt: skip
         x, mask = data.normalise(data.train[:64]), train.random_masks(draws.Draws(0, "mask", 1, 64), 64, 0.75)
-        found[arm] = train.diagnose(model, args["keys"], x, mask, "float32") | {"loss": totals[0].item() / 16}
+        found[arm] = train.diagnose(model, args["keys"], x, mask) | {"loss": totals[0].item() / 16}
     print(found)
     code, base = found["online-no-stop-gradient"], found["base"]
     assert code["loss"] < 0.05 and code["position_r2"] > 0.95 and code["cross_top1"] > 0.95

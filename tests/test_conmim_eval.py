@@ -533,7 +533,7 @@ def test_official_files_are_read_by_name(fine_tuned, pictures, tmp_path, monkeyp
         assert "linear_accuracy" not in found
     else:
         features = evaluate.Features(model)
-        known, asked = (probes.represent([features], data, part, "float32") for part in ("train", "test"))
+        known, asked = (probes.represent([features], data, part) for part in ("train", "test"))
         assert found["knn_accuracy"] == probes.knn_accuracy(*known, *asked, 2, 20, 0.07)
         assert {"finetune_accuracy", "linear_accuracy"} <= set(found)
     del state["cls_token"]

@@ -319,7 +319,7 @@ def test_the_probe_of_large_pictures_stays_on_a_fake_gpu(fake_gpu, monkeypatch, 
     monkeypatch.setattr(evaluate, "digest", lambda module: "")
     monkeypatch.setattr(checkpoints, "save", lambda *_: None)
     model = small().to("cuda")
-    found = evaluate.probe_at_full_size(model, Pictures(), tmp_path, 64, "auto", 0, epochs=2, batch=4096, lr=0.1)
+    found = evaluate.probe_at_full_size(model, Pictures(), tmp_path, 64, 0, epochs=2, batch=4096, lr=0.1)
     assert found == 50.0
 
 
