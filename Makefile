@@ -403,7 +403,7 @@ evening: | $(VENV)
 
 # ------------------------------------------------------------------------------------------------- the rest
 
-.PHONY: help test lint doctor bench data
+.PHONY: help test lint doctor bench gpu-check data
 help:
 	@echo 'make demo                    every study once, small, on the CPU; the page is runs/demo/report/index.html'
 	@echo 'make STUDY | PAPER | all     SCALE=gpu|demo|paper SEEDS="0 1 2 3 4" DEVICE=auto DATA=data EXTRA= GPUS= LAUNCH='
@@ -417,6 +417,7 @@ help:
 	@echo 'make rehearsal               every arm of a SCALE: a few real steps, evaluated and drawn; memory and speed'
 	@echo 'make cost                    hours of every arm and study, from finished runs or a rehearsal'
 	@echo 'make evening                 the first contrasts over 3 seeds, cheapest first, that fit HOURS=8'
+	@echo 'make gpu-check               does everything run on this GPU, does it agree with the CPU, how fast is it'
 	@echo 'make test lint doctor bench data'
 	@$(foreach paper,$(PAPERS),echo; echo '$(paper)'; $(foreach study,$($(paper)) $($(paper).extras),\
 		echo '  $(study): $($(study))';) $(foreach arm,$(call every-arm,$(paper),),printf '    %-24s %s\n' \
@@ -443,6 +444,10 @@ doctor: $(VENV)
 	@$(RUN_PYTHON) -m common.doctor --data $(DATA)
 bench: $(VENV)
 	$(RUN_PYTHON) tests/bench.py --device $(DEVICE)
+# Everything by default; PARTS="agreement sync", MINUTES=5: what would begin later is not run; DEVICE=cpu is a dry run.
+gpu-check: $(VENV)
+	$(RUN_PYTHON) tests/gpu_check.py --device $(DEVICE) --data $(DATA) --papers $(PAPERS) \
+		--report $(or $(REPORT),runs/gpu-check) $(addprefix --minutes ,$(MINUTES)) $(if $(PARTS),--parts $(PARTS))
 data: $(DATA)/cifar-10-batches-py $(DATA)/cifar-100-python $(DATA)/mesh-minilm.npy
 $(DATA)/cifar-10-batches-py: | $(VENV)
 	$(RUN_PYTHON) -m common.images cifar10 --data $(DATA)

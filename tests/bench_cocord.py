@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 import torch.nn.functional as F
+from operations import Counted
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
@@ -29,21 +29,6 @@ TERMS = {
     "forward_weight": 4.0, "swapped_weight": 4.0, "lambda_contrast": 1.0, "lambda_class": 1.0, "lambda_kd": 0.0,
     "temperature": 0.1, "student_momentum": 0.9, "teacher_momentum": 0.999, "precision": "float32",
 }  # fmt: skip
-
-
-class Counted(TorchDispatchMode):
-    """Counts what is dispatched, but for what only looks at memory in another way, or only reserves it."""
-
-    FREE = ("detach", "alias", "empty", "empty_like", "empty_strided", "new_empty", "_local_scalar_dense")
-
-    def __init__(self):
-        super().__init__()
-        self.operations = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        looks = func.is_view or func._schema.name.partition("::")[2] in self.FREE
-        self.operations += not looks
-        return func(*args, **(kwargs or {}))
 
 
 class Pillow(Dataset):

@@ -18,10 +18,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 import torch.nn.functional as F
-from bench_cocord import Counted
+from operations import Counted, Products
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
@@ -29,37 +28,6 @@ from common import devices, images
 from conmim import train
 
 PATCHES = 64
-
-
-class Products(TorchDispatchMode):
-    """Records the matrix products that are dispatched, to `replay` them on other numbers."""
-
-    NAMES = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
-
-    def __init__(self):
-        super().__init__()
-        self.calls: list[Callable[[], object]] = []
-        self.pool: dict[tuple, Tensor] = {}
-
-    def operand(self, value: object) -> object:
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            return value
-        key = (value.shape, value.stride(), value.dtype)
-        if key not in self.pool:
-            made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-            self.pool[key] = made.normal_()
-        return self.pool[key]
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs, name = kwargs or {}, func._schema.name.partition("::")[2]
-        result = func(*args, **kwargs)
-        if name in self.NAMES or "scaled_dot_product" in name:
-            self.calls.append(functools.partial(func, *map(self.operand, args), **kwargs))
-        return result
-
-    def replay(self) -> None:
-        for call in self.calls:
-            call()
 
 
 class Pillow(Dataset):

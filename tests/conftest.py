@@ -1,10 +1,8 @@
-"""What several tests need: one thread, a tiny folder of real picture files, a fake GPU, the Makefile's design."""
+"""What several tests need: one thread, a tiny folder of real picture files, a fake GPU."""
 
 import copy
 import gc
 import json
-import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +17,13 @@ from common import files
 from common.run import Run
 
 ROOT = Path(__file__).parent.parent
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked `cuda` are left out where there is no GPU."""
+    if not torch.cuda.is_available():
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("cuda")])
+        items[:] = [item for item in items if not item.get_closest_marker("cuda")]
 
 
 @pytest.fixture(autouse=True)
@@ -125,17 +130,6 @@ def fake_gpu(monkeypatch) -> Iterator[FakeGPU]:
     with mode:
         yield gpu
     gc.unfreeze()
-
-
-def design(paper: str, scale: str = "demo") -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """(arms with their flags, studies with their contrasts) of a paper as `make` itself lists them."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
-    command = ["make", "--no-print-directory", "-C", str(ROOT), f"SCALE={scale}"]
-    lines = subprocess.run(command, env=clean, capture_output=True, text=True, check=True).stdout.split("\n\n")
-    mine = next(block for block in lines if block.startswith(f"{paper}\n")).splitlines()
-    words = {line.split()[0].rstrip(":"): line.split()[1:] for line in mine[1:]}
-    studies = {name: rest for name, rest in words.items() if name.startswith(f"{paper}-")}
-    return {name: rest for name, rest in words.items() if name not in studies}, studies
 
 
 def tiny(folder, pictures, *flags) -> list[str]:

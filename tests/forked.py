@@ -80,4 +80,4 @@ def _rank(script: str, argv: tuple[str, ...], variables: dict[str, str], log: st
         if code == 0:
             devices.stop_ranks()
         sys.stdout.flush()
-        os._exit(code)
+        sys.exit(code)

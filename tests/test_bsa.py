@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, FakeGPU, Unwritten, design, refused
+from conftest import ROOT, FakeGPU, Unwritten, refused
+from plan import design
 
 from bsa import eval as evaluate
 from bsa import train

@@ -10,7 +10,8 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, Unwritten, design, refused
+from conftest import ROOT, Unwritten, refused
+from plan import design
 from torch import nn
 from torchvision.transforms.v2 import functional as tv
 

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, Unwritten, design, refused
+from conftest import ROOT, Unwritten, refused
 from PIL import Image
+from plan import design
 from test_ranks import ENVIRONMENT
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel

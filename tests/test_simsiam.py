@@ -8,7 +8,8 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, Unwritten, design, refused, tiny
+from conftest import ROOT, Unwritten, refused, tiny
+from plan import design
 from torch import nn
 
 from common import checkpoints, images, spread

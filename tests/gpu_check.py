@@ -1,0 +1,188 @@
+"""Does everything run on this GPU, does it agree with the CPU, how fast is it? `make gpu-check`
+
+    make gpu-check PYTHON=python3                        # at most about five minutes on an H100
+    make gpu-check DEVICE=cpu                            # a dry run at tiny sizes: nothing about a GPU is shown
+    python3 tests/gpu_check.py --parts agreement sync    # some parts; --papers for some papers
+
+Needs no network, no data and no git history: where CIFAR or the MeSH concepts are not in --data, random numbers of
+their shape take their place. Writes report.md, report.json and log.txt (what the scripts print, and tracebacks) into
+--report, after every case anew. A case that fails stops no other. Exit code 1 if one failed.
+
+agreement  equal weights and an equal batch on CPU and device, float32: loss, gradients, optimisers; under bfloat16 the
+           device may be three times as far from float32 as the CPU's own bfloat16 is; views, masks, data, measurements
+exchange   a run trained on the device is evaluated on the CPU, and the reverse
+arms       every arm of the plan at demo scale: a few steps, evaluation, figures
+scales     every arm of the plan at gpu scale: 20 steps at true widths and batch; two steps of paper-scale networks
+sync       nothing in a step waits for the device; synchronising calls and pageable copies by the profiler
+resume     a run that is killed after an epoch ends with the weights of one that is not
+ranks      two gloo ranks on the one device against one process
+make       one study through make
+packing    runs side by side on the one device beside one at a time
+speed      examples a second at gpu scale beside the step's own matrix products, a large product and plain references
+switches   channels-last, cuDNN's benchmark mode, --compile: equal results, and what each gains
+"""
+
+import contextlib
+import dataclasses
+import io
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gpu_parts
+import gpu_speed
+import numpy as np
+import torch
+import torchvision
+from gpu_tools import PAPERS, Case, Check, Failed, NotApplicable
+from plan import ROOT
+
+from common import command, devices, files
+
+PARTS: dict[str, Callable[[Check], Iterator[Case]]] = {
+    "agreement": gpu_parts.agreement, "exchange": gpu_parts.exchange, "arms": gpu_parts.arms,
+    "scales": gpu_parts.scales, "sync": gpu_parts.sync, "resume": gpu_parts.resume, "ranks": gpu_parts.ranks,
+    "make": gpu_parts.make, "packing": gpu_parts.packing, "speed": gpu_speed.speed, "switches": gpu_speed.switches,
+}  # fmt: skip
+DRY = "dry run: nothing about a GPU was shown"
+
+
+@dataclasses.dataclass
+class Row:
+    part: str
+    case: str
+    outcome: str  # passed, failed, not applicable, not run
+    seconds: float
+    found: str
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """What the numbers hold for."""
+    facts = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
+             "numpy": np.__version__, "processor": f"{platform.machine()}, {os.cpu_count()} cores"}  # fmt: skip
+    if device.type == "cpu":
+        return {"device": "cpu", **facts}
+    seen = torch.cuda.get_device_properties(device)
+    driver = "unknown"
+    if shutil.which("nvidia-smi"):
+        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = (subprocess.run(asked, capture_output=True, text=True).stdout.splitlines() or [driver])[0]
+    memory = f"{seen.total_memory / 2**30:.0f} GiB"
+    cuda = {"CUDA": str(torch.version.cuda), "cuDNN": str(torch.backends.cudnn.version()), "driver": driver}
+    return {"device": seen.name, "memory": memory, **cuda, **facts}
+
+
+def write_report(folder: Path, facts: dict[str, str], rows: list[Row], numbers: dict[str, Any]) -> None:
+    """report.md and report.json, each written atomically."""
+    seconds: dict[str, float] = {}
+    for row in rows:
+        seconds[row.part] = seconds.get(row.part, 0.0) + row.seconds
+    counts = Counter(row.outcome for row in rows)
+    lines = ["# GPU check", "", *([f"**{DRY}**", ""] if facts["device"] == "cpu" else [])]
+    lines += [f"- {name}: {value}" for name, value in facts.items()]
+    lines += [f"- seconds: {', '.join(f'{part} {spent:.0f}' for part, spent in seconds.items())}", ""]
+    lines += [summary(counts), "", "| part | case | outcome | seconds | found |", "| --- | --- | --- | --- | --- |"]
+    for row in rows:
+        cells = (row.part, row.case, row.outcome, f"{row.seconds:.1f}", row.found)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
+    files.write_text(folder / "report.md", "\n".join(lines) + "\n")
+    every = {"machine": facts, "seconds": seconds, "counts": counts, "numbers": numbers}
+    files.write_json(folder / "report.json", every | {"rows": [dataclasses.asdict(row) for row in rows]})
+
+
+def summary(counts: Counter) -> str:
+    return ", ".join(f"{counts[word]} {word}" for word in ("passed", "failed", "not applicable", "not run"))
+
+
+def sentence(error: BaseException, printed: str) -> str:
+    """An error as one line: the sentence that a script printed before it stopped, or the exception's."""
+    if isinstance(error, SystemExit):
+        told = [line for line in printed.splitlines() if line.startswith("error:")]
+        return told[-1] if told else f"exit code {error.code}"
+    text = str(error).strip().splitlines()
+    words = text[0] if text else ""
+    return words if isinstance(error, Failed | NotApplicable) else f"{type(error).__name__}: {words}"
+
+
+def attempt(part: str, name: str, case: Callable[[], str], log: Path) -> Row:
+    """Run one case; what it prints, and the traceback of its failure, go to the log."""
+    printed, started = io.StringIO(), time.perf_counter()
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            outcome, found = "passed", case()
+    except NotApplicable as error:
+        outcome, found = "not applicable", str(error)
+    except (Exception, SystemExit) as error:
+        outcome, found = "failed", sentence(error, printed.getvalue())
+        printed.write(traceback.format_exc())
+    seconds = time.perf_counter() - started
+    with open(log, "a", encoding="utf-8") as file:
+        file.write(f"=== {part}: {name}\n{printed.getvalue()}\n")
+    return Row(part, name, outcome, seconds, found)
+
+
+def parse_args(argv: list[str] | None = None) -> Any:
+    parser = command.Parser(__doc__)
+    parser.add_argument("--device", default="auto", help="auto, cuda or cuda:1; cpu: a dry run")
+    parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS))
+    parser.add_argument("--papers", nargs="+", choices=tuple(PAPERS), default=list(PAPERS))
+    parser.add_argument("--data", type=Path, default=ROOT / "data", help="where data sets lie, if there are any")
+    parser.add_argument("--report", type=Path, default=ROOT / "runs/gpu-check", help="folder of the report")
+    parser.add_argument("--minutes", type=command.number(0), default=math.inf, help="cases that would begin later are "
+                        "not run")  # fmt: skip
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code: 1 if a case failed."""
+    args = parse_args(argv)
+    device = devices.choose(args.device, "gpu")
+    os.environ.setdefault("MPLBACKEND", "agg")
+    began, rows = time.perf_counter(), []
+    args.report.mkdir(parents=True, exist_ok=True)
+    log = args.report / "log.txt"
+    log.unlink(missing_ok=True)
+    facts = machine(device)
+    ending = f"; {DRY}" if device.type == "cpu" else ""
+    print(f"GPU check on {facts['device']}: {', '.join(args.parts)}{ending}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="gpu-check-") as work:
+        check = Check(device, args.papers, args.data.resolve(), Path(work))
+        for part in args.parts:
+            for name, case in listed(check, part):
+                if time.perf_counter() - began > 60 * args.minutes:
+                    rows.append(Row(part, name, "not run", 0.0, f"{args.minutes:g} minutes were over"))
+                else:
+                    rows.append(attempt(part, name, case, log))
+                row = rows[-1]
+                print(f"{row.outcome:>14}  {row.seconds:6.1f} s  {part}: {name}: {row.found}", flush=True)
+                write_report(args.report, facts, rows, check.numbers)
+    counts = Counter(row.outcome for row in rows)
+    print(f"{summary(counts)} in {time.perf_counter() - began:.0f} s{ending}; the report: {args.report / 'report.md'}")
+    return int(counts["failed"] > 0)
+
+
+def listed(check: Check, part: str) -> Iterator[Case]:
+    """The cases of a part; where they cannot be listed, a case that fails with the reason."""
+    try:
+        yield from list(PARTS[part](check))
+    except Exception as error:
+        reason = error
+
+        def unlisted() -> str:
+            raise reason
+
+        yield "the list of cases", unlisted
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""One training step of each paper as an object: equal weights and an equal batch on any device, for gpu_check."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import bsa.train
+import cocord.train
+import conmim.train
+import seqvcr.train
+import simsiam.train
+from cocord import net
+from common import devices, draws, images
+from common.devices import upload
+from conmim.net import NETWORKS
+from seqvcr import tasks
+
+CPU = torch.device("cpu")
+
+
+class Problem(NamedTuple):
+    """A model, its optimiser, its loss on one fixed batch under a precision, and what follows a step of the optimiser.
+
+    `rows`: examples in the batch.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    loss: Callable[[str], Tensor]
+    follow: Callable[[], None]
+    rows: int
+
+    def gradients(self, precision: str) -> tuple[float, dict[str, Tensor]]:
+        """The loss, and every gradient in float64 on the CPU, by name."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss(precision)
+        loss.backward()
+        named = {name: weight.grad for name, weight in self.model.named_parameters() if weight.grad is not None}
+        return loss.item(), {name: grad.detach().cpu().double() for name, grad in named.items()}
+
+    def step(self, precision: str) -> Tensor:
+        """One step; returns the loss on the device."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss(precision)
+        loss.backward()
+        self.optimizer.step()
+        self.follow()
+        return loss.detach()
+
+
+def random_images(count: int, size: int, classes: int, device: torch.device) -> images.Images:
+    """Random pixels as a data set; labels go round the classes."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator).to(device)
+    labels, half = torch.arange(count, device=device) % classes, torch.full((3, 1, 1), 0.5, device=device)
+    return images.Images(pixels, labels, pixels, labels, classes, half, half / 2, "")
+
+
+def simsiam_problem(scale: str, rows: int, device: torch.device) -> Problem:
+    args = simsiam.train.parse_args(["--scale", scale])
+    kind = next(kind for name, kind in simsiam.train.AUGMENTATION.items() if args.data_set.startswith(name))
+    data, kind = random_images(rows, args.size, 10, CPU), kind | {"pixels": kind["pixels"] or args.size}
+    views = next(simsiam.train.batches(data, kind, 2, rows, slice(0, rows), 0, 0))
+    views = [upload(view, device) for view in views]
+    model = simsiam.train.build_model(vars(args), device)
+    optimizer = simsiam.train.build_optimizer(model, 0.05, args.weight_decay, args.predictor_schedule)
+
+    def loss(precision: str) -> Tensor:
+        pairs = simsiam.train.PAIRS[args.loss]
+        with devices.autocast(precision, device):
+            p, z = model(views, pairs, args.gradient_leak)
+        return simsiam.train.simsiam_loss(p, z, pairs, args.gradient_leak)
+
+    return Problem(model, optimizer, loss, lambda: None, rows)
+
+
+def conmim_problem(scale: str, rows: int, device: torch.device) -> Problem:
+    args = conmim.train.parse_args(["--scale", scale])
+    patches = (args.size // NETWORKS[args.network].patch) ** 2
+    batches = conmim.train.batches(
+        random_images(rows, args.size, 10, CPU), conmim.train.augmentation(args.data_set), args.views, args.size,
+        patches, args.mask_ratio, rows, slice(0, rows), 0, 0,
+    )  # fmt: skip
+    query, key, mask = (upload(one, device) for one in next(batches))
+    model = conmim.train.build_model(vars(args), device)
+    slow, fast = list(model.average.parameters()), list(model.online.parameters())
+
+    def loss(precision: str) -> Tensor:
+        with devices.autocast(precision, device):
+            q, k = model(query, key, mask, args.keys, args.gradient_leak)
+        return conmim.train.denoising_contrast(q, k, mask, args.temperature)
+
+    optimizer = conmim.train.build_optimizer(model, args.lr)
+    return Problem(model, optimizer, loss, lambda: conmim.train.follow(slow, fast, args.momentum), rows)
+
+
+def cocord_problem(scale: str, rows: int, device: torch.device) -> Problem:
+    """The networks at `paper` scale are the largest: ResNet50 teaches vgg8."""
+    pair = ["--teacher", "ResNet50", "--student", "vgg8"] if scale == "paper" else []
+    args = cocord.train.parse_args(["--scale", scale, *pair, "--queue", str(max(rows, 512))])
+    kind = next(kind for name, kind in cocord.train.VIEWS.items() if args.data_set.startswith(name))
+    data = random_images(rows, 32, 36, CPU)
+    views, labels = next(cocord.train.batches(data, kind, 3, rows, 0, 0))
+    views, labels = [upload(view, device) for view in views], upload(labels, device)
+    with draws.forked(0, "teacher"):
+        teacher = net.build(args.teacher, 36).eval().requires_grad_(False)
+    teacher = net.fold(teacher.to(memory_format=torch.channels_last).to(device))
+    model = cocord.train.build_model(vars(args), 36, device)
+    optimizer = cocord.train.build_optimizer([model.student, model.head, model.predictor], 0.05, 5e-4)
+    terms = {name: getattr(args, name) for name in cocord.train.TERMS}
+    followers = model.followers()
+
+    def loss(precision: str) -> Tensor:  # it moves what follows the student by itself, before it makes the targets
+        return cocord.train.losses(model, teacher, views, labels, followers, **terms | {"precision": precision})[0]
+
+    return Problem(model, optimizer, loss, lambda: None, rows)
+
+
+def bsa_problem(scale: str, rows: int, device: torch.device) -> Problem:
+    """Rows with a logit near zero, or whose K-th and next largest are close, are left out: there rounding decides."""
+    data = ["--data", "matrix.npy"] if scale == "paper" else []
+    args = bsa.train.parse_args(["--scale", scale, *data])
+    width = {"demo": 128, "gpu": 384, "paper": 768}[scale]
+    model = bsa.train.build_model(vars(args), width, device)
+    x = bsa.train.BSA(width, 2, 1, "torch", 0).normalise(
+        torch.randn(8 * rows, width, generator=draws.generator(0, "x", 0))
+    )
+    if scale != "paper":
+        h = bsa.train.build_model(vars(args), width, CPU).encoder(x).detach()
+        top = h.topk(args.active + 1, dim=1).values
+        clear = (h.abs().amin(1) > 1e-2) & (top[:, -2] - top[:, -1] > 1e-3)
+        x = x[clear]
+        assert len(x) >= rows, f"only {len(x)} rows keep away from the thresholds"
+    x = upload(x[:rows].contiguous(), device)
+
+    def loss(precision: str) -> Tensor:
+        return bsa.train.bsa_loss(
+            model, x, active=args.active, alpha=args.alpha, reconstruction=args.reconstruction,
+            alignment=args.alignment, target=args.target, reduction=args.mse_reduction, code=args.code,
+            precision=precision,
+        )[0]  # fmt: skip
+
+    optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
+    return Problem(model, optimizer, loss, lambda: None, rows)
+
+
+def seqvcr_problem(scale: str, rows: int, device: torch.device) -> Problem:
+    init = ["--init-from", "none"] if scale == "paper" else []
+    args = seqvcr.train.parse_args(["--scale", scale, *init, "--dropout", "0", "--batch", str(rows)])
+    task = tasks.choose(args.task, args.size)
+    raw = task.draw(draws.generator(0, "rows", 0), rows, CPU, True)
+    tokens = upload(seqvcr.train.layout_of(task, args.pause, False, CPU)(raw).long(), device)
+    model = seqvcr.train.build_model(vars(args), task, device)
+
+    def loss(precision: str) -> Tensor:
+        return seqvcr.train.seqvcr_loss(
+            model, tokens, answer=task.answer, lambda1=args.lambda1, lambda2=args.lambda2, layer=args.layer,
+            axis=args.covariance_axis, covariance_batch=args.covariance_batch, precision=precision,
+        )[0]  # fmt: skip
+
+    return Problem(model, seqvcr.train.build_optimizer(model, args.lr), loss, lambda: None, rows)
+
+
+PROBLEMS: dict[str, Callable[[str, int, torch.device], Problem]] = {
+    "simsiam": simsiam_problem,
+    "conmim": conmim_problem,
+    "cocord": cocord_problem,
+    "bsa": bsa_problem,
+    "seqvcr": seqvcr_problem,
+}
