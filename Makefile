@@ -444,7 +444,7 @@ doctor: $(VENV)
 	@$(RUN_PYTHON) -m common.doctor --data $(DATA)
 bench: $(VENV)
 	$(RUN_PYTHON) tests/bench.py --device $(DEVICE)
-# Everything by default; PARTS="agreement sync", MINUTES=5: what would begin later is not run; DEVICE=cpu is a dry run.
+# All parts by default; PARTS="agreement sync", MINUTES=5: what would begin later is not run; DEVICE=cpu is a dry run.
 gpu-check: $(VENV)
 	$(RUN_PYTHON) tests/gpu_check.py --device $(DEVICE) --data $(DATA) --papers $(PAPERS) \
 		--report $(or $(REPORT),runs/gpu-check) $(addprefix --minutes ,$(MINUTES)) $(if $(PARTS),--parts $(PARTS))

@@ -58,6 +58,7 @@ def agreement(check: Check) -> Iterator[Case]:
     yield "rows of Seq-VCR", partial(agree_on_rows, check)
     yield "kNN, linear probe, spread, entropies", partial(agree_on_measurements, check)
     yield "a spread of a thousandth", partial(measure_a_small_spread, check)
+    yield "collapse meters in training under bfloat16", partial(meter_under_bfloat16, check)
 
 
 def worst_gradient(found: dict[str, Tensor], reference: dict[str, Tensor]) -> tuple[float, str]:
@@ -181,12 +182,27 @@ def measure_a_small_spread(check: Check) -> str:
         convolution.bias.fill_(1.0)
     norm.running_mean.fill_(1.0)
     norm.running_var.fill_(1e-6)
-    norm.eps = 0.0
+    norm.eps = 1e-12
     data = random_images(200, 32, 10, check.device)
     data = data._replace(deviation=data.deviation * 2 / 3**0.5)  # unit variance
     measured = spread.std_ratio(probes.represent([stage.to(check.device)], data, "test")[0])
     expect(0.97 <= measured <= 1.03, f"std ratio {measured:.3f} where 1 is right")
     return f"std ratio {measured:.3f}"
+
+
+def meter_under_bfloat16(check: Check) -> str:
+    """SimSiam's train-mode spread is that of the training step's own z: what its precision does to it."""
+    args = simsiam.train.parse_args([])
+    data, kind = random_images(256, 32, 10, check.device), simsiam.train.AUGMENTATION["glyphs"]
+    views = next(simsiam.train.batches(data, kind, 2, 256, slice(0, 256), 0, 0))
+    model, found = simsiam.train.build_model(vars(args), check.device), {}
+    for precision in ("float32", "bfloat16"):
+        with torch.no_grad(), devices.autocast(precision, check.device):
+            z = model.projector(model.backbone(views[0]))
+        found[precision] = spread.std_ratio(z), spread.mean_cosine(z)
+    (std, cosine), (other, other_cosine) = found["float32"], found["bfloat16"]
+    expect(abs(other - std) <= 0.02 and abs(other_cosine - cosine) <= 0.02, f"std ratio {other:.3f}, float32 {std:.3f}")
+    return f"std ratio {other:.3f} (float32 {std:.3f}), mean cosine {other_cosine:.3f} ({cosine:.3f})"
 
 
 # ------------------------------------------------------------------------------------------------- exchange

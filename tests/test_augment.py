@@ -9,7 +9,7 @@ import pytest
 import torch
 import torchvision.transforms as T
 import torchvision.transforms.functional as TF
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 from common import augment
 from common.draws import Draws
@@ -252,28 +252,20 @@ def test_half_batches_by_rows_equal_the_whole(operation):
     close(torch.cat(halves), whole, 1e-6)
 
 
-@pytest.fixture
-def fake_cuda(monkeypatch):
-    """Tensors without data that know their device: mixed devices and questions to the device raise."""
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
-    with FakeTensorMode():
-        yield
-
-
 @every_random
-def test_runs_on_cuda_without_asking_it(fake_cuda, operation):
+def test_runs_on_cuda_without_asking_it(fake_gpu, operation):
     images = torch.empty(6, 3, 32, 32, device="cuda")
     result = operation(images, Draws(0, "view", 0, 6))
     assert result.device.type == "cuda" and result.dtype == torch.float32 and result.shape[:2] == (6, 3)
 
 
 @pytest.mark.parametrize("name", ["crop"])
-def test_uint8_on_cuda(fake_cuda, name):
+def test_uint8_on_cuda(fake_gpu, name):
     images = torch.empty(6, 3, 32, 32, dtype=torch.uint8, device="cuda")
     assert RANDOM[name](images, Draws(0, "view", 0, 6)).dtype == torch.float32
 
 
-def test_fake_cuda_catches_a_mask_that_asks_the_device(fake_cuda):
+def test_fake_gpu_catches_a_mask_that_asks_the_device(fake_gpu):
     images = torch.empty(6, 3, 32, 32, device="cuda")
     with pytest.raises(DynamicOutputShapeException):
         images[torch.empty(6, device="cuda") < 0.5]

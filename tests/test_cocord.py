@@ -327,6 +327,25 @@ def test_networks_of_the_specifications_table(name):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("name", ["vgg_s32", "resnet_s64", "wrn_16_1"])
+def test_weights_kept_in_bfloat16_are_what_autocast_makes_of_them(name):
+    network = net.fold(net.build(name, 6).eval().requires_grad_(False).to(memory_format=torch.channels_last))
+    x = torch.randn(4, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        before = network(x)
+        net.round_weights(network)
+        after = network(x)
+    assert all(map(torch.equal, before, after)) and network(x.bfloat16())[0].dtype == torch.bfloat16
+
+
+def test_a_shuffle_interleaves_the_groups_and_stays_channels_last():
+    x = torch.randn(2, 12, 5, 5)
+    expected = torch.stack([x[:, channel % 3 * 4 + channel // 3] for channel in range(12)], 1)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        shuffled = net.shuffle(x.contiguous(memory_format=layout), 3)
+        assert torch.equal(shuffled, expected) and shuffled.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_heads_have_the_specifications_sizes():
     sizes = {64: 4_333_568, 128: 4_464_640, 256: 4_726_784, 512: 5_251_072, 1280: 6_823_936, 2048: 8_396_800}
     assert all(count(train.build_head(width, 2048, 2048)) == size for width, size in sizes.items())

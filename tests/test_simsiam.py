@@ -12,7 +12,7 @@ from conftest import ROOT, Unwritten, refused, tiny
 from plan import design
 from torch import nn
 
-from common import checkpoints, images, spread
+from common import checkpoints, files, images, spread
 from simsiam import eval as evaluate
 from simsiam import net, plot, train
 from simsiam.train import PAIRS, SimSiam, build_predictor, build_projector, simsiam_loss
@@ -249,6 +249,21 @@ def test_arms_and_ranks_see_equal_batches_and_views():
     assert torch.equal(torch.cat([halves[0][3][1], halves[1][3][1]]), two[3][1])
     assert not torch.equal(made(2, slice(0, 8), seed=1)[0][0], two[0][0])
     assert not torch.equal(made(2, slice(0, 8), epoch=2)[0][0], two[0][0])
+
+
+def test_measurements_are_float32_whatever_training_used(pictures, tmp_path):
+    """The last line of the log and the evaluation of a bfloat16 run, against its weights in float64."""
+    train.main(tiny(tmp_path / "run", pictures, "--precision", "bfloat16"))
+    evaluate.main([str(tmp_path / "run")])
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    saved = checkpoints.load(tmp_path / "run/model.pt")
+    model = train.build_model(saved["arguments"], torch.device("cpu")).double().eval()
+    model.load_state_dict(saved["model"])
+    x = torch.cat([x for x, _ in images.load("folder", pictures, 32, torch.device("cpu")).batches("test")])
+    with torch.no_grad():
+        expected = spread.std_ratio(model.projector(model.backbone(x.double())))
+    logged = files.read_lines(tmp_path / "run/train.jsonl")[-1]
+    assert metrics["std_ratio"] == logged["std_ratio"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_fake_gpu_notices_what_a_real_one_would(fake_gpu):
