@@ -36,7 +36,7 @@ def choose(name: str, scale: str) -> torch.device:
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     # float32 means float32: cuDNN would round convolutions to TF32's 10 bits, which is enough to blur a collapse meter.
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.benchmark = True  # shapes are fixed: let cuDNN time its algorithms once
     return device
 

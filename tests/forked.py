@@ -8,6 +8,7 @@ import os
 import runpy
 import socket
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import NamedTuple
@@ -53,8 +54,9 @@ def run(folder: Path, script: Path, *argv: str, ranks: int = 1) -> Finished:
         variables = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
         processes.append(SERVER.Process(target=_rank, args=(str(script), argv, variables, str(log))))
         processes[-1].start()
+    limit = time.monotonic() + 120
     for process in processes:
-        process.join(120)
+        process.join(max(0, limit - time.monotonic()))
         process.kill()  # one that hangs, or waits for a rank that died
         process.join()
     return Finished(max(abs(process.exitcode or 0) for process in processes), "".join(log.read_text() for log in logs))

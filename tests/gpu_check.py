@@ -6,7 +6,8 @@
 
 Needs no network, no data and no git history: where CIFAR or the MeSH concepts are not in --data, random numbers of
 their shape take their place. Writes report.md, report.json and log.txt (what the scripts print, and tracebacks) into
---report, after every case anew. A case that fails stops no other. Exit code 1 if one failed.
+--report, after every case anew. A case that fails stops no other. Exit code 1 unless all that applies passed. On a GPU
+what is not timed runs side by side, in --jobs processes.
 
 agreement  equal weights and an equal batch on CPU and device, float32: loss, gradients, optimisers; under bfloat16 the
            device may be three times as far from float32 as the CPU's own bfloat16 is; views, masks, data, measurements
@@ -36,6 +37,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,7 @@ PARTS: dict[str, Callable[[Check], Iterator[Case]]] = {
     "scales": gpu_parts.scales, "sync": gpu_parts.sync, "resume": gpu_parts.resume, "ranks": gpu_parts.ranks,
     "make": gpu_parts.make, "packing": gpu_parts.packing, "speed": gpu_speed.speed, "switches": gpu_speed.switches,
 }  # fmt: skip
+TIMED = ("packing", "speed", "switches")  # they must have the machine for themselves
 DRY = "dry run: nothing about a GPU was shown"
 
 
@@ -96,8 +99,15 @@ def write_report(folder: Path, facts: dict[str, str], rows: list[Row], numbers: 
         cells = (row.part, row.case, row.outcome, f"{row.seconds:.1f}", row.found)
         lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
     files.write_text(folder / "report.md", "\n".join(lines) + "\n")
-    every = {"machine": facts, "seconds": seconds, "counts": counts, "numbers": numbers}
+    every = {"machine": facts, "seconds": seconds, "counts": counts, "numbers": finite(numbers)}
     files.write_json(folder / "report.json", every | {"rows": [dataclasses.asdict(row) for row in rows]})
+
+
+def finite(value: Any) -> Any:
+    """`value` with None for every number that JSON does not know."""
+    if isinstance(value, dict):
+        return {name: finite(one) for name, one in value.items()}
+    return value if not isinstance(value, float) or math.isfinite(value) else None
 
 
 def summary(counts: Counter) -> str:
@@ -131,6 +141,30 @@ def attempt(part: str, name: str, case: Callable[[], str], log: Path) -> Row:
     return Row(part, name, outcome, seconds, found)
 
 
+Job = tuple[str, list[str]]  # a part, and the papers to take it with
+
+
+def jobs_of(parts: list[str], papers: list[str]) -> list[Job]:
+    """What can run side by side: the long parts paper by paper."""
+    split = ("exchange", "arms", "scales")
+    return [job for part in parts for job in ([(part, [one]) for one in papers] if part in split else [(part, papers)])]
+
+
+def elsewhere(job: Job, check: Check, folder: Path, left: Callable[[], float]) -> tuple[list[Row], dict[str, Any], str]:
+    """(rows, numbers, log) of a job from a gpu_check of its own."""
+    part, papers = job
+    words = ["--device", str(check.device), "--data", str(check.data), "--report", str(folder), "--jobs", "1"]
+    words += ["--parts", part, "--papers", *papers]
+    words += ["--minutes", f"{max(0.0, left())}"] if math.isfinite(left()) else []
+    done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True)
+    try:
+        report = files.read_json(folder / "report.json")
+        return [Row(**row) for row in report["rows"]], report["numbers"], (folder / "log.txt").read_text()
+    except (OSError, files.Damaged, KeyError) as error:
+        last = (done.stderr.strip().splitlines() or [str(error)])[-1]
+        return [Row(part, ", ".join(papers), "failed", 0.0, f"ended with {done.returncode}: {last}")], {}, done.stderr
+
+
 def parse_args(argv: list[str] | None = None) -> Any:
     parser = command.Parser(__doc__)
     parser.add_argument("--device", default="auto", help="auto, cuda or cuda:1; cpu: a dry run")
@@ -138,13 +172,15 @@ def parse_args(argv: list[str] | None = None) -> Any:
     parser.add_argument("--papers", nargs="+", choices=tuple(PAPERS), default=list(PAPERS))
     parser.add_argument("--data", type=Path, default=ROOT / "data", help="where data sets lie, if there are any")
     parser.add_argument("--report", type=Path, default=ROOT / "runs/gpu-check", help="folder of the report")
+    parser.add_argument("--jobs", type=command.whole(1), help="processes side by side; default: 1 on a CPU, on a GPU "
+                        "one for two cores and 12 GiB of memory")  # fmt: skip
     parser.add_argument("--minutes", type=command.number(0), default=math.inf, help="cases that would begin later are "
                         "not run")  # fmt: skip
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit code: 1 if a case failed."""
+    """The exit code: 1 if a case failed or was not run."""
     args = parse_args(argv)
     device = devices.choose(args.device, "gpu")
     os.environ.setdefault("MPLBACKEND", "agg")
@@ -157,18 +193,48 @@ def main(argv: list[str] | None = None) -> int:
     print(f"GPU check on {facts['device']}: {', '.join(args.parts)}{ending}", flush=True)
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as work:
         check = Check(device, args.papers, args.data.resolve(), Path(work))
-        for part in args.parts:
+
+        def left() -> float:
+            return args.minutes - (time.perf_counter() - began) / 60
+
+        def add(new: list[Row]) -> None:
+            rows.extend(new)
+            rows.sort(key=lambda row: list(PARTS).index(row.part))
+            for row in new:
+                print(f"{row.outcome:>14}  {row.seconds:6.1f} s  {row.part}: {row.case}: {row.found}", flush=True)
+            write_report(args.report, facts, rows, check.numbers)
+
+        alone = list(args.parts)
+        if (jobs := args.jobs or default_jobs(device)) > 1:
+            alone = [part for part in args.parts if part in TIMED]
+            together = jobs_of([part for part in args.parts if part not in TIMED], args.papers)
+            with ThreadPoolExecutor(jobs) as pool:
+                running = [
+                    pool.submit(elsewhere, job, check, check.work / f"job-{number}", left)
+                    for number, job in enumerate(together)
+                ]
+                for one in as_completed(running):
+                    found, numbers, text = one.result()
+                    check.numbers |= numbers
+                    with open(log, "a", encoding="utf-8") as file:
+                        file.write(text)
+                    add(found)
+        for part in alone:
             for name, case in listed(check, part):
-                if time.perf_counter() - began > 60 * args.minutes:
-                    rows.append(Row(part, name, "not run", 0.0, f"{args.minutes:g} minutes were over"))
+                if left() <= 0:
+                    add([Row(part, name, "not run", 0.0, f"{args.minutes:g} minutes were over")])
                 else:
-                    rows.append(attempt(part, name, case, log))
-                row = rows[-1]
-                print(f"{row.outcome:>14}  {row.seconds:6.1f} s  {part}: {name}: {row.found}", flush=True)
-                write_report(args.report, facts, rows, check.numbers)
+                    add([attempt(part, name, case, log)])
     counts = Counter(row.outcome for row in rows)
     print(f"{summary(counts)} in {time.perf_counter() - began:.0f} s{ending}; the report: {args.report / 'report.md'}")
-    return int(counts["failed"] > 0)
+    return int(counts["failed"] + counts["not run"] > 0)
+
+
+def default_jobs(device: torch.device) -> int:
+    if device.type == "cpu":
+        return 1
+    memory = torch.cuda.get_device_properties(device).total_memory // (12 * 2**30)
+    return max(1, min((os.cpu_count() or 1) // 2, memory))
 
 
 def listed(check: Check, part: str) -> Iterator[Case]:

@@ -61,27 +61,32 @@ def agreement(check: Check) -> Iterator[Case]:
     yield "collapse meters in training under bfloat16", partial(meter_under_bfloat16, check)
 
 
-def worst_gradient(found: dict[str, Tensor], reference: dict[str, Tensor]) -> tuple[float, str]:
-    """The largest |d| / (1e-3 |g| + 1e-5 |all g|) over the parameters, and whose it is; up to 1 is allowed.
-
-    The floor is for gradients that vanish in exact arithmetic, such as that of a bias before a batch norm.
-    """
-    expect(found.keys() == reference.keys(), "other parameters have gradients")
-    size = whole(reference, reference).norm()
-    return max(
-        (((found[name] - g).norm() / (1e-3 * g.norm() + 1e-5 * size)).item(), name) for name, g in reference.items()
-    )
+# What rounding may do to a gradient g: (|d| / |g| of each parameter, of the whole). It turns a few ReLUs on or off: on
+# the CPU a change of all weights by 1e-7 moves a parameter's gradient by 0.003, the whole one by 0.002 (CoCoRD, gpu).
+ALLOWED = {"simsiam": (5e-2, 1e-2), "cocord": (5e-2, 1e-2), "conmim": (5e-2, 2e-3), "bsa": (1e-3, 1e-3),
+           "seqvcr": (1e-3, 1e-3)}  # fmt: skip
 
 
 def agree_on_gradients(check: Check, paper: str, scale: str) -> str:
+    """A parameter's gradient may differ by a hundredth of its share of the whole one, too: it may vanish in exact
+    arithmetic, such as that of a bias before a batch norm."""
     (loss, reference), (other, found) = (
         PROBLEMS[paper](scale, 32, device).gradients("float32") for device in (CPU, check.device)
     )
+    each, all_ = ALLOWED[paper]
     error = abs(other - loss) / max(1.0, abs(loss))  # SimSiam's loss begins near 0, in a range of 2
-    worst, name = worst_gradient(found, reference)
     expect(error <= 1e-4, f"loss {other:.6g}, on the CPU {loss:.6g}: {error:.1e} apart, 1e-4 allowed")
+    expect(found.keys() == reference.keys(), "other parameters have gradients")
+    g, h = whole(reference, reference), whole(found, reference)
+    worst, name = max(
+        (((found[name] - own).norm() / (each * (own.norm() + g.norm() / 100))).item(), name)
+        for name, own in reference.items()
+    )
     expect(worst <= 1, f"gradient of {name}: {worst:.3g} times what is allowed")
-    return f"loss {error:.1e} apart; worst gradient {worst:.2g} of what is allowed ({name})"
+    apart, scaled = ratio(h, g), abs((h @ g / (g @ g)).item() - 1)
+    expect(apart <= all_, f"whole gradient {apart:.2g} of its length apart, {all_} allowed")
+    expect(scaled <= all_ / 5, f"whole gradient {scaled:.2g} longer or shorter, {all_ / 5:g} allowed")
+    return f"loss {error:.1e} apart, whole gradient {apart:.1e}, worst {worst:.2g} of what is allowed ({name})"
 
 
 def bfloat16_errors(problem: Problem) -> tuple[float, float]:
@@ -300,7 +305,7 @@ def data_or_random(check: Check) -> Iterator[list[str]]:
 def gpu_flags(check: Check, paper: str, out: str, matrix: list[str], rehearse: int, *more: str) -> list[str]:
     """Arguments of a run at gpu scale, of a dry run at demo scale; `matrix` is for BSA."""
     if check.dry:
-        return check.flags(paper, out, rehearse=rehearse)
+        return check.flags(paper, out, *more, rehearse=rehearse)
     place = ["--device", str(check.device), "--data", str(check.data), "--out", str(check.work / out)]
     own = matrix if paper == "bsa" else []
     return ["--scale", "gpu", *more, "--rehearse", str(rehearse), *place, *own]
@@ -316,8 +321,8 @@ def teach(check: Check, folder: str, flags: list[str]) -> None:
 
 def scales(check: Check) -> Iterator[Case]:
     for paper in check.papers:
-        every, _ = plan(paper, "gpu")
-        for arm, flags in list(every.items())[: 1 if check.dry else None]:
+        every = {"base": []} if check.dry else plan(paper, "gpu")[0]
+        for arm, flags in every.items():
             yield f"{paper}, {arm}, gpu scale", partial(take_steps, check, paper, arm, flags)
     for paper in check.papers:
         yield f"{paper}, network of paper scale", partial(take_two_steps, check, paper)
@@ -332,11 +337,14 @@ def take_steps(check: Check, paper: str, arm: str, flags: list[str]) -> str:
         if paper == "cocord":
             teach(check, "scales/cocord", flags)
         PAPERS[paper].train.main(gpu_flags(check, paper, folder, matrix, 1 if check.dry else 10, *flags))
+    diverged = checkpoints.load(check.work / folder / "model.pt")["diverged"]
     last = files.read_lines(check.work / folder / "train.jsonl")[-1]
-    loss, memory = last.get("loss", math.nan), last["peak_memory"] / 2**30
     shutil.rmtree(check.work / folder)
+    loss = last.get("loss")  # a run of no epochs has none
+    expect(not diverged and (loss is None or math.isfinite(loss)), f"diverged within a few steps, loss {loss}")
+    memory = last["peak_memory"] / 2**30
     check.numbers[f"peak GiB, {paper}, {arm}"] = memory
-    return f"loss {loss:.4g}, {memory:.2f} GiB at most"
+    return f"loss {loss if loss is None else round(loss, 4)}, {memory:.2f} GiB at most"
 
 
 def take_two_steps(check: Check, paper: str) -> str:
@@ -360,32 +368,37 @@ def sync(check: Check) -> Iterator[Case]:
         yield f"{paper}: calls and copies a step", partial(count_calls, check, paper)
 
 
-def demo_run(check: Check, paper: str, out: str, windows: list[Window], steps: int) -> None:
-    """A run at demo scale with windows in its second epoch."""
+def watched_run(check: Check, paper: str, out: str, windows: list[Window], steps: int) -> None:
+    """A run at gpu scale (of a dry run at demo scale) with windows in its second epoch."""
+    more = ["--teacher", "resnet56", "--student", "resnet20"] if paper == "cocord" and not check.dry else []
     if paper == "cocord":
-        check.teacher("vgg_s32", f"{out}/cocord")
-    with watched(paper, windows, steps):
-        PAPERS[paper].train.main(check.flags(paper, f"{out}/{paper}/base/0", rehearse=steps))
-    shutil.rmtree(check.work / out / paper / "base")
+        teach(check, f"{out}/cocord", more)
+    folder = check.work / out / paper / "base"
+    try:
+        with data_or_random(check) as matrix, watched(windows, steps):
+            PAPERS[paper].train.main(gpu_flags(check, paper, f"{out}/{paper}/base/0", matrix, steps, *more))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def watch_for_synchronisation(check: Check, paper: str) -> str:
     steps = 5 if check.dry else 8
-    demo_run(check, paper, "sync", [Window(1, steps - 1, no_synchronisation(check.device))], steps)
-    return f"{steps - 2} steps of training and their batches"
+    watched_run(check, paper, "sync", [Window(0, steps - 1, no_synchronisation(check.device))], steps)
+    return f"{steps - 1} steps of training and their batches"
 
 
 def count_calls(check: Check, paper: str) -> str:
+    """The profiler synchronises at its end: twice by itself, and once more where Kineto does."""
     if check.dry:
         raise NotApplicable("the profiler sees no CUDA calls on a CPU")
     steps, profiled = 8, Profiled(check)
-    demo_run(check, paper, "sync", [Window(2, steps - 1, profiled)], steps)
-    facts, watched_ = trace_facts(profiled.events), steps - 3
-    expect(facts["kernels"] > 0, "the profiler saw no kernel")
-    # The profiler synchronises when it ends: that is less than once a step.
-    expect(facts["synchronisations"] < watched_, f"{facts['synchronisations'] / watched_:.1f} synchronisations a step")
-    expect(facts["pageable_copies"] < watched_, f"{facts['pageable_copies'] / watched_:.1f} pageable copies a step")
-    return f"{facts['kernels'] / watched_:.0f} kernels a step, no synchronisation, no pageable copy"
+    watched_run(check, paper, "calls", [Window(2, steps - 1, profiled)], steps)
+    facts, count = trace_facts(profiled.events), steps - 3
+    if not facts["kernels"]:
+        raise NotApplicable("the profiler sees no kernel: CUPTI is not available here")
+    expect(facts["synchronisations"] <= 3, f"{facts['synchronisations']} synchronisations in {count} steps")
+    expect(facts["pageable_copies"] == 0, f"{facts['pageable_copies']} pageable copies in {count} steps")
+    return f"{facts['kernels'] / count:.0f} kernels a step, no synchronisation, no pageable copy"
 
 
 # ------------------------------------------------------------------------------------------------- resume
@@ -423,14 +436,15 @@ def trained(check: Check, paper: str, out: str, *more: str, kill: bool = False) 
 
 
 def kill_and_go_on(check: Check, paper: str) -> str:
-    """Equal in every bit on a CPU. On a GPU atomic additions come in any order: there `TOLERANCE` of the way."""
+    """Equal in every bit on a CPU. On a GPU atomic additions come in any order: there `TOLERANCE` of the way, or three
+    times what two straight runs differ by."""
     if paper == "cocord":
         check.teacher("vgg_s32", "resume/cocord")
     start, straight = trained(check, paper, f"resume/{paper}/straight/0")
     again = trained(check, paper, f"resume/{paper}/again/0")[1]
     resumed = trained(check, paper, f"resume/{paper}/killed/0", kill=True)[1]
     noise, apart = distance(again, straight, start), distance(resumed, straight, start)
-    allowed = 0.0 if check.dry else TOLERANCE
+    allowed = 0.0 if check.dry else max(TOLERANCE, 3 * noise)
     expect(apart <= allowed, f"{apart:.1e} of the way apart, {allowed} allowed; two straight runs {noise:.1e}")
     return f"{apart:.1e} of the way apart; two runs that nobody killed {noise:.1e}"
 
@@ -483,7 +497,7 @@ def make_a_study(check: Check) -> str:
     words = ["make", "-C", str(ROOT), "-j2", "simsiam-stop-gradient"]
     words += [f"{name}={value}" for name, value in variables.items()]
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
-    done = subprocess.run(words, env=clean, capture_output=True, text=True)
+    done = subprocess.run(words, env=clean, capture_output=True, text=True, timeout=300)
     print(shlex.join(words), done.stdout, done.stderr, sep="\n")
     expect(done.returncode == 0, f"make ended with {done.returncode}: {(done.stderr.strip().splitlines() or [''])[-1]}")
     runs = list((folder / "runs").rglob("metrics.json"))
@@ -507,7 +521,7 @@ def pack(check: Check) -> str:
             argv = check.flags("seqvcr", f"packing/{count}/{number}", *length, "--seed", str(number))
             script = [sys.executable, str(ROOT / "seqvcr/train.py"), *argv]
             processes.append(subprocess.Popen(script, stdout=subprocess.DEVNULL))
-        codes = [process.wait() for process in processes]
+        codes = [process.wait(300) for process in processes]
         expect(not any(codes), f"{count} side by side: exit codes {codes}")
         return time.perf_counter() - started
 

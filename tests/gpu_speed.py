@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -9,7 +10,7 @@ import bench
 import bench_cocord
 import bench_conmim
 import torch
-from gpu_parts import data_or_random, gpu_flags, teach
+from gpu_parts import data_or_random, gpu_flags, watched_run
 from gpu_tools import PAPERS, Case, Check, NotApplicable, Profiled, Timed, Window, expect, ratio, trace_facts, watched
 from operations import Counted, Products
 from torch.utils.flop_counter import FlopCounterMode
@@ -55,14 +56,8 @@ def time_a_paper(check: Check, paper: str) -> str:
     if not check.dry:
         places.append((last + 3, last + 6, profiled))
     windows = [Window(*place) for place in places]
-    out = f"speed/{paper}/base/0"
-    more = ["--teacher", "resnet56", "--student", "resnet20"] if paper == "cocord" else []
-    with data_or_random(check) as matrix, watched(paper, windows, steps):
-        if paper == "cocord":
-            teach(check, "speed/cocord", more)
-        argv = gpu_flags(check, paper, out, matrix, steps, *more)
-        PAPERS[paper].train.main(argv)
-        batch = PAPERS[paper].train.parse_args(argv).batch
+    watched_run(check, paper, "speed", windows, steps)
+    batch = PAPERS[paper].train.parse_args(gpu_flags(check, paper, "speed", [], steps)).batch
     products.replay()
     with Timed(check) as alone:
         for _ in range(3):
@@ -77,7 +72,7 @@ def time_a_paper(check: Check, paper: str) -> str:
     if large := check.numbers.get("large product, TFLOP/s"):
         facts["share of the large product"] = facts["TFLOP/s"] / large
         line += f", {facts['share of the large product']:.1%} of the large product's"
-    if not check.dry:
+    if kernels["kernels"]:
         facts |= {"kernels per step": kernels["kernels"] / 3, "busy": kernels["kernel_seconds"] / 3 / step}
         bound = "launch-bound" if facts["busy"] < 0.8 else "not launch-bound"
         line += f"; {facts['kernels per step']:.0f} kernels keep the GPU busy {facts['busy']:.0%}: {bound}"
@@ -143,7 +138,7 @@ def switches(check: Check) -> Iterator[Case]:
 def short_run(check: Check, paper: str, out: str, more: list[str], matrix: list[str]) -> tuple[float, float]:
     """(ms a step, mean loss of the second epoch) of a run at gpu scale."""
     steps, timed = 3 if check.dry else 12, Timed(check)
-    with watched(paper, [Window(1, steps - 1, timed)], steps):
+    with watched([Window(1, steps - 1, timed)], steps):
         PAPERS[paper].train.main(gpu_flags(check, paper, out, matrix, steps, *more))
     return 1000 * timed.seconds / (steps - 2), files.read_lines(check.work / out / "train.jsonl")[-1]["loss"]
 
@@ -166,26 +161,31 @@ def switch(check: Check, paper: str, name: str, on: list[str], off: list[str]) -
 
 
 def switch_benchmark(check: Check) -> str:
-    real, found = devices.choose, []
+    """With another batch on either side: cuDNN keeps what it once chose for a shape, whatever the mode is then."""
+    real, rates = devices.choose, []
 
     def choose(name: str, scale: str) -> torch.device:
         device = real(name, scale)
-        torch.backends.cudnn.benchmark = len(found) == 0
+        torch.backends.cudnn.benchmark = not rates
         return device
 
     devices.choose = choose
     try:
         with data_or_random(check) as matrix:
-            for word in ("on", "off"):
-                found.append(short_run(check, "simsiam", f"switches/benchmark-{word}/0", [], matrix))
+            for word, batch in (("on", 12), ("off", 10)) if check.dry else (("on", 500), ("off", 508)):
+                more = ["--batch", str(batch)]
+                ms, _ = short_run(check, "simsiam", f"switches/benchmark-{word}/0", more, matrix)
+                rates.append(1000 * batch / ms)
     finally:
         devices.choose = real
         torch.backends.cudnn.benchmark = True
-    return beside(found[0], found[1])
+    return f"{rates[0]:,.0f} examples/s, without {rates[1]:,.0f} ({rates[0] / rates[1]:.2f} times)"
 
 
 def compiled(check: Check, paper: str) -> str:
     if check.dry:
         raise NotApplicable("compiling for the CPU takes too long for a dry run")
+    if not (shutil.which("gcc") or shutil.which("cc")):
+        raise NotApplicable("torch.compile needs a C compiler, and there is none")
     off = ["--dropout", "0"] if paper == "seqvcr" else []
     return switch(check, paper, "compile", [*off, "--compile"], off)

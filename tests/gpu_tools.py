@@ -117,7 +117,7 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor], start: dict[str, Tensor
 
 
 class Window:
-    """A context that is open from before step `first` to before step `last` of the last epoch of a training loop."""
+    """A context that is open from step `first` to step `last` of the second epoch of a training loop."""
 
     def __init__(self, first: int, last: int, context: AbstractContextManager):
         self.first, self.last, self.context, self.open, self.done = first, last, context, False, False
@@ -136,36 +136,26 @@ class Window:
 
 
 @contextlib.contextmanager
-def watched(paper: str, windows: list[Window], steps: int) -> Iterator[None]:
-    """Inside, the loop of a paper's train.py, rehearsed for two epochs of `steps`, opens and closes the windows.
+def watched(windows: list[Window], steps: int) -> Iterator[None]:
+    """Inside, the loop of a train.py that is rehearsed for two epochs of `steps` opens and closes the windows.
 
-    A step is noticed where its batch is made or, in BSA and Seq-VCR, where its loss is called. Raises Failed where a
-    window was never closed.
+    Every loop clears its gradients once a step, between loss and backward pass: there a step is noticed. Raises Failed
+    where a window was never closed.
     """
-    module, name = PAPERS[paper].train, {"bsa": "bsa_loss", "seqvcr": "seqvcr_loss"}.get(paper, "batches")
-    real, calls = getattr(module, name), [0]
+    real, calls = torch.optim.Optimizer.zero_grad, [0]
 
-    def before(step: int) -> None:
+    def zero_grad(optimizer: torch.optim.Optimizer, set_to_none: bool = True) -> None:
         for window in windows:
-            window.before(step)
-
-    def batches(*args: Any) -> Iterator:
-        for step, batch in enumerate(real(*args)):
-            if args[-1] == 1:  # the second epoch
-                before(step)
-            yield batch
-
-    def loss(*args: Any, **keywords: Any) -> Any:
-        before(calls[0] - steps)
+            window.before(calls[0] - steps)
         calls[0] += 1
-        return real(*args, **keywords)
+        real(optimizer, set_to_none)
 
-    setattr(module, name, loss if name.endswith("loss") else batches)
+    torch.optim.Optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
     try:
         yield
         expect(all(window.done for window in windows), "the training loop did not reach the steps to be watched")
     finally:
-        setattr(module, name, real)
+        torch.optim.Optimizer.zero_grad = real  # type: ignore[method-assign]
         for window in windows:
             if window.open:
                 window.close()

@@ -37,9 +37,10 @@ class Products(TorchDispatchMode):
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return value
         key = (value.shape, value.stride(), value.dtype)
-        if key not in self.pool:
-            made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-            self.pool[key] = made.normal_()
+        if key not in self.pool:  # an expanded tensor has strides of 0, so that it cannot be filled itself
+            last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+            memory = torch.empty(1 + last if value.numel() else 0, dtype=value.dtype, device=value.device)
+            self.pool[key] = memory.normal_().as_strided(value.shape, value.stride())
         return self.pool[key]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
