@@ -899,9 +899,13 @@ def test_every_cell_of_a_scale_takes_two_real_steps(scale, network, pictures, mo
 
 
 def test_the_papers_scale_trains_on_two_ranks_with_workers(pictures, tmp_path):
+    """At the true width, two of twelve blocks."""
+    script = tmp_path / "shallow.py"
+    shallow = 'from conmim import net, train\nnet.NETWORKS["vit_small_16"] = net.Shape(16, 384, 2, 6)\n'
+    script.write_text(f"import sys\n{shallow}if __name__ == '__main__':\n    train.main(sys.argv[1:])")
     flags = ["--scale", "paper", "--network", "vit_small_16", "--hidden", "64", "--size", "96", "--data", str(pictures)]
     flags += ["--batch", "4", "--rehearse", "1", "--device", "cpu", "--workers", "1", "--out", str(tmp_path / "run")]
-    done = forked.run(tmp_path, ROOT / "conmim/train.py", *flags, ranks=2)
+    done = forked.run(tmp_path, script, *flags, ranks=2)
     assert done.returncode == 0, done.stderr
     saved = checkpoints.load(tmp_path / "run/model.pt")
     assert saved["epoch"] == 2 and saved["model"]["online.vit.norm.weight"].shape == (384,)

@@ -1,6 +1,8 @@
 """`make gpu-check` as a dry run on the CPU, and faults planted in it: each must stand in its table as failed."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import gpu_check
@@ -114,14 +116,20 @@ def test_cases_that_cannot_be_listed_and_cases_without_time(tmp_path, monkeypatc
     assert code == 1 and report["counts"] == {"not run": 2}
 
 
-def test_parts_side_by_side_come_back_in_one_report(tmp_path):
-    """Two of their own processes, as on a GPU; one ends without a report."""
-    code, report, _ = check(tmp_path, "--device", "cpu", "--papers", "bsa", "--parts", "sync", "scales", "--jobs", "2")
-    assert code == 0 and [row["part"] for row in report["rows"]] == ["scales", "scales", "sync", "sync"]
+def test_parts_side_by_side_come_back_in_one_report(tmp_path, monkeypatch):
+    """As on a GPU: a process for each part, here the first one's ends without a report."""
+    real = subprocess.run
+
+    def run(words, **keywords):
+        crashes = "scales" in words
+        return real([sys.executable, "-c", "raise OSError('crashed')"] if crashes else words, **keywords)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    code, report, _ = check(tmp_path, "--device", "cpu", "--papers", "bsa", "--parts", "scales", "sync", "--jobs", "2")
+    outcomes = [(row["part"], row["outcome"]) for row in report["rows"]]
+    assert code == 1 and outcomes == [("scales", "failed"), ("sync", "passed"), ("sync", "not applicable")]
+    assert report["rows"][0]["found"] == "ended with 1: OSError: crashed"
     assert "=== sync: " in (tmp_path / "report/log.txt").read_text()
-    gone = gpu_check.Check(torch.device("cpu"), ["bsa"], tmp_path / "data", tmp_path)
-    rows, _, _ = gpu_check.elsewhere(("no such part", ["bsa"]), gone, tmp_path / "gone", lambda: float("inf"))
-    assert [row.outcome for row in rows] == ["failed"] and "invalid choice" in rows[0].found
 
 
 def test_without_a_gpu_only_the_dry_run_is_offered(tmp_path, capsys):

@@ -420,33 +420,28 @@ def test_the_predictors_rate_follows_its_own_schedule(finished, pictures, tmp_pa
 
 
 @pytest.mark.parametrize("scale", ["gpu", "paper"])
-def test_every_arm_takes_two_steps_is_evaluated_and_drawn(scale, pictures, unsaved, tmp_path, monkeypatch):
-    """True widths, a batch of four; random pixels for CIFAR, and small pictures that a worker's code decodes.
-
-    (Drawn at paper scale; figures do not depend on it.)
-    """
+def test_every_arm_takes_two_steps_and_each_shape_is_evaluated(scale, pictures, unsaved, tmp_path, monkeypatch):
+    """True widths, a batch of four; random pixels for CIFAR, and small pictures that a worker's code decodes."""
 
     def cifar(name, data, part):
         pixels = torch.randint(0, 256, (20, 3, 32, 32), generator=torch.Generator().manual_seed(int(part)))
         return pixels.byte(), torch.arange(20) % 10
 
     monkeypatch.setattr(images, "cifar", cifar)
-    arms, studies = design("simsiam", scale)
+    arms = design("simsiam", scale)[0]
     flags = ["--scale", scale, "--batch", "4", "--rehearse", "1", "--device", "cpu", "--workers", "0"]
     flags += ["--data", str(pictures), "--size", "32" if scale == "gpu" else "72"]
     for arm, own in arms.items():
         train.main([*flags, *own, "--out", str(tmp_path / arm / "0")])
-        evaluate.main([str(tmp_path / arm / "0")])
+        if arm in ("base", "no-projector", "narrow"):
+            evaluate.main([str(tmp_path / arm / "0")])
+            assert files.read_json(tmp_path / arm / "0/metrics.json")["linear_accuracy"] is not None
         saved = checkpoints.load(tmp_path / arm / "0/model.pt")
         width = saved["model"]["backbone.layer4.1.conv2.weight"].shape[0]
         assert width == 512 and saved["arguments"]["network"] == ("resnet18" if scale == "gpu" else "resnet50")
         views = 4 if arm == "asymmetric-2x" else 2
         assert saved["model"]["backbone.bn1.num_batches_tracked"] == 2 * views and saved["epoch"] == 2
         (tmp_path / arm / "0/model.pt").unlink()
-    for study, contrasts in studies.items() if scale == "paper" else ():
-        words = ["--scale", scale, "--runs", str(tmp_path), "--seeds", "0", "--results", str(tmp_path / "results")]
-        plot.main([study, *contrasts, *words])
-        assert "missing" not in (tmp_path / "results" / f"{study}.md").read_text()
 
 
 def test_a_large_pictures_probe_learns_and_official_names_are_read(pictures, unsaved, tmp_path, monkeypatch, capsys):
