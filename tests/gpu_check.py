@@ -50,6 +50,7 @@ from gpu_tools import PAPERS, Case, Check, Failed, NotApplicable
 from plan import ROOT
 
 from common import command, devices, files
+from common.exits import stop
 
 PARTS: dict[str, Callable[[Check], Iterator[Case]]] = {
     "agreement": gpu_parts.agreement, "exchange": gpu_parts.exchange, "arms": gpu_parts.arms,
@@ -182,6 +183,10 @@ def parse_args(argv: list[str] | None = None) -> Any:
 def main(argv: list[str] | None = None) -> int:
     """The exit code: 1 if a case failed or was not run."""
     args = parse_args(argv)
+    if args.device != "cpu" and not torch.cuda.is_available():
+        stop(
+            "no CUDA GPU was found (make doctor says what there is): make gpu-check DEVICE=cpu is a dry run without one"
+        )
     device = devices.choose(args.device, "gpu")
     os.environ.setdefault("MPLBACKEND", "agg")
     began, rows = time.perf_counter(), []
