@@ -17,7 +17,10 @@ from common.provenance import SHARED
 
 
 def choose(name: str, scale: str) -> torch.device:
-    """The device for `--device NAME`. Stops (exit 2) where it is absent, or where a GPU's work would fall on a CPU."""
+    """The device for `--device NAME`; sets what cuDNN may do on it. Under torchrun `cuda` is the GPU of this rank.
+
+    Stops (exit 2) where it is absent, or where a GPU's work would fall on a CPU.
+    """
     cuda = torch.cuda.is_available()
     if name == "auto" and not cuda and scale != "demo":
         stop(f"--scale {scale} wants a CUDA GPU and none was found: use --scale demo, or --device cpu if you mean it")

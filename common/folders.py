@@ -154,7 +154,7 @@ class Streamed:
         rows = list(range(len(folder)))[rank::world]
         blocks = [rows[start : start + 256] for start in range(0, len(rows), 256)]
         for x, y in loaded(Decoded(folder, transform), blocks, self.workers, self.device):
-            yield self.normalise(x.to(self.device, non_blocking=True)), y.to(self.device)
+            yield self.normalise(x.to(self.device, non_blocking=True)), y.to(self.device, non_blocking=True)
 
 
 def resident(root: Path, size: int, cache: Path, workers: int, fingerprint: str) -> tuple[Tensor, Tensor]:

@@ -119,7 +119,7 @@ def probe_at_full_size(
         for picked, (x,) in zip(order, data.views(transform, 1, order.tolist(), seed, epoch), strict=True):
             with torch.no_grad():
                 features = model.backbone(data.normalise(x))
-            loss = F.cross_entropy(head(features), labels[picked].to(device))
+            loss = F.cross_entropy(head(features), devices.upload(labels[picked], device))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             for parameter in head.parameters():
