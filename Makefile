@@ -316,6 +316,9 @@ plot = $(RUN_PYTHON) $(call paper-of,$1)/plot.py $1 $($1) --scale $(SCALE) --run
 page = $(RUN_PYTHON) -m common.report --results $(RESULTS) --title '$(if $(SECOND_PAGE),Robustness$(comma) curves and other extras,Ablation studies), scale $(SCALE)' \
 	--command 'make {} $(again)' $(STUDIES)
 
+# An undefined variable is empty: a mistyped arm would be `base` under another name.
+$(foreach paper,$(PAPERS),$(foreach arm,$(call every-arm,$(paper),$($(paper).sweeps)),$(if $(filter undefined,$(origin \
+	$(paper).$(arm))),$(error $(paper) has no arm '$(arm)': define $(paper).$(arm) in the Makefile, or mend the contrast))))
 $(foreach paper,$(PAPERS),$(foreach arm,$(call every-arm,$(paper),$($(paper).sweeps)),$(foreach seed,$(SEEDS),$(eval $(call \
 	RUN,$(paper),$(arm),$(seed))))))
 $(foreach teacher,$(cocord.teachers),$(eval $(call RUN,cocord,$(teacher),0)))

@@ -269,6 +269,13 @@ def test_a_name_that_is_none_ends_before_anything_runs(house, word):
     assert code == 2 and calls == [] and printed.count("***") == 1 and word.split("=")[0] in printed
 
 
+@pytest.mark.parametrize("contrast", ["no-preditor:base", "no-predictor:bse", "no-predictor@thrid:base"])
+def test_an_arm_that_is_not_defined_ends_before_anything_runs(contrast, house):
+    """Its flags would be empty: `base` would be trained under its name, and no difference found."""
+    code, calls, printed = house.make("simsiam-predictor", f"simsiam-predictor={contrast}", "SEEDS=0")
+    assert code == 2 and not calls and "simsiam has no arm" in printed
+
+
 def test_a_changed_arm_moves_its_old_run_aside_and_no_other(house):
     """With the real `--replace`, which is the script's: here that make asks for it, and for the changed arm alone."""
     house.make("simsiam-predictor", "SEEDS=0 1")
