@@ -58,6 +58,7 @@ PARTS: dict[str, Callable[[Check], Iterator[Case]]] = {
     "make": gpu_parts.make, "packing": gpu_parts.packing, "speed": gpu_speed.speed, "switches": gpu_speed.switches,
 }  # fmt: skip
 TIMED = ("packing", "speed", "switches")  # they must have the machine for themselves
+HANGS = 900  # seconds after which a process is given up
 DRY = "dry run: nothing about a GPU was shown"
 
 
@@ -157,7 +158,10 @@ def elsewhere(job: Job, check: Check, folder: Path, left: Callable[[], float]) -
     words = ["--device", str(check.device), "--data", str(check.data), "--report", str(folder), "--jobs", "1"]
     words += ["--parts", part, "--papers", *papers]
     words += ["--minutes", f"{max(0.0, left())}"] if math.isfinite(left()) else []
-    done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True)
+    try:
+        done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, timeout=HANGS)
+    except subprocess.TimeoutExpired:
+        return [Row(part, ", ".join(papers), "failed", HANGS, f"no end after {HANGS} seconds")], {}, ""
     try:
         report = files.read_json(folder / "report.json")
         return [Row(**row) for row in report["rows"]], report["numbers"], (folder / "log.txt").read_text()
@@ -184,11 +188,8 @@ def main(argv: list[str] | None = None) -> int:
     """The exit code: 1 if a case failed or was not run."""
     args = parse_args(argv)
     if args.device != "cpu" and not torch.cuda.is_available():
-        stop(
-            "no CUDA GPU was found (make doctor says what there is): make gpu-check DEVICE=cpu is a dry run without one"
-        )
+        stop("no CUDA GPU was found (make doctor says more): make gpu-check DEVICE=cpu is a dry run without one")
     device = devices.choose(args.device, "gpu")
-    os.environ.setdefault("MPLBACKEND", "agg")
     began, rows = time.perf_counter(), []
     args.report.mkdir(parents=True, exist_ok=True)
     log = args.report / "log.txt"
