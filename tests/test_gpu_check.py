@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 from common.run import Run
 from simsiam import train
 
-HALVES = list(gpu_check.PARTS)[:6], list(gpu_check.PARTS)[6:]
+HALVES = list(gpu_check.PARTS)[:7], list(gpu_check.PARTS)[7:]
 
 
 def check(folder: Path, *flags: str) -> tuple[int, dict, str]:
