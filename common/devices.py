@@ -52,7 +52,7 @@ def upload(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
 
 
 def uses_bfloat16(precision: str, device: torch.device) -> bool:
-    """Whether a run trains under bfloat16: with `--precision bfloat16`, and with `auto` on CUDA.
+    """Return whether a run trains under bfloat16: with `--precision bfloat16`, and with `auto` on CUDA.
 
     On a CPU without bfloat16 instructions autocast is two to five times slower, hence not in auto.
     """

@@ -1,8 +1,8 @@
 """Does everything run on this GPU, does it agree with the CPU, how fast is it? `make gpu-check`
 
-    make gpu-check PYTHON=python3                        # at most about five minutes on an H100
+    make gpu-check PYTHON=python3                        # the aim is five minutes on an H100; never measured yet
     make gpu-check DEVICE=cpu                            # a dry run at tiny sizes: nothing about a GPU is shown
-    python3 tests/gpu_check.py --parts agreement sync    # some parts; --papers for some papers
+    make gpu-check PARTS="agreement sync" PAPERS=bsa     # some parts, some papers
 
 Needs no network, no data and no git history: where CIFAR or the MeSH concepts are not in --data, random numbers of
 their shape take their place. Writes report.md, report.json and log.txt (what the scripts print, and tracebacks) into

@@ -73,7 +73,7 @@ def agree_on_gradients(check: Check, paper: str, scale: str) -> str:
     (loss, reference), (other, found) = (
         PROBLEMS[paper](scale, 32, device).gradients("float32") for device in (CPU, check.device)
     )
-    each, all_ = ALLOWED[paper]
+    each, in_all = ALLOWED[paper]
     error = abs(other - loss) / max(1.0, abs(loss))  # SimSiam's loss begins near 0, in a range of 2
     expect(error <= 1e-4, f"loss {other:.6g}, on the CPU {loss:.6g}: {error:.1e} apart, 1e-4 allowed")
     expect(found.keys() == reference.keys(), "other parameters have gradients")
@@ -84,8 +84,8 @@ def agree_on_gradients(check: Check, paper: str, scale: str) -> str:
     )
     expect(worst <= 1, f"gradient of {name}: {worst:.3g} times what is allowed")
     apart, scaled = ratio(h, g), abs((h @ g / (g @ g)).item() - 1)
-    expect(apart <= all_, f"whole gradient {apart:.2g} of its length apart, {all_} allowed")
-    expect(scaled <= all_ / 5, f"whole gradient {scaled:.2g} longer or shorter, {all_ / 5:g} allowed")
+    expect(apart <= in_all, f"whole gradient {apart:.2g} of its length apart, {in_all} allowed")
+    expect(scaled <= in_all / 5, f"whole gradient {scaled:.2g} longer or shorter, {in_all / 5:g} allowed")
     return f"loss {error:.1e} apart, whole gradient {apart:.1e}, worst {worst:.2g} of what is allowed ({name})"
 
 
@@ -153,7 +153,7 @@ def agree_on_rows(check: Check) -> str:
 
 
 def agree_on_measurements(check: Check) -> str:
-    """Of random features around ten centres."""
+    """kNN, linear probe and meters of random features around ten centres."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(600) % 10
     rows = torch.randn(10, 32, generator=generator)[labels] + torch.randn(600, 32, generator=generator)

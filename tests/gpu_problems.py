@@ -21,16 +21,12 @@ CPU = torch.device("cpu")
 
 
 class Problem(NamedTuple):
-    """A model, its optimiser, its loss on one fixed batch under a precision, and what follows a step of the optimiser.
-
-    `rows`: examples in the batch.
-    """
+    """A model, its optimiser, its loss on one fixed batch under a precision, and the EMA update after a step."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     loss: Callable[[str], Tensor]
     follow: Callable[[], None]
-    rows: int
 
     def gradients(self, precision: str) -> tuple[float, dict[str, Tensor]]:
         """The loss, and every gradient in float64 on the CPU, by name."""
@@ -73,7 +69,7 @@ def simsiam_problem(scale: str, rows: int, device: torch.device) -> Problem:
             p, z = model(views, pairs, args.gradient_leak)
         return simsiam.train.simsiam_loss(p, z, pairs, args.gradient_leak)
 
-    return Problem(model, optimizer, loss, lambda: None, rows)
+    return Problem(model, optimizer, loss, lambda: None)
 
 
 def conmim_problem(scale: str, rows: int, device: torch.device) -> Problem:
@@ -93,7 +89,7 @@ def conmim_problem(scale: str, rows: int, device: torch.device) -> Problem:
         return conmim.train.denoising_contrast(q, k, mask, args.temperature)
 
     optimizer = conmim.train.build_optimizer(model, args.lr)
-    return Problem(model, optimizer, loss, lambda: conmim.train.follow(slow, fast, args.momentum), rows)
+    return Problem(model, optimizer, loss, lambda: conmim.train.follow(slow, fast, args.momentum))
 
 
 def cocord_problem(scale: str, rows: int, device: torch.device) -> Problem:
@@ -115,7 +111,7 @@ def cocord_problem(scale: str, rows: int, device: torch.device) -> Problem:
     def loss(precision: str) -> Tensor:  # it moves what follows the student by itself, before it makes the targets
         return cocord.train.losses(model, teacher, views, labels, followers, **terms | {"precision": precision})[0]
 
-    return Problem(model, optimizer, loss, lambda: None, rows)
+    return Problem(model, optimizer, loss, lambda: None)
 
 
 def bsa_problem(scale: str, rows: int, device: torch.device) -> Problem:
@@ -143,7 +139,7 @@ def bsa_problem(scale: str, rows: int, device: torch.device) -> Problem:
         )[0]  # fmt: skip
 
     optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
-    return Problem(model, optimizer, loss, lambda: None, rows)
+    return Problem(model, optimizer, loss, lambda: None)
 
 
 def seqvcr_problem(scale: str, rows: int, device: torch.device) -> Problem:
@@ -160,7 +156,7 @@ def seqvcr_problem(scale: str, rows: int, device: torch.device) -> Problem:
             axis=args.covariance_axis, covariance_batch=args.covariance_batch, precision=precision,
         )[0]  # fmt: skip
 
-    return Problem(model, seqvcr.train.build_optimizer(model, args.lr), loss, lambda: None, rows)
+    return Problem(model, seqvcr.train.build_optimizer(model, args.lr), loss, lambda: None)
 
 
 PROBLEMS: dict[str, Callable[[str, int, torch.device], Problem]] = {

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from conftest import FakeGPU
 
 from common import augment, devices, draws
+from seqvcr import tasks
 
 
 @pytest.fixture
@@ -47,10 +48,15 @@ def test_float32_is_not_tf32(monkeypatch):
 
 
 def test_random_numbers_are_drawn_on_the_cpu_for_every_device(fake_gpu: FakeGPU, monkeypatch):
-    """What is uploaded to a GPU is what a CPU run uses: it comes from the one CPU generator."""
-    made = []
-    monkeypatch.setattr(draws, "generator", lambda *key: made.append(torch.Generator()) or made[-1])
+    """No call that draws names a device; what is drawn is uploaded."""
+    named = []
+    for name in ("rand", "randperm", "randint"):
+        real = getattr(torch, name)
+        monkeypatch.setattr(
+            torch, name, lambda *all, real=real, **words: named.append(words.get("device")) or real(*all, **words)
+        )
     order = draws.permutation(0, "order", 0, 8, "cuda")
     view = augment.random_resized_crop(torch.zeros(4, 3, 8, 8, device="cuda"), draws.Draws(0, "view", 0, 4))
-    assert order.device.type == view.device.type == "cuda" and not fake_gpu.asked
-    assert len(made) == 2 and all(one.device.type == "cpu" for one in made)
+    rows = tasks.stream(tasks.choose("lis", 8), 0, 0, 16, "cuda")
+    assert order.device.type == view.device.type == rows.device.type == "cuda" and not fake_gpu.asked
+    assert len(named) > 10 and set(named) == {None}
