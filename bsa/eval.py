@@ -24,8 +24,8 @@ from torch import Tensor
 
 from bsa.planted import plant
 from bsa.train import BSA, Rows, build_model, encode, load_rows, reconstruction_loss, topk_code
-from common import checkpoints, command, devices, files
-from common.exits import stop
+from common import checkpoints, cli, devices, files
+from common.cli import stop
 from common.hold import held
 from common.run import finished
 
@@ -41,17 +41,17 @@ CLAIMS = (  # of a diverged run they are null
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = command.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("folder", type=Path, help="folder of a finished run")
     parser.add_argument("--data", type=Path, help="folder of the data, or the matrix; default: as in training")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:1; default: as in training")
-    parser.add_argument("--threads", type=command.whole(1), help="default: as in training")
+    parser.add_argument("--threads", type=cli.whole(1), help="default: as in training")
     parser.add_argument("--held-out", action="store_true", help="measure on the held-out tenth: for tuning")
     use = parser.add_argument_group("use of the codes (metrics.json stays as it is)")
     use.add_argument("--names", type=Path, help="one name a line, as many as rows; default: beside the matrix, .txt")
     use.add_argument("--export", type=Path, metavar="FILE.npz", help="write all rows' codes, eight features a byte")
     use.add_argument("--neighbours", metavar="NAME", help=f"{NEAREST} nearest concepts by Jaccard index and by cosine")
-    use.add_argument("--features", type=command.whole(1), metavar="COUNT", help="the most used features' top concepts")
+    use.add_argument("--features", type=cli.whole(1), metavar="COUNT", help="the most used features' top concepts")
     return parser.parse_args(argv)
 
 

@@ -1,7 +1,6 @@
-"""Figures, tables and finding of one BSA study; make calls it with the study's contrasts.
+"""Figures, tables and finding of one BSA study.
 
-    python bsa/plot.py bsa-alignment-loss no-alignment:base --runs runs/demo/bsa --seeds 0 1 2 3 4 \\
-        --results runs/demo/report
+    python bsa/plot.py bsa-alignment-loss --scale demo --seeds 0 1 2
 
 Reads the runs' metrics.json, train.jsonl and activations.json, and draws what there is; missing runs are holes. Trains
 nothing; the one number it makes itself is the loss at equal activity (`at_activity`), for the study on alpha.
@@ -19,49 +18,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from common import command, figures, records, statistics, studies, sweeps, tables
+from bsa.studies import METRICS, design
 from common.files import read_json
+from common.study import figures, plotting, results, statistics, tables
 
-QUESTIONS = {
-    "bsa-alignment-loss": "What does the alignment loss contribute, and how much of it does the sparse start do?",
-    "bsa-distance": "Is the cosine better than the squared error as a distance, as given and at matched activity?",
-    "bsa-baselines": "What do other ways to a sparse code give?",
-    "bsa-alpha": "How does reconstruction trade against activity over the alignment loss's weight?",
-}
-PUBLISHED = "none published (no table of the paper could be had; it claims 14 times smaller codes)"
 PRIMARY = "fixed_topk_reconstruction_loss"
 UNTRAINED = {PRIMARY: "untrained_fixed_topk_reconstruction_loss"}
-METRICS = {
-    "reconstruction_loss": studies.Metric("reconstruction loss", "", 3),
-    "fixed_topk_reconstruction_loss": studies.Metric("fixed top-K reconstruction loss", "", 3),
-    "active_mean": studies.Metric("active features, mean", "", 1),
-    "active_std": studies.Metric("active features, std over rows", "", 1),
-    "dead_fraction": studies.Metric("share of dead features", "", 3),
-    "always_on_fraction": studies.Metric("share of features on in over half the rows", "", 3),
-    "rare_fraction": studies.Metric("share of features on in under K/(10 N) of the rows", "", 3),
-    "knn_overlap": studies.Metric("kNN overlap", "", 3),
-    "bits_per_row": studies.Metric("code size", "bits a row", 0),
-    "entropy_bits_per_row": studies.Metric("entropy of the features", "bits a row", 0),
-    "distinct_codes": studies.Metric("distinct codes per row", "", 3),
-    "reconstruction_mse": studies.Metric("squared error per channel", "", 3, judged=False),
-    "fixed_topk_reconstruction_mse": studies.Metric("fixed top-K squared error per channel", "", 3, judged=False),
-    "train_loss": studies.Metric("training loss", "", 3, judged=False),
-    "loss_moved": studies.Metric("loss moved over the last fifth", "%", 1),
-    "active_mean_moved": studies.Metric("active features moved over the last fifth", "%", 1),
-    "settled_step": studies.Metric("settled at step", "", 0),
-    "atom_recovery_f1": studies.Metric("F1 of planted atoms", "", 3),
-    "depth_correlation": studies.Metric("correlation of active features with depth", "", 2),
-    "atom_count_correlation": studies.Metric("correlation of active features with true atoms", "", 2),
-}
-ASKED = tuple(METRICS)[:5]  # the plan's own
-MARGIN = 0.01  # of fixed top-K reconstruction loss; declared before any reported run: within it arms count as alike
-SWEEPS = {
-    "bsa-robustness": sweeps.Sweep(sweeps.ROBUSTNESS, (PRIMARY, "active_mean")),
-    "bsa-alignment-weight": sweeps.Sweep(
-        "How much alignment is enough?", (PRIMARY, "reconstruction_loss", "active_mean", "dead_fraction"), "alpha",
-        "α, weight of the alignment loss",
-    ),
-}  # fmt: skip
 MANY = 8  # arms; above it a figure has fewer panels, or groups of arms
 FAMILIES = {  # (alignment, reconstruction): how a family of arms that differ in alpha is called
     ("cosine", "cosine"): "cosine alignment",
@@ -88,30 +50,18 @@ class Activations(NamedTuple):
     rows: np.ndarray
 
 
-def control(arm: str) -> studies.Control:
-    """What `arm` must beat: the code of K features from its own encoder at the start, with the best linear decoder."""
-    return studies.Control("the untrained code", PRIMARY, arm, UNTRAINED[PRIMARY], lower_wins=True)
-
-
 # ------------------------------------------------------------------------------------------------- what the runs say
 
 
-def setting(runs: records.Runs) -> tuple[str, dict[str, Any]]:
-    """(data and recipe in words, arguments) of the first run that is there."""
-    first = next((run.args["arguments"] for arm in runs.values() for run in arm.values() if run.args), None)
-    if first is None:
-        return "", {}
+def describe(runs: results.Runs) -> str:
+    """Data and recipe in words, of the first run that is there; "" where there is none."""
+    first = results.first_arguments(runs)
+    if not first:
+        return ""
     names = {"planted": "planted concepts", "mesh": "MeSH terms embedded by MiniLM", "file": "a user's own embeddings"}
     data = names.get(first["data_set"], first["data_set"])
     recipe = f"N = {first['latent']}, K = {first['active']}, {first['steps']} steps of batch {first['batch']}"
-    return f"{data}, {recipe}", first
-
-
-def measured(runs: records.Runs) -> dict[str, studies.Metric]:
-    """METRICS without those that no run has (a run on other than planted data knows no atoms)."""
-    every = [run.metrics for arm in runs.values() for run in arm.values() if run.metrics]
-    known = {name for metrics in every if not metrics.get("diverged") for name in metrics}
-    return {name: metric for name, metric in METRICS.items() if name in known or name in ASKED}
+    return f"{data}, {recipe}"
 
 
 def holes(summary: Mapping[str, Any]) -> dict[str, str]:
@@ -123,7 +73,7 @@ def holes(summary: Mapping[str, Any]) -> dict[str, str]:
     return {arm: text for arm, text in told.items() if text}
 
 
-def unsettled(runs: records.Runs) -> list[str]:
+def unsettled(runs: results.Runs) -> list[str]:
     """A sentence for each arm with seeds that still moved at the end: they are not in the mean of `settled_step`."""
     result = []
     for arm, by_seed in runs.items():
@@ -149,7 +99,7 @@ def family(arguments: Mapping[str, Any]) -> str:
     return ", ".join([name, *others])
 
 
-def families(runs: records.Runs) -> dict[str, dict[str, float]]:
+def families(runs: results.Runs) -> dict[str, dict[str, float]]:
     """By family its arms with their alpha, rising; an arm without a run belongs to none."""
     result: dict[str, dict[str, float]] = {}
     for arm, by_seed in runs.items():
@@ -176,13 +126,13 @@ def interpolate(points: Sequence[Point | None], active: float) -> float | None:
     return min(found, default=None)
 
 
-def at_activity(runs: records.Runs, arms: Sequence[str], active: float) -> dict[int, float | None]:
+def at_activity(runs: results.Runs, arms: Sequence[str], active: float) -> dict[int, float | None]:
     """By seed, the reconstruction loss at `active` features of arms in the order of alpha; None outside their range.
 
     A seed without any value of these arms is left out.
     """
-    counts = [records.values(runs, arm, "active_mean") for arm in arms]
-    losses = [records.values(runs, arm, "reconstruction_loss") for arm in arms]
+    counts = [results.values(runs, arm, "active_mean") for arm in arms]
+    losses = [results.values(runs, arm, "reconstruction_loss") for arm in arms]
     result = {}
     for seed in sorted({seed for found in counts for seed in found}):
         ways = zip(counts, losses, strict=True)
@@ -191,21 +141,21 @@ def at_activity(runs: records.Runs, arms: Sequence[str], active: float) -> dict[
     return result
 
 
-def matched(runs: records.Runs, reference: str) -> list[str]:
+def matched(runs: results.Runs, reference: str) -> list[str]:
     """What each family loses at the reference's mean active count, and by how much it differs from the reference.
 
     The reference's own loss is measured, not interpolated: where the count hardly answers to alpha that would tell
     nothing.
     """
-    ways, metric = families(runs), METRICS["reconstruction_loss"]._asdict()
+    ways, metric = families(runs), vars(METRICS["reconstruction_loss"])
     own = next((name for name, arms in ways.items() if reference in arms), None)
-    counts = list(records.values(runs, reference, "active_mean").values())
+    counts = list(results.values(runs, reference, "active_mean").values())
     if own is None or not counts:
         return []
     active = mean(counts)
     found = {name: at_activity(runs, list(ways[name]), active) for name in sorted(ways, key=lambda name: name != own)}
     kept = {name: [loss for loss in losses.values() if loss is not None] for name, losses in found.items()}
-    kept[own] = list(records.values(runs, reference, "reconstruction_loss").values())
+    kept[own] = list(results.values(runs, reference, "reconstruction_loss").values())
     parts = []
     for name, losses in kept.items():
         if not losses:
@@ -226,7 +176,7 @@ def matched(runs: records.Runs, reference: str) -> list[str]:
     ]
 
 
-def read_activations(folder: Path, runs: records.Runs) -> tuple[dict[str, list[Activations]], list[str]]:
+def read_activations(folder: Path, runs: results.Runs) -> tuple[dict[str, list[Activations]], list[str]]:
     """(by arm the activations of its finished seeds, sentences on those that cannot be read)."""
     found: dict[str, list[Activations]] = {arm: [] for arm in runs}
     notes = []
@@ -272,7 +222,7 @@ def log_axis(axis: Axes, which: Which) -> None:
     axis.set(**{f"{which}lim": (low, high)})
 
 
-def curve_panels(runs: records.Runs, active: int) -> list[figures.Curves]:
+def curve_panels(runs: results.Runs, active: int) -> list[figures.Curves]:
     """Loss, its two parts and the active count over the steps. An arm whose alpha is 0 has no alignment loss.
 
     Of many arms reconstruction loss and active count alone, a pair of panels for each family.
@@ -281,7 +231,7 @@ def curve_panels(runs: records.Runs, active: int) -> list[figures.Curves]:
     if len(runs) > MANY:
         parts = {name: {arm: runs[arm] for arm in arms} for name, arms in families(runs).items()}
         return [
-            figures.Curves(f"{label}\n{name}", records.series(part, key, x="step"), lines, "step", y_scale=scale)
+            figures.Curves(f"{label}\n{name}", results.series(part, key, x="step"), lines, "step", y_scale=scale)
             for name, part in parts.items()
             for label, key, lines, scale in (
                 ("reconstruction loss, as trained", "reconstruction_loss", {}, "linear"),
@@ -293,7 +243,7 @@ def curve_panels(runs: records.Runs, active: int) -> list[figures.Curves]:
         for arm, by_seed in runs.items()
         if any(run.args["arguments"]["alpha"] for run in by_seed.values() if run.args)
     }
-    titles: dict[str, tuple[str, records.Runs, dict[str, float]]] = {
+    titles: dict[str, tuple[str, results.Runs, dict[str, float]]] = {
         "loss": ("training loss, each in its own unit", runs, {}),
         "reconstruction_loss": ("reconstruction loss, as trained", runs, {}),
         "alignment_loss": ("alignment loss, before × α", aligned, {}),
@@ -301,22 +251,22 @@ def curve_panels(runs: records.Runs, active: int) -> list[figures.Curves]:
     }
     panels = []
     for key, (title, shown, lines) in titles.items():
-        found = records.series(shown, key, x="step")
+        found = results.series(shown, key, x="step")
         heights = [y for curves in found.values() for _, ys in curves for y in ys]
         scale = "log" if key == "active_mean" or is_wide(heights) else "linear"
         panels.append(figures.Curves(title, found, lines, x_label="step", y_scale=scale))
     return panels
 
 
-def dot_panels(runs: records.Runs, active: int) -> list[figures.Dots]:
+def dot_panels(runs: results.Runs, active: int) -> list[figures.Dots]:
     """The plan's metrics and the kNN overlap, with the untrained code as hollow marks; three panels of many arms."""
     keys = ["reconstruction_loss", PRIMARY, "active_mean"]
     keys += ["active_std", "knn_overlap", "dead_fraction"] if len(runs) <= MANY else []
     return [
         figures.Dots(
-            tables.title(METRICS[key]._asdict()),
-            {arm: list(records.values(runs, arm, key).values()) for arm in runs},
-            {arm: list(records.values(runs, arm, UNTRAINED[key]).values()) for arm in runs} if key in UNTRAINED else {},
+            METRICS[key].title,
+            {arm: list(results.values(runs, arm, key).values()) for arm in runs},
+            {arm: list(results.values(runs, arm, UNTRAINED[key]).values()) for arm in runs} if key in UNTRAINED else {},
             {f"K = {active}": float(active)} if key == "active_mean" else {},
         )
         for key in keys
@@ -358,9 +308,9 @@ def target_line(axis: Axes, active: int) -> None:
     )  # fmt: skip
 
 
-def pairs(runs: records.Runs, arm: str, x: str, y: str) -> tuple[list[float], list[float]]:
+def pairs(runs: results.Runs, arm: str, x: str, y: str) -> tuple[list[float], list[float]]:
     """Two metrics of an arm's seeds that have both."""
-    xs, ys = records.values(runs, arm, x), records.values(runs, arm, y)
+    xs, ys = results.values(runs, arm, x), results.values(runs, arm, y)
     both = sorted(xs.keys() & ys.keys())
     return [xs[seed] for seed in both], [ys[seed] for seed in both]
 
@@ -378,7 +328,7 @@ def frame(axis: Axes, x: str, y: str, active: int) -> None:
 
 
 def tradeoff(
-    runs: records.Runs, reference: str, active: int, caption: str, sign: Mapping[str, float] | None = None
+    runs: results.Runs, reference: str, active: int, caption: str, sign: Mapping[str, float] | None = None
 ) -> Figure:
     """Losses against active features, a dot a run. With the metrics of the `sign` code also what the bits are worth."""
     panels = [("active_mean", "reconstruction_loss"), ("active_mean", PRIMARY)]
@@ -406,7 +356,7 @@ def tradeoff(
         return figures.finish(figure, shown, f"A mark for each run (training seed). {caption}")
 
 
-def alpha_tradeoff(runs: records.Runs, reference: str, active: int, caption: str) -> Figure:
+def alpha_tradeoff(runs: results.Runs, reference: str, active: int, caption: str) -> Figure:
     """Losses against active features: means over seeds, a family's joined in the order of alpha; a faint dot a run.
 
     The ways may lie on one another, so each alpha stands below, over its family's name and its own active count.
@@ -433,7 +383,7 @@ def alpha_tradeoff(runs: records.Runs, reference: str, active: int, caption: str
                         f"{alpha:.3g}", (x, row), xytext=(0, -4 if place % 2 else 4), textcoords="offset points",
                         color=colour, fontsize=8, ha="center", va="top" if place % 2 else "bottom",
                     )  # fmt: skip
-            if counts := records.values(runs, reference, "active_mean"):
+            if counts := results.values(runs, reference, "active_mean"):
                 axis.axvline(mean(counts.values()), color=looks[own]["color"], linewidth=0.6, zorder=1)
             log_axis(axis, "x")
             axis.tick_params(labelbottom=True)
@@ -519,45 +469,35 @@ def activations(
 # ------------------------------------------------------------------------------------------------- main
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = command.parse_study(__doc__, (*QUESTIONS, *SWEEPS), argv)
-    references = list(dict.fromkeys(contrast.split(":")[1] for contrast in args.contrasts))
-    design = studies.Study(
-        args.study, "BSA", args.scale, QUESTIONS.get(args.study, ""), "", args.reproduce, PRIMARY, args.contrasts,
-        [control(arm) for arm in references], PUBLISHED, margin=MARGIN,
-    )  # fmt: skip
-    if sweep := SWEEPS.get(args.study):
-        sweeps.draw(args, design, sweep, METRICS, lambda runs: setting(runs)[0])
-        return
-    runs, reference = records.read_runs(args.runs, design.arms, args.seeds), references[0]
-    data, arguments = setting(runs)
-    if not arguments:
-        print(f"{args.study}: no runs in {args.runs} yet")
-        return
-    summary = studies.summarise(design._replace(data=data), runs, measured(runs))
-    found, unread = read_activations(args.runs, runs)
+def draw(view: results.View) -> dict[str, Figure]:
+    """The figures of a study, and notes on what had not settled or cannot be read."""
+    runs, study, reference, summary = view.runs, view.study, view.reference, view.summary
+    found, unread = read_activations(view.args.runs, runs)
     summary["notes"] += unsettled(runs) + unread
-    active, caption, remarks = arguments["active"], f"{data[0].upper()}{data[1:]}. ", holes(summary)
-    gaps = "".join(f"{arm}: {text}. " for arm, text in remarks.items())
+    active, remarks = results.first_arguments(runs)["active"], holes(summary)
+    caption = view.caption + "".join(f"{arm}: {text}. " for arm, text in remarks.items())
     lines, marks, groups = curve_panels(runs, active), dot_panels(runs, active), None
-    curves = figures.curves(lines, design.arms, reference, caption + gaps)
-    dots = figures.dots(marks, design.arms, reference, remarks, "the untrained code", caption)
-    if args.study == "bsa-alpha":
+    curves = figures.curves(lines, study.arms, reference, caption)
+    dots = figures.dots(marks, study.arms, reference, remarks, "the untrained code", view.caption)
+    if study.name == "bsa-alpha":
         summary["finding"] = " ".join([summary["finding"], *matched(runs, reference)])
-        trade = alpha_tradeoff(runs, reference, active, caption + gaps)
+        trade = alpha_tradeoff(runs, reference, active, caption)
         groups = {name: list(arms) for name, arms in families(runs).items()}
     else:
         keys = ("sign_reconstruction_loss", "sign_knn_overlap", "sign_bits_per_row")
-        sign = {key: mean(values.values()) for key in keys if (values := records.values(runs, reference, key))}
-        whole = args.study == "bsa-baselines" and len(sign) == len(keys)
-        trade = tradeoff(runs, reference, active, caption + gaps, sign if whole else None)
-    drawn = {
-        "curves": plain_logs(curves, lines, len(design.arms)),
+        sign = {key: mean(values.values()) for key in keys if (values := results.values(runs, reference, key))}
+        whole = study.name == "bsa-baselines" and len(sign) == len(keys)
+        trade = tradeoff(runs, reference, active, caption, sign if whole else None)
+    return {
+        "curves": plain_logs(curves, lines, len(study.arms)),
         "metrics": wide_dots(dots, marks),
         "tradeoff": trade,
+        "activations": activations(found, reference, active, caption, groups),
     }
-    drawn["activations"] = activations(found, reference, active, caption + gaps, groups)
-    studies.publish(summary, drawn, args.results)
+
+
+def main(argv: list[str] | None = None) -> None:
+    plotting.draw(argv, __doc__, design, describe, draw)
 
 
 if __name__ == "__main__":

@@ -44,8 +44,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bsa.planted import plant
-from common import checkpoints, command, devices, draws, files
-from common.exits import stop
+from common import checkpoints, cli, devices, draws, files
+from common.cli import stop
 from common.hold import held
 from common.run import Run
 
@@ -65,20 +65,20 @@ EPOCHS = 20  # a run is logged and saved so often
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """All flags, resolved: contradictions stop (exit 2), and `alpha` is a number."""
-    parser = command.Parser(__doc__, SCALES)
-    data = command.run_flags(parser)
+    parser = cli.Parser(__doc__, SCALES)
+    data = cli.run_flags(parser)
     data.add_argument("--data-set", choices=("planted", "mesh", "file"), help="file: --data names a matrix")
     optimisation = parser.add_argument_group("optimisation (unknown in the paper)")
-    optimisation.add_argument("--steps", type=command.whole(1), help=f"in {EPOCHS} epochs of equal length")
-    optimisation.add_argument("--batch", type=command.whole(2), help="rows a step")
-    optimisation.add_argument("--lr", type=command.number(0), help="of Adam, constant")
-    optimisation.add_argument("--lr-factor", type=command.number(0), default=1.0, help="times --lr (robustness)")
+    optimisation.add_argument("--steps", type=cli.whole(1), help=f"in {EPOCHS} epochs of equal length")
+    optimisation.add_argument("--batch", type=cli.whole(2), help="rows a step")
+    optimisation.add_argument("--lr", type=cli.number(0), help="of Adam, constant")
+    optimisation.add_argument("--lr-factor", type=cli.number(0), default=1.0, help="times --lr (robustness)")
     precisions = ("auto", "float32", "bfloat16")
     optimisation.add_argument("--precision", choices=precisions, default="auto", help="of the matrix products alone")
     optimisation.add_argument("--compile", action="store_true", help="torch.compile; for long runs on a GPU")
     method = parser.add_argument_group("method")
-    method.add_argument("--latent", type=command.whole(2), help="N, features of the code")
-    method.add_argument("--active", type=command.whole(1), help="K, features that should be on")
+    method.add_argument("--latent", type=cli.whole(2), help="N, features of the code")
+    method.add_argument("--active", type=cli.whole(1), help="K, features that should be on")
     method.add_argument("--alpha", default="1", help="weight of the alignment loss; `matched`, `4matched` ...: times "
                         "what makes the mse alignment equal the cosine's near the solution; paper: 1")  # fmt: skip
     method.add_argument("--reconstruction", choices=("cosine", "mse"), default="cosine")
@@ -91,7 +91,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     codes = ("round", "topk", "topk-values")
     method.add_argument("--code", choices=codes, default="round", help="baselines: exactly the K largest features on, "
                         "or their values (a TopK autoencoder); take --alpha 0")  # fmt: skip
-    args = command.parse(parser, SCALES, argv)
+    args = cli.parse(parser, SCALES, argv)
 
     args.lr *= args.lr_factor
     del args.lr_factor
@@ -105,7 +105,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if matched and args.alignment != "mse":
         stop(f"--alpha {args.alpha} is for --alignment mse: for {args.alignment} give a number")
     try:
-        args.alpha = 1.0 if matched and not factor else command.number(0)(factor + rest)
+        args.alpha = 1.0 if matched and not factor else cli.number(0)(factor + rest)
     except (ValueError, argparse.ArgumentTypeError):
         stop(f"--alpha {args.alpha} is neither `matched` nor a number of at least 0")
     if matched:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from cocord.train import accuracy, build_model, kept, load_data
-from common import checkpoints, command, devices, files
-from common.exits import stop
+from common import checkpoints, cli, devices, files
+from common.cli import stop
 from common.hold import held
 from common.run import finished
 
@@ -28,11 +28,11 @@ CLAIMS = (  # of a diverged run they are null
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = command.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("folder", type=Path, help="folder of a finished run")
     parser.add_argument("--data", type=Path, help="where the data lie; default: as in training")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:1; default: as in training")
-    parser.add_argument("--threads", type=command.whole(1), help="default: as in training")
+    parser.add_argument("--threads", type=cli.whole(1), help="default: as in training")
     return parser.parse_args(argv)
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import checkpoints
-from common.exits import stop
+from common.cli import stop
 from common.files import Damaged
 
 Output = tuple[Tensor, Tensor]  # feature (B, width), logits (B, classes)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from cocord import net
 from cocord.train import VIEWS, Made, accuracy, batches, build_optimizer, load_data, optimisation_flags, rate_factor
-from common import checkpoints, command, devices, draws, files, images
+from common import checkpoints, cli, devices, draws, files, images
 from common.hold import held
 from common.run import Run
 
@@ -36,13 +36,13 @@ SCALES = {  #    demo        gpu         paper
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """All flags, resolved: `lr` is a number."""
-    parser = command.Parser(__doc__, SCALES)
-    data = command.run_flags(parser)
+    parser = cli.Parser(__doc__, SCALES)
+    data = cli.run_flags(parser)
     data.add_argument("--data-set", choices=images.NAMES)
     data.add_argument("--held-out", action="store_true", help="train on nine tenths, measure on the tenth: for tuning")
     optimisation_flags(parser)
     parser.add_argument("--network", choices=tuple(net.NETWORKS))
-    args = command.parse(parser, SCALES, argv)
+    args = cli.parse(parser, SCALES, argv)
     args.lr = (0.01 if args.network in net.MOBILE else 0.05) if args.lr is None else args.lr
     return args
 

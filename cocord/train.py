@@ -48,8 +48,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cocord import net
-from common import checkpoints, command, devices, draws, images
-from common.exits import stop
+from common import checkpoints, cli, devices, draws, images
+from common.cli import stop
 from common.hold import held
 from common.run import Run
 
@@ -84,11 +84,11 @@ PROBED = 256  # training images whose keys tell how consistent keys are
 def optimisation_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """What teachers and students have in common; returns the group."""
     optimisation = parser.add_argument_group("optimisation")
-    optimisation.add_argument("--epochs", type=command.whole(1), help="paper: 240; the rate falls tenfold after 5/8, "
+    optimisation.add_argument("--epochs", type=cli.whole(1), help="paper: 240; the rate falls tenfold after 5/8, "
                               "3/4 and 7/8 of the steps")  # fmt: skip
-    optimisation.add_argument("--batch", type=command.whole(2), help="paper: 64; the last one may be smaller")
-    optimisation.add_argument("--lr", type=command.number(0), help="default 0.05; 0.01 for MobileNetV2 and ShuffleNets")
-    optimisation.add_argument("--weight-decay", type=command.number(0), default=5e-4, help="on all that is trained")
+    optimisation.add_argument("--batch", type=cli.whole(2), help="paper: 64; the last one may be smaller")
+    optimisation.add_argument("--lr", type=cli.number(0), help="default 0.05; 0.01 for MobileNetV2 and ShuffleNets")
+    optimisation.add_argument("--weight-decay", type=cli.number(0), default=5e-4, help="on all that is trained")
     precisions = ("auto", "float32", "bfloat16")
     optimisation.add_argument("--precision", choices=precisions, default="auto", help="auto: bfloat16 on CUDA alone")
     return optimisation
@@ -96,33 +96,33 @@ def optimisation_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGro
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """All flags, resolved: contradictions stop (exit 2), `lr` is a number and `teacher_head` one of HEADS."""
-    parser = command.Parser(__doc__, SCALES)
-    data = command.run_flags(parser)
+    parser = cli.Parser(__doc__, SCALES)
+    data = cli.run_flags(parser)
     data.add_argument("--data-set", choices=images.NAMES)
     data.add_argument("--held-out", action="store_true", help="train on nine tenths, measure on the tenth: for tuning")
     data.add_argument("--weights", type=Path, help="the teacher's: folder of a run of teacher.py, or a checkpoint; "
                       "default ../../teacher@NAME/0 beside --out")  # fmt: skip
     optimisation = optimisation_flags(parser)
-    optimisation.add_argument("--lr-factor", type=command.number(0), default=1.0, help="times --lr (robustness)")
+    optimisation.add_argument("--lr-factor", type=cli.number(0), default=1.0, help="times --lr (robustness)")
     method = parser.add_argument_group("method (defaults: the paper's)")
     method.add_argument("--teacher", choices=(*net.NETWORKS, "none"), help="none: without contrast and distillation")
     method.add_argument("--student", choices=tuple(net.NETWORKS))
-    method.add_argument("--forward-weight", type=command.number(0), help="of the term p to u; paper: 4")
-    method.add_argument("--swapped-weight", type=command.number(0), help="of the term p' to u'; paper: 4")
-    method.add_argument("--lambda-contrast", type=command.number(0), default=1.0)
-    method.add_argument("--lambda-class", type=command.number(0), default=1.0)
-    method.add_argument("--lambda-kd", type=command.number(0), default=0.0, help="plain distillation, temperature 4")
-    method.add_argument("--temperature", type=command.number(1e-3), default=0.1, help="tau of the contrast")
-    method.add_argument("--teacher-momentum", type=command.number(0, 1), default=0.999, help="1: its head stays")
-    method.add_argument("--student-momentum", type=command.number(0, 1), default=0.9, help="of the slow student")
+    method.add_argument("--forward-weight", type=cli.number(0), help="of the term p to u; paper: 4")
+    method.add_argument("--swapped-weight", type=cli.number(0), help="of the term p' to u'; paper: 4")
+    method.add_argument("--lambda-contrast", type=cli.number(0), default=1.0)
+    method.add_argument("--lambda-class", type=cli.number(0), default=1.0)
+    method.add_argument("--lambda-kd", type=cli.number(0), default=0.0, help="plain distillation, temperature 4")
+    method.add_argument("--temperature", type=cli.number(1e-3), default=0.1, help="tau of the contrast")
+    method.add_argument("--teacher-momentum", type=cli.number(0, 1), default=0.999, help="1: its head stays")
+    method.add_argument("--student-momentum", type=cli.number(0, 1), default=0.9, help="of the slow student")
     method.add_argument("--teacher-head", choices=("auto", *HEADS), default="auto", help="what moves of the teacher's "
                         "head: nothing, tensors of equal shape, a head of the student's shape behind a random linear "
                         "map, everything; auto: full at equal feature widths, else frozen")  # fmt: skip
-    method.add_argument("--queue", type=command.whole(1), help="K, keys that are negatives")
-    method.add_argument("--hidden", type=command.whole(1), help="of the heads")
-    method.add_argument("--dim", type=command.whole(2), help="of the embedding")
-    method.add_argument("--bottleneck", type=command.whole(1), help="of the predictor")
-    args = command.parse(parser, SCALES, argv)
+    method.add_argument("--queue", type=cli.whole(1), help="K, keys that are negatives")
+    method.add_argument("--hidden", type=cli.whole(1), help="of the heads")
+    method.add_argument("--dim", type=cli.whole(2), help="of the embedding")
+    method.add_argument("--bottleneck", type=cli.whole(1), help="of the predictor")
+    args = cli.parse(parser, SCALES, argv)
 
     args.lr = (0.01 if args.student in net.MOBILE else 0.05) if args.lr is None else args.lr
     args.lr *= args.lr_factor

@@ -3,7 +3,7 @@
 import atexit
 import os
 import resource
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -12,8 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common.exits import stop
-from common.provenance import SHARED
+from common.cli import SCALES, SHARED, Parser, stop
 
 
 def choose(name: str, scale: str) -> torch.device:
@@ -23,7 +22,8 @@ def choose(name: str, scale: str) -> torch.device:
     """
     cuda = torch.cuda.is_available()
     if name == "auto" and not cuda and scale != "demo":
-        stop(f"--scale {scale} wants a CUDA GPU and none was found: use --scale demo, or --device cpu if you mean it")
+        stop(f"--scale {scale} wants a CUDA GPU and none was found: use --scale demo (make: SCALE=demo), "
+             "or --device cpu (DEVICE=cpu) if you mean it")  # fmt: skip
     if name == "auto":
         name = "cuda" if cuda else "cpu"
     try:
@@ -167,3 +167,16 @@ def facts(device: torch.device) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "world": ranks()[1],
     }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`python -m common.devices`: stop (exit 2) where a run at this scale would not find its device."""
+    parser = Parser(main.__doc__)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--scale", default="demo", choices=SCALES)
+    args = parser.parse_args(argv)
+    choose(args.device, args.scale)
+
+
+if __name__ == "__main__":
+    main()

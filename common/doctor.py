@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torchvision
 
-from common import command
+from common import cli
 
 DATA = {
     "CIFAR-10 (SimSiam, ConMIM)": "cifar-10-batches-py",
@@ -42,7 +42,7 @@ def findings(data: Path) -> list[tuple[str, str]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = command.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--data", type=Path, default=Path("data"))
     for what, advice in findings(parser.parse_args(argv).data):
         print(f"{what}: {advice}" if advice else what)

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from common import draws
-from common.exits import DISK, USER, stop
+from common.cli import DISK, USER, stop
 from common.files import FULL
 
 if TYPE_CHECKING:  # imported where it is used: it takes 2 s, and a demo without it starts a hundred processes

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from common.exits import DISK, INTERRUPTED, stop
+from common.cli import DISK, INTERRUPTED, stop
 from common.files import FULL
 
 # What a disk or its owner can do to a run that has begun, too many open files included.

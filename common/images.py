@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import checkpoints, command, draws, files, folders, glyphs
-from common.exits import stop
+from common import checkpoints, cli, draws, files, folders, glyphs
+from common.cli import stop
 
 GLYPHS = {"train": 5000, "test": 1000}
 CIFAR = ("cifar10", "cifar100")
@@ -136,7 +136,7 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
 
 def main(argv: list[str] | None = None) -> None:
     """Download what can be downloaded: `python -m common.images cifar10 cifar100 --data data`."""
-    parser = command.Parser(main.__doc__)
+    parser = cli.Parser(main.__doc__)
     parser.add_argument("names", nargs="+", choices=CIFAR)
     parser.add_argument("--data", type=Path, default=Path("data"))
     args = parser.parse_args(argv)

@@ -1,4 +1,7 @@
-"""What frozen features are worth: k nearest neighbours and a linear classifier. Accuracies in percent."""
+"""Measurements on frozen features: k nearest neighbours and a linear classifier (accuracies in percent), and collapse.
+
+The collapse metrics, `std_ratio`, `mean_cosine` and `effective_rank`, are in float64, on rows scaled to length 1.
+"""
 
 from collections.abc import Sequence
 
@@ -138,3 +141,27 @@ def scale_gradients_by_layer(parameters: list[torch.nn.Parameter], trust: float 
         size, slope = weight.detach().norm(), weight.grad.norm()
         factor = trust * size / (slope + 1e-8)
         weight.grad.mul_(torch.where((size > 0) & (slope > 0), factor, torch.ones_like(factor)))
+
+
+def std_ratio(z: Tensor) -> float:
+    """Deviation over the rows of z (N, D), mean over the channels, times sqrt(D): 1 when isotropic, 0 at a constant.
+
+    SimSiam, section 4.1: a Gaussian's unit vectors have deviation 1 / sqrt(D).
+    """
+    return F.normalize(z.double(), dim=1).std(0).mean().item() * z.shape[1] ** 0.5
+
+
+def mean_cosine(z: Tensor) -> float:
+    """Mean cosine between different rows of z (N, D)."""
+    unit, count = F.normalize(z.double(), dim=1), len(z)
+    return ((unit.sum(0).square().sum().item()) - count) / (count * (count - 1))
+
+
+def effective_rank(z: Tensor) -> float:
+    """exp of the entropy of the normalised singular values of the centred rows of z (N, D), 1 to D."""
+    unit = F.normalize(z.double(), dim=1)
+    centred = unit - unit.mean(0)
+    gram = centred.T @ centred if len(z) >= z.shape[1] else centred @ centred.T  # equal but for zeros
+    singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+    share = singular / singular.sum().clamp_min(1e-300)
+    return torch.special.entr(share).sum().exp().item()

@@ -9,8 +9,11 @@ with held(out):                                  # locked; signals and a full di
     run.finish({"model": ...})                   # model.pt; the states go
 """
 
+import hashlib
 import json
 import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,9 +23,7 @@ import torch
 from tqdm import tqdm
 
 from common import checkpoints, devices, files
-from common.command import PLACES
-from common.exits import stop
-from common.provenance import script_facts
+from common.cli import PLACES, SHARED, stop
 
 
 class Run:
@@ -201,3 +202,26 @@ def finished(folder: Path, script: str) -> tuple[dict[str, Any], dict[str, Any],
     if not isinstance(model, dict) or model.get("arguments") != what:
         stop(f"{folder / 'model.pt'} is not of the run in args.json: move the folder away and train this run again")
     return arguments, facts, model
+
+
+def script_facts(source: Path) -> dict[str, Any]:
+    """The script's name and sha256, the git commit, whether the tree differed from it (None outside a clone), and
+    how many runs shared the GPU.
+
+    results/ does not count: make draws there after each seed, while the next one's runs begin.
+    """
+
+    def git(*words: str) -> str | None:
+        if not shutil.which("git"):
+            return None
+        answer = subprocess.run(["git", "-C", str(source.parent), *words], capture_output=True, text=True)
+        return answer.stdout.strip() if answer.returncode == 0 else None
+
+    status = git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", ":(top,exclude)results")
+    return {
+        "script": f"{source.absolute().parent.name}/{source.name}",
+        "source": hashlib.sha256(source.read_bytes()).hexdigest(),
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": None if status is None else bool(status),
+        "runs_on_this_gpu": int(os.environ.get(SHARED, "1")),
+    }

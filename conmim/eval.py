@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import augment, checkpoints, command, devices, draws, files, folders, images, probes
-from common.exits import stop
+from common import augment, checkpoints, cli, devices, draws, files, folders, images, probes
+from common.cli import stop
 from common.hold import held
 from common.images import Data
 from common.run import finished
@@ -69,13 +69,13 @@ Recipe = dict[str, Any]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = command.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("folder", type=Path, help="folder of a finished run; with --weights: where metrics.json goes")
     parser.add_argument("--weights", type=Path, help="an official file, pre-trained or fine-tuned, instead of a run")
     parser.add_argument("--network", choices=tuple(NETWORKS), default="vit_base_16", help="of --weights")
     parser.add_argument("--data", type=Path, help="where the data lie; default: as in training")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:1; default: as in training")
-    parser.add_argument("--threads", type=command.whole(1), help="default: as in training")
+    parser.add_argument("--threads", type=cli.whole(1), help="default: as in training")
     parser.add_argument(
         "--held-out", action="store_true", help="measure on the training set's held-out tenth: for tuning"
     )
@@ -466,7 +466,7 @@ def main(argv: list[str] | None = None) -> None:
     device = devices.choose(name, arguments["scale"])
     rank, _ = devices.start_ranks(name, device)
     started, folder = time.perf_counter(), args.data or Path(arguments["data"])
-    recipe = {name: row[command.SCALES.index(arguments["scale"])] for name, row in RECIPES.items()}
+    recipe = {name: row[cli.SCALES.index(arguments["scale"])] for name, row in RECIPES.items()}
     now = f"batches of 500 images, {recipe['batch']} in fine-tuning"
     with held(args.folder, rank), devices.memory_for(device, now, "A --device with more memory gives the same metrics"):
         data = images.load_or_stream(arguments["data_set"], folder, arguments["size"], device, arguments["workers"])

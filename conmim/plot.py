@@ -1,10 +1,9 @@
-"""Figures, tables and finding of one ConMIM study; make calls it with the study's contrasts.
+"""Figures, tables and finding of one ConMIM study.
 
-    python conmim/plot.py conmim-asymmetry symmetric:base basic-views:base base:no-pretraining \\
-        --runs runs/demo/conmim --results runs/demo/report
+    python conmim/plot.py conmim-asymmetry --scale demo --seeds 0 1 2
 
 Reads the runs' metrics.json, train.jsonl and similarity.npz, computes nothing new, and draws what there is; missing
-runs are holes. The last contrast names what must be beaten: base against the same network without pre-training.
+runs are holes.
 """
 
 import io
@@ -19,44 +18,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from common import command, figures, records, statistics, studies, sweeps, tables
+from common.cli import PLACES
+from common.study import figures, plotting, results, statistics, tables
+from common.study.analysis import WORDS
+from common.study.design import MustBeat
+from conmim.studies import METRICS, design
 
-QUESTIONS = {  # study: (the plan's question, what the paper publishes)
-    "conmim-stop-gradient": (
-        "What does the stop-gradient on the keys contribute, where there is one to remove?",
-        "none published for a removed stop-gradient; keys from the trained network itself: -1.98 points of fine-tuned "
-        "accuracy (table 8; ImageNet; network and length not known)",
-    ),
-    "conmim-asymmetry": (
-        "What do the two asymmetries contribute, of views and of networks, alone and together?",
-        "fine-tuned accuracy: -1.98 points without the averaged network, -0.10 and -0.16 with symmetric and switched "
-        "views (which is which is not known); none for both together (table 8; ImageNet; network and length not known)",
-    ),
-}
 PRIMARY, ONLINE = "finetune_accuracy", "finetune_accuracy_online"
-METRICS = {
-    PRIMARY: studies.Metric("fine-tuned accuracy", "%", 1),
-    ONLINE: studies.Metric("the same, online weights", "%", 1),
-    "linear_accuracy": studies.Metric("linear accuracy", "%", 1),
-    "linear_accuracy_online": studies.Metric("linear, online weights", "%", 1),
-    "knn_accuracy": studies.Metric("kNN accuracy", "%", 1),
-    "knn_accuracy_online": studies.Metric("kNN, online weights", "%", 1),
-    "own_top1": studies.Metric("own key found", "", 3),
-    "cross_top1": studies.Metric("position found in another image", "", 3),
-    "position_r2": studies.Metric("position R²", "", 3),
-    "key_effective_rank": studies.Metric("effective rank of the keys", "", 1),
-    "key_linear_accuracy": studies.Metric("linear accuracy of the keys", "%", 1),
-    "train_loss": studies.Metric("training loss", "", 3, judged=False),
-    "clipped_fraction": studies.Metric("clipped steps", "", 3, judged=False),
-}
-SWEEPS = {
-    "conmim-robustness": sweeps.Sweep(sweeps.ROBUSTNESS, (PRIMARY, "position_r2", "own_top1")),
-    "conmim-gradient-leak": sweeps.Sweep(
-        "How much of the keys' gradient may pass before they become positions?",
-        (PRIMARY, "linear_accuracy", "position_r2", "cross_top1"), "gradient_leak",
-        "share of the keys' gradient that passes (online keys)",
-    ),
-}  # fmt: skip
 INFORMATIVE = (20.0, 80.0)  # percent: where the control's accuracy must lie for one above it to tell anything
 DISAGREE = "averaged and online weights disagree in sign"
 KEYS = {"ema": ("ema", 0.0), "online": ("online", 0.0), "online, no\nstop-gradient": ("online", 1.0)}
@@ -115,29 +83,29 @@ def position_code(runs: list[dict[str, Any]]) -> str | None:
 # ------------------------------------------------------------------------------------------------- what the runs say
 
 
-def arguments_of(by_seed: Mapping[int, records.Record]) -> dict[str, Any]:
+def arguments_of(by_seed: Mapping[int, results.Record]) -> dict[str, Any]:
     """The arguments of the first run that is there, or none."""
     return next((run.args["arguments"] for run in by_seed.values() if run.args), {})
 
 
-def setting(runs: records.Runs) -> tuple[str, dict[str, Any]]:
-    """(data and recipe in words, arguments) of the first pre-trained run that is there, else of any."""
+def describe(runs: results.Runs) -> str:
+    """Data and recipe in words, of the first pre-trained run that is there, else of any; "" where there is none."""
     found = [one for one in map(arguments_of, runs.values()) if one]
     if not found:
-        return "", {}
+        return ""
     first = max(found, key=lambda one: one["epochs"] > 0)
     names = {"glyphs36": "glyphs (synthetic characters, 36 classes)", "glyphs10": "glyphs (synthetic digits)"}
     names |= {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "folder": f"images, {first['size']} px"}
     recipe = f"{first['network']}, {first['positions']} positions, {first['epochs']} epochs of batch {first['batch']}"
-    return f"{names.get(first['data_set'], first['data_set'])}, {recipe}", first
+    return f"{names.get(first['data_set'], first['data_set'])}, {recipe}"
 
 
-def cells(runs: records.Runs, base: str) -> dict[Cell, str]:
+def cells(runs: results.Runs, base: str) -> dict[Cell, str]:
     """The arm of every cell of the factorial that is there: runs that differ from `base` in its three factors alone."""
     factors, found = {"keys", "views", "gradient_leak"}, {}
 
     def rest(arguments: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: one for key, one in arguments.items() if key not in factors | command.PLACES | {"seed"}}
+        return {key: one for key, one in arguments.items() if key not in factors | PLACES | {"seed"}}
 
     shared = rest(arguments_of(runs[base]))
     places = {key: place for place, key in enumerate(KEYS.values())}
@@ -167,9 +135,9 @@ def combine(values: Sequence[Sequence[float]], weights: Sequence[float]) -> Comb
     return Combination(total, total - half, total + half)
 
 
-def effect(runs: records.Runs, found: Mapping[Cell, str], weights: Mapping[Cell, float], metric: str):
+def effect(runs: results.Runs, found: Mapping[Cell, str], weights: Mapping[Cell, float], metric: str):
     """`combine` over cells of the factorial; None where one has no run."""
-    values = [list(records.values(runs, found.get(cell, ""), metric).values()) for cell in weights]
+    values = [list(results.values(runs, found.get(cell, ""), metric).values()) for cell in weights]
     return combine(values, list(weights.values()))
 
 
@@ -181,11 +149,11 @@ def told(contrasts: Sequence[Mapping[str, Any]], metric: str) -> str:
     one = next(c for c in contrasts if c["metric"] == metric)
     if one["mean"] is None:
         return f"{METRICS[metric].label} {tables.HOLE}"
-    bounds = "" if one["low"] is None else f" ({tables.interval(one, METRICS[metric]._asdict())})"
-    return f"{METRICS[metric].label} {tables.number(one['mean'], METRICS[metric]._asdict())}{bounds}"
+    bounds = "" if one["low"] is None else f" ({tables.interval(one, vars(METRICS[metric]))})"
+    return f"{METRICS[metric].label} {tables.number(one['mean'], vars(METRICS[metric]))}{bounds}"
 
 
-def judged(summary: dict[str, Any], runs: records.Runs, control: studies.Control) -> dict[str, Any]:
+def judged(summary: dict[str, Any], runs: results.Runs, control: MustBeat) -> dict[str, Any]:
     """The summary after the rules that only this paper has.
 
     The control's accuracy must lie between 20 and 80 %, else nothing follows from accuracy. A verdict on accuracy needs
@@ -195,9 +163,9 @@ def judged(summary: dict[str, Any], runs: records.Runs, control: studies.Control
     arm, reference = primary["arm"], primary["reference"]
     own = [one for one in summary["all_contrasts"] if (one["arm"], one["reference"]) == (arm, reference)]
     notes, finding = [], summary["finding"]
-    level = records.values(runs, control.other_arm or "", PRIMARY)
+    level = results.values(runs, control.baseline_arm, PRIMARY)
     if level and not INFORMATIVE[0] <= mean(level.values()) <= INFORMATIVE[1]:
-        place = f"{control.other_arm} has {mean(level.values()):.1f} %, outside {INFORMATIVE[0]:.0f} to "
+        place = f"{control.baseline_arm} has {mean(level.values()):.1f} %, outside {INFORMATIVE[0]:.0f} to "
         notes.append(f"Accuracy is {tables.NOT_INFORMATIVE}: {place}{INFORMATIVE[1]:.0f} %.")
         if summary["verdict"] != tables.NOT_INFORMATIVE:
             finding = f"{tables.NOT_INFORMATIVE.capitalize()}: {place}{INFORMATIVE[1]:.0f} %. {finding}"
@@ -211,7 +179,7 @@ def judged(summary: dict[str, Any], runs: records.Runs, control: studies.Control
         )
         notes.append(sentence)
         finding = f"{finding} {sentence}"
-        if summary["verdict"] in studies.WORDS:
+        if summary["verdict"] in WORDS:
             summary |= {"verdict": DISAGREE, "counted": False}
     positions = "; ".join(told(own, name) for name in ("own_top1", "cross_top1", "position_r2"))
     sentence = f"Position diagnostics, which need no labels: {arm} minus {reference}: {positions}."
@@ -234,16 +202,16 @@ def interval_line(axis: Axes, x: float, found: Combination, horizontal: bool, **
 
 
 def interaction_panel(
-    axis: Axes, runs: records.Runs, found: Mapping[Cell, str], control: str, metric: str, looks: Mapping[str, Any]
+    axis: Axes, runs: results.Runs, found: Mapping[Cell, str], control: str, metric: str, looks: Mapping[str, Any]
 ) -> None:
     """One line a setting of the views over the kinds of keys: mean, 95 % interval, a faint dot a seed; the control."""
     axis.set(xticks=range(len(KEYS)), xlim=(-0.35, len(KEYS) - 0.65), axisbelow=True)
     axis.set_xticklabels(list(KEYS), fontsize=9)
     axis.margins(y=0.08)
-    axis.set_title(tables.title(METRICS[metric]._asdict()))
+    axis.set_title(METRICS[metric].title)
     axis.set_xlabel("keys from")
     axis.grid(axis="y", color="#E5E5E5", linewidth=0.8)
-    level = combine([list(records.values(runs, control, metric).values())], [1])
+    level = combine([list(results.values(runs, control, metric).values())], [1])
     if level:
         if level.low is not None:
             axis.axhspan(level.low, level.high, color=figures.GREY, alpha=0.15, linewidth=0)
@@ -251,7 +219,7 @@ def interaction_panel(
     for views, shift in zip(VIEWS, (-0.06, 0.06), strict=True):
         way: dict[int, float] = {}
         for place in range(len(KEYS)):
-            values = list(records.values(runs, found.get((views, place), ""), metric).values())
+            values = list(results.values(runs, found.get((views, place), ""), metric).values())
             if whole := combine([values], [1]):
                 way[place] = whole.mean
                 axis.plot([place + 2.4 * shift] * len(values), values, "o", ms=3.5, mec="none", alpha=0.45,
@@ -262,7 +230,7 @@ def interaction_panel(
                 axis.plot([place + shift, place + 1 + shift], [way[place], way[place + 1]], alpha=0.8, **looks[views])
 
 
-def effects_panel(axis: Axes, runs: records.Runs, found: Mapping[Cell, str]) -> None:
+def effects_panel(axis: Axes, runs: results.Runs, found: Mapping[Cell, str]) -> None:
     """Effects with intervals, the simple ones smaller under their main effect; online weights hollow."""
     rows = factors()
     axis.axvline(0, color=figures.GREY, linewidth=1)
@@ -280,7 +248,7 @@ def effects_panel(axis: Axes, runs: records.Runs, found: Mapping[Cell, str]) -> 
             interval_line(axis, place + 0.14, online, True, color=colour, marker="o", ms=size, mfc="white", mew=1.2)
 
 
-def factorial(runs: records.Runs, base: str, control: str, caption: str) -> Figure:
+def factorial(runs: results.Runs, base: str, control: str, caption: str) -> Figure:
     """The six cells as the factorial that they are: accuracy and position R² by keys and views, and the effects."""
     found = cells(runs, base)
     looks = figures.looks(["asymmetric views", "basic views"], "asymmetric views")
@@ -305,7 +273,7 @@ def factorial(runs: records.Runs, base: str, control: str, caption: str) -> Figu
         return figures.finish(figure, shown, text + holes + caption)
 
 
-def curve_panels(runs: records.Runs, floor: float | None) -> list[figures.Curves]:
+def curve_panels(runs: results.Runs, floor: float | None) -> list[figures.Curves]:
     """Loss and position diagnostics over the epochs."""
     titles = {
         "loss": "training loss", "position_r2": "position R² of the keys", "own_top1": "own key found",
@@ -313,18 +281,18 @@ def curve_panels(runs: records.Runs, floor: float | None) -> list[figures.Curves
     }  # fmt: skip
     lines = {"loss": {"floor": floor} if floor is not None else {}}
     return [
-        figures.Curves(title, records.series(runs, key), lines.get(key, {})) for key, title in titles.items()
+        figures.Curves(title, results.series(runs, key), lines.get(key, {})) for key, title in titles.items()
     ]  # fmt: skip
 
 
-def dot_panels(runs: records.Runs) -> list[figures.Dots]:
+def dot_panels(runs: results.Runs) -> list[figures.Dots]:
     """Final accuracies with those of the online weights hollow, and what of them is position."""
     keys = [PRIMARY, "linear_accuracy", "knn_accuracy", "position_r2"]
     return [
         figures.Dots(
-            tables.title(METRICS[key]._asdict()),
-            {arm: list(records.values(runs, arm, key).values()) for arm in runs},
-            {arm: list(records.values(runs, arm, f"{key}_online").values()) for arm in runs}
+            METRICS[key].title,
+            {arm: list(results.values(runs, arm, key).values()) for arm in runs},
+            {arm: list(results.values(runs, arm, f"{key}_online").values()) for arm in runs}
             if f"{key}_online" in METRICS
             else {},
             within=(0, 100 if METRICS[key].unit == "%" else 1),
@@ -433,54 +401,35 @@ def every_arm(folder: Path, known: Sequence[str]) -> list[str]:
     return list(dict.fromkeys([*known, *others]))
 
 
-def guards(contrasts: Sequence[str]) -> list[tuple[str, str]]:
-    """(arm, what it must beat): the last contrast, and those to the same reference in another setting."""
-    pairs = [(arm, reference) for arm, _, reference in (one.partition(":") for one in contrasts)]
-    beaten = pairs[-1][1].partition("@")[0]
-    return [pair for pair in pairs if pair[1].partition("@")[0] == beaten]
+def draw(view: results.View) -> dict[str, Figure]:
+    """The figures of a study; the rules that only this paper has change its verdict."""
+    runs, seeds = view.runs, view.args.seeds
+    control = view.study.must_beat[-1]
+    base, untrained = control.arm, control.baseline_arm
+    view.summary |= judged(view.summary, runs, control)
+    remarks = {
+        row["arm"]: ", ".join(f"{len(row[what])} {what}" for what in ("diverged", "missing") if row[what])
+        for row in view.summary["rows"]
+    }
+    caption = view.caption + "".join(f"{arm}: {text}. " for arm, text in remarks.items() if text)
+    everything = results.read_runs(view.args.runs, every_arm(view.args.runs, view.study.arms), seeds)
+    floors = [value for arm in runs for value in results.values(runs, arm, "loss_floor").values()]
+    trained = {arm: by_seed for arm, by_seed in runs.items() if arm != untrained}
+    lines = curve_panels(trained, min(floors, default=None))
+    shown = list(dict.fromkeys([base, view.reference, view.study.pairs[0][0]]))
+    pictures, unread = similarities(view.args.runs, shown, seeds, view.caption)
+    view.summary["notes"] += unread
+    return {
+        "factorial": factorial(everything, base, untrained, caption),
+        "curves": figures.whole_epochs(figures.curves(lines, list(trained), view.reference, caption)),
+        "metrics": figures.dots(
+            dot_panels(runs), view.study.arms, view.reference, remarks, "online weights", view.caption
+        ),
+    } | ({"similarity": pictures} if pictures else {})
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = command.parse_study(__doc__, (*QUESTIONS, *SWEEPS), argv)
-    question, published = QUESTIONS.get(args.study, ("", "none published"))
-    controls = [
-        studies.Control("no pre-training", PRIMARY, base, other_arm=untrained)
-        for base, untrained in guards(args.contrasts)
-    ]
-    design = studies.Study(
-        args.study, "ConMIM", args.scale, question, "", args.reproduce, PRIMARY, args.contrasts, controls, published
-    )
-    if sweep := SWEEPS.get(args.study):
-        sweeps.draw(args, design, sweep, METRICS, lambda runs: setting(runs)[0], position_code)
-        return
-    control, (base, untrained) = controls[-1], guards(args.contrasts)[-1]
-    everything = records.read_runs(args.runs, every_arm(args.runs, design.arms), args.seeds)
-    runs = {arm: everything[arm] for arm in design.arms}
-    data, arguments = setting(runs)
-    if not arguments:
-        print(f"{args.study}: no runs in {args.runs} yet")
-        return
-    summary = studies.summarise(design._replace(data=data), runs, METRICS, position_code)
-    summary = judged(summary, runs, control)
-    reference, caption = args.contrasts[0].split(":")[1], f"{data[0].upper()}{data[1:]}. "
-    remarks = {
-        row["arm"]: ", ".join(f"{len(row[what])} {what}" for what in ("diverged", "missing") if row[what])
-        for row in summary["rows"]
-    }
-    floors = [value for arm in runs for value in records.values(runs, arm, "loss_floor").values()]
-    trained = {arm: by_seed for arm, by_seed in runs.items() if arm != untrained}
-    gaps = "".join(f"{arm}: {text}. " for arm, text in remarks.items() if text)
-    shown = list(dict.fromkeys([base, reference, args.contrasts[0].split(":")[0]]))
-    pictures, unread = similarities(args.runs, shown, args.seeds, caption)
-    summary["notes"] += unread
-    drawn = {
-        "factorial": factorial(everything, base, untrained, caption + gaps),
-        "curves": figures.whole_epochs(
-            figures.curves(curve_panels(trained, min(floors, default=None)), list(trained), reference, caption + gaps)
-        ),
-        "metrics": figures.dots(dot_panels(runs), design.arms, reference, remarks, "online weights", caption),
-    } | ({"similarity": pictures} if pictures else {})
-    studies.publish(summary, drawn, args.results)
+    plotting.draw(argv, __doc__, design, describe, draw, position_code)
 
 
 if __name__ == "__main__":

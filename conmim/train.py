@@ -48,8 +48,8 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import augment, checkpoints, command, devices, draws, folders, images, schedules, spread
-from common.exits import stop
+from common import augment, checkpoints, cli, devices, draws, folders, images, probes, schedules
+from common.cli import stop
 from common.hold import held
 from common.images import Data
 from common.run import Run
@@ -91,36 +91,36 @@ AUGMENTATION: dict[str, dict[str, Any]] = {
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """All flags, resolved: contradictions stop (exit 2)."""
-    parser = command.Parser(__doc__, SCALES)
-    data = command.run_flags(parser)
+    parser = cli.Parser(__doc__, SCALES)
+    data = cli.run_flags(parser)
     data.add_argument("--data-set", choices=images.NAMES, help="folder: --data holds train/CLASS/*, val/CLASS/*")
-    data.add_argument("--size", type=command.whole(16), help="of a folder's images; above 64 pixels workers decode")
-    data.add_argument("--workers", type=command.whole(0), help="processes that decode a folder's images")
+    data.add_argument("--size", type=cli.whole(16), help="of a folder's images; above 64 pixels workers decode")
+    data.add_argument("--workers", type=cli.whole(0), help="processes that decode a folder's images")
     optimisation = parser.add_argument_group("optimisation")
-    optimisation.add_argument("--epochs", type=command.whole(0), help="0: initial weights; paper: 300, 800 (table 1)")
-    optimisation.add_argument("--warm-up", type=command.number(0), help="epochs of rising rate; official recipe: 10")
-    optimisation.add_argument("--batch", type=command.whole(2), help="global batch; official recipe: 2048")
-    optimisation.add_argument("--lr", type=command.number(0), help="peak rate, not scaled by the batch")
-    optimisation.add_argument("--lr-factor", type=command.number(0), default=1.0, help="times --lr (robustness)")
+    optimisation.add_argument("--epochs", type=cli.whole(0), help="0: initial weights; paper: 300, 800 (table 1)")
+    optimisation.add_argument("--warm-up", type=cli.number(0), help="epochs of rising rate; official recipe: 10")
+    optimisation.add_argument("--batch", type=cli.whole(2), help="global batch; official recipe: 2048")
+    optimisation.add_argument("--lr", type=cli.number(0), help="peak rate, not scaled by the batch")
+    optimisation.add_argument("--lr-factor", type=cli.number(0), default=1.0, help="times --lr (robustness)")
     precisions = ("auto", "float32", "bfloat16")
     optimisation.add_argument("--precision", choices=precisions, default="auto", help="auto: bfloat16 on CUDA alone")
     optimisation.add_argument("--compile", action="store_true", help="torch.compile; for long runs on a GPU")
     optimisation.add_argument("--sync-batch-norm", action="store_true", help="batch statistics over all CUDA ranks")
     method = parser.add_argument_group("method (defaults: the paper's)")
     method.add_argument("--network", choices=tuple(NETWORKS), help="paper: vit_small_16, vit_base_16 (section 4)")
-    method.add_argument("--layer-scale", type=command.number(0), help="LayerScale at the start; official: 0.1")
+    method.add_argument("--layer-scale", type=cli.number(0), help="LayerScale at the start; official: 0.1")
     method.add_argument("--positions", choices=POSITIONS, help="official: relative; absolute ones are learned")
-    method.add_argument("--hidden", type=command.whole(1), help="width of the projector; official: 4096")
-    method.add_argument("--dim", type=command.whole(2), help="of queries and keys; official: 256")
+    method.add_argument("--hidden", type=cli.whole(1), help="width of the projector; official: 4096")
+    method.add_argument("--dim", type=cli.whole(2), help="of queries and keys; official: 256")
     method.add_argument("--keys", choices=("ema", "online"), default="ema", help="network that makes them (table 8)")
     method.add_argument("--views", choices=("asymmetric", "basic"), default="asymmetric", help="basic: keys see the "
                         "queries' own view (table 8)")  # fmt: skip
-    method.add_argument("--gradient-leak", type=command.number(0, 1), help="share of the keys' gradient, default 0")
+    method.add_argument("--gradient-leak", type=cli.number(0, 1), help="share of the keys' gradient, default 0")
     method.add_argument("--no-stop-gradient", action="store_true", help="--gradient-leak 1 (equation 3)")
-    method.add_argument("--mask-ratio", type=command.number(0, 1), default=0.75, help="of squares of 2 x 2 patches")
-    method.add_argument("--temperature", type=command.number(1e-3), default=0.1, help="tau; official: 0.1")
-    method.add_argument("--momentum", type=command.number(0, 1), help="m at the start; a cosine leads to 1")
-    args = command.parse(parser, SCALES, argv)
+    method.add_argument("--mask-ratio", type=cli.number(0, 1), default=0.75, help="of squares of 2 x 2 patches")
+    method.add_argument("--temperature", type=cli.number(1e-3), default=0.1, help="tau; official: 0.1")
+    method.add_argument("--momentum", type=cli.number(0, 1), help="m at the start; a cosine leads to 1")
+    args = cli.parse(parser, SCALES, argv)
 
     if args.no_stop_gradient and args.gradient_leak not in (None, 1.0):
         stop(f"--no-stop-gradient is --gradient-leak 1, but --gradient-leak {args.gradient_leak} was given: drop one")
@@ -362,7 +362,7 @@ def diagnose(model: ConMIM, keys: str, x: Tensor, mask: Tensor) -> dict[str, flo
         "own_top1": found(k),
         "cross_top1": found(k.roll(1, 0)),
         "position_r2": position_r2(k),
-        "key_effective_rank": spread.effective_rank(k.flatten(0, 1)),
+        "key_effective_rank": probes.effective_rank(k.flatten(0, 1)),
     }
 
 

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common import checkpoints, command, devices, files
-from common.exits import stop
+from common import checkpoints, cli, devices, files
+from common.cli import stop
 from common.hold import held
 from common.run import finished
 from seqvcr import tasks
@@ -51,14 +51,14 @@ CLAIMS = (  # of a diverged run they are null
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = command.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("folder", type=Path, help="folder of a finished run")
     parser.add_argument("--data", type=Path, help="taken and ignored: tasks are generated")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:1; default: as in training")
-    parser.add_argument("--threads", type=command.whole(1), help="default: as in training")
+    parser.add_argument("--threads", type=cli.whole(1), help="default: as in training")
     parser.add_argument("--held-out", action="store_true", help="measure on validation rows: for tuning")
-    parser.add_argument("--alpha", type=command.number(0), default=1.0, help="order of the entropies; paper: 1")
-    parser.add_argument("--show", type=command.whole(1), metavar="COUNT", help="print so many answers; writes nothing")
+    parser.add_argument("--alpha", type=cli.number(0), default=1.0, help="order of the entropies; paper: 1")
+    parser.add_argument("--show", type=cli.whole(1), metavar="COUNT", help="print so many answers; writes nothing")
     return parser.parse_args(argv)
 
 

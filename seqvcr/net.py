@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import checkpoints, draws
-from common.exits import stop
+from common.cli import stop
 from common.files import Damaged
 
 GPT2_TOKENS = {  # of its byte-pair vocabulary, each with the blank before it; "=" is the end of the question: eos

@@ -24,9 +24,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from common import command, draws
+from common import cli, draws
+from common.cli import stop
 from common.devices import upload
-from common.exits import stop
 
 PAUSES = ("</pause_start>", "<pause>", "</pause_end>")  # the last three tokens of every task
 MODULUS = 11
@@ -348,9 +348,9 @@ def readable(task: Task, row: Tensor) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = command.Parser(__doc__)
-    parser.add_argument("--size", type=command.whole(1), default=4, help="digits of a factor")
-    parser.add_argument("--lines", type=command.whole(1), default=10)
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--size", type=cli.whole(1), default=4, help="digits of a factor")
+    parser.add_argument("--lines", type=cli.whole(1), default=10)
     args = parser.parse_args(argv)
     rows = load(choose("multiplication", args.size), args.lines, None, "cpu").train
     for a, b in zip(*(one.tolist() for one in factors_of(rows, args.size)), strict=True):

@@ -45,8 +45,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import checkpoints, command, devices, draws, schedules
-from common.exits import stop
+from common import checkpoints, cli, devices, draws, schedules
+from common.cli import stop
 from common.hold import held
 from common.run import Run
 from seqvcr import tasks
@@ -85,46 +85,46 @@ GPT2_VOCABULARY = 50257
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """All flags, resolved: contradictions stop (exit 2); `layer` is a number."""
-    parser = command.Parser(__doc__, SCALES)
-    data = command.run_flags(parser)
+    parser = cli.Parser(__doc__, SCALES)
+    data = cli.run_flags(parser)
     data.add_argument("--task", choices=NAMES)
-    data.add_argument("--size", type=command.whole(1), help="digits of a factor (4; demo 2), operators (5), or numbers "
+    data.add_argument("--size", type=cli.whole(1), help="digits of a factor (4; demo 2), operators (5), or numbers "
                       "whose longest increasing subsequence is asked for (50)")  # fmt: skip
     data.add_argument("--train-size", type=examples, help="distinct training rows at most (paper: 808,000, other tasks "
                       "1,000,000), or `stream`: fresh ones at every step")  # fmt: skip
     data.add_argument("--data-file", type=Path, help="training rows from a file of the published multiplication data")
     network = parser.add_argument_group("network")
-    network.add_argument("--layers", type=command.whole(1), help="blocks")
-    network.add_argument("--heads", type=command.whole(1))
-    network.add_argument("--width", type=command.whole(1), help="D")
-    network.add_argument("--dropout", type=command.number(0, 0.99), help="paper: 0.1 in its small networks")
+    network.add_argument("--layers", type=cli.whole(1), help="blocks")
+    network.add_argument("--heads", type=cli.whole(1))
+    network.add_argument("--width", type=cli.whole(1), help="D")
+    network.add_argument("--dropout", type=cli.number(0, 0.99), help="paper: 0.1 in its small networks")
     network.add_argument("--init-from", type=Path, help="weights of GPT-2, model.safetensors or pytorch_model.bin, "
                          "for multiplication; `none` at paper scale: from scratch (table 7)")  # fmt: skip
     optimisation = parser.add_argument_group("optimisation")
-    optimisation.add_argument("--steps", type=command.whole(1), help=f"in {EPOCHS} epochs of equal length; paper: 40 "
+    optimisation.add_argument("--steps", type=cli.whole(1), help=f"in {EPOCHS} epochs of equal length; paper: 40 "
                               "passes over 808,000 rows at batch 32")  # fmt: skip
-    optimisation.add_argument("--batch", type=command.whole(2), help="sequences a step; paper: 32, other tasks 128")
-    optimisation.add_argument("--lr", type=command.number(0), help="at its peak; paper: 5e-4, small networks 1e-4")
-    optimisation.add_argument("--lr-factor", type=command.number(0), default=1.0, help="times --lr (robustness)")
+    optimisation.add_argument("--batch", type=cli.whole(2), help="sequences a step; paper: 32, other tasks 128")
+    optimisation.add_argument("--lr", type=cli.number(0), help="at its peak; paper: 5e-4, small networks 1e-4")
+    optimisation.add_argument("--lr-factor", type=cli.number(0), default=1.0, help="times --lr (robustness)")
     precisions = ("auto", "float32", "bfloat16")
     optimisation.add_argument("--precision", choices=precisions, default="auto", help="of the network; the regulariser "
                               "is float32")  # fmt: skip
     optimisation.add_argument("--compile", action="store_true", help="torch.compile; for long runs on a GPU")
     method = parser.add_argument_group("method")
-    method.add_argument("--lambda1", type=command.number(0), help="of the variance; paper: 1 in multiplication, else "
+    method.add_argument("--lambda1", type=cli.number(0), help="of the variance; paper: 1 in multiplication, else "
                         "0.1 (appendix A)")  # fmt: skip
-    method.add_argument("--lambda2", type=command.number(0), help="of the covariance; paper: 0.004 in multiplication, "
+    method.add_argument("--lambda2", type=cli.number(0), help="of the covariance; paper: 0.004 in multiplication, "
                         "else 0.5 (appendix A)")  # fmt: skip
-    method.add_argument("--projection-width", type=command.whole(1), default=2048, help="d; paper: 2048 (section 3.4)")
+    method.add_argument("--projection-width", type=cli.whole(1), default=2048, help="d; paper: 2048 (section 3.4)")
     method.add_argument("--layer", help="level that is regularised: 0 (embeddings), 1, ... or last; paper: last")
     axes = ("batch", "batch+length")
     method.add_argument("--covariance-axis", choices=axes, default="batch", help="a covariance for each position, or "
                         "one over all (appendix F)")  # fmt: skip
-    method.add_argument("--covariance-batch", type=command.whole(2), help="N, sequences a covariance is taken over; "
+    method.add_argument("--covariance-batch", type=cli.whole(2), help="N, sequences a covariance is taken over; "
                         "paper: its batch, 32 in multiplication, else 128")  # fmt: skip
-    method.add_argument("--pause", type=command.whole(0), default=2, help="pause tokens between their two markers, 0: "
+    method.add_argument("--pause", type=cli.whole(0), default=2, help="pause tokens between their two markers, 0: "
                         "no markers either; paper: 2 (section 3.5)")  # fmt: skip
-    args = command.parse(parser, SCALES, argv)
+    args = cli.parse(parser, SCALES, argv)
 
     args.lr *= args.lr_factor
     del args.lr_factor
@@ -153,7 +153,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def examples(text: str) -> int:
     """A type for add_argument: a number of rows, or STREAM for `stream`."""
-    return STREAM if text == "stream" else command.whole(1)(text)
+    return STREAM if text == "stream" else cli.whole(1)(text)
 
 
 # ------------------------------------------------------------------------------------------------- model

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from common import checkpoints, command, devices, draws, files, folders, images, probes, schedules
-from common.exits import stop
+from common import checkpoints, cli, devices, draws, files, folders, images, probes, schedules
+from common.cli import stop
 from common.hold import held
 from common.images import Data
 from common.run import finished
@@ -38,12 +38,12 @@ PROBE = {"epochs": 90, "batch": 4096, "lr": 0.1}  # appendix A and the authors' 
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = command.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("folder", type=Path, help="folder of a finished run; with --weights: where metrics.json goes")
     parser.add_argument("--weights", type=Path, help="an official checkpoint (ResNet-50) instead of the folder's model")
     parser.add_argument("--data", type=Path, help="where the data lie; default: as in training")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:1; default: as in training")
-    parser.add_argument("--threads", type=command.whole(1), help="default: as in training")
+    parser.add_argument("--threads", type=cli.whole(1), help="default: as in training")
     parser.add_argument(
         "--held-out", action="store_true", help="measure on the training set's held-out tenth: for tuning"
     )

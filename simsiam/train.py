@@ -43,8 +43,8 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from common import augment, checkpoints, command, devices, draws, folders, images, probes, schedules, spread
-from common.exits import stop
+from common import augment, checkpoints, cli, devices, draws, folders, images, probes, schedules
+from common.cli import stop
 from common.hold import held
 from common.images import Data
 from common.run import Run
@@ -80,19 +80,19 @@ AUGMENTATION: dict[str, dict[str, Any]] = {
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """All flags, resolved: contradictions stop (exit 2), and `dim` is a number."""
-    parser = command.Parser(__doc__, SCALES)
-    data = command.run_flags(parser)
+    parser = cli.Parser(__doc__, SCALES)
+    data = cli.run_flags(parser)
     data.add_argument("--data-set", choices=images.NAMES, help="folder: --data holds train/CLASS/*, val/CLASS/*")
-    data.add_argument("--size", type=command.whole(16), help="of a folder's images; above 64 pixels workers decode")
-    data.add_argument("--workers", type=command.whole(0), help="processes that decode a folder's images")
-    data.add_argument("--neighbours", type=command.whole(1), help="k of the kNN monitor; the paper gives none")
-    data.add_argument("--monitor-every", type=command.whole(1), help="epochs between kNN and collapse measures")
+    data.add_argument("--size", type=cli.whole(16), help="of a folder's images; above 64 pixels workers decode")
+    data.add_argument("--workers", type=cli.whole(0), help="processes that decode a folder's images")
+    data.add_argument("--neighbours", type=cli.whole(1), help="k of the kNN monitor; the paper gives none")
+    data.add_argument("--monitor-every", type=cli.whole(1), help="epochs between kNN and collapse measures")
     optimisation = parser.add_argument_group("optimisation")
-    optimisation.add_argument("--epochs", type=command.whole(1), help="paper: 100 on ImageNet, 800 on CIFAR-10")
-    optimisation.add_argument("--batch", type=command.whole(2), help="global batch; paper: 512")
-    optimisation.add_argument("--lr", type=command.number(0), help="base rate, times batch / 256 (section 3)")
-    optimisation.add_argument("--lr-factor", type=command.number(0), default=1.0, help="times --lr (robustness)")
-    optimisation.add_argument("--weight-decay", type=command.number(0), help="on every parameter (appendix A)")
+    optimisation.add_argument("--epochs", type=cli.whole(1), help="paper: 100 on ImageNet, 800 on CIFAR-10")
+    optimisation.add_argument("--batch", type=cli.whole(2), help="global batch; paper: 512")
+    optimisation.add_argument("--lr", type=cli.number(0), help="base rate, times batch / 256 (section 3)")
+    optimisation.add_argument("--lr-factor", type=cli.number(0), default=1.0, help="times --lr (robustness)")
+    optimisation.add_argument("--weight-decay", type=cli.number(0), help="on every parameter (appendix A)")
     precisions = ("auto", "float32", "bfloat16")
     optimisation.add_argument("--precision", choices=precisions, default="auto", help="auto: bfloat16 on CUDA alone")
     toggle = argparse.BooleanOptionalAction
@@ -100,7 +100,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optimisation.add_argument("--compile", action="store_true", help="torch.compile; for long runs on a GPU")
     method = parser.add_argument_group("method (defaults: the paper's)")
     method.add_argument("--network", choices=tuple(NETWORKS), help="backbone; paper: resnet50, on CIFAR resnet18")
-    method.add_argument("--gradient-leak", type=command.number(0, 1), help="share of the target's gradient, default 0")
+    method.add_argument("--gradient-leak", type=cli.number(0, 1), help="share of the target's gradient, default 0")
     method.add_argument("--no-stop-gradient", action="store_true", help="--gradient-leak 1 (figure 2)")
     method.add_argument("--predictor", choices=("mlp", "frozen", "none"), default="mlp", help="table 1")
     method.add_argument("--projector", choices=("mlp", "bn", "none"), default="mlp", help="bn: affine-free batch norm")
@@ -108,7 +108,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     method.add_argument("--dim", help="output width: a number, or `backbone` for the backbone's (appendix B)")
     method.add_argument("--loss", choices=tuple(PAIRS), default="symmetric", help="section 4.6")
     method.add_argument("--predictor-schedule", choices=("constant", "cosine"), default="constant", help="table 1c")
-    args = command.parse(parser, SCALES, argv)
+    args = cli.parse(parser, SCALES, argv)
 
     if args.no_stop_gradient and args.gradient_leak not in (None, 1.0):
         stop(f"--no-stop-gradient is --gradient-leak 1, but --gradient-leak {args.gradient_leak} was given: drop one")
@@ -281,9 +281,9 @@ def measure(bank: Sequence[Tensor], queries: Sequence[Tensor], classes: int, k: 
     """Collapse meters of the queries' z, and kNN accuracy on features and on z; both as `represent` returns them."""
     (known, known_z, known_labels), (features, z, labels) = bank, queries
     return {
-        "std_ratio": spread.std_ratio(z),
-        "mean_cosine": spread.mean_cosine(z),
-        "effective_rank": spread.effective_rank(z),
+        "std_ratio": probes.std_ratio(z),
+        "mean_cosine": probes.mean_cosine(z),
+        "effective_rank": probes.effective_rank(z),
         "knn_accuracy": probes.knn_accuracy(known, known_labels, features, labels, classes, k),
         "knn_accuracy_z": probes.knn_accuracy(known_z, known_labels, z, labels, classes, k),
     }
@@ -302,7 +302,7 @@ def untrained(model: SimSiam, made: Iterator[list[Tensor]], data: Data, k: int) 
     copied = copy.deepcopy(model)
     for views in itertools.islice(made, 20):
         z = copied.projector(copied.backbone(views[0]))
-    return {"std_ratio_train_mode": spread.std_ratio(devices.gather_rows(z)), **monitor(copied, data, k)}
+    return {"std_ratio_train_mode": probes.std_ratio(devices.gather_rows(z)), **monitor(copied, data, k)}
 
 
 def build_optimizer(model: SimSiam, lr: float, weight_decay: float, predictor_schedule: str) -> torch.optim.Optimizer:
@@ -353,7 +353,7 @@ def train(
         record = {
             "loss": mean_loss,
             "lr": optimizer.param_groups[0]["lr"],
-            "std_ratio_train_mode": spread.std_ratio(devices.gather_rows(z[0].detach())),
+            "std_ratio_train_mode": probes.std_ratio(devices.gather_rows(z[0].detach())),
             "examples_per_second": steps * batch / seconds,
             "seconds": seconds,
             "peak_memory": devices.peak_memory(data.device),

@@ -39,7 +39,7 @@ from torchvision.transforms import v2
 
 import bsa.train
 import seqvcr.train
-from common import command, devices, images
+from common import cli, devices, images
 from seqvcr import tasks
 from seqvcr.net import GPT
 from simsiam import train
@@ -330,9 +330,9 @@ def measure_seqvcr(device: torch.device, rounds: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = command.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--rounds", type=command.whole(1), default=5)
+    parser.add_argument("--rounds", type=cli.whole(1), default=5)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     device = devices.choose(args.device, "demo")

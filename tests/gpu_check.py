@@ -49,8 +49,8 @@ import torchvision
 from gpu_tools import PAPERS, Case, Check, Failed, NotApplicable
 from plan import ROOT
 
-from common import command, devices, files
-from common.exits import stop
+from common import cli, devices, files
+from common.cli import stop
 
 PARTS: dict[str, Callable[[Check], Iterator[Case]]] = {
     "agreement": gpu_parts.agreement, "exchange": gpu_parts.exchange, "arms": gpu_parts.arms,
@@ -171,15 +171,15 @@ def elsewhere(job: Job, check: Check, folder: Path, left: Callable[[], float]) -
 
 
 def parse_args(argv: list[str] | None = None) -> Any:
-    parser = command.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--device", default="auto", help="auto, cuda or cuda:1; cpu: a dry run")
     parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS))
     parser.add_argument("--papers", nargs="+", choices=tuple(PAPERS), default=list(PAPERS))
     parser.add_argument("--data", type=Path, default=ROOT / "data", help="where data sets lie, if there are any")
     parser.add_argument("--report", type=Path, default=ROOT / "runs/gpu-check", help="folder of the report")
-    parser.add_argument("--jobs", type=command.whole(1), help="processes side by side; default: 1 on a CPU, on a GPU "
+    parser.add_argument("--jobs", type=cli.whole(1), help="processes side by side; default: 1 on a CPU, on a GPU "
                         "one for two cores and 12 GiB of memory")  # fmt: skip
-    parser.add_argument("--minutes", type=command.number(0), default=math.inf, help="cases that would begin later are "
+    parser.add_argument("--minutes", type=cli.number(0), default=math.inf, help="cases that would begin later are "
                         "not run")  # fmt: skip
     return parser.parse_args(argv)
 

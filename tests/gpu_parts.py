@@ -41,7 +41,7 @@ import cocord.train
 import conmim.train
 import seqvcr.eval
 import simsiam.train
-from common import checkpoints, devices, draws, files, images, probes, spread
+from common import checkpoints, devices, draws, files, images, probes
 from common.run import Run
 from seqvcr import tasks
 
@@ -165,7 +165,7 @@ def agree_on_measurements(check: Check) -> str:
         found.append({
             "knn": probes.knn_accuracy(x[:400], y[:400], x[400:], y[400:], 10, 20),
             "linear": probes.linear_accuracy(x[:400], y[:400], x[400:], y[400:], 10, parts, 0),
-            "std": spread.std_ratio(x), "cosine": spread.mean_cosine(x), "rank": spread.effective_rank(x),
+            "std": probes.std_ratio(x), "cosine": probes.mean_cosine(x), "rank": probes.effective_rank(x),
             "position": conmim.train.position_r2(levels),
             "entropy": seqvcr.eval.token_entropy(levels).mean().item(),
             "batch entropy": seqvcr.eval.batch_entropy(levels).mean().item(),
@@ -190,7 +190,7 @@ def measure_a_small_spread(check: Check) -> str:
     norm.eps = 1e-12
     data = random_images(200, 32, 10, check.device)
     data = data._replace(deviation=data.deviation * 2 / 3**0.5)  # unit variance
-    measured = spread.std_ratio(probes.represent([stage.to(check.device)], data, "test")[0])
+    measured = probes.std_ratio(probes.represent([stage.to(check.device)], data, "test")[0])
     expect(0.97 <= measured <= 1.03, f"std ratio {measured:.3f} where 1 is right")
     return f"std ratio {measured:.3f}"
 
@@ -204,7 +204,7 @@ def meter_under_bfloat16(check: Check) -> str:
     for precision in ("float32", "bfloat16"):
         with torch.no_grad(), devices.autocast(precision, check.device):
             z = model.projector(model.backbone(views[0]))
-        found[precision] = spread.std_ratio(z), spread.mean_cosine(z)
+        found[precision] = probes.std_ratio(z), probes.mean_cosine(z)
     (std, cosine), (other, other_cosine) = found["float32"], found["bfloat16"]
     expect(abs(other - std) <= 0.02 and abs(other_cosine - cosine) <= 0.02, f"std ratio {other:.3f}, float32 {std:.3f}")
     return f"std ratio {other:.3f} (float32 {std:.3f}), mean cosine {other_cosine:.3f} ({cosine:.3f})"
@@ -257,8 +257,8 @@ def arms(check: Check) -> Iterator[Case]:
             every = {arm: flags for arm, flags in every.items() if arm in needed}
         for arm, flags in every.items():
             yield f"{paper}, {arm}", partial(run_an_arm, check, paper, arm, flags)
-        for study, contrasts in studies.items():
-            yield f"{study}: figures", partial(draw, check, paper, study, contrasts)
+        for study in studies:
+            yield f"{study}: figures", partial(draw, check, paper, study)
 
 
 def run_an_arm(check: Check, paper: str, arm: str, flags: list[str]) -> str:
@@ -272,9 +272,9 @@ def run_an_arm(check: Check, paper: str, arm: str, flags: list[str]) -> str:
     return f"loss {files.read_lines(check.work / folder / 'train.jsonl')[-1].get('loss', math.nan):.4g}"
 
 
-def draw(check: Check, paper: str, study: str, contrasts: list[str]) -> str:
+def draw(check: Check, paper: str, study: str) -> str:
     runs, results = check.work / "arms" / paper, check.work / "figures"
-    PAPERS[paper].plot.main([study, *contrasts, "--runs", str(runs), "--seeds", "0", "--results", str(results)])
+    PAPERS[paper].plot.main([study, "--runs", str(runs), "--seeds", "0", "--results", str(results)])
     drawn = list(results.glob(f"{study}*.png"))
     expect(bool(drawn), "no figure was drawn")
     return f"{len(drawn)} figures"
@@ -490,8 +490,8 @@ def make(check: Check) -> Iterator[Case]:
 def make_a_study(check: Check) -> str:
     folder = check.work / "make"
     variables = {
-        "SCALE": "demo", "SEEDS": "0", "DEVICE": check.device.type, "DATA": check.data, "RUNS": folder / "runs",
-        "RESULTS": folder / "results", "PYTHON": sys.executable, "EXTRA": "--rehearse 2",
+        "SCALE": "demo", "SEEDS": "0", "DEVICE": check.device.type, "DATA": check.data, "RUNS": folder,
+        "PYTHON": sys.executable, "EXTRA": "--rehearse 2",
         "GPUS": "" if check.dry else f"{check.device.index} {check.device.index}",
     }  # fmt: skip
     words = ["make", "-C", str(ROOT), "-j2", "simsiam-stop-gradient"]
@@ -500,8 +500,8 @@ def make_a_study(check: Check) -> str:
     done = subprocess.run(words, env=clean, capture_output=True, text=True, timeout=300)
     print(shlex.join(words), done.stdout, done.stderr, sep="\n")
     expect(done.returncode == 0, f"make ended with {done.returncode}: {(done.stderr.strip().splitlines() or [''])[-1]}")
-    runs = list((folder / "runs").rglob("metrics.json"))
-    expect(len(runs) == 2 and (folder / "results/index.html").exists(), f"{len(runs)} runs, or no page")
+    runs = list(folder.rglob("metrics.json"))
+    expect(len(runs) == 2 and (folder / "report/index.html").exists(), f"{len(runs)} runs, or no page")
     return "two arms trained, evaluated, drawn; the page is there"
 
 

@@ -2,13 +2,16 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from bsa import plot
-from common import records, studies
+from bsa.studies import METRICS
+from common.study import analysis, results
+from common.study.design import load
 
 LATENT, ACTIVE, DIMENSIONS = 512, 6, 128
 UNTRAINED = 0.35
@@ -27,22 +30,14 @@ KINDS = {  # arm: its arguments and the mean active count that it comes to
 }
 for factor, level in {0.1: 25.0, 0.3: 11.0, 3.0: 6.1, 10.0: 5.7}.items():
     KINDS[f"cosine-{factor:g}"] = ({"alpha": factor}, level)
-for factor, level in {0.0625: 22.0, 0.25: 10.5, 4.0: 5.9}.items():
+for factor, level in {0.1: 22.0, 0.3: 10.5, 3.0: 5.9}.items():
     KINDS[f"mse-{factor:g}"] = ({"alignment": "mse", "reconstruction": "mse", "alpha": factor * MATCHED}, level)
-for factor, level in {0.0625: 19.0, 0.25: 9.5, 1.0: 6.7, 4.0: 5.8}.items():
+for factor, level in {0.1: 19.0, 0.3: 9.5, 1.0: 6.7, 3.0: 5.8}.items():
     KINDS[f"mse-alignment-{factor:g}"] = ({"alignment": "mse", "alpha": factor * MATCHED}, level)
 for factor, level in {0.001: 40.0, 0.003: 16.0, 0.01: 7.1, 0.03: 4.0}.items():
     KINDS[f"l1-{factor:g}"] = ({"alignment": "l1", "alpha": factor}, level)
-MAIN = {
-    "bsa-alignment-loss": ["no-alignment:base", "no-alignment-stock-init:base-stock-init"],
-    "bsa-distance": [f"{arm}:base" for arm in ("mse", "mse-matched", "mse-reconstruction", "mse-alignment")],
-    "bsa-baselines": [f"{arm}:base" for arm in ("topk", "topk-values", "l1-0.01")],
-    "bsa-alpha": [f"cosine-{a:g}:base" for a in (0.1, 0.3, 3, 10)]
-    + [f"mse-{a}:base" for a in ("0.0625", "0.25", "matched", "4")]
-    + [f"mse-alignment-{a}:base" for a in ("0.0625", "0.25", "1", "4")]
-    + [f"l1-{a}:base" for a in ("0.001", "0.003", "0.01", "0.03")],
-}
-TABLES = ("csv", "json", "md")
+STUDIES = {study.name: study for study in load("bsa", "demo").studies if study.group in ("all", "")}
+TABLES = ("csv", "json")
 FIGURES = [f"{name}.{kind}" for name in ("activations", "curves", "metrics", "tradeoff") for kind in ("png", "svg")]
 
 
@@ -111,16 +106,9 @@ def run(root, arm, seed, *, diverged=False, given=None, level=None, without=(), 
     return folder
 
 
-def grid(root, study, seeds):
-    for arm in dict.fromkeys(arm for contrast in MAIN[study] for arm in contrast.split(":")):
-        for seed in range(seeds):
-            run(root, arm, seed)
-
-
-def draw(root, study, seeds, results):
-    asked = ["--seeds", *map(str, range(seeds)), "--results", str(results)]
-    plot.main([study, *MAIN[study], "--runs", str(root), *asked])
-    path = results / f"{study}.json"
+def draw(root, study, seeds, report):
+    plot.main([study, "--runs", str(root), "--seeds", *map(str, range(seeds)), "--results", str(report)])
+    path = report / f"{study}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
@@ -129,20 +117,24 @@ def texts(figure):
     return [text.get_text() for text in figure.findobj(lambda one: hasattr(one, "get_text")) if text.get_text()]
 
 
-@pytest.mark.parametrize(("study", "seeds"), list(zip(MAIN, (2, 1, 2, 1), strict=True)))
+@pytest.mark.parametrize(("study", "seeds"), list(zip(STUDIES, (2, 1, 2, 1), strict=True)))
 def test_every_study_is_drawn(tmp_path, study, seeds):
-    grid(tmp_path / "runs", study, seeds)
+    declared = STUDIES[study]
+    for arm in declared.arms:
+        for seed in range(seeds):
+            run(tmp_path / "runs", arm, seed)
     found = draw(tmp_path / "runs", study, seeds, tmp_path / "report")
     names = sorted(path.name for path in (tmp_path / "report").iterdir())
     assert names == sorted([*(f"{study}-{name}" for name in FIGURES), *(f"{study}.{kind}" for kind in TABLES)])
     assert all((tmp_path / "report" / name).stat().st_size > 500 for name in names)
-    assert found["question"] == plot.QUESTIONS[study] and found["reproduce"] == f"make {study} SCALE=demo"
+    assert found["question"] == declared.question and found["reproduce"] == f"make {study} SCALE=demo"
+    assert [f"{one['arm']}:{one['reference']}" for one in found["contrasts"]] == declared.contrasts
     assert found["contrasts"][0]["metric"] == "fixed_topk_reconstruction_loss" and found["margin"] == 0.01
     references = ["base", "base-stock-init"] if study == "bsa-alignment-loss" else ["base"]
     assert [control["arm"] for control in found["controls"]] == references
     assert {control["passed"] for control in found["controls"]} == {True if seeds > 1 else None}
     assert (found["verdict"] == "one seed: no interval") == (seeds == 1)
-    assert set(found["metrics"]) == set(plot.METRICS)
+    assert set(found["metrics"]) == set(METRICS) and not found["not_run"]
     assert found["data"] == "planted concepts, N = 512, K = 6, 1500 steps of batch 256"
     assert all(word in (tmp_path / "report" / f"{study}-curves.svg").read_text() for word in ("Planted", "K = 6"))
     matched = found["finding"].partition("Reconstruction loss at")[2]
@@ -155,10 +147,12 @@ def test_no_run_is_said_and_nothing_written(tmp_path, capsys):
     assert not (tmp_path / "report").exists()
 
 
-def test_contrasts_without_a_colon_are_refused(tmp_path, capsys):
+def test_an_unknown_study_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        plot.main(["bsa-distance", "mse", "--runs", str(tmp_path), "--results", str(tmp_path)])
-    assert stopped.value.code == 2 and "arm:reference" in capsys.readouterr().err
+        plot.main(["bsa-mse", "--runs", str(tmp_path), "--results", str(tmp_path / "report")])
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2 and "no study 'bsa-mse'" in printed and printed.count("\n") == 1
+    assert not (tmp_path / "report").exists()
 
 
 def test_holes_and_divergence_are_shown(tmp_path):
@@ -175,7 +169,8 @@ def test_holes_and_divergence_are_shown(tmp_path):
         text = (tmp_path / "report" / f"bsa-distance-{kind}.svg").read_text()
         assert "1 diverged, 1 missing" in text, kind
     notes = "\n".join(found["notes"])
-    assert "mse: 1 of 3 diverged, not averaged (seed 1)." in notes and "mse-alignment: 3 of 3 missing" in notes
+    assert "mse: 1 of 3 diverged, not averaged (seed 1)." in notes and "mse-matched: 2 of 3 missing" in notes
+    assert found["not_run"] == ["mse-alignment"] and "Not run: mse-alignment." in found["notes"]
     assert "mse-reconstruction: 1 of 3 without dead_fraction (seed 0)." in notes
     assert "mse-reconstruction, seed 1: activations.json is missing or cannot be read" in notes
     assert "base: in 1 of 3 loss or active count still moved" in notes and "(seed 1)" in notes
@@ -185,7 +180,7 @@ def test_holes_and_divergence_are_shown(tmp_path):
 
 def test_all_runs_diverged(tmp_path):
     for study in ("bsa-baselines", "bsa-alpha"):
-        for arm in dict.fromkeys(arm for contrast in MAIN[study] for arm in contrast.split(":")):
+        for arm in STUDIES[study].arms:
             if not (tmp_path / "runs" / arm).exists():
                 run(tmp_path / "runs", arm, 0, diverged=True)
         found = draw(tmp_path / "runs", study, 1, tmp_path / "report")
@@ -195,12 +190,22 @@ def test_all_runs_diverged(tmp_path):
 
 
 def test_metrics_that_no_run_has_are_left_out(tmp_path):
-    for seed in range(2):
-        run(tmp_path, "base", seed, without=("atom_recovery_f1", "depth_correlation"))
-    run(tmp_path, "base", 2, diverged=True)  # its nulls name metrics that this data does not have
-    found = plot.measured(records.read_runs(tmp_path, ["base"], range(3)))
-    assert set(plot.METRICS) - set(found) == {"atom_recovery_f1", "depth_correlation"}
-    assert set(plot.measured({})) == set(plot.ASKED)
+    absent = {"atom_recovery_f1", "depth_correlation"}
+    for arm in ("base", "mse"):
+        for seed in range(2):
+            run(tmp_path / "runs", arm, seed, without=absent)
+    run(tmp_path / "runs", "base", 2, diverged=True)  # its nulls name metrics that this data does not have
+    found = draw(tmp_path / "runs", "bsa-distance", 3, tmp_path / "report")
+    assert set(METRICS) - set(found["metrics"]) == absent
+    assert not [note for note in found["notes"] if any(name in note for name in absent)]
+
+
+def test_runs_that_have_only_begun_are_drawn_as_holes(tmp_path):
+    for arm in ("base", "mse"):
+        (run(tmp_path / "runs", arm, 0) / "metrics.json").unlink()
+    found = draw(tmp_path / "runs", "bsa-distance", 1, tmp_path / "report")
+    assert found["contrasts"][0]["word"] == "no value" and "mse: 1 of 1 missing (seed 0)." in found["notes"]
+    assert (tmp_path / "report/bsa-distance-metrics.png").exists()
 
 
 @pytest.mark.parametrize(("base", "verdict"), [(0.25, "higher"), (0.45, "not informative at this scale")])
@@ -208,11 +213,9 @@ def test_the_untrained_code_has_to_be_beaten_from_below(tmp_path, base, verdict)
     for seed in range(4):
         run(tmp_path, "base", seed, fixed_topk_reconstruction_loss=base + seed / 1000)
         run(tmp_path, "mse", seed, fixed_topk_reconstruction_loss=0.5 + seed / 1000)
-    runs = records.read_runs(tmp_path, ["base", "mse"], range(4))
-    design = studies.Study(
-        "bsa-distance", "BSA", "demo", "?", "", "", plot.PRIMARY, ["mse:base"], [plot.control("base")]
-    )
-    assert studies.summarise(design, runs, plot.METRICS)["verdict"] == verdict
+    runs = results.read_runs(tmp_path, ["base", "mse"], range(4))
+    study = replace(STUDIES["bsa-distance"], contrasts=["mse:base"])
+    assert analysis.summarise(study, runs, METRICS)["verdict"] == verdict
 
 
 def test_families_come_from_arguments_and_not_from_names(tmp_path):
@@ -224,7 +227,7 @@ def test_families_come_from_arguments_and_not_from_names(tmp_path):
     run(tmp_path, "b", 0, given={"init": "torch", "target": "value"})
     run(tmp_path, "c", 0, given={"code": "topk-values", "alpha": 0})
     arms = ["l1-9", "mse-16", "cosine-0.3", "base", "a", "b", "c", "absent"]
-    found = plot.families(records.read_runs(tmp_path, arms, [0]))
+    found = plot.families(results.read_runs(tmp_path, arms, [0]))
     assert found == {
         "cosine alignment": {"mse-16": 0.3, "l1-9": 3.0},
         "mse alignment and reconstruction": {"cosine-0.3": 16.0},
@@ -265,7 +268,7 @@ def test_matched_activity_by_hand(tmp_path):
         exact(tmp_path, "r", seed, {"alignment": "l1", "alpha": 0.1}, 8.0 + seed, 0.25)
         exact(tmp_path, "s", seed, {"alignment": "l1", "alpha": 0.2}, 7.0 + 2 * seed, 0.35)
         exact(tmp_path, "t", seed, {"reconstruction": "mse"}, 50.0, 0.05)
-    runs = records.read_runs(tmp_path, ["base", "x", "y", "p", "q", "r", "s", "t"], range(2))
+    runs = results.read_runs(tmp_path, ["base", "x", "y", "p", "q", "r", "s", "t"], range(2))
     assert plot.at_activity(runs, ["p", "q"], 8.0) == {0: pytest.approx(0.2), 1: pytest.approx(0.22)}
     assert plot.at_activity(runs, ["r", "s"], 8.0) == {0: pytest.approx(0.25), 1: None}
     own = [
@@ -290,7 +293,7 @@ def test_matched_activity_by_hand(tmp_path):
 
 def test_matched_activity_without_the_reference(tmp_path):
     exact(tmp_path, "x", 0, {}, 8.0, 0.2)
-    assert plot.matched(records.read_runs(tmp_path, ["x", "base"], [0]), "base") == []
+    assert plot.matched(results.read_runs(tmp_path, ["x", "base"], [0]), "base") == []
 
 
 def test_alpha_figure_joins_means_in_the_order_of_alpha(tmp_path):
@@ -298,7 +301,7 @@ def test_alpha_figure_joins_means_in_the_order_of_alpha(tmp_path):
         exact(tmp_path, "base", seed, {}, 8.0 + seed, 0.2)
         exact(tmp_path, "x", seed, {"alpha": 10.0}, 9.0 + seed, 0.4)
         exact(tmp_path, "y", seed, {"alpha": 0.1}, 16.0 + seed, 0.1)
-    runs = records.read_runs(tmp_path, ["base", "x", "y"], range(2))
+    runs = results.read_runs(tmp_path, ["base", "x", "y"], range(2))
     figure = plot.alpha_tradeoff(runs, "base", 6, "")
     joined = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 3]
     assert [list(line.get_xdata()) for line in joined] == [[16.5, 8.5, 9.5]]
@@ -310,11 +313,11 @@ def test_tradeoff_marks_every_run_and_the_sign_code(tmp_path):
     for seed in range(3):
         run(tmp_path, "base", seed)
         run(tmp_path, "topk", seed, diverged=seed == 2)
-    runs = records.read_runs(tmp_path, ["base", "topk"], range(3))
+    runs = results.read_runs(tmp_path, ["base", "topk"], range(3))
     figure = plot.tradeoff(runs, "base", 6, "")
     marks = [line for line in figure.axes[1].lines if line.get_linestyle() == "None"]
     assert [len(line.get_xdata()) for line in marks] == [3, 2]
-    assert list(marks[0].get_ydata()) == list(records.values(runs, "base", plot.PRIMARY).values())
+    assert list(marks[0].get_ydata()) == list(results.values(runs, "base", plot.PRIMARY).values())
     sign = {"sign_bits_per_row": 128.0, "sign_reconstruction_loss": 0.2, "sign_knn_overlap": 0.62}
     figure = plot.tradeoff(runs, "base", 6, "", sign)
     assert len(figure.axes) == 4 and "128 bits a row" in " ".join(texts(figure))
@@ -324,7 +327,7 @@ def test_tradeoff_marks_every_run_and_the_sign_code(tmp_path):
 def test_an_arm_without_alignment_has_no_alignment_curve(tmp_path):
     run(tmp_path, "base", 0)
     run(tmp_path, "no-alignment", 0)
-    panels = plot.curve_panels(records.read_runs(tmp_path, ["base", "no-alignment"], [0]), 6)
+    panels = plot.curve_panels(results.read_runs(tmp_path, ["base", "no-alignment"], [0]), 6)
     by_title = {panel.title: panel for panel in panels}
     aligned = by_title["alignment loss, before × α"].values
     assert aligned.get("base") and not aligned.get("no-alignment")

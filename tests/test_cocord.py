@@ -16,7 +16,7 @@ from torch import nn
 from torchvision.transforms.v2 import functional as tv
 
 from cocord import eval as evaluate
-from cocord import net, teacher, train
+from cocord import net, plot, teacher, train
 from cocord.train import CoCoRD, contrastive_loss, distillation_loss, follow, prediction_loss
 from common import checkpoints, images
 from common.run import Run
@@ -626,6 +626,20 @@ def test_a_teachers_run_measures_itself(finished, capsys):
     before = (folder / "model.pt").read_bytes()
     teacher.main([*TINY, "--data", str(finished / "data"), "--network", "vgg_s64", "--out", str(folder)])
     assert "is finished" in capsys.readouterr().out and (folder / "model.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_studies_are_drawn_and_told(study, finished, tmp_path):
+    plot.main([study, "--runs", str(finished), "--seeds", "0", "1", "--results", str(tmp_path)])
+    found = json.loads((tmp_path / f"{study}.json").read_text())
+    assert [f"{one['arm']}:{one['reference']}" for one in found["contrasts"]] == STUDIES[study] and not found["not_run"]
+    assert found["notes"][0].startswith("2 seeds an arm resolve differences above about 0.77 points")
+    assert all(control["arm_mean"] is not None for control in found["controls"])
+    assert any("1 of 2 missing (seed 1)" in note for note in found["notes"])
+    names = {path.name.removeprefix(f"{study}-") for path in tmp_path.iterdir() if path.suffix in (".png", ".svg")}
+    assert names == {"curves.png", "curves.svg", "metrics.png", "metrics.svg"}
+    word = "keys, cosine epoch to epoch" if study == "cocord-teacher-momentum" else "contrastive top-1"
+    assert word in (tmp_path / f"{study}-curves.svg").read_text()
 
 
 class Killed(BaseException):

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from common import records, statistics
+from common.study import results, statistics
+from common.study.design import load
 from conmim import plot
 
 CELLS = {  # arm: its arguments, and the accuracy and position R² that it comes to
@@ -19,13 +20,7 @@ CELLS = {  # arm: its arguments, and the accuracy and position R² that it comes
     "symmetric-no-stop-gradient": ({"keys": "online", "views": "basic", "gradient_leak": 1.0}, 46.0, 0.99),
     "no-pretraining": ({"epochs": 0}, 33.0, 0.04),
 }
-STUDIES = {
-    "conmim-stop-gradient": [
-        "online-no-stop-gradient:online-keys", "symmetric-no-stop-gradient:symmetric", "online-keys:base",
-        "base:no-pretraining",
-    ],
-    "conmim-asymmetry": ["symmetric:base", "basic-views:base", "online-keys:base", "base:no-pretraining"],
-}  # fmt: skip
+STUDIES = {study.name: study for study in load("conmim", "demo").studies if study.group == "all"}
 NAMES = ("curves", "factorial", "metrics", "similarity")
 
 
@@ -76,24 +71,26 @@ def grid(root, seeds, arms=tuple(CELLS)):
             run(root, arm, seed)
 
 
-def draw(root, study, seeds, results):
-    asked = ["--seeds", *map(str, range(seeds)), "--results", str(results)]
-    plot.main([study, *STUDIES[study], "--runs", str(root), *asked])
-    path = results / f"{study}.json"
+def draw(root, study, seeds, report):
+    plot.main([study, "--runs", str(root), "--seeds", *map(str, range(seeds)), "--results", str(report)])
+    path = report / f"{study}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
 @pytest.mark.parametrize(("study", "seeds"), list(zip(STUDIES, (3, 1), strict=True)))
 def test_every_study_is_drawn(tmp_path, study, seeds):
+    declared = STUDIES[study]
     grid(tmp_path / "runs", seeds)
     found = draw(tmp_path / "runs", study, seeds, tmp_path / "report")
     figures = [f"{study}-{name}.{kind}" for name in NAMES for kind in ("png", "svg")]
-    tables = [f"{study}.{kind}" for kind in ("csv", "json", "md")]
+    tables = [f"{study}.{kind}" for kind in ("csv", "json")]
     assert sorted(path.name for path in (tmp_path / "report").iterdir()) == sorted([*figures, *tables])
-    assert found["question"] == plot.QUESTIONS[study][0] and found["primary_metric"] == "finetune_accuracy"
+    assert found["question"] == declared.question and found["primary_metric"] == "finetune_accuracy"
+    assert found["published"] == declared.published and not found["not_run"]
+    assert [f"{one['arm']}:{one['reference']}" for one in found["contrasts"]] == declared.contrasts
     assert found["margin"] is None and [one["primary"] for one in found["contrasts"]].count(True) == 1
     control = found["controls"][0]
-    assert (control["arm"], control["other_arm"], control["passed"]) == ("base", "no-pretraining", seeds > 1 or None)
+    assert (control["arm"], control["baseline_arm"], control["passed"]) == ("base", "no-pretraining", seeds > 1 or None)
     assert (found["verdict"] == "one seed: no interval") == (seeds == 1)
     assert found["data"] == "glyphs (synthetic characters, 36 classes), vit_demo, both positions, 3 epochs of batch 32"
     text = (tmp_path / "report" / f"{study}-factorial.svg").read_text()
@@ -117,6 +114,23 @@ def test_no_run_is_said_and_nothing_written(tmp_path, capsys):
     assert not (tmp_path / "report").exists()
 
 
+def test_an_unknown_study_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        plot.main(["conmim-views", "--runs", str(tmp_path), "--results", str(tmp_path / "report")])
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2 and "no study 'conmim-views'" in printed and printed.count("\n") == 1
+    assert not (tmp_path / "report").exists()
+
+
+def test_runs_that_have_only_begun_are_drawn_as_holes(tmp_path):
+    grid(tmp_path / "runs", 1)
+    for path in (tmp_path / "runs").glob("*/*/metrics.json"):
+        path.unlink()
+    found = draw(tmp_path / "runs", "conmim-asymmetry", 1, tmp_path / "report")
+    assert "symmetric: 1 of 1 missing (seed 0)." in found["notes"] and not found["counted"]
+    assert (tmp_path / "report/conmim-asymmetry-factorial.png").exists()
+
+
 def test_holes_divergence_and_damage_are_shown(tmp_path):
     root = tmp_path / "runs"
     grid(root, 3, ("base", "no-pretraining"))
@@ -137,7 +151,7 @@ def test_holes_divergence_and_damage_are_shown(tmp_path):
     assert all("online-keys: 1 diverged, 1 missing" in text for text in texts[:2])
     similarity = texts[2]
     assert "no run" in similarity and "Seed 1" in similarity  # of base; symmetric has none
-    assert found["verdict"] == "symmetric: 1 of 3 diverged"
+    assert found["verdict"] == "symmetric: 1 of 3 diverged" and found["not_run"] == ["basic-views"]
 
 
 def test_without_similarities_there_is_no_such_figure(tmp_path):
@@ -245,7 +259,7 @@ def test_cells_are_found_by_their_arguments_alone(tmp_path):
     (tmp_path / "other").rename(tmp_path / "an-ablation/0")
     names = plot.every_arm(tmp_path, ["base"])
     assert names[0] == "base" and set(names) == {*CELLS, "an-ablation"}
-    found = plot.cells(records.read_runs(tmp_path, names, [0]), "base")
+    found = plot.cells(results.read_runs(tmp_path, names, [0]), "base")
     places = [
         "base",
         "online-keys",

@@ -1,16 +1,18 @@
-"""What runs cost, from finished runs and from rehearsals; and which fit an evening."""
+"""Hours of arms and studies, from finished runs and from rehearsals."""
 
 import json
 
 import pytest
 
-from common import cost
+from common.study import cost
+from common.study.request import Request
 
 
-def finished(folder, seconds, **facts):
+def finished(folder, seconds, flags="flags:", **facts):
     folder.mkdir(parents=True)
     metrics = {"seconds": seconds, "examples_per_second": 50.0, "peak_memory": 2**30, "diverged": False}
     (folder / "metrics.json").write_text(json.dumps(metrics | facts))
+    (folder / "flags").write_text(flags + "\n")
 
 
 def rehearsed(folder, rate):
@@ -21,47 +23,52 @@ def rehearsed(folder, rate):
     (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def test_finished_runs_tell_more_than_a_rehearsal(tmp_path):
-    runs, rehearsals = tmp_path / "runs", tmp_path / "rehearsals"
-    rehearsed(rehearsals / "toy/base/0", rate=50.0)
-    assert cost.of_arm("toy/base", rehearsals, runs) == (2.0, 50.0, 2**29, "rehearsal")  # 360,000 examples
-    finished(runs / "toy/base/0", 3600.0)
-    finished(runs / "toy/base/1", 7200.0)
-    finished(runs / "toy/base/2", 1.0, diverged=True)
-    finished(runs / "toy/base/3", 90000.0, runs_on_this_gpu=4)
-    finished(runs / "toy/base/0.replaced-1", 90000.0)
-    assert cost.of_arm("toy/base", rehearsals, runs) == (1.5, 50.0, 2**30, "2 finished")
-    assert cost.of_arm("toy/base", rehearsals, None) == (2.0, 50.0, 2**29, "rehearsal")
-    assert cost.of_arm("toy/other", rehearsals, runs) is None
-    (rehearsals / "toy/base/0/train.jsonl").write_text("")
-    assert cost.of_arm("toy/base", rehearsals, None) is None
+def asked(tmp_path, *words):
+    return Request.parse(["PAPERS=bsa", "SCALE=demo", f"RUNS={tmp_path / 'runs'}", *words])
 
 
-def test_an_evening_takes_the_cheapest_first_and_pays_shared_arms_once():
-    costs = {f"toy/{arm}": cost.Cost(hours, 1.0, 1, "") for arm, hours in {"base": 2, "a": 1, "b": 2, "c": 9}.items()}
-    studies = {"toy-c": ["c:base"], "toy-b": ["b:base", "base:a"], "toy-a": ["a:base"], "toy-d": ["d:base"]}
-    assert cost.fitting(studies, costs, 1, 2.9) == []
-    assert cost.fitting(studies, costs, 1, 3) == ["toy-a"]
-    assert cost.fitting(studies, costs, 1, 5) == ["toy-a", "toy-b"]  # 1 + 2, then 2 more: base is paid for
-    assert cost.fitting(studies, costs, 2, 9.9) == ["toy-a"]
-    assert cost.fitting(studies, costs, 1, 14) == ["toy-a", "toy-b", "toy-c"]
+def test_finished_runs_with_the_flags_asked_for_tell_what_one_costs(tmp_path):
+    runs, request = tmp_path / "runs/bsa/base", asked(tmp_path)
+    design = request.designs["bsa"]
+    finished(runs / "0", 3600.0)
+    finished(runs / "1", 7200.0)
+    finished(runs / "2", 1.0, diverged=True)
+    finished(runs / "3", 90000.0, runs_on_this_gpu=4)
+    finished(runs / "4", 90000.0, flags="flags: --epochs 9")
+    finished(runs / "0.replaced-1", 90000.0)
+    assert cost.of_runs(cost.finished(request, design, "base")) == (1.5, 50.0, 2**30, "2 finished")
+    assert len(cost.finished(asked(tmp_path, "EXTRA=--epochs  9"), design, "base")) == 1
+    assert cost.finished(request, design, "mse") == []
+
+
+def test_a_rehearsal_tells_what_a_whole_run_would_cost(tmp_path):
+    rehearsed(tmp_path / "base/0", rate=50.0)
+    assert cost.of_rehearsal(tmp_path / "base/0") == (2.0, 50.0, 2**29, "rehearsal")  # 360,000 examples
+    assert cost.of_rehearsal(tmp_path / "other/0") is None
+    (tmp_path / "base/0/train.jsonl").write_text("")
+    assert cost.of_rehearsal(tmp_path / "base/0") is None
 
 
 def test_the_tables_count_shared_arms_once_and_say_what_is_not_known(tmp_path, capsys):
-    rehearsed(tmp_path / "toy/base/0", rate=50.0)
-    rehearsed(tmp_path / "toy/a/0", rate=100.0)
-    cost.main([str(tmp_path), "toy-one=a:base", "toy-two=a:base,gone:base", "--seeds", "0", "1", "2"])
+    rehearsals = tmp_path / "rehearsals"
+    rehearsed(rehearsals / "bsa/base/0", rate=50.0)
+    rehearsed(rehearsals / "bsa/no-alignment/0", rate=100.0)
+    finished(tmp_path / "runs/bsa/mse/0", 1800.0, flags="flags: --reconstruction mse --alignment mse")
+    words = ["PAPERS=bsa", "SCALE=demo", f"RUNS={tmp_path / 'runs'}", "SEEDS=0 1 2", "--rehearsals", str(rehearsals)]
+    cost.main(words)
     printed = capsys.readouterr().out
     lines = {line.split("  ")[0]: line.split() for line in printed.splitlines() if line}
-    assert lines["toy/a"] == ["toy/a", "100", "0.50", "1.0", "h", "rehearsal"]
-    assert lines["toy-one"] == ["toy-one", "6", "9.0", "h"]
-    assert lines["toy-two"][:4] == ["toy-two", "9", "9.0", "h"] and "not known" in printed
-    assert lines["together, shared arms once"][-8:-6] == ["9.0", "h"] or "9.0 h" in printed
-    cost.main([str(tmp_path), "toy-one=a:base", "toy-two=b:base", "--seeds", "0", "--fitting", "3"])
-    assert capsys.readouterr().out == "toy-one=a:base\n"
+    assert lines["bsa/no-alignment"] == ["bsa/no-alignment", "100", "0.50", "1.0", "h", "rehearsal"]
+    assert lines["bsa/mse"][3:] == ["30.0", "min", "1", "finished"]
+    assert lines["bsa-alignment-loss"][:4] == ["bsa-alignment-loss", "12", "9.0", "h"] and "not known" in printed
+    assert lines["bsa-distance"][:4] == ["bsa-distance", "15", "7.5", "h"]
+    assert "24 10.5 h and what is not known" in " ".join(printed.split())  # base is in both
+    cost.main([*words, "--unknown"])
+    unknown = capsys.readouterr().out.split()
+    assert f"{rehearsals}/bsa/base/0/metrics.json" in unknown and not any("/mse/" in path for path in unknown)
     with pytest.raises(SystemExit) as end:
-        cost.main([str(tmp_path), "toy-one"])
-    assert end.value.code == 2 and "is no study" in capsys.readouterr().err
+        cost.main(["PAPERS=toy"])
+    assert end.value.code == 2 and "there is no paper 'toy'" in capsys.readouterr().err
 
 
 def test_durations_have_the_readers_unit():

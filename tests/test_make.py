@@ -1,6 +1,8 @@
 """What make does, on fake runs that take milliseconds: order, nothing twice, changed arms, failures."""
 
+import ast
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -11,12 +13,13 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+PAPERS = ("simsiam", "conmim", "cocord", "bsa", "seqvcr")
 FAKE = f"""#!{sys.executable} -IS
 # Stands in for python: notes each call in calls.txt and leaves the files that the real script would leave.
 import os, pathlib, sys, time
 words = sys.argv[1:]
 after = lambda flag: pathlib.Path(words[words.index(flag) + 1])
-if words[:2] == ["-m", "common.slots"]:
+if words[:2] in (["-m", "common.study.slots"], ["-m", "common.study.rules"]):
     os.execv(sys.executable, [sys.executable, *words])
 gpu = os.environ.get("CUDA_VISIBLE_DEVICES")
 with open("calls.txt", "a") as calls:
@@ -30,7 +33,7 @@ if words[0].endswith(("train.py", "teacher.py")):
         (out / "state.pt").write_text("half-way")
         time.sleep(60)
     if os.environ.get("RANK", "0") == "0":
-        (out / "model.pt").write_text(" ".join(words))
+        (out / "model.pt").write_text(repr(words))
     if gpu:  # more runs on a GPU than it has slots would meet here
         for number in range(int(os.environ["RUNS_ON_THIS_GPU"])):
             try:
@@ -43,9 +46,15 @@ if words[0].endswith(("train.py", "teacher.py")):
         time.sleep(0.2)
         os.rmdir(f"busy-{{gpu}}-{{number}}")
 elif words[0].endswith("eval.py"):
-    (pathlib.Path(words[1]) / "metrics.json").write_text("{{}}")
-elif words[:2] == ["-m", "common.cost"]:
-    print(os.environ.get("FITTING", "a table") if "--fitting" in words else "a table")
+    (pathlib.Path(words[1]) / "metrics.json").write_text('{{"seconds": 1, "examples_per_second": 1, "peak_memory": 1}}')
+elif words[:2] == ["-m", "common.study.cost"]:
+    os.execv(sys.executable, [sys.executable, *words])
+elif words[:2] == ["-m", "common.devices"]:
+    sys.exit("--device cpu" not in " ".join(words) and 2)
+elif words[:2] == ["-m", "common.images"]:
+    (after("--data") / "cifar-10-batches-py").mkdir(parents=True)
+elif words[:2] in (["-m", "common.doctor"], ["-m", "pytest"]):
+    pass
 elif words[1] == os.environ.get("BREAK_PLOT"):
     sys.exit(1)
 else:
@@ -56,17 +65,17 @@ else:
 
 
 class House:
-    """A copy of the Makefile in a folder of its own, with the fake python."""
+    """A copy of the Makefile and of the designs in a folder of its own, with the fake python."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         shutil.copy(ROOT / "Makefile", folder)
-        for name in ("simsiam/plot.py", "bsa/plot.py", "seqvcr/plot.py", "cocord/plot.py", "conmim/plot.py",
-                     "common/report.py"):  # fmt: skip
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).touch()
-        for name in ("__init__", "slots", "exits", "provenance"):
-            shutil.copy(ROOT / "common" / f"{name}.py", folder / "common")
+        shutil.copytree(ROOT / "common", folder / "common", ignore=shutil.ignore_patterns("__pycache__"))
+        for paper in PAPERS:
+            (folder / paper).mkdir()
+            for name in ("__init__", "studies"):
+                shutil.copy(ROOT / paper / f"{name}.py", folder / paper)
+            (folder / paper / "plot.py").touch()
         fake = folder / "fake-python"
         fake.write_text(FAKE)
         fake.chmod(0o755)
@@ -94,10 +103,12 @@ class House:
     def calls(self) -> list[str]:
         return (self.folder / "calls.txt").read_text().splitlines()
 
-    def edit(self, old: str, new: str) -> None:
-        text = (self.folder / "Makefile").read_text()
-        assert old in text
-        (self.folder / "Makefile").write_text(text.replace(old, new))
+    def edit(self, old: str, new: str, paper: str = "simsiam") -> None:
+        """Change a paper's design. (Python's cache of compiled files goes by size and whole seconds, so it goes.)"""
+        path = self.folder / paper / "studies.py"
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new))
+        shutil.rmtree(path.parent / "__pycache__", ignore_errors=True)
 
 
 @pytest.fixture
@@ -115,10 +126,10 @@ def runs(calls: list[str], script: str = "train") -> list[str]:
 
 def test_seed_by_seed_then_nothing(house):
     code, calls, _ = house.make("simsiam-predictor", "SEEDS=0 1")
-    arms = ["base", "frozen-predictor", "no-predictor"]
+    arms = ["base", "no-predictor", "frozen-predictor"]
     assert code == 0 and runs(calls) == runs(calls, "eval") == [f"{arm}/{seed}" for seed in (0, 1) for arm in arms]
     drawn = [number for number, call in enumerate(calls) if "plot.py" in call]
-    assert len(drawn) == 2 and calls[-1].startswith("-m common.report")
+    assert len(drawn) == 2 and calls[-1].startswith("-m common.study.page")
     assert drawn[0] < next(number for number, call in enumerate(calls) if "base/1" in call)
     assert house.make("simsiam-predictor", "SEEDS=0 1")[:2] == (0, [])
     assert runs(house.make("simsiam-predictor", "SEEDS=0 1 2")[1]) == [f"{arm}/2" for arm in arms]
@@ -128,8 +139,9 @@ def test_other_seeds_are_drawn_again_from_the_same_runs(house):
     house.make("simsiam-predictor", "SEEDS=0 1 2")
     code, calls, _ = house.make("simsiam-predictor", "SEEDS=0 1")
     assert code == 0 and runs(calls) == runs(calls, "eval") == [] and "--seeds 0 1 --results" in calls[-2]
-    house.edit("no-predictor:base frozen-predictor:base", "no-predictor:base")
-    assert "frozen" not in house.make("simsiam-predictor", "SEEDS=0 1")[1][0]
+    house.edit('Arm("frozen-predictor", "--predictor frozen", against="base"),', "")
+    _, calls, _ = house.make("simsiam-predictor", "SEEDS=0 1")
+    assert runs(calls) == runs(calls, "eval") == [] and calls[0].startswith("simsiam/plot.py simsiam-predictor ")
 
 
 def test_two_studies_asked_at_once_share_their_runs(house):
@@ -150,7 +162,7 @@ def test_parallel_makes_the_same(house):
 
 def test_a_changed_arm_reruns_its_own_runs_and_extra_all(house):
     house.make("simsiam-predictor", "SEEDS=0")
-    house.edit("--predictor frozen", "--predictor frozen --lr 1")
+    house.edit('"--predictor frozen"', '"--predictor frozen --lr 1"')
     code, calls, _ = house.make("simsiam-predictor", "SEEDS=0")
     assert code == 0 and runs(calls) == runs(calls, "eval") == ["frozen-predictor/0"]
     assert "--predictor frozen --lr 1" in calls[0] and "--replace" in calls[0]
@@ -169,9 +181,9 @@ def test_a_deleted_metrics_file_is_evaluated_again_and_nothing_else(house):
 def test_a_failed_run_is_loud_the_page_is_drawn_and_k_goes_on(house):
     broken = {"BREAK": "runs/demo/simsiam/base/0"}
     code, calls, _ = house.make("simsiam-predictor", "SEEDS=0", **broken)
-    assert code != 0 and runs(calls) == ["base/0"] and calls[-1].startswith("-m common.report")
+    assert code != 0 and runs(calls) == ["base/0"] and calls[-1].startswith("-m common.study.page")
     code, calls, _ = house.make("simsiam-predictor", "SEEDS=0", "-k", **broken)
-    assert code != 0 and runs(calls) == ["base/0", "frozen-predictor/0", "no-predictor/0"]
+    assert code != 0 and runs(calls) == ["base/0", "no-predictor/0", "frozen-predictor/0"]
     assert not (house.folder / "runs/demo/simsiam/base/0/flags").exists()
     code, calls, _ = house.make("simsiam-predictor", "SEEDS=0")
     assert code == 0 and runs(calls) == ["base/0"]
@@ -186,12 +198,64 @@ def test_a_dry_run_is_honest(house):
     assert house.make("simsiam-predictor", "SEEDS=0")[:2] == (0, [])
 
 
-def test_only_the_committed_seeds_without_extra_reach_the_committed_results(house):
-    _, calls, _ = house.make("simsiam-predictor")
-    assert all("--results results/demo" in call for call in calls if "plot.py" in call or "-m" in call)
-    for words in (["SEEDS=0 1 2 3"], ["EXTRA=--epochs 1"]):
-        _, calls, _ = house.make("simsiam-predictor", *words)
-        assert all("--results runs/demo/report" in call for call in calls if "plot.py" in call or "-m common" in call)
+def test_no_target_but_publish_writes_into_results(house):
+    for words in (["simsiam-predictor", "SEEDS=0"], ["report"], ["primary", "PAPERS=bsa"], ["rehearsal", "PAPERS=bsa"]):
+        _, calls, _ = house.make(*words)
+        drawn = [call for call in calls if "plot.py" in call or "study.page" in call]
+        assert drawn and all("--results runs/" in call for call in drawn)
+    assert not (house.folder / "results").exists()
+    calls = house.make("publish", "simsiam-predictor", "bsa-distance")[1]  # the names are no goals here
+    assert len(calls) == 1 and calls[0].startswith("-m common.study.publish PAPERS=")
+    assert calls[0].endswith(" simsiam-predictor bsa-distance")
+
+
+def test_the_rules_are_a_file_that_one_can_open(house):
+    """Two rules a run and one a study and seed, with the command as it is run; -n prints the path."""
+    _, _, printed = house.make("simsiam-predictor", "SEEDS=0", "-n")
+    path = next(line.removeprefix("rules: ") for line in printed.splitlines() if line.startswith("rules: "))
+    assert path.startswith("runs/demo/rules-") and path.endswith(".mk")
+    text = (house.folder / path).read_text()
+    run = "runs/demo/simsiam/frozen-predictor/0"
+    assert f"{run}/model.pt: | $(venv)\n\t$(run) simsiam/train.py --scale demo --out {run} --seed 0 " in text
+    assert f"{run}/metrics.json: {run}/model.pt\n\t$(run) simsiam/eval.py {run} " in text
+    assert "\nruns/demo/report/.drawn/simsiam-predictor@0: " in text and "simsiam-predictor@1" not in text
+    assert house.make("simsiam-predictor", "SEEDS=0", "-n")[2].count("rules: ") == 1  # not once more by inner makes
+    assert "rules: " not in house.make("simsiam-predictor", "SEEDS=0")[2]
+    assert len(list(house.folder.glob("runs/demo/rules-*.mk"))) == 1  # for all the makes of this request
+
+
+def test_a_single_file_can_be_the_goal(house):
+    code, calls, _ = house.make("runs/demo/simsiam/no-predictor/3/metrics.json")
+    assert code == 0 and runs(calls) == runs(calls, "eval") == ["no-predictor/3"]
+    (house.folder / "runs/demo/simsiam/no-predictor/3/metrics.json").unlink()
+    code, calls, _ = house.make("runs/demo/simsiam/no-predictor/3/metrics.json")
+    assert runs(calls) == [] and runs(calls, "eval") == ["no-predictor/3"]
+
+
+def test_folders_may_have_spaces_and_signs(house):
+    words = ["simsiam-stop-gradient", "SEEDS=0", "RUNS=my runs/a#1", "RESULTS=my $results", "DATA=my data", "SCALE=gpu",
+             "DEVICE=cpu"]  # fmt: skip
+    code, calls, printed = house.make(*words)
+    assert code == 0, printed
+    assert calls[1] == "-m common.images cifar10 --data my data" and calls[2].endswith("--data my data --replace")
+    assert (house.folder / "my runs/a#1/simsiam/base/0/metrics.json").exists()
+    assert (house.folder / "my $results/index.html").exists()
+    assert house.make(*words)[:2] == (0, [])
+
+
+@pytest.mark.parametrize("extra", ['--note "it\'s $HOME #1"', "--note 'a $(shell echo b) % c'", "--note a\\ b"])
+def test_extra_reaches_the_script_as_a_shell_would_pass_it(extra, house):
+    """Quotes, $ and # survive both makes; the flags that a run was made with are compared as they are."""
+    words = ["runs/demo/simsiam/base/0/model.pt", f"EXTRA={extra}"]
+    code, calls, printed = house.make("simsiam-stop-gradient", "SEEDS=0", words[1])
+    assert code == 0 and len(runs(calls)) == 2, printed
+    saved = ast.literal_eval((house.folder / "runs/demo/simsiam/base/0/model.pt").read_text())
+    assert saved[-2:] == shlex.split(extra)
+    assert house.make("simsiam-stop-gradient", "SEEDS=0", words[1])[:2] == (0, [])
+    assert runs(house.make(words[0])[1]) == ["base/0"]
+    code, calls, _ = house.make("cost", "PAPERS=simsiam", words[1])  # and a third make, which rehearses
+    saved = ast.literal_eval((house.folder / "runs/rehearsal/demo/simsiam/base/0/model.pt").read_text())
+    assert code == 0 and saved[-4:] == ["--rehearse", "20", *shlex.split(extra)]
 
 
 def launcher(house: House, name: str, script: str) -> None:
@@ -237,11 +301,12 @@ def test_interrupted_and_started_again_in_parallel_nothing_is_done_twice(house):
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)  # Ctrl-C reaches make and its children
     process.communicate()
-    assert process.returncode != 0 and runs(house.calls()) == ["base/0", "frozen-predictor/0"]
+    assert process.returncode != 0 and runs(house.calls()) == ["base/0", "no-predictor/0", "frozen-predictor/0"]
     assert not (house.folder / hung / "model.pt").exists() and not (house.folder / hung / "flags").exists()
     code, calls, _ = house.make("simsiam-predictor", "SEEDS=0 1", "-j4")
-    rest = ["base/1", "frozen-predictor/0", "frozen-predictor/1", "no-predictor/0", "no-predictor/1"]
-    assert code == 0 and sorted(runs(calls)) == sorted(runs(calls, "eval")) == rest
+    rest = ["base/1", "frozen-predictor/0", "frozen-predictor/1", "no-predictor/1"]
+    assert code == 0 and sorted(runs(calls)) == rest
+    assert set(rest) <= set(runs(calls, "eval")) <= {*rest, "base/0", "no-predictor/0"}
     assert (house.folder / hung / "state.pt").read_text() == "half-way"  # the run's own to go on from
     assert house.make("simsiam-predictor", "SEEDS=0 1", "-j4")[:2] == (0, [])
 
@@ -249,38 +314,109 @@ def test_interrupted_and_started_again_in_parallel_nothing_is_done_twice(house):
 def test_report_draws_a_half_finished_grid_and_runs_nothing(house):
     house.make("simsiam-predictor", "SEEDS=0")
     code, calls, _ = house.make("report", "SEEDS=0 1 2")
-    assert code == 0 and runs(calls) == runs(calls, "eval") == [] and calls[-1].startswith("-m common.report")
+    assert code == 0 and runs(calls) == runs(calls, "eval") == [] and calls[-1].startswith("-m common.study.page")
     drawn = [call.split()[1] for call in calls[:-1] if "plot.py" in call and "--seeds 0 1 2" in call]
-    assert len(set(drawn)) == len(calls) - 1 and drawn == calls[-1].split()[-len(drawn) :] and len(drawn) >= 8
-    calls = house.make("report")[1]  # the committed seeds, but who knows what runs: not where the results are
-    assert all("--results runs/demo/report " in call for call in calls) and not (house.folder / "results").exists()
+    assert len(set(drawn)) == len(drawn) == len(calls) - 1 == 12
     assert house.make("simsiam-predictor", "SEEDS=0")[:2] == (0, [])
+    house.make("runs/demo/simsiam/leak-0.1/0/model.pt")  # an extra with a run of its own is drawn as well
+    assert [call.split()[1] for call in house.make("report")[1]][12:] == ["simsiam-gradient-leak", "common.study.page"]
 
 
 def test_a_study_that_cannot_be_drawn_leaves_the_others_and_the_page(house):
     code, calls, _ = house.make("report", BREAK_PLOT="simsiam-predictor")
     drawn = [call.split()[1] for call in calls if "plot.py" in call]
-    assert code != 0 and len(drawn) == 12 and calls[-1].startswith("-m common.report")
+    assert code != 0 and len(drawn) == 12 and calls[-1].startswith("-m common.study.page")
 
 
-@pytest.mark.parametrize("word", ["TASKS=9x9", "PAPERS=simclr", "SCALE=small", "SEEDS="])
-def test_a_name_that_is_none_ends_before_anything_runs(house, word):
-    code, calls, printed = house.make("seqvcr", word)
-    assert code == 2 and calls == [] and printed.count("***") == 1 and word.split("=")[0] in printed
+@pytest.mark.parametrize(
+    ("words", "printed"),
+    [
+        ("seqvcr TASKS=9x9", "TASKS: there is no '9x9'"),
+        ("cocord PAIRS=vgg13", "PAIRS: 'vgg13' is not a pair"),
+        ("simsiam PAPERS=simclr", "PAPERS: there is no paper 'simclr'"),
+        ("simsiam SCALE=small", "SCALE: there is no 'small'"),
+        ("simsiam SEEDS=", "SEEDS is empty"),
+        ("simsiam SEEDS=1,2", "SEEDS=1,2: whole numbers"),
+        ("simsiam EXTRA='", "No closing quotation"),
+        ("demo SCALE=gpu", "make demo is make primary SCALE=demo"),
+        ("simsiam SEED=1", "there is no variable SEED"),
+        ("simsiam simsiam-predictor=no-predictor:base", "there is no variable simsiam-predictor"),
+        ("simsiam-preditor", "No rule to make target 'simsiam-preditor'"),
+        ("simsiam-predictor@9", "No rule to make target 'simsiam-predictor@9'"),
+    ],
+)
+def test_a_wrong_name_ends_before_anything_runs(house, words, printed):
+    code, calls, told = house.make(*words.split())
+    assert code == 2 and calls == [] and told.count("***") == 1 and printed in told and "Traceback" not in told
 
 
-@pytest.mark.parametrize("contrast", ["no-preditor:base", "no-predictor:bse", "no-predictor@thrid:base"])
-def test_an_arm_that_is_not_defined_ends_before_anything_runs(contrast, house):
-    """Its flags would be empty: `base` would be trained under its name, and no difference found."""
-    code, calls, printed = house.make("simsiam-predictor", f"simsiam-predictor={contrast}", "SEEDS=0")
-    assert code == 2 and not calls and "simsiam has no arm" in printed
+@pytest.mark.parametrize(
+    ("old", "new", "printed"),
+    [
+        ('"no-predictor", "--predictor none"', '"base", "--predictor none"', "arm 'base' is declared twice"),
+        ('"no-stop-gradient:base"', '"no-stop-gradeint:base"', "names the arm 'no-stop-gradeint', which is not"),
+        ('"no-stop-gradient:base"', '"no-stop-gradient:bse"', "names the arm 'bse', which is not declared"),
+        ('"--predictor frozen", against="base"', '"--predictor frozen"', "'frozen-predictor:' needs an arm and a ref"),
+        ('"--predictor frozen"', '"--predictor none"', "'no-predictor' and 'frozen-predictor' have the same flags"),
+        ('metric="knn_accuracy"', 'metric="kNN"', "names the metric 'kNN', which is not declared"),
+        ('"untrained", "knn_accuracy"', '"untrained", "knn"', "names the metric 'knn', which is not declared"),
+        ('beats_untrained("base")', 'beats_untrained("basis")', "names the arm 'basis', which is not declared"),
+        ('"gradient_leak"', '"gradient_leek"', "sweeps 'gradient_leek', which no flag of its arms sets"),
+        ('["knn_accuracy", "std_ratio"]', '["knn_accuracy", "std"]', "names the metric 'std', which is not declared"),
+        ('"simsiam-projector"', '"simsiam-predictor"', "study 'simsiam-predictor' is declared twice"),
+        ('"simsiam-projector"', '"projector"', "begins with 'simsiam-'"),
+        ('arms=[Arm("base")],', 'arms=[Arm("base")]', "line "),
+        ("LEAKS)", "LEAK)", "NameError: name 'LEAK' is not defined"),
+    ],
+)
+def test_a_wrong_design_is_one_sentence_before_anything_runs(old, new, printed, house):
+    """With undefined names a misspelt arm would be `base` under another name, and no difference would be found."""
+    house.edit(old, new)
+    for goal in ("simsiam-predictor", "bsa", "help", "demo"):
+        code, calls, told = house.make(goal, "SEEDS=0")
+        assert code == 2 and not calls and printed in told and "Traceback" not in told
+        assert "simsiam/studies.py" in told
+    code, calls, _ = house.make("doctor")
+    assert code == 0 and calls == ["-m common.doctor --data data"]
+    assert house.make("test")[1] == ["-m pytest"]
+
+
+def test_an_old_python_is_one_sentence_and_doctor_still_works(house):
+    """The package is compiled by no Python older than 3.11: its first file says so in words that all understand."""
+    old = 'import sys\nsys.hexversion, sys.version = 0x03080AF0, "3.8.10 (default)"\n'
+    path = house.folder / "common/study/__init__.py"
+    path.write_text(path.read_text().replace("import sys\n", old))
+    code, calls, told = house.make("simsiam")
+    assert code == 2 and not calls and told.count("***") == 1 and "Python 3.8.10 is older than 3.11" in told
+    assert house.make("doctor")[0] == 0
+    ast.parse(path.read_text(), feature_version=(3, 4))
+
+
+def test_data_are_asked_for_after_the_device_and_only_where_needed(house):
+    """The fake machine has no GPU: nothing is downloaded, unless the CPU is meant, or LAUNCH finds a device."""
+    asked = ["simsiam-stop-gradient", "SCALE=gpu", "SEEDS=0"]
+    code, calls, _ = house.make(*asked)
+    assert code != 0 and [call for call in calls if "plot.py" not in call and "study.page" not in call] == [
+        "-m common.devices --device auto --scale gpu"
+    ]
+    code, calls, _ = house.make(*asked, "LAUNCH=env")
+    assert code == 0 and not any("common.devices" in call for call in calls)
+    assert calls[0] == "-m common.images cifar10 --data data" and len(runs(calls)) == 2
+    shutil.rmtree(house.folder / "data")
+    shutil.rmtree(house.folder / "runs")
+    calls = house.make(*asked, "DEVICE=cpu")[1]
+    assert calls[:2] == ["-m common.devices --device cpu --scale gpu", "-m common.images cifar10 --data data"]
+    shutil.rmtree(house.folder / "runs")
+    assert not any("common.images" in call for call in house.make(*asked, "DEVICE=cpu")[1])
+    calls = house.make(*asked, "DATA=pictures", "EXTRA=--data-set folder")[1]
+    assert len(runs(calls)) == 2 and not any("common.images" in call or "common.devices" in call for call in calls)
 
 
 def test_a_changed_arm_moves_its_old_run_aside_and_no_other(house):
     """With the real `--replace`, which is the script's: here that make asks for it, and for the changed arm alone."""
     house.make("simsiam-predictor", "SEEDS=0 1")
     before = {path: path.stat().st_mtime_ns for path in house.folder.glob("runs/demo/simsiam/*/*/model.pt")}
-    house.edit("--predictor none", "--predictor none --dim 64")
+    house.edit('"--predictor none"', '"--predictor none --dim 64"')
     assert runs(house.make("simsiam-predictor", "SEEDS=0 1", "-j2")[1]) == ["no-predictor/0", "no-predictor/1"]
     changed = {path.parts[-3] for path, when in before.items() if path.stat().st_mtime_ns != when}
     assert changed == {"no-predictor"}
@@ -291,83 +427,76 @@ def test_a_rehearsal_takes_every_arm_in_a_folder_of_its_own(house):
     assert code == 0 and len(runs(calls)) == len(runs(calls, "eval")) == 9
     assert all("--rehearse 20 --batch 8" in call for call in calls if "train.py" in call)
     assert not (house.folder / "runs/demo").exists() and not (house.folder / "results").exists()
-    assert (house.folder / "runs/rehearsal/demo/report/index.html").exists() and "a table" in printed
+    assert (house.folder / "runs/rehearsal/demo/report/index.html").exists() and "together, shared arms once" in printed
     assert len(runs(house.make("rehearsal", "PAPERS=simsiam bsa")[1])) == 9  # a rehearsal is never "already done"
     code, calls, _ = house.make("rehearsal", "PAPERS=simsiam bsa", "-k", BREAK="runs/rehearsal/demo/simsiam/base/0")
-    assert code != 0 and len(runs(calls)) == 9 and calls[-1].startswith("-m common.cost")
+    assert code != 0 and len(runs(calls)) == 9 and calls[-1].startswith("-m common.study.cost")
 
 
 def test_cost_rehearses_only_what_was_never_run(house):
     house.make("simsiam-predictor", "SEEDS=0")
-    code, calls, _ = house.make("cost")
+    code, calls, printed = house.make("cost", "PAPERS=simsiam")
     assert code == 0 and len(runs(calls)) == 6 and "base/0" not in runs(calls)
-    assert "simsiam-predictor=no-predictor:base,frozen-predictor:base" in calls[-1] and "--runs runs/demo" in calls[-1]
-    assert [call.split()[1] for call in house.make("cost")[1]] == ["common.cost"]
-    assert house.make("cost", "EXTRA=--epochs 2", BREAK="runs/rehearsal/demo/simsiam/base/0")[0] != 0
-    code, calls, _ = house.make("cost", "EXTRA=--epochs 3")  # what was run had other flags
-    assert code == 0 and len(runs(calls)) == 9 and "--runs" not in calls[-1]
+    assert "simsiam/base" in printed and "1 finished" in printed
+    assert all(call.startswith("-m common.study.cost ") for call in house.make("cost", "PAPERS=simsiam")[1])
+    broken = "runs/rehearsal/demo/simsiam/base/0"
+    assert house.make("cost", "PAPERS=simsiam", "EXTRA=--epochs 2", BREAK=broken)[0] != 0
+    code, calls, printed = house.make("cost", "PAPERS=simsiam", "EXTRA=--epochs 3")  # what was run had other flags
+    assert code == 0 and len(runs(calls)) == 9 and "1 finished" not in printed
 
 
-def test_an_evening_runs_the_first_contrasts_that_fit(house):
-    fitting = "simsiam-predictor=no-predictor:base simsiam-stop-gradient=no-stop-gradient:base"
-    code, calls, printed = house.make("evening", "HOURS=2", FITTING=fitting)
-    real = [call for call in calls if "train.py" in call and "--rehearse" not in call]
-    assert code == 0 and "--fitting 2" in printed + " ".join(calls) and len(real) == 9
-    assert {Path(one.split("--out ")[1].split()[0]).parts[3] for one in real} == {
-        "base", "no-predictor", "no-stop-gradient",
+def test_primary_runs_the_primary_contrasts_and_their_baselines(house):
+    code, calls, printed = house.make("primary", "SEEDS=0", "-j2")
+    assert code == 0, printed
+    trained = {"/".join(Path(call.split("--out ")[1].split()[0]).parts[2:4]) for call in calls if "train.py" in call}
+    pair, other = "vgg_s32-vgg_s", "resnet_s64-vgg_s"
+    assert trained == {
+        *(f"simsiam/{arm}" for arm in ("base", "no-stop-gradient", "no-predictor", "no-projector", "asymmetric")),
+        *(f"conmim/{arm}" for arm in ("online-no-stop-gradient", "online-keys", "symmetric", "base", "no-pretraining")),
+        *(f"cocord/{arm}@{pair}" for arm in ("forward-only", "swapped-only", "base")),
+        *(f"cocord/{arm}@{other}" for arm in ("moving", "frozen")), "cocord/cross-entropy@vgg_s",
+        *(f"bsa/{arm}" for arm in ("base", "no-alignment", "mse")),
+        *(f"seqvcr/{arm}@2x2" for arm in ("base", "off", "width-4096", "width-512")), "seqvcr/0.1-0.5@2x2-128",
     }  # fmt: skip
-    assert not (house.folder / "results").exists() and (house.folder / "runs/demo/report/index.html").exists()
-    assert not [call for call in house.make("evening", FITTING=fitting)[1] if "train.py" in call]
-    asked = next(call for call in calls if "--fitting" in call).split()
-    assert {"simsiam-predictor=no-predictor:base", "conmim-asymmetry=symmetric:base,base:no-pretraining"} < {*asked}
-    pair = "@resnet_s64-vgg_s"  # the control is another run, and comes with the contrast that it guards
-    assert f"cocord-teacher-momentum=moving{pair}:frozen{pair},frozen{pair}:cross-entropy@vgg_s" in asked
-    assert "seqvcr-projection-width=width-4096@2x2:width-512@2x2,base@2x2:off@2x2" in asked
-    calls = house.make("evening", FITTING="conmim-asymmetry=symmetric:base,base:no-pretraining")[1]
-    assert {call.split("--out ")[1].split("/")[3] for call in calls if "conmim/train.py" in call} == {
-        "base", "symmetric", "no-pretraining",
-    }  # fmt: skip
+    drawn = [call.split()[1] for call in calls if "plot.py" in call]
+    assert len(drawn) == len(set(drawn)) == 12 and house.make("primary", "SEEDS=0")[:2] == (0, [])
+    calls = house.make("simsiam-predictor", "SEEDS=0")[1]  # the rest of a study
+    assert runs(calls) == ["frozen-predictor/0"] and calls[-2].startswith("simsiam/plot.py simsiam-predictor ")
 
 
-def test_an_evening_takes_the_control_of_the_first_pair_alone(house):
-    calls = house.make("evening", "PAIRS=vgg13-MobileNetV2 wrn_40_2-ShuffleV1")[1]
-    asked = next(call for call in calls if "--fitting" in call).split()
-    pair = "@vgg13-MobileNetV2"
-    assert f"cocord-teacher-momentum=moving{pair}:frozen{pair},frozen{pair}:cross-entropy@MobileNetV2" in asked
-
-
-def test_another_matrix_is_another_run_and_what_was_chosen_is_drawn_elsewhere(house):
-    study = ("bsa-alignment-loss", "no-alignment:base")
-    only = f"{study[0]}={study[1]}"
+def test_another_matrix_is_another_run(house):
+    study, count = "bsa-alignment-loss", 4
     trained = []
     for data in ("a.npy", "a.npy", "b.npy"):
-        code, calls, _ = house.make(study[0], only, f"DATA={data}")
-        assert code == 0 and not (house.folder / "results").exists()
+        code, calls, _ = house.make(study, "SEEDS=0", f"DATA={data}")
         trained.append(sum(f"--data {data} --replace" in call for call in calls))
-        assert all(f"DATA={data}" in call.split("--reproduce")[1] for call in calls if "plot.py" in call)
-    assert trained == [10, 0, 10]
-    for words in (("cocord-prediction-loss", "PAIRS=vgg13-vgg8"), ("seqvcr-coefficients", "TASKS=2x2")):
-        calls = house.make(*words)[1]
-        drawn = [call for call in calls if "plot.py" in call]
-        name, _, value = words[1].partition("=")
-        assert drawn and all(f'{name}="{value}"' in call and "--results runs/demo/report " in call for call in drawn)
-    calls = house.make(study[0], only, "DATA=elsewhere")[1]  # a place, not another study: but the matrix's runs go
-    assert sum("--data elsewhere" in call and "train.py" in call for call in calls) == 10
-    assert (house.folder / "results/demo").exists()
+        assert code == 0 and all(f"DATA={data}" in call.split("--reproduce")[1] for call in calls if "plot.py" in call)
+    assert trained == [count, 0, count]
+    calls = house.make(study, "SEEDS=0", "DATA=elsewhere")[1]  # a place, not another study: but the matrix's runs go
+    assert sum("--data elsewhere" in call and "train.py" in call for call in calls) == count
+    for name, value, paper in (("PAIRS", "vgg13-vgg8", "cocord"), ("TASKS", "2x2", "seqvcr")):
+        drawn = [call for call in house.make(paper, "SEEDS=0", f"{name}={value}")[1] if "plot.py" in call]
+        assert drawn and all(f"{name}={value}" in call and f"--{name.lower()} {value}" in call for call in drawn)
 
 
-def test_demo_is_every_study_with_one_seed_on_the_cpu(house):
-    code, calls, printed = house.make("demo")
-    assert code == 0 and len(runs(calls)) == 9 and all("--device cpu" in call for call in calls if "train.py" in call)
-    assert "runs/demo/report/index.html" in printed and {run.split("/")[1] for run in runs(calls)} == {"0"}
+def test_demo_is_primary_with_one_seed_on_the_cpu(house):
+    code, calls, _ = house.make("demo")
+    assert code == 0 and len(runs(calls)) == 5 and all("--device cpu" in call for call in calls if "train.py" in call)
+    assert {run.split("/")[1] for run in runs(calls)} == {"0"}
     drawn = [call.split()[1] for call in calls if call.split()[0].endswith("plot.py")]
-    assert len(drawn) == len(set(drawn)) == 12
+    assert len(drawn) == len(set(drawn)) == 12 and "--results runs/demo/report " in calls[-1]
     first = next(place for place, call in enumerate(calls) if "plot.py" in call)
-    assert drawn[0] == "simsiam-stop-gradient"  # once its own runs are there; the next study's begin beside it
-    assert sum("train.py" in call and "/base/" not in call and "no-stop" not in call for call in calls[:first]) < 4
+    assert not any("train.py" in call and not call.startswith("simsiam/") for call in calls[:first])
 
 
-def test_robustness_and_curves_are_extras_of_three_seeds_with_a_page_of_their_own(house):
+def test_a_demo_of_other_seeds_or_on_another_device(house):
+    calls = house.make("demo", "PAPERS=bsa", "SEEDS=3 4", "DEVICE=cuda:1")[1]
+    trained = [call for call in calls if "train.py" in call]
+    assert len(trained) == 6 and all("--device cuda:1" in call for call in trained)
+    assert {call.split("--seed ")[1].split()[0] for call in trained} == {"3", "4"}
+
+
+def test_robustness_and_curves_are_extras_of_three_seeds(house):
     code, calls, printed = house.make("robustness", "PAPERS=bsa cocord", "-j2")
     assert code == 0, printed
     tripled = [call for call in calls if "train.py" in call and "--lr-factor 3" in call]
@@ -375,9 +504,8 @@ def test_robustness_and_curves_are_extras_of_three_seeds_with_a_page_of_their_ow
     assert {call.split("--seed ")[1].split()[0] for call in tripled} == {"0", "1", "2"}
     drawn = [call for call in calls if "plot.py" in call]
     assert {call.split()[1] for call in drawn} == {"bsa-robustness", "cocord-robustness"}
-    assert all("--results results/demo/extras " in call for call in drawn)
-    assert (house.folder / "results/demo/extras/index.html").exists()
-    assert not (house.folder / "results/demo/index.html").exists()
+    page = next(call for call in calls if "study.page" in call)
+    assert page.split(" --extras ")[1].split()[:2] == ["bsa-robustness", "cocord-robustness"]
     for place, call in enumerate(calls):  # at another rate the teacher is the same, and there first
         if "cocord/train.py" in call and "@third" in call and "--weights" in call:
             weights = Path(call.split("--weights ")[1].split()[0])
@@ -385,8 +513,26 @@ def test_robustness_and_curves_are_extras_of_three_seeds_with_a_page_of_their_ow
     assert house.make("robustness", "PAPERS=bsa cocord")[:2] == (0, [])
     code, calls, _ = house.make("curves", "PAPERS=bsa", "SEEDS=0")
     assert code == 0 and len([call for call in calls if "train.py" in call]) == 4  # base and no-alignment are there
-    assert "--results runs/demo/report/extras " in next(call for call in calls if "plot.py" in call)
-    assert not (house.folder / "results/demo/extras/bsa-alignment-weight.json").exists()
+
+
+ONE_EDIT = """            study(
+                "simsiam-head",
+                "Is a projector without a predictor worth anything?",
+                ["no-predictor:no-projector"],
+                must_beat=[beats_untrained("no-projector")],
+            ),
+"""
+
+
+def test_a_study_is_one_edit(house):
+    place = '            study("simsiam-projector"'
+    house.edit(place, ONE_EDIT + place)
+    code, calls, _ = house.make("simsiam-head", "SEEDS=0")
+    assert code == 0 and runs(calls) == ["no-projector/0", "no-predictor/0"]
+    assert "simsiam/plot.py simsiam-head " in " ".join(calls) and " simsiam-head " in calls[-1]
+    code, calls, _ = house.make("all", "PAPERS=simsiam", "SEEDS=0")
+    assert code == 0 and len(runs(calls)) == 7
+    assert "simsiam-head: Is a projector without a predictor worth anything?" in house.make()[2]
 
 
 def test_help_names_papers_studies_and_arms(house):

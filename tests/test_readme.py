@@ -20,14 +20,24 @@ def test_an_ablation_in_three_edits_runs_end_to_end(tmp_path):
         copy(ROOT / name, tmp_path / name)
     subprocess.run(["git", "apply", "-"], cwd=tmp_path, input=shown[0], text=True, check=True)
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    assert [
+        line for line in shown[0].splitlines() if line.startswith("+ ") and "Arm(" in line
+    ]  # one line in studies.py
     words = ["SCALE=demo", "SEEDS=0", "DEVICE=cpu", "EXTRA=--rehearse 2", f"PYTHON={sys.executable}"]
-    listed = subprocess.run(["make", *words], cwd=tmp_path, env=clean, capture_output=True, text=True, check=True)
-    assert re.search(rf"{STUDY}:.* linear-predictor:base", listed.stdout)
-    only = f"{STUDY}=linear-predictor:base"  # the study's other arms have run in other tests
-    made = subprocess.run(["make", STUDY, only, *words], cwd=tmp_path, env=clean, capture_output=True, text=True)
-    assert made.returncode == 0, made.stdout + made.stderr
+
+    def make(*goals: str) -> str:
+        done = subprocess.run(["make", *goals, *words], cwd=tmp_path, env=clean, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert re.search(r"linear-predictor:base +--predictor linear", make())
+    make(
+        *(f"runs/demo/simsiam/{arm}/0/metrics.json" for arm in ("base", "linear-predictor"))
+    )  # others run in other tests
+    assert f"simsiam/plot.py {STUDY} " in make(f"{STUDY}@report")
     results = tmp_path / "runs/demo/report"
-    arms = {row["arm"] for row in json.loads((results / f"{STUDY}.json").read_text())["rows"]}
-    assert arms == {"linear-predictor", "base"} and (results / f"{STUDY}-curves.svg").exists()
+    summary = json.loads((results / f"{STUDY}.json").read_text())
+    assert {row["arm"] for row in summary["rows"] if not row["missing"]} == {"linear-predictor", "base"}
+    assert summary["not_run"] == ["frozen-predictor"] and (results / f"{STUDY}-curves.svg").exists()
     run = json.loads((tmp_path / "runs/demo/simsiam/linear-predictor/0/args.json").read_text())
     assert run["arguments"]["predictor"] == "linear"

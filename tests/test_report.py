@@ -1,19 +1,21 @@
 """From run folders to the page: the arithmetic of a study, what it says, and what it refuses to say."""
 
+import base64
 import csv
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 from scipy import stats
 
-from common import figures, records, report, studies, tables
-from common.studies import Control, Metric, Study
+from common.study import analysis, figures, page, results, tables
+from common.study.design import Metric, MustBeat, Study
 
 METRICS = {
-    "knn": Metric("kNN accuracy", "%", 1),
+    "knn": Metric("kNN accuracy", "%", 1, "higher"),
     "spread": Metric("std ratio", "", 2),
     "loss": Metric("training loss", "", 3, judged=False),
 }
@@ -22,17 +24,16 @@ BASE, ARM, CONTROL = [60.0, 64.0, 62.0, 66.0, 61.0], [12.0, 13.0, 11.0, 12.5, 11
 
 def study(**changes) -> Study:
     given = Study(
-        study="toy-arm",
-        paper="toy",
-        scale="demo",
+        name="toy-arm",
         question="What does <b>the arm</b> do?",
-        data="ten pictures",
-        reproduce="make toy-arm SCALE=demo",
-        primary_metric="knn",
         contrasts=["arm:base"],
-        controls=[Control("untrained", "knn", other_metric="untrained_knn")],
+        metric="knn",
+        must_beat=[MustBeat("base", "untrained", "knn", baseline_metric="untrained_knn")],
     )
-    return given._replace(**changes)
+    return replace(given, **changes)
+
+
+ABOUT = {"paper": "toy", "scale": "demo", "data": "ten pictures", "reproduce": "make toy-arm SCALE=demo", "not_run": []}
 
 
 def run(root, arm, seed, knn, control=20.0, source="a" * 64, device="cpu", **metrics):
@@ -61,7 +62,7 @@ def grid(root, **arms):
 
 def summarise(root, seeds=5, rule=None, **changes):
     design = study(**changes)
-    return studies.summarise(design, records.read_runs(root, design.arms, range(seeds)), METRICS, rule)
+    return ABOUT | analysis.summarise(design, results.read_runs(root, design.arms, range(seeds)), METRICS, rule)
 
 
 def test_numbers_equal_scipy(tmp_path):
@@ -126,11 +127,11 @@ def test_null_and_not_finite_values_are_left_out(tmp_path):
     for seed, knn in enumerate([60.0, float("nan"), float("inf")]):
         run(tmp_path, "base", seed, knn)
     run(tmp_path, "base", 3, 62.0, spread=None)
-    runs = records.read_runs(tmp_path, ["base"], range(4))
-    assert records.values(runs, "base", "knn") == {0: 60.0, 3: 62.0}
-    assert list(records.values(runs, "base", "spread")) == [0, 1, 2]
-    assert records.notes(runs, ["spread"]) == []  # null says "does not apply"; an absent key is a hole
-    assert records.notes(runs, ["sprad"]) == ["base: 4 of 4 without sprad (seed 0, 1, 2, 3)."]
+    runs = results.read_runs(tmp_path, ["base"], range(4))
+    assert results.values(runs, "base", "knn") == {0: 60.0, 3: 62.0}
+    assert list(results.values(runs, "base", "spread")) == [0, 1, 2]
+    assert results.notes(runs, ["spread"]) == []  # null says "does not apply"; an absent key is a hole
+    assert results.notes(runs, ["sprad"]) == ["base: 4 of 4 without sprad (seed 0, 1, 2, 3)."]
 
 
 def test_every_seed_diverged(tmp_path):
@@ -153,12 +154,12 @@ def test_a_control_of_another_reference_leaves_the_primary_its_verdict(tmp_path)
     for seed in range(5):
         for arm, knn in (("base", 60.0), ("arm", 40.0), ("other", 15.0)):
             run(tmp_path, arm, seed, knn + seed, control=15.0 + seed)
-    controls = [Control("untrained", "knn", arm, other_metric="untrained_knn") for arm in ("base", "other")]
-    found = summarise(tmp_path, contrasts=["arm:base", "arm:other"], controls=controls)
+    guards = [MustBeat(arm, "untrained", "knn", baseline_metric="untrained_knn") for arm in ("base", "other")]
+    found = summarise(tmp_path, contrasts=["arm:base", "arm:other"], must_beat=guards)
     assert [control["passed"] for control in found["controls"]] == [True, False]
     assert found["verdict"] == "lower" and not found["finding"].startswith("Not informative")
     assert "Nothing follows from contrasts to other" in found["finding"]
-    assert report.overview("toy-arm", found)[4] == "base against untrained: passed; 0 of 1 others passed"
+    assert page.overview("toy-arm", found)[4] == "base against untrained: passed; 0 of 1 others passed"
 
 
 def test_a_control_of_the_contrasts_own_arm_guards_it_before_one_of_the_setting(tmp_path):
@@ -166,27 +167,28 @@ def test_a_control_of_the_contrasts_own_arm_guards_it_before_one_of_the_setting(
     for seed in range(5):
         for arm, knn in (("base", 60.0), ("high", 80.0), ("low", 15.0)):
             run(tmp_path, arm, seed, knn + seed, control=15.0 + seed)
-    controls = [Control("chance", "knn", arm, other_metric="untrained_knn") for arm in ("low", "high")]
-    found = summarise(tmp_path, contrasts=["high:base", "low:base"], primaries=2, controls=controls)
+    guards = [MustBeat(arm, "chance", "knn", baseline_metric="untrained_knn") for arm in ("low", "high")]
+    found = summarise(tmp_path, contrasts=["high:base", "low:base"], primary=2, must_beat=guards)
     assert found["verdict"] == "high: higher; low: not informative at this scale"
 
 
 def test_controls_by_arm_direction_and_setting(tmp_path):
     grid(tmp_path, base=BASE, arm=ARM, scratch=CONTROL)
-    other = Control("no pretraining", "knn", other_arm="scratch")
-    assert summarise(tmp_path, controls=[other])["controls"][0]["passed"] is True
-    lower = summarise(tmp_path, controls=[other._replace(lower_wins=True)])
-    assert (lower["controls"][0]["passed"], lower["counted"]) == (False, False)
+    other = [MustBeat("base", "no pretraining", "knn", baseline_arm="scratch")]
+    assert summarise(tmp_path, must_beat=other)["controls"][0]["passed"] is True
+    design, lower = study(must_beat=other), METRICS | {"knn": replace(METRICS["knn"], better="lower")}
+    found = analysis.summarise(design, results.read_runs(tmp_path, design.arms, range(5)), lower)
+    assert (found["controls"][0]["passed"], found["counted"]) == (False, False)
     for setting, found in {"a": BASE, "b": CONTROL[::-1]}.items():  # base learns in setting a alone
         grid(tmp_path, **{f"base@{setting}": found, f"arm@{setting}": ARM})
-    guards = [Control("untrained", "knn", f"base@{setting}", "untrained_knn") for setting in "ab"]
-    both = summarise(tmp_path, contrasts=["arm@a:base@a", "arm@b:base@b"], primaries=2, controls=guards)
+    guards = [MustBeat(f"base@{setting}", "untrained", "knn", "untrained_knn") for setting in "ab"]
+    both = summarise(tmp_path, contrasts=["arm@a:base@a", "arm@b:base@b"], primary=2, must_beat=guards)
     assert both["verdict"] == "arm@a: lower; arm@b: not informative at this scale" and both["counted"]
 
 
 def test_no_control_no_finding(tmp_path):
     grid(tmp_path, base=BASE, arm=ARM)
-    missing = summarise(tmp_path, controls=[Control("no pretraining", "knn", other_arm="scratch")])
+    missing = summarise(tmp_path, must_beat=[MustBeat("base", "no pretraining", "knn", baseline_arm="scratch")])
     assert (missing["verdict"], missing["counted"]) == ("no positive control", False)
 
 
@@ -214,10 +216,6 @@ def test_one_seed_has_numbers_but_no_interval(tmp_path):
 def test_training_loss_is_never_judged(tmp_path):
     grid(tmp_path, base=BASE, arm=ARM)
     assert {one["word"] for one in summarise(tmp_path)["all_contrasts"] if one["metric"] == "loss"} == {"not judged"}
-    with pytest.raises(ValueError, match="no description of the metrics accuracy"):
-        summarise(tmp_path, controls=[Control("untrained", "accuracy")])
-    with pytest.raises(ValueError, match="may not be judged"):
-        summarise(tmp_path, primary_metric="loss")
 
 
 def test_the_rule_sees_finished_seeds_and_its_word_is_told(tmp_path):
@@ -247,13 +245,13 @@ def test_written_tables(tmp_path):
     difference = next(row for row in knn if row["kind"] == "difference")
     assert (difference["reference"], difference["word"]) == ("base", "lower") and difference["correlation"]
     half = stats.t.ppf(0.975, 4) * stats.sem(BASE)
-    text = (tmp_path / "toy-arm.md").read_text()
+    text = tables.as_markdown(found)
     assert f"| base | --base | 62.6 ± {half:.1f} |" in text and "95 % Student-t interval" in text
 
 
 def test_numbers_never_show_a_negative_zero():
-    assert tables.number(-0.04, METRICS["knn"]._asdict()) == "0.0"
-    assert tables.number(None, METRICS["knn"]._asdict()) == "–"
+    assert tables.number(-0.04, vars(METRICS["knn"])) == "0.0"
+    assert tables.number(None, vars(METRICS["knn"])) == "–"
 
 
 @pytest.fixture(scope="module")
@@ -269,10 +267,10 @@ def drawn(tmp_path_factory):
 
 def draw(root, folder, names):
     design = study()
-    runs = records.read_runs(root, design.arms, range(5))
-    panels = [figures.Curves("kNN accuracy (%)", records.series(runs, "knn"), {"chance": 10.0})]
+    runs = results.read_runs(root, design.arms, range(5))
+    panels = [figures.Curves("kNN accuracy (%)", results.series(runs, "knn"), {"chance": 10.0})]
     figures.save(figures.curves(panels, design.arms, "base"), folder, names[0])
-    seen = {arm: list(records.values(runs, arm, "knn").values()) for arm in design.arms}
+    seen = {arm: list(results.values(runs, arm, "knn").values()) for arm in design.arms}
     dots = [figures.Dots("kNN", seen, {"base": CONTROL}), figures.Dots("again", seen, lines={"chance": 10.0})]
     figures.save(figures.dots(dots, design.arms, "base", {"arm": "1 of 5 diverged"}), folder, names[1])
 
@@ -280,8 +278,8 @@ def draw(root, folder, names):
 def test_series_and_curves(tmp_path):
     grid(tmp_path, base=BASE, arm=ARM)
     (tmp_path / "arm" / "1" / "train.jsonl").write_text('{"epoch": 0, "knn": 1}\n{"epoch": 1, "knn": NaN}\n')
-    runs = records.read_runs(tmp_path, ["base", "arm"], range(6))
-    curves = records.series(runs, "knn")
+    runs = results.read_runs(tmp_path, ["base", "arm"], range(6))
+    curves = results.series(runs, "knn")
     assert len(curves["base"]) == 5 and curves["base"][1] == ([0, 1, 2], [0.0, 64.0, 128.0])
     assert curves["arm"][1] == ([0], [1])
     axis = figures.curves([figures.Curves("x", curves)], ["base", "arm"], "base").axes[0]
@@ -332,16 +330,16 @@ def test_page_of_a_half_finished_grid(drawn, tmp_path, capsys):
     tables.write_tables(found, tmp_path)
     (tmp_path / "toy-broken.json").write_text("{")
     names = ["toy-missing", "toy-arm", "toy-broken", "toy-arm-width"]
-    report.main(["--results", str(tmp_path), "--title", "A < B", "--command", "make {} SCALE=demo", *names])
+    page.main(["--results", str(tmp_path), "--scale", "A < B", "--command", "make {} SCALE=demo", "--studies", *names])
     text = (tmp_path / "index.html").read_text()
-    page = Page(text)
-    assert [name for name in page.ids if name.startswith("toy") and name in names] == names
-    assert len(page.ids) == len(set(page.ids))
-    assert page.links and all(link.startswith("#") and link[1:] in page.ids for link in page.links)
-    assert all(f"#{name}" in page.links for name in names)
+    parsed = Page(text)
+    assert [name for name in parsed.ids if name.startswith("toy") and name in names] == names
+    assert len(parsed.ids) == len(set(parsed.ids))
+    assert parsed.links and all(link.startswith("#") and link[1:] in parsed.ids for link in parsed.links)
+    assert all(f"#{name}" in parsed.links for name in names)
     for target in re.findall(r"url\((.*?)\)", text):
-        assert target[0] == "#" and target[1:] in page.ids
-    assert not page.tags & {"script", "link", "img", "iframe"} and "&lt;script&gt;alert" in text
+        assert target[0] == "#" and target[1:] in parsed.ids
+    assert not parsed.tags & {"script", "link", "img", "iframe"} and "&lt;script&gt;alert" in text
     assert "<b>" not in text and text.count("&lt;b&gt;the arm") == 2 and text.count("A &lt; B") == 2
     assert "A < B" not in text and text.count("<!DOCTYPE") == 1 and "<?xml" not in text and "@import" not in text
     assert text.count("<svg") == 1  # the other picture belongs to toy-arm-width, which has no summary yet
@@ -350,25 +348,40 @@ def test_page_of_a_half_finished_grid(drawn, tmp_path, capsys):
     assert "4 studies, 1 run, 1 with a finding" in text
     for part in ("make toy-arm SCALE=demo", "none published", "ten pictures", "source: aaaa", "untrained: passed"):
         assert part in text
-    readme = (tmp_path / "README.md").read_text()
+    readme = page.readme(tmp_path, "index", "demo", names, "make {} SCALE=demo")
     assert "![toy-arm](toy-arm.png)" in readme and "`make toy-missing SCALE=demo`" in readme
+    assert "| base | --base | 62.6" in readme and "toy-broken.json cannot be read" in readme
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].endswith("index.html") and len(printed) == 5 and printed[2].startswith("toy-arm: lower. ")
+    assert printed[-1].endswith("index.html") and len(printed) == 5 and printed[1].startswith("toy-arm: lower. ")
+
+
+def test_extras_have_a_page_of_their_own_and_png_takes_the_place_of_svg(drawn, tmp_path):
+    shutil.copytree(drawn / "one", tmp_path, dirs_exist_ok=True)
+    for path in tmp_path.glob("*.svg"):
+        path.unlink()
+    tables.write_tables(summarise(drawn / "runs") | {"study": "toy-arm-width"}, tmp_path)
+    words = ["--results", str(tmp_path), "--scale", "demo"]
+    page.main([*words, "--studies", "toy-arm", "--extras", "toy-arm-width", "toy-gone"])
+    index, extras = (Page((tmp_path / f"{name}.html").read_text()) for name in ("index", "extras"))
+    assert "extras.html" in index.links and "index.html" in extras.links
+    data = base64.b64encode((tmp_path / "toy-arm-width-dots.png").read_bytes()).decode()
+    assert [link for link in extras.links if link.startswith("data:")] == [f"data:image/png;base64,{data}"]
+    assert "toy-gone" not in (tmp_path / "extras.html").read_text()  # an extra that has not been run is left out
 
 
 def test_two_figures_on_a_page_share_no_id(drawn, tmp_path):
     shutil.copytree(drawn / "one", tmp_path, dirs_exist_ok=True)
     tables.write_tables(summarise(drawn / "runs"), tmp_path)
-    report.main(["--results", str(tmp_path), "--title", "t", "toy-arm"])
-    page = Page((tmp_path / "index.html").read_text())
-    assert len(page.ids) == len(set(page.ids)) > 20 and page.ids.count("toy-arm-width-dots-figure_1") == 1
-    assert all(link[1:] in page.ids for link in page.links)
+    page.main(["--results", str(tmp_path), "--scale", "t", "--studies", "toy-arm"])
+    parsed = Page((tmp_path / "index.html").read_text())
+    assert len(parsed.ids) == len(set(parsed.ids)) > 20 and parsed.ids.count("toy-arm-width-dots-figure_1") == 1
+    assert all(link[1:] in parsed.ids for link in parsed.links)
 
 
 @pytest.mark.parametrize("names", [["../etc"], ["a", "a"], ["A b"]])
 def test_a_wrong_name_stops_with_one_line(tmp_path, names, capsys):
     with pytest.raises(SystemExit) as stopped:
-        report.main(["--results", str(tmp_path), "--title", "t", *names])
+        page.main(["--results", str(tmp_path), "--scale", "t", "--studies", *names])
     assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "index.html").exists()
 
@@ -376,25 +389,24 @@ def test_a_wrong_name_stops_with_one_line(tmp_path, names, capsys):
 def test_each_setting_has_tables_of_its_own_with_what_it_is_compared_with(tmp_path):
     for arm in ("off@a", "on@a", "on@b"):
         run(tmp_path / "runs", arm, 0, 50.0)
-    design = study(contrasts=["on@a:off@a", "on@b:off@a"], controls=[])
-    found = studies.summarise(design, records.read_runs(tmp_path / "runs", design.arms, [0]), METRICS)
+    design = study(contrasts=["on@a:off@a", "on@b:off@a"], must_beat=[])
+    found = analysis.summarise(design, results.read_runs(tmp_path / "runs", design.arms, [0]), METRICS)
     assert tables.settings(found) == {"a": ["off@a", "on@a"], "b": ["off@a", "on@b"]}
     assert [row[0] for row in tables.arms_table(found, ["off@a", "on@b"])] == ["arm", "off@a", "on@b"]
     assert [row[0] for row in tables.differences_table(found, ["off@a", "on@b"])] == ["contrast", "on@b:off@a"]
-    tables.write_tables(found, tmp_path)
-    text = (tmp_path / "toy-arm.md").read_text()
-    assert text.index("## a") < text.index("| on@a |") < text.index("## b") < text.index("| on@b |")
-    page = report.section("toy-arm", found, [], "make toy-arm")
-    assert page.count("<h3>") == 2 and page.count("<table>") == 4
+    text = tables.as_markdown(found)
+    assert text.index("**a**") < text.index("| on@a |") < text.index("**b**") < text.index("| on@b |")
+    section = page.section("toy-arm", ABOUT | found, [], "make toy-arm")
+    assert section.count("<h3>") == 2 and section.count("<table>") == 4
 
 
 def test_arms_without_a_setting_stand_in_one_table(tmp_path):
     for arm in ("base", "arm", "control"):
         run(tmp_path, arm, 0, 50.0)
-    design = study(controls=[Control("control", "knn", other_arm="control")])
-    found = studies.summarise(design, records.read_runs(tmp_path, design.arms, [0]), METRICS)
+    design = study(must_beat=[MustBeat("base", "control", "knn", baseline_arm="control")])
+    found = analysis.summarise(design, results.read_runs(tmp_path, design.arms, [0]), METRICS)
     assert tables.settings(found) == {"": ["base", "arm", "control"]}
-    assert "<h3>" not in report.section("toy-arm", found, [], "make toy-arm")
+    assert "<h3>" not in page.section("toy-arm", ABOUT | found, [], "make toy-arm")
 
 
 def test_an_interval_is_cut_where_no_value_can_be():

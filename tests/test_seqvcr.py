@@ -16,6 +16,7 @@ from plan import design
 from test_concepts import write_safetensors
 
 from common import checkpoints, files
+from common.study import tables
 from seqvcr import eval as evaluate
 from seqvcr import net, plot, tasks, train
 from seqvcr.net import GPT
@@ -741,8 +742,8 @@ def test_entropies_stay_on_a_fake_gpu(fake_gpu: FakeGPU):
 
 
 def test_studies_are_drawn_and_told(finished, tmp_path, capsys):
-    for study, contrasts in STUDIES.items():
-        plot.main([study, *contrasts, "--runs", str(finished), "--seeds", "0", "1", "--results", str(tmp_path)])
+    for study in STUDIES:
+        plot.main([study, "--runs", str(finished), "--seeds", "0", "1", "--results", str(tmp_path)])
         summary = json.loads((tmp_path / f"{study}.json").read_text())
         figures = {path.stem.removeprefix(f"{study}-") for path in tmp_path.glob(f"{study}-*.png")}
         wanted = {"entropy", "metrics", "positions", "prediction", "solved"} | (
@@ -750,11 +751,11 @@ def test_studies_are_drawn_and_told(finished, tmp_path, capsys):
         )
         assert figures == wanted and all(row["word"] == "0 of 1 solved" for row in summary["rows"])
         assert summary["controls"] and all(control["arm_mean"] is not None for control in summary["controls"])
-        assert any("1 of 2 missing (seed 1)" in note for note in summary["notes"])
+        assert any("1 of 2 missing (seed 1)" in note for note in summary["notes"]) and not summary["not_run"]
     both = json.loads((tmp_path / "seqvcr-coefficients.json").read_text())
     assert [one["arm"] for one in both["contrasts"] if one["primary"]] == ["base@2x2", "0.1-0.5@2x2-128"]
-    text = (tmp_path / "seqvcr-coefficients.md").read_text()
-    assert text.count("| off@2x2 |") == 2 and "## 2x2-128" in text
+    text = tables.as_markdown(both)
+    assert text.count("| off@2x2 |") == 2 and "**2x2-128**" in text
     svg = (tmp_path / "seqvcr-coefficients-entropy.svg").read_text()
     assert "λ 0.05, 0.25" in svg and "level" in svg
     assert "2048" in (tmp_path / "seqvcr-projection-width-width.svg").read_text()
@@ -767,12 +768,15 @@ def test_a_study_whose_runs_have_only_begun_is_drawn_with_holes(finished, tmp_pa
         first = (finished / arm / "0/train.jsonl").read_text().splitlines(keepends=True)[0]
         (tmp_path / arm / "0/train.jsonl").write_text(first)
     words = ["--runs", str(tmp_path), "--seeds", "0", "--results", str(tmp_path / "r")]
-    plot.main(["seqvcr-coefficients", "base@2x2:off@2x2", *words])
-    assert "base@2x2: 1 of 1 missing" in (tmp_path / "r/seqvcr-coefficients.md").read_text()
+    plot.main(["seqvcr-coefficients", *words])
+    found = json.loads((tmp_path / "r/seqvcr-coefficients.json").read_text())
+    assert "base@2x2: 1 of 1 missing (seed 0)." in found["notes"]
+    assert [one["arm"] for one in found["contrasts"]] == ["base@2x2", "0.1-0.5@2x2-128"]  # both are primary
+    assert "0.5-0.002@2x2" in found["not_run"]
     assert (tmp_path / "r/seqvcr-coefficients-solved.png").exists()
 
 
 def test_nothing_is_drawn_without_runs_and_solved_seeds_are_counted(tmp_path, capsys):
-    plot.main(["seqvcr-layer", "layer-1@2x2:base@2x2", "--runs", str(tmp_path), "--results", str(tmp_path / "r")])
+    plot.main(["seqvcr-layer", "--runs", str(tmp_path), "--results", str(tmp_path / "r")])
     assert "no runs" in capsys.readouterr().out and not (tmp_path / "r").exists()
     assert plot.solved([{"solved": True}, {"solved": False}, {"solved": True}]) == "2 of 3 solved"

@@ -12,7 +12,7 @@ from conftest import ROOT, Unwritten, refused, tiny
 from plan import design
 from torch import nn
 
-from common import checkpoints, files, images, spread
+from common import checkpoints, files, images, probes
 from simsiam import eval as evaluate
 from simsiam import net, plot, train
 from simsiam.train import PAIRS, SimSiam, build_predictor, build_projector, simsiam_loss
@@ -156,19 +156,19 @@ def test_learning_rates_of_the_schedule():
 
 def test_spread_of_known_sets():
     rows = torch.randn(4000, 64, generator=torch.Generator().manual_seed(0))
-    assert spread.std_ratio(rows) == pytest.approx(1.0, abs=0.01)
-    assert spread.effective_rank(rows) == pytest.approx(64, rel=0.01)
+    assert probes.std_ratio(rows) == pytest.approx(1.0, abs=0.01)
+    assert probes.effective_rank(rows) == pytest.approx(64, rel=0.01)
     constant = torch.ones(50, 8) + 1e-6 * rows[:50, :8]
-    assert spread.std_ratio(constant) < 1e-4 and spread.mean_cosine(constant) == pytest.approx(1.0, abs=1e-6)
+    assert probes.std_ratio(constant) < 1e-4 and probes.mean_cosine(constant) == pytest.approx(1.0, abs=1e-6)
     antipodal = torch.cat([torch.ones(25, 8), -torch.ones(25, 8)])  # the collapse that the deviation does not show
-    assert spread.std_ratio(antipodal) == pytest.approx(1.0, abs=0.02)
-    assert spread.effective_rank(antipodal) == pytest.approx(1.0, abs=1e-3)
+    assert probes.std_ratio(antipodal) == pytest.approx(1.0, abs=0.02)
+    assert probes.effective_rank(antipodal) == pytest.approx(1.0, abs=1e-3)
     few, unit = rows[:20], F.normalize(rows[:20], dim=1)
     share = torch.linalg.svdvals(unit.double() - unit.double().mean(0))
     share = share[share > 1e-9] / share.sum()
-    assert spread.effective_rank(few) == pytest.approx((-(share * share.log()).sum()).exp().item())
+    assert probes.effective_rank(few) == pytest.approx((-(share * share.log()).sum()).exp().item())
     pairs = [float(unit[i] @ unit[j]) for i in range(20) for j in range(20) if i != j]
-    assert spread.mean_cosine(few) == pytest.approx(sum(pairs) / len(pairs), abs=1e-6)
+    assert probes.mean_cosine(few) == pytest.approx(sum(pairs) / len(pairs), abs=1e-6)
 
 
 def test_an_affine_free_batch_norm_keeps_the_collapsed_batch_at_its_floor():
@@ -176,7 +176,7 @@ def test_an_affine_free_batch_norm_keeps_the_collapsed_batch_at_its_floor():
     rows = torch.zeros(64, 256)
     rows[0] = 1.0
     z = nn.BatchNorm1d(256, affine=False)(rows * 1e3)
-    assert spread.std_ratio(z) == pytest.approx(2 * (1 / 64 * (1 - 1 / 64)) ** 0.5, rel=0.01)
+    assert probes.std_ratio(z) == pytest.approx(2 * (1 / 64 * (1 - 1 / 64)) ** 0.5, rel=0.01)
 
 
 def test_the_collapse_rule_wants_both_meters_in_every_seed():
@@ -261,7 +261,7 @@ def test_measurements_are_float32_whatever_training_used(pictures, tmp_path):
     model.load_state_dict(saved["model"])
     x = torch.cat([x for x, _ in images.load("folder", pictures, 32, torch.device("cpu")).batches("test")])
     with torch.no_grad():
-        expected = spread.std_ratio(model.projector(model.backbone(x.double())))
+        expected = probes.std_ratio(model.projector(model.backbone(x.double())))
     logged = files.read_lines(tmp_path / "run/train.jsonl")[-1]
     assert metrics["std_ratio"] == logged["std_ratio"] == pytest.approx(expected, rel=1e-4)
 
@@ -372,15 +372,14 @@ def test_metrics_have_the_plans_keys(finished):
 
 
 def test_figures_and_tables_come_out(finished, tmp_path, capsys):
-    for study, contrasts in {
-        "simsiam-projector": ["no-projector:base", "narrow:base"],
-        "simsiam-symmetric-loss": ["asymmetric:base", "asymmetric-2x:base"],
-    }.items():
-        plot.main([study, *contrasts, "--runs", str(finished), "--seeds", "0", "1", "--results", str(tmp_path)])
-        for name in ("-curves.svg", "-curves.png", "-metrics.svg", ".md", ".csv", ".json"):
+    for study in ("simsiam-projector", "simsiam-symmetric-loss"):
+        plot.main([study, "--runs", str(finished), "--seeds", "0", "1", "--results", str(tmp_path)])
+        for name in ("-curves.svg", "-curves.png", "-metrics.svg", ".csv", ".json"):
             assert (tmp_path / f"{study}{name}").stat().st_size > 500
+        found = files.read_json(tmp_path / f"{study}.json")
+        assert [f"{one['arm']}:{one['reference']}" for one in found["contrasts"]] == STUDIES[study]
+        assert "base: 1 of 2 missing (seed 1)." in found["notes"] and not found["not_run"]
     assert "no-projector minus base" in capsys.readouterr().out
-    assert "1 of 2 missing" in (tmp_path / "simsiam-projector.md").read_text()
 
 
 def test_an_arm_whose_every_seed_diverged_is_drawn_and_told(finished, tmp_path, capsys):
@@ -388,9 +387,26 @@ def test_an_arm_whose_every_seed_diverged_is_drawn_and_told(finished, tmp_path, 
     path = tmp_path / "runs/no-projector/0/metrics.json"
     path.write_text(json.dumps(dict.fromkeys(json.loads(path.read_text())) | {"diverged": True}))
     words = ["--runs", str(tmp_path / "runs"), "--seeds", "0", "--results", str(tmp_path / "r")]
-    plot.main(["simsiam-projector", "no-projector:base", "narrow:base", *words])
-    assert "no-projector: 1 of 1 diverged" in (tmp_path / "r/simsiam-projector.md").read_text()
+    plot.main(["simsiam-projector", *words])
+    found = files.read_json(tmp_path / "r/simsiam-projector.json")
+    assert found["verdict"] == "no-projector: 1 of 1 diverged"
+    assert "no-projector: 1 of 1 diverged, not averaged (seed 0)." in found["notes"]
     assert (tmp_path / "r/simsiam-projector-curves.png").exists()
+
+
+def test_arms_that_were_not_run_are_named_and_left_out(finished, tmp_path, capsys):
+    """As after `make primary`; the primary contrast stays though its arm has no run."""
+    for arm in ("base", "projector-bn"):
+        shutil.copytree(finished / arm, tmp_path / "runs" / arm)
+    plot.main(["simsiam-projector", "--runs", str(tmp_path / "runs"), "--seeds", "0", "--results", str(tmp_path)])
+    found = files.read_json(tmp_path / "simsiam-projector.json")
+    assert found["not_run"] == ["narrow"] and found["notes"][0] == "Not run: narrow."
+    assert [one["arm"] for one in found["contrasts"]] == ["no-projector", "projector-bn"]
+    assert found["contrasts"][0]["word"] == "no value" and "no-projector: 1 of 1 missing (seed 0)." in found["notes"]
+    with pytest.raises(SystemExit) as end:
+        plot.main(["simsiam-width", "--runs", str(finished), "--results", str(tmp_path / "r")])
+    printed = capsys.readouterr().err
+    assert end.value.code == 2 and "no study 'simsiam-width'" in printed and printed.count("\n") == 1
 
 
 def test_again_is_refused_finished_or_moved_aside(finished, pictures, tmp_path, capsys):

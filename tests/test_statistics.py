@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from common.statistics import Difference, paired, student_t_quantile, summary, verdict, welch
+from common.study.statistics import Difference, paired, student_t_quantile, summary, verdict, welch
 
 DRAWS = np.random.default_rng(0)
 

@@ -1,20 +1,17 @@
-"""Curves over a dose and contrasts at three learning rates: what make asks for, and what is said of the runs."""
+"""Curves and robustness: doses, onsets, and what the verdicts at three rates amount to."""
 
-import argparse
 import importlib
 import json
-import os
-import subprocess
 
 import pytest
-from conftest import ROOT
 
-from common import command, records, studies, sweeps
-from common.studies import Control, Metric, Study
+from common import cli
+from common.study import plotting, results, sweeps
+from common.study.design import RATES, ROBUSTNESS, Arm, Design, Metric, MustBeat, Settings, Study, Sweep, load
 
-METRICS = {"knn": Metric("kNN accuracy", "%", 1), "spread": Metric("std ratio", "", 2)}
-ROBUST = sweeps.Sweep(sweeps.ROBUSTNESS, ("knn", "spread"))
-LEAK = sweeps.Sweep("How much?", ("knn", "spread"), "leak", "share")
+METRICS = {"knn": Metric("kNN accuracy", "%", 1, "higher"), "spread": Metric("std ratio", "", 2)}
+ROBUST = Sweep(("knn", "spread"))
+LEAK = Sweep(("knn", "spread"), "leak", "share")
 TRIPLED = ["arm@third:base@third", "arm@triple:base@triple"]
 
 
@@ -31,22 +28,26 @@ def arm(root, name, found, **arguments):
         run(root, name, seed, knn, **arguments)
 
 
-def study(*contrasts, controls=()) -> Study:
-    return Study("toy", "toy", "demo", "?", "", "make toy", "knn", list(contrasts), list(controls))
-
-
 def untrained(name):
-    return Control("untrained", "knn", name, "untrained")
+    return MustBeat(name, "untrained", "knn", "untrained")
 
 
-def draw(root, design, sweep, seeds=3):
-    args = argparse.Namespace(runs=root, seeds=list(range(seeds)), results=root / "results")
-    sweeps.draw(args, design, sweep, METRICS, lambda runs: "ten pictures" if any(map(has_run, runs.values())) else "")
-    return json.loads((root / "results" / "toy.json").read_text())
+def draw(root, contrasts, guards, sweep, primary=1):
+    """The summary of a study of these contrasts, drawn by what all plot.py share."""
+    study = Study("toy-x", ROBUSTNESS if sweep is ROBUST else "How much?", contrasts, "knn", primary,
+                  [untrained(name) for name in guards], extra=True, sweep=sweep)  # fmt: skip
+    design = Design("toy", "toy", METRICS, [study], [Arm(name, f"--name {name} --leak 0") for name in study.arms])
+    argv = ["toy-x", "--runs", str(root), "--seeds", "0", "1", "2", "--results", str(root / "results")]
+    plotting.draw(argv, None, lambda scale, settings: design, described, no_figures)
+    return json.loads((root / "results" / "toy-x.json").read_text())
 
 
-def has_run(by_seed):
-    return any(one.args for one in by_seed.values())
+def described(runs):
+    return "ten pictures" if any(one.args for by_seed in runs.values() for one in by_seed.values()) else ""
+
+
+def no_figures(view):
+    raise AssertionError("a sweep has its own figure")
 
 
 @pytest.mark.parametrize(
@@ -76,15 +77,14 @@ def test_robustness_from_runs_to_verdict(tmp_path, capsys):
         arm(tmp_path, f"arm{rate}", [20.0, 21.0, 22.0] if rate != "@triple" else [59.0, 62.0, 61.5])
         arm(tmp_path, f"other{rate}", [90.0, 91.0, 92.0])
     others = [one.replace("arm", "other") for one in TRIPLED]
-    controls = map(untrained, ("base", "base@third", "base@triple"))
-    found = draw(tmp_path, study("arm:base", "other:base", *TRIPLED, *others, controls=controls), ROBUST)
+    guards = ("base", "base@third", "base@triple")
+    found = draw(tmp_path, ["arm:base", "other:base", *TRIPLED, *others], guards, ROBUST, 2)
     assert found["verdict"] == f"{sweeps.SOME}: arm:base; {sweeps.ALL}: other:base"
-    assert found["counted"] and found["primaries"] == 2 and "higher at all three rates" in found["finding"]
+    assert found["counted"] and "higher at all three rates" in found["finding"]
     assert "lower at a third; lower at base's rate; not resolved at n = 3 at three times" in found["finding"]
     assert "a third -40.0 (-42.3 to -37.7)" in found["finding"]
     assert "std ratio, arm:base: not resolved at n = 3 at all three rates" in found["finding"]
-    assert (tmp_path / "results" / "toy-sweep.svg").exists() and found["finding"] in capsys.readouterr().out
-    assert "arm@third" in (tmp_path / "results" / "toy.md").read_text()
+    assert (tmp_path / "results" / "toy-x-sweep.svg").exists() and found["finding"] in capsys.readouterr().out
 
 
 def test_a_rate_whose_control_fails_is_no_finding_there(tmp_path):
@@ -92,8 +92,7 @@ def test_a_rate_whose_control_fails_is_no_finding_there(tmp_path):
     for rate in ("", "@third", "@triple"):
         arm(tmp_path, f"base{rate}", [60.0, 61.0, 62.0] if rate != "@triple" else [11.0, 10.0, 12.0])
         arm(tmp_path, f"arm{rate}", [2.0, 3.0, 4.0])
-    design = study("arm:base", *TRIPLED, controls=map(untrained, ("base", "base@third", "base@triple")))
-    found = draw(tmp_path, design, ROBUST)
+    found = draw(tmp_path, ["arm:base", *TRIPLED], ("base", "base@third", "base@triple"), ROBUST)
     assert found["verdict"] == f"{sweeps.SOME}: arm:base"
     assert "not informative at three times" in found["finding"] and not found["counted"]
 
@@ -101,9 +100,10 @@ def test_a_rate_whose_control_fails_is_no_finding_there(tmp_path):
 def test_robustness_with_rates_that_have_no_run(tmp_path):
     arm(tmp_path, "base", [60.0, 61.0, 62.0])
     arm(tmp_path, "arm", [20.0, 21.0, 22.0])
-    found = draw(tmp_path, study("arm:base", *TRIPLED, controls=[untrained("base")]), ROBUST)
-    assert found["verdict"] == f"{sweeps.ONLY}: arm:base" and "a third –" in found["finding"]
-    assert sum("3 of 3 missing" in note for note in found["notes"]) == 4
+    found = draw(tmp_path, ["arm:base", *TRIPLED], ["base"], ROBUST)
+    assert found["verdict"] == f"{sweeps.ONLY}: arm:base" and "third" not in found["finding"]
+    assert found["not_run"] == ["base@third", "base@triple", "arm@third", "arm@triple"]
+    assert found["notes"] == ["Not run: base@third, base@triple, arm@third, arm@triple."]
 
 
 def test_a_curve_takes_the_arms_that_differ_in_the_dose_alone(tmp_path):
@@ -111,9 +111,9 @@ def test_a_curve_takes_the_arms_that_differ_in_the_dose_alone(tmp_path):
         arm(tmp_path, name, [1.0], leak=leak)
     arm(tmp_path, "other", [1.0], leak=0.3, lr=0.2)
     names = ["base", "all", "half", "tenth", "other", "absent"]
-    runs = records.read_runs(tmp_path, names, [0])
+    runs = results.read_runs(tmp_path, names, [0])
     assert list(sweeps.doses(runs, "base", LEAK).items()) == [("base", 0), ("tenth", 0.1), ("half", 0.5), ("all", 1)]
-    moving = sweeps.Sweep("?", ("knn",), "leak", moving=("lr",))
+    moving = Sweep(("knn",), "leak", moving=("lr",))
     assert list(sweeps.doses(runs, "base", moving)) == ["base", "tenth", "other", "half", "all"]
     assert sweeps.doses(runs, "absent", LEAK) == {}
 
@@ -150,77 +150,92 @@ def test_a_reference_in_the_middle_is_left_both_ways():
 def test_a_curve_from_runs_to_finding(tmp_path):
     for name, leak, found in [("base", 0.0, 60), ("x", 0.1, 59.5), ("y", 0.5, 30), ("all", 1.0, 12)]:
         arm(tmp_path, name, [found, found + 1.0, found + 2.0], leak=leak)
-    design = study("all:base", "x:base", "y:base", "absent:base", controls=[untrained("base")])
-    found = draw(tmp_path, design, LEAK)
+    found = draw(tmp_path, ["all:base", "x:base", "y:base", "absent:base"], ["base"], LEAK)
+    assert found["not_run"] == ["absent"]
     assert found["verdict"] == "lower" and found["question"] == "How much?"
     assert found["finding"].startswith(
         "kNN accuracy: 61.0 at 0, 60.5 at 0.1, 31.0 at 0.5, 13.0 at 1; against base: lower"
     )
-    svg = (tmp_path / "results" / "toy-sweep.svg").read_text()
+    svg = (tmp_path / "results" / "toy-x-sweep.svg").read_text()
     assert svg.count(">base<") == 2 and ">x<" not in svg  # the plan's arms by name, in both panels
 
 
+def test_runs_that_cannot_be_compared_are_not_drawn(tmp_path, capsys):
+    """Only a further arm has a run: nothing to compare it with."""
+    arm(tmp_path, "x", [1.0], leak=0.1)
+    with pytest.raises(FileNotFoundError):
+        draw(tmp_path, ["all:base", "x:base"], [], LEAK)
+    assert "no runs" in capsys.readouterr().out
+
+
+def test_a_curve_whose_runs_have_only_begun_has_no_value(tmp_path):
+    for name in ("base", "all"):
+        arm(tmp_path, name, [1.0], leak=0.1)
+        (tmp_path / name / "0/metrics.json").unlink()
+    assert draw(tmp_path, ["all:base"], [], LEAK)["finding"] == "No value yet."
+
+
 def test_without_runs_nothing_is_written(tmp_path, capsys):
-    args = argparse.Namespace(runs=tmp_path, seeds=[0], results=tmp_path / "results")
-    sweeps.draw(args, study("arm:base"), LEAK, METRICS, lambda runs: "")
+    with pytest.raises(FileNotFoundError):
+        draw(tmp_path, ["arm:base"], [], LEAK)
     assert "no runs" in capsys.readouterr().out and not (tmp_path / "results").exists()
 
 
-# ------------------------------------------------------------------------------------------------- the Makefile's
+# ------------------------------------------------------------------------------------------------- the papers'
 
 
-def asked(paper: str, scale: str) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """(all arms with their flags, the sweeps with their contrasts) as make has them."""
-    show = f"show: ; @$(foreach study,$({paper}.sweeps),echo 'study $(study) $($(study))';) $(foreach arm,$(call "
-    show += f"every-arm,{paper},$({paper}.sweeps)),echo 'arm $(arm) $({paper}.$(arm))';)"
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
-    lines = subprocess.run(
-        ["make", "--no-print-directory", "-C", str(ROOT), f"SCALE={scale}", f"--eval={show}", "show"],
-        env=clean, capture_output=True, text=True, check=True,
-    ).stdout.splitlines()  # fmt: skip
-    words = [line.split() for line in lines]
-    arms = {name: flags for kind, name, *flags in words if kind == "arm"}
-    return arms, {name: contrasts for kind, name, *contrasts in words if kind == "study"}
-
-
-@pytest.mark.parametrize("scale", command.SCALES)
+@pytest.mark.parametrize("scale", cli.SCALES)
 @pytest.mark.parametrize("paper", ["simsiam", "conmim", "cocord", "bsa", "seqvcr"])
 def test_every_arm_of_a_sweep_is_another_run(paper, scale, tmp_path):
     """No two arms of a sweep resolve to equal arguments; a third and three times are of the arm's own rate."""
     train = importlib.import_module(f"{paper}.train")
-    arms, found = asked(paper, scale)
+    design = load(paper, scale)
     extra = {("seqvcr", "paper"): ["--init-from", "none"], ("bsa", "paper"): ["--data", "x.npy"]}.get(
         (paper, scale), []
     )
 
     def arguments(name: str) -> dict:
-        given = vars(train.parse_args(["--scale", scale, "--out", str(tmp_path / "x" / "0"), *extra, *arms[name]]))
-        return {key: value for key, value in given.items() if key not in command.PLACES}
+        flags = design.arm(name).flags.split()
+        given = vars(train.parse_args(["--scale", scale, "--out", str(tmp_path / "x" / "0"), *extra, *flags]))
+        return {key: value for key, value in given.items() if key not in cli.PLACES}
 
-    assert f"{paper}-robustness" in found and len(found) > 1
-    for study_name, contrasts in found.items():
-        names = sorted({name for one in contrasts for name in one.split(":")})
-        resolved = {name: arguments(name) for name in names if not name.startswith("no-pretraining")}
+    found = [study for study in design.studies if study.sweep]
+    assert found[0].name == f"{paper}-robustness" and len(found) > 1
+    for study in found:
+        resolved = {name: arguments(name) for name in study.arms if not name.startswith("no-pretraining")}
         assert len({json.dumps(one, sort_keys=True, default=str) for one in resolved.values()}) == len(resolved)
         for name, one in resolved.items():
             own, _, rate = name.rpartition("@")
-            if rate in ("third", "triple"):
+            if rate in RATES:
                 factor = {"third": 0.333, "triple": 3}[rate]
                 assert one == arguments(own) | {"lr": pytest.approx(factor * arguments(own)["lr"])}
-        ends = [arguments(name) for name in contrasts[0].split(":")]
-        sweep = importlib.import_module(f"{paper}.plot").SWEEPS[study_name]
-        if sweep.dose:
-            differing = {key for key in ends[0] if ends[0][key] != ends[1][key]}
-            assert differing == {sweep.dose, *sweep.moving}
-            reference, fixed = contrasts[0].split(":")[1], ends[0].keys() - {sweep.dose, *sweep.moving}
-            along = [arm for arm, _, other in (one.partition(":") for one in contrasts) if other == reference]
+        arm, reference = study.pairs[0]
+        if study.sweep.argument:
+            varied = {study.sweep.argument, *study.sweep.moving}
+            fixed = resolved[arm].keys() - varied
+            assert {key for key, value in resolved[arm].items() if value != resolved[reference][key]} == varied
+            along = [one for one, other in study.pairs if other == reference]
             assert len(along) >= 4
-            assert all(resolved[arm][key] == ends[1][key] for arm in along for key in fixed)
+            assert all(resolved[one][key] == resolved[reference][key] for one in along for key in fixed)
 
 
-def test_judge_is_what_a_studys_verdict_is_made_of(tmp_path):
-    arm(tmp_path, "base", [60.0, 61.0])
-    arm(tmp_path, "arm", [20.0, 21.0])
-    design = study("arm:base", controls=[untrained("base")])
-    found = studies.summarise(design, records.read_runs(tmp_path, design.arms, [0, 1]), METRICS)
-    assert studies.judge(found["contrasts"][0], found["controls"]) == found["verdict"] == "lower"
+@pytest.mark.parametrize("paper", ["simsiam", "conmim", "cocord", "bsa", "seqvcr"])
+def test_robustness_is_derived_from_the_primary_contrasts(paper):
+    design = load(paper, "demo")
+    plan = [study for study in design.studies if not study.extra]
+    primary = dict.fromkeys(contrast for study in plan for contrast in study.contrasts[: study.primary])
+    study = design.study(f"{paper}-robustness")
+    assert list(study.contrasts[: study.primary]) == list(primary)
+    for rate in RATES:
+        shifted = {f"{arm}@{rate}:{reference}@{rate}" for arm, reference in study.pairs[: study.primary]}
+        assert shifted < set(study.contrasts)
+    assert all(study.primary_only.must_beat for study in design.studies)  # something guards every primary contrast
+
+
+def test_settings_reach_the_design():
+    pairs, tasks = Settings(pairs=("vgg13-vgg8",)), Settings(tasks=("lis",))
+    study = load("cocord", "gpu", pairs).study("cocord-teacher-momentum")
+    assert {arm.partition("@")[2] for arm in study.arms} == {"vgg13-vgg8", "vgg8"}
+    assert "73.99" in study.published and "75.48" not in study.published
+    assert load("seqvcr", "gpu", tasks).study("seqvcr-projection-width").pairs[0] == ("width-4096@lis", "width-512@lis")
+    assert load("simsiam", "gpu").data and not load("simsiam", "gpu", Settings(own_data=True)).data

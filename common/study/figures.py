@@ -18,10 +18,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
 from common.files import write_bytes
-from common.records import Curve
-from common.statistics import summary
+from common.study.results import Curve
+from common.study.statistics import summary
 
 REFERENCE, GREY = "#333333", "#777777"
 SMALL: Any = {"fontsize": 8.5, "color": "#555555"}
@@ -207,14 +208,22 @@ def _interval(axis: Axes, place: int, found: Sequence[float], colour: str) -> No
 
 
 def save(figure: Figure, folder: Path, name: str) -> None:
-    """Write <name>.svg and <name>.png (200 dpi) atomically; equal figures give equal bytes."""
+    """Write <name>.svg and <name>.png (200 dpi, 256 colours) atomically; equal figures give equal bytes."""
     for kind, facts in {"svg": ("Date", "Creator", "Format", "Type"), "png": ("Software",)}.items():
         buffer = io.BytesIO()
         with matplotlib.rc_context(STYLE):
             figure.savefig(buffer, format=kind, dpi=200, metadata=dict.fromkeys(facts))
-        data = buffer.getvalue()
-        data = _number_clips(data) if kind == "svg" else data
+        data = _number_clips(buffer.getvalue()) if kind == "svg" else palette(buffer.getvalue())
         write_bytes(Path(folder) / f"{name}.{kind}", data)
+
+
+def palette(png: bytes) -> bytes:
+    """The same PNG with a palette of 256 colours: a third of the size, no difference that one sees."""
+    buffer = io.BytesIO()
+    image = Image.open(io.BytesIO(png)).convert("RGB")
+    few = image.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.NONE)
+    few.save(buffer, "PNG", optimize=True, dpi=(200, 200))
+    return buffer.getvalue()
 
 
 def _number_clips(svg: bytes) -> bytes:

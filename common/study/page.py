@@ -1,26 +1,28 @@
-"""The page: all studies of a results folder in one file that opens from disk; a README.md beside it.
+"""The page: the studies of a results folder in one file that opens from disk, extras in a second one beside it.
 
-    python -m common.report --results results/gpu --title "Twelve ablations" simsiam-stop-gradient ...
+    python -m common.study.page --results runs/demo/report --scale demo --studies simsiam-stop-gradient ...
 
-Reads <study>.json and <study>*.svg; runs nothing. A study without a JSON file is shown as a hole.
+Reads <study>.json and <study>-*.svg (or .png where there is none); runs nothing. A study of the plan without a JSON
+file is shown as a hole; an extra without one is left out.
 """
 
+import base64
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from common import tables
-from common.command import Parser
-from common.exits import stop
+from common.cli import Parser, stop
 from common.files import read_json, write_text
-from common.statistics import counts
+from common.study import tables
+from common.study.statistics import counts
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: auto; padding: 1rem; }
 h1, h2 { line-height: 1.2; } h2 { margin-top: 3rem; border-top: 1px solid #ccc; padding-top: 1rem; }
-.wide { overflow-x: auto; } .wide > svg { display: block; max-width: 100%; min-width: 36rem; height: auto; }
+.wide { overflow-x: auto; } .wide > svg, .wide > img { display: block; max-width: 100%; min-width: 36rem;
+  height: auto; }
 table { border-collapse: collapse; font-size: .85rem; margin: .5rem 0; }
 th, td { text-align: left; vertical-align: top; padding: .25rem .7rem .25rem 0; }
 .short { white-space: nowrap; } tr { border-bottom: 1px solid #ddd; }
@@ -43,17 +45,21 @@ def read(folder: Path, study: str) -> dict[str, Any] | str:
 
 
 def pictures(folder: Path, studies: Sequence[str]) -> dict[str, list[Path]]:
-    """The <study>.svg and <study>-*.svg of each; the longest study name that fits owns it."""
+    """The figures <study>-*.svg of each study, .png where there is no .svg; the longest name that fits owns it."""
     result: dict[str, list[Path]] = {study: [] for study in [*studies, *(p.stem for p in folder.glob("*.json"))]}
-    for path in sorted(folder.glob("*.svg"), key=lambda path: path.stem):
-        owners = [study for study in result if path.stem == study or path.stem.startswith(f"{study}-")]
+    found = {path.stem: path for kind in ("png", "svg") for path in folder.glob(f"*.{kind}")}
+    for stem, path in sorted(found.items()):
+        owners = [study for study in result if stem == study or stem.startswith(f"{study}-")]
         if owners:
             result[max(owners, key=len)].append(path)
     return result
 
 
 def inline(path: Path) -> str:
-    """An SVG file as an element of the page: no prolog, its ids made unique by the file's name."""
+    """A figure as an element of the page; of an SVG no prolog, its ids made unique by the file's name."""
+    if path.suffix == ".png":
+        data = base64.b64encode(path.read_bytes()).decode()
+        return f'<img alt="{escape(path.stem)}" src="data:image/png;base64,{data}">'
     text = path.read_text(encoding="utf-8")
     text = re.sub(r"<metadata>.*?</metadata>|<script.*?</script>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{path.stem}-", text)
@@ -131,16 +137,25 @@ def section(study: str, found: Mapping[str, Any] | str, figures: Sequence[Path],
     return head + "\n".join(parts) + "\n</section>"
 
 
-def write(folder: Path, title: str, studies: Sequence[str], command: str) -> list[str]:
-    """Write index.html and README.md into `folder`; one line a study of what was found."""
-    everything = {study: read(folder, study) for study in studies}
-    drawn = pictures(folder, studies)
+TITLES = {"index": "Ablation studies", "extras": "Robustness, curves and other extras"}  # by the page's file name
+
+
+def lead(everything: Mapping[str, Mapping[str, Any] | str]) -> str:
+    """How many studies there are, how many have been run, and with how many findings."""
     summaries = [found for found in everything.values() if not isinstance(found, str)]
-    lead = f"{len(studies)} studies, {len(summaries)} run, {sum(one['counted'] for one in summaries)} with a finding."
+    counted = sum(one["counted"] for one in summaries)
+    return f"{len(everything)} studies, {len(summaries)} run, {counted} with a finding."
+
+
+def write(folder: Path, name: str, scale: str, studies: Sequence[str], command: str, other: str = "") -> list[str]:
+    """Write <name>.html into `folder`; returns one line a study of what was found. `other`: a page to link to."""
+    everything = {study: read(folder, study) for study in studies}
+    drawn, title = pictures(folder, studies), f"{TITLES[name]}, scale {scale}"
     rows = [HEADER, *(overview(study, found) for study, found in everything.items())]
     sections = [
         section(study, found, drawn[study], command.replace("{}", study)) for study, found in everything.items()
     ]
+    link = f' See also: <a href="{other}.html">{escape(TITLES[other])}</a>.' if other else ""
     page = f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -151,25 +166,40 @@ def write(folder: Path, title: str, studies: Sequence[str], command: str) -> lis
 </head>
 <body>
 <h1>{escape(title)}</h1>
-<p>{lead} Differences with Welch's 95 % intervals over training seeds; data and split are fixed.
-Published values are the papers' own, on their data and at their length: not to be compared with ours in size.</p>
+<p>{lead(everything)} Differences with Welch's 95 % intervals over training seeds; data and split are fixed.
+Published values are the papers' own, on their data and at their length: not to be compared with ours in size.{link}</p>
 {table(rows, links=True)}
 {"".join(sections)}
 </body>
 </html>
 """
-    write_text(folder / "index.html", page)
-    text = [
-        f"# {title}",
-        lead + " The page with everything: [index.html](index.html).",
-        tables.markdown(rows),
-    ]
-    for study, found in everything.items():
-        told = f"{found}. Run it: `{command.replace('{}', study)}`" if isinstance(found, str) else found["finding"]
-        images = [f"![{path.stem}]({path.stem}.png)" for path in drawn[study] if path.with_suffix(".png").exists()]
-        text += [f"## {study}", told, *images]
-    write_text(folder / "README.md", "\n\n".join(text) + "\n")
+    write_text(folder / f"{name}.html", page)
     return [line(study, found) for study, found in everything.items()]
+
+
+def write_pages(folder: Path, scale: str, studies: Sequence[str], extras: Sequence[str], command: str) -> list[str]:
+    """Write index.html, and extras.html where there are any; returns one line a study of what was found."""
+    there = [study for study in extras if (folder / f"{study}.json").exists()]
+    lines = write(folder, "index", scale, studies, command, "extras" if there else "")
+    return lines + (write(folder, "extras", scale, there, command, "index") if there else [])
+
+
+def readme(folder: Path, name: str, scale: str, studies: Sequence[str], command: str) -> str:
+    """The page as Markdown: overview, findings, figures, and the tables folded."""
+    everything = {study: read(folder, study) for study in studies}
+    drawn = pictures(folder, studies)
+    rows = [HEADER, *(overview(study, found) for study, found in everything.items())]
+    parts = [f"# {TITLES[name]}, scale {scale}"]
+    parts += [f"{lead(everything)} The same as one HTML page: `make page SCALE={scale}`.", tables.markdown(rows)]
+    for study, found in everything.items():
+        parts += [f"## {study}"]
+        if isinstance(found, str):
+            parts += [f"{found}. Run it: `{command.replace('{}', study)}`"]
+            continue
+        parts += [found["question"], found["finding"]]
+        parts += [f"![{path.stem}]({path.stem}.png)" for path in drawn[study]]
+        parts += ["<details><summary>Tables</summary>", tables.as_markdown(found), "</details>"]
+    return "\n\n".join(parts) + "\n"
 
 
 def line(study: str, found: Mapping[str, Any] | str) -> str:
@@ -181,22 +211,24 @@ def line(study: str, found: Mapping[str, Any] | str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line; see the module's docstring. Stops (exit 2) on names that are no study's."""
-    parser = Parser("Draw the page of a results folder; runs nothing.")
+    """Command line; see the module's docstring. Stops (exit 2) on a name that cannot be a study's."""
+    parser = Parser(__doc__)
     parser.add_argument("--results", type=Path, required=True, help="folder of the studies' tables and figures")
-    parser.add_argument("--title", required=True, help="heading of the page")
+    parser.add_argument("--scale", required=True, help="named in the heading")
     parser.add_argument("--command", default="make {}", help="what runs a study, {} being its name")
-    parser.add_argument("studies", nargs="+", metavar="STUDY", help="names, in the order of the page")
+    parser.add_argument("--studies", nargs="+", required=True, metavar="STUDY", help="in the order of the page")
+    parser.add_argument("--extras", nargs="+", default=[], metavar="STUDY", help="studies of the second page")
     args = parser.parse_args(argv)
-    for study in args.studies:
-        if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", study) or args.studies.count(study) > 1:
+    names = [*args.studies, *args.extras]
+    for study in names:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", study) or names.count(study) > 1:
             stop(f"{study}: a study is a make target's name, given once")
     try:
         args.results.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         stop(f"--results {args.results} cannot be made ({error.strerror}): choose another folder")
-    lines = write(args.results, args.title, args.studies, args.command)
-    print("\n".join([str(args.results / "index.html"), *lines]))
+    lines = write_pages(args.results, args.scale, args.studies, args.extras, args.command)
+    print("\n".join([*lines, f"the page: {args.results / 'index.html'}"]))
 
 
 if __name__ == "__main__":

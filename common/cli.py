@@ -1,15 +1,24 @@
-"""The command line of every script: its scales, the flags that all papers share, and how it fails."""
+"""The command line of every script: its scales, the flags that all papers share, its exit codes and how it fails."""
 
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from common.exits import stop
-
+USER = 2  # exit code: a wrong flag, missing or broken data; nothing was started
+DISK = 4  # exit code: no space, or the disk failed; what was finished stands
+INTERRUPTED = 75  # exit code: SIGTERM or SIGINT; the same command goes on
+SHARED = "RUNS_ON_THIS_GPU"  # environment: how many runs share this GPU (common.study.slots); their timings are marked
 PLACES = frozenset({"out", "replace", "data", "device", "workers", "weights"})  # flags that say where, not what
 SCALES = ("demo", "gpu", "paper")
 Defaults = Mapping[str, tuple[Any, Any, Any]]  # flag -> its default at demo, gpu and paper scale
+
+
+def stop(sentence: str, code: int = USER) -> NoReturn:
+    """Print one sentence (what, where, what to do) to stderr and end with `code`. Raises SystemExit."""
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    raise SystemExit(code)
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,23 +61,6 @@ def parse(parser: Parser, defaults: Defaults, argv: Sequence[str] | None) -> arg
     column = SCALES.index(parser.parse_known_args(argv)[0].scale)
     parser.set_defaults(**{name: row[column] for name, row in defaults.items()})
     return parser.parse_args(argv)
-
-
-def parse_study(description: str | None, names: Sequence[str], argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line of every plot.py: one study of `names`, its contrasts, and where runs and results lie."""
-    parser = Parser(description)
-    parser.add_argument("study", choices=tuple(names))
-    parser.add_argument("contrasts", nargs="+", help="arm:reference, the primary one first")
-    parser.add_argument("--scale", choices=SCALES, default="demo")
-    parser.add_argument("--runs", type=Path, required=True, help="folder of the arms")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--results", type=Path, required=True, help="where figures and tables go")
-    parser.add_argument("--reproduce", default="", help="the command that the page gives for this study")
-    args = parser.parse_args(argv)
-    if wrong := [contrast for contrast in args.contrasts if contrast.count(":") != 1]:
-        stop(f"{wrong[0]!r} is no contrast: write arm:reference")
-    args.reproduce = args.reproduce or f"make {args.study} SCALE={args.scale}"
-    return args
 
 
 def whole(least: int):

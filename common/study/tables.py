@@ -1,6 +1,6 @@
 """What a study's numbers say: the finding in plain sentences, and the tables as Markdown, CSV and JSON.
 
-`summary` is always the dictionary that `studies.summarise` makes, or the same one read back from JSON.
+`summary` is always the dictionary that `analysis.summarise` makes, or the same one read back from JSON.
 """
 
 import csv
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files import write_json, write_text
-from common.statistics import counts
+from common.study.statistics import counts
 
 ONE_SEED = "one seed: no interval"
 NOT_INFORMATIVE = "not informative at this scale"
@@ -158,16 +158,20 @@ def markdown(table: list[list[str]]) -> str:
     return "\n".join([lines[0], "|" + " --- |" * len(table[0]), *lines[1:]])
 
 
-def write_tables(summary: Mapping[str, Any], folder: Path) -> None:
-    """Write <study>.json, <study>.md and <study>.csv (long form, full precision) into `folder`, atomically."""
-    name, parts = summary["study"], [f"# {summary['study']}", summary["question"], summary["finding"]]
-    groups = settings(summary)
+def as_markdown(summary: Mapping[str, Any]) -> str:
+    """Both tables of every setting, and the notes."""
+    parts, groups = [], settings(summary)
     for setting, arms in groups.items():
-        parts += [f"## {setting or 'no setting'}"] if len(groups) > 1 else []
+        parts += [f"**{setting or 'no setting'}**"] if len(groups) > 1 else []
         parts += [markdown(arms_table(summary, arms)), caption(summary)]
         parts += [markdown(differences_table(summary, arms)), UNADJUSTED]
     parts += ["\n".join(f"- {note}" for note in summary["notes"])] if summary["notes"] else []
-    write_text(Path(folder) / f"{name}.md", "\n\n".join(parts) + "\n")
+    return "\n\n".join(parts)
+
+
+def write_tables(summary: Mapping[str, Any], folder: Path) -> None:
+    """Write <study>.json and <study>.csv (long form, full precision) into `folder`, atomically."""
+    name = summary["study"]
     file = io.StringIO()
     writer = csv.DictWriter(file, CSV, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()

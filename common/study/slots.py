@@ -1,4 +1,4 @@
-"""A command on the next free GPU of a list: `python -m common.slots "0 1 2 3" COMMAND ...`; make puts it before runs.
+"""A command on the next free GPU of a list: `python -m common.study.slots "0 1 2 3" COMMAND ...`, which make uses.
 
 Each word of the list is a slot, a value of CUDA_VISIBLE_DEVICES ("0", or "0,1" for a command that takes two). The
 command replaces this process and keeps the slot's lock, which dies with it. A GPU that is listed several times serves
@@ -12,8 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from common.exits import INTERRUPTED, stop
-from common.provenance import SHARED
+from common.cli import INTERRUPTED, SHARED, stop
 
 FOLDER = Path("runs/.slots")
 
@@ -40,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command; does not return. Stops (exit 2) where there is no slot, no command, or no such program."""
     slots, *command = (sys.argv[1:] if argv is None else argv) or [""]
     if not slots.split() or not command:
-        stop('a list of GPUs and a command are needed: python -m common.slots "0 1" COMMAND ...')
+        stop('a list of GPUs and a command are needed: python -m common.study.slots "0 1" COMMAND ...')
     try:
         slot = take(slots.split(), FOLDER)
     except KeyboardInterrupt:

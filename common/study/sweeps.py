@@ -5,62 +5,38 @@ and beyond them show what such a contrast cannot: where the effect sets in. A ro
 first, arm:reference, then each again as arm@third:reference@third and arm@triple:reference@triple.
 """
 
-import argparse
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from common import figures, records, studies, tables
-from common.command import PLACES
+from common.cli import PLACES
+from common.study import analysis, figures, results, tables
+from common.study.design import Sweep
 
-ROBUSTNESS = "Do the primary contrasts hold at a third and at three times the learning rate?"
 RATES = {"third": "a third", "": "base's rate", "triple": "three times"}  # by what stands behind the arm's last "@"
 ALL, ONLY, NOT = "holds at all three rates", "only at base's rate", "no finding at base's rate"
 SOME, TURNS = "holds at base's rate and one other", "is the reverse at another rate"
 
 
-class Sweep(NamedTuple):
-    """What is drawn of a sweep: metrics, the first of them the primary one; for a curve also its dose."""
-
-    question: str
-    metrics: Sequence[str]
-    dose: str = ""  # the argument; "" for robustness
-    label: str = ""  # of the x axis
-    moving: Sequence[str] = ()  # arguments that move with the dose
-
-
-def plan(sweep: Sweep, contrasts: Sequence[str]) -> int:
-    """How many contrasts carry the verdict: the first of a curve; of robustness those at base's rate."""
-    if sweep.dose:
-        return 1
-    return next((place for place, one in enumerate(contrasts) if rate_of(one.split(":")[0])), len(contrasts))
-
-
-def rate_of(arm: str) -> str:
-    """The key of RATES that an arm's name ends with."""
-    last = arm.rpartition("@")[2]
-    return last if last in RATES else ""
-
-
 # ------------------------------------------------------------------------------------------------- curves
 
 
-def doses(runs: records.Runs, reference: str, sweep: Sweep) -> dict[str, float]:
+def doses(runs: results.Runs, reference: str, sweep: Sweep) -> dict[str, float]:
     """By arm its dose, rising: the arms that differ from `reference` in the dose alone, and have a run."""
     found = {arm: next((run.args["arguments"] for run in by.values() if run.args), None) for arm, by in runs.items()}
-    apart = {sweep.dose, *sweep.moving, "seed", *PLACES}
+    apart = {sweep.argument, *sweep.moving, "seed", *PLACES}
 
     def rest(arguments: Mapping[str, Any]) -> dict[str, Any]:
         return {key: one for key, one in arguments.items() if key not in apart}
 
     own = found.get(reference)
     along = {
-        arm: float(arguments[sweep.dose])
+        arm: float(arguments[sweep.argument])
         for arm, arguments in found.items()
         if own and arguments and rest(arguments) == rest(own)
     }
@@ -103,15 +79,17 @@ def curve_finding(summary: Mapping[str, Any], along: Mapping[str, float], sweep:
             for arm, dose in along.items()
             if metric in rows[arm]
         ]
+        if not points:
+            continue
         against = onset(summary, along, metric) if described["judged"] else ""
         against = f"; against {reference}: {against}" if against else ""
         sentences.append(f"{described['label']}: {', '.join(points)}{against}.")
-    return " ".join(sentences)
+    return " ".join(sentences) or "No value yet."
 
 
 def curve(
-    runs: records.Runs, along: Mapping[str, float], named: Sequence[str], sweep: Sweep,
-    metrics: Mapping[str, studies.Metric], caption: str,
+    runs: results.Runs, along: Mapping[str, float], named: Sequence[str], sweep: Sweep,
+    metrics: Mapping[str, Mapping[str, Any]], caption: str,
 ) -> Figure:  # fmt: skip
     """A panel a metric over the doses, evenly spaced: a dot a seed, a line through the means; `named` arms by name."""
     arms = list(along)
@@ -121,7 +99,7 @@ def curve(
     with matplotlib.rc_context(figures.STYLE):
         figure, axes = figures.grid(len(sweep.metrics), max(4.4, 0.58 * len(arms)), 3.0)
         for axis, metric in zip(axes, sweep.metrics, strict=True):
-            values = {arm: list(records.values(runs, arm, metric).values()) for arm in arms}
+            values = {arm: list(results.values(runs, arm, metric).values()) for arm in arms}
             means = [(place, float(np.mean(values[arm]))) for place, arm in enumerate(arms) if values[arm]]
             axis.plot([x for x, _ in means], [y for _, y in means], color=figures.COLOURS[0], zorder=2)
             for place, arm in enumerate(arms):
@@ -131,7 +109,7 @@ def curve(
                 colour = figures.REFERENCE if arms[place] in named else figures.COLOURS[0]
                 axis.plot(place, mean, "s" if arms[place] in named else "_", color=colour, ms=8, mew=2, zorder=3)
             axis.set(xlabel=sweep.label, axisbelow=True, xlim=(-0.4, len(arms) - 0.6))
-            axis.set_title(tables.title(metrics[metric]._asdict()))
+            axis.set_title(tables.title(metrics[metric]))
             axis.set_xticks(range(len(arms)), ticks)
             axis.grid(axis="y", color="#E5E5E5", linewidth=0.8)
         marks: dict[str, dict[str, Any]] = {
@@ -164,7 +142,7 @@ def at_rates(summary: Mapping[str, Any], metric: str) -> dict[str, dict[str, dic
 def held(words: Mapping[str, str]) -> str:
     """What the words at the rates amount to: one of ALL, SOME, ONLY, TURNS, NOT."""
     own = words.get("", "")
-    if own not in studies.WORDS:
+    if own not in analysis.WORDS:
         return NOT
     if {"lower", "higher"} <= set(words.values()):
         return TURNS
@@ -179,7 +157,7 @@ def robustness(summary: dict[str, Any], sweep: Sweep) -> dict[str, Any]:
     for metric in sweep.metrics:
         described, primary = summary["metrics"][metric], metric == summary["primary_metric"]
         for name, by_rate in at_rates(summary, metric).items():
-            judged = {rate: studies.judge(one, controls) if primary else one["word"] for rate, one in by_rate.items()}
+            judged = {rate: analysis.judge(one, controls) if primary else one["word"] for rate, one in by_rate.items()}
             words = {rate: word.removesuffix(" at this scale") for rate, word in judged.items()}
             if primary:
                 verdicts.setdefault(held(words), []).append(name)
@@ -200,7 +178,7 @@ def robustness(summary: dict[str, Any], sweep: Sweep) -> dict[str, Any]:
     return summary | {"verdict": verdict, "finding": text, "counted": ALL in verdicts}
 
 
-def rates_figure(runs: records.Runs, summary: Mapping[str, Any], sweep: Sweep, caption: str) -> Figure:
+def rates_figure(runs: results.Runs, summary: Mapping[str, Any], sweep: Sweep, caption: str) -> Figure:
     """A row a metric, a column a primary contrast: its difference at the three rates, a faint dot a seed."""
     columns = list(at_rates(summary, summary["primary_metric"]))
     with matplotlib.rc_context(figures.STYLE):
@@ -233,7 +211,7 @@ def titled(contrast: str) -> str:
 
 
 def rates_panel(
-    axis: Axes, runs: records.Runs, by_rate: Mapping[str, Mapping[str, Any]], metric: str,
+    axis: Axes, runs: results.Runs, by_rate: Mapping[str, Mapping[str, Any]], metric: str,
     controls: list[dict[str, Any]] | None,
 ) -> None:  # fmt: skip
     """One contrast's differences at its rates."""
@@ -247,45 +225,28 @@ def rates_panel(
         if one is None or one["mean"] is None:
             axis.text(place, 0.5, "no value", ha="center", transform=axis.get_xaxis_transform(), **figures.SMALL)
             continue
-        word = one["word"] if controls is None else studies.judge(dict(one), controls)
-        mine, other = (records.values(runs, one[side], metric) for side in ("arm", "reference"))
+        word = one["word"] if controls is None else analysis.judge(dict(one), controls)
+        mine, other = (results.values(runs, one[side], metric) for side in ("arm", "reference"))
         seeds = sorted(mine.keys() & other.keys())
         axis.plot([place + 0.16] * len(seeds), [mine[s] - other[s] for s in seeds], "o", color=colour, ms=4, alpha=0.5,
                   mec="none")  # fmt: skip
         if one["low"] is not None:
             axis.plot([place, place], [one["low"], one["high"]], color=colour, linewidth=1.8)
-        filled: dict[str, Any] = {} if word in studies.WORDS else {"mfc": "white"}
+        filled: dict[str, Any] = {} if word in analysis.WORDS else {"mfc": "white"}
         axis.plot(place, one["mean"], "o", color=colour, ms=7, **filled)
 
 
 # ------------------------------------------------------------------------------------------------- both
 
 
-def draw(
-    args: argparse.Namespace, design: studies.Study, sweep: Sweep, metrics: Mapping[str, studies.Metric],
-    recipe: Callable[[records.Runs], str],
-    rule: studies.Rule | None = None,
-) -> None:  # fmt: skip
-    """Figure, tables and finding of a sweep, for a paper's plot.py.
-
-    `args` as `command.parse_study` gives them; `recipe` turns runs into data and recipe in words, "" where there are
-    none.
-    """
-    runs = records.read_runs(args.runs, design.arms, args.seeds)
-    data = recipe(runs)
-    if not data:
-        print(f"{design.study}: no runs in {args.runs} yet")
-        return
-    shown = {key: metric for key, metric in metrics.items() if any(records.values(runs, arm, key) for arm in runs)}
-    shown |= {key: metrics[key] for key in sweep.metrics}
-    design = design._replace(question=sweep.question, data=data, primaries=plan(sweep, design.contrasts))
-    summary = studies.summarise(design, runs, shown, rule)
-    named, caption = design.contrasts[0].split(":"), f"{data[0].upper()}{data[1:]}. "
-    if sweep.dose:
+def draw(view: results.View) -> dict[str, Figure]:
+    """The figure of a sweep; its finding, and of robustness its verdict too, replace those of the summary."""
+    sweep, summary, runs = view.study.sweep, view.summary, view.runs
+    assert sweep
+    if sweep.argument:
+        named = list(view.study.pairs[0])
         along = doses(runs, named[1], sweep)
         summary["finding"] = curve_finding(summary, along, sweep)
-        figure = curve(runs, along, named, sweep, metrics, caption)
-    else:
-        summary = robustness(summary, sweep)
-        figure = rates_figure(runs, summary, sweep, caption)
-    studies.publish(summary, {"sweep": figure}, args.results)
+        return {"sweep": curve(runs, along, named, sweep, summary["metrics"], view.caption)}
+    summary |= robustness(summary, sweep)
+    return {"sweep": rates_figure(runs, summary, sweep, view.caption)}

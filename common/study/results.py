@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.command import PLACES
+from common.cli import PLACES
 from common.files import read_json
+from common.study.design import Study
 
 FACTS = {  # of args.json's provenance, and what a mixture of each is called
     "source": "versions of train.py (sha256)",
@@ -33,6 +34,23 @@ class Record:
 
 Runs = Mapping[str, Mapping[int, Record]]
 Curve = tuple[list[float], list[float]]
+
+
+@dataclass
+class View:
+    """What a paper's figures are drawn from. `data`: data and recipe in words; `caption`: the same as a sentence."""
+
+    args: Any
+    study: Study
+    runs: Runs
+    summary: dict[str, Any]
+    data: str
+    caption: str
+
+    @property
+    def reference(self) -> str:
+        """The reference of the first contrast."""
+        return self.study.pairs[0][1]
 
 
 def read_runs(folder: Path, arms: Sequence[str], seeds: Sequence[int]) -> dict[str, dict[int, Record]]:
@@ -75,6 +93,12 @@ def values(runs: Runs, arm: str, metric: str) -> dict[int, float]:
     found = {seed: run.metrics for seed, run in runs.get(arm, {}).items() if run.metrics}
     kept = {seed: metrics.get(metric) for seed, metrics in found.items() if not metrics.get("diverged")}
     return {seed: float(value) for seed, value in kept.items() if value is not None and _finite(value)}
+
+
+def first_arguments(runs: Runs) -> dict[str, Any]:
+    """The arguments of the first run that is there; {} where there is none."""
+    every = [run for by_seed in runs.values() for run in by_seed.values()]
+    return next((run.args["arguments"] for run in every if run.args), {})
 
 
 def series(runs: Runs, key: str, x: str = "epoch") -> dict[str, list[Curve]]:

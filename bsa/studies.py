@@ -1,0 +1,118 @@
+"""The experimental design of BSA: arms, contrasts and studies. Read by make, plot.py, the page and the tests."""
+
+from functools import partial
+
+from common.study.design import Arm, Design, Metric, MustBeat, Robustness, Settings, Study, Sweep
+
+METRICS = {  # the first five are the plan's, the others diagnostics
+    "reconstruction_loss": Metric("reconstruction loss", "", 3, "lower"),
+    "fixed_topk_reconstruction_loss": Metric("fixed top-K reconstruction loss", "", 3, "lower"),
+    "active_mean": Metric("active features, mean", "", 1),
+    "active_std": Metric("active features, std over rows", "", 1),
+    "dead_fraction": Metric("share of dead features", "", 3),
+    "always_on_fraction": Metric("share of features on in over half the rows", "", 3),
+    "rare_fraction": Metric("share of features on in under K/(10 N) of the rows", "", 3),
+    "knn_overlap": Metric("kNN overlap", "", 3, "higher"),
+    "bits_per_row": Metric("code size", "bits a row", 0),
+    "entropy_bits_per_row": Metric("entropy of the features", "bits a row", 0),
+    "distinct_codes": Metric("distinct codes per row", "", 3),
+    "reconstruction_mse": Metric("squared error per channel", "", 3, judged=False),
+    "fixed_topk_reconstruction_mse": Metric("fixed top-K squared error per channel", "", 3, judged=False),
+    "train_loss": Metric("training loss", "", 3, judged=False),
+    "loss_moved": Metric("loss moved over the last fifth", "%", 1),
+    "active_mean_moved": Metric("active features moved over the last fifth", "%", 1),
+    "settled_step": Metric("settled at step", "", 0),
+    "atom_recovery_f1": Metric("F1 of planted atoms", "", 3, "higher"),
+    "depth_correlation": Metric("correlation of active features with depth", "", 2),
+    "atom_count_correlation": Metric("correlation of active features with true atoms", "", 2),
+}
+PUBLISHED = "none published (no table of the paper could be had; it claims 14 times smaller codes)"
+
+
+def beats_untrained(arm: str) -> MustBeat:
+    """The baseline: the code of K features from the arm's own encoder at the start, with the best linear decoder."""
+    metric = "fixed_topk_reconstruction_loss"
+    return MustBeat(arm, "the untrained code", metric, baseline_metric=f"untrained_{metric}")
+
+
+# Margin: of the fixed top-K reconstruction loss, within which arms count as alike.
+study = partial(
+    Study,
+    metric="fixed_topk_reconstruction_loss",
+    margin=0.01,
+    must_beat=[beats_untrained("base")],
+    published=PUBLISHED,
+)
+extra = partial(study, extra=True, seeds=(0, 1, 2))
+COSINE = [Arm(f"cosine-{a}", f"--alpha {a}", against="base") for a in (0.1, 0.3, 3, 10)]
+L1 = [Arm(f"l1-{a}", f"--alignment l1 --alpha {a}", against="base") for a in (0.001, 0.003, 0.01, 0.03)]
+
+
+def mse(name: str, flags: str, alphas: tuple[str, ...]) -> list[Arm]:
+    """A family of arms with a squared error; `alphas` in units of the matched weight N/(2K)."""
+    return [Arm(f"{name}-{a}", f"{flags} --alpha {a}matched", against="base") for a in alphas]
+
+
+def design(scale: str, settings: Settings) -> Design:
+    return Design(
+        "bsa",
+        "BSA",
+        METRICS,
+        [
+            study(
+                "bsa-alignment-loss",
+                "What does the alignment loss contribute, and how much of it does the sparse start do?",
+                [
+                    Arm("no-alignment", "--alpha 0", against="base"),
+                    Arm("no-alignment-stock-init", "--alpha 0 --init torch", against="base-stock-init"),
+                ],
+                must_beat=[beats_untrained("base"), beats_untrained("base-stock-init")],
+            ),
+            study(
+                "bsa-distance",
+                "Is the cosine better than the squared error as a distance, as given and at matched activity?",
+                [
+                    Arm("mse", "--reconstruction mse --alignment mse", against="base"),
+                    Arm("mse-matched", "--reconstruction mse --alignment mse --alpha matched", against="base"),
+                    Arm("mse-reconstruction", "--reconstruction mse", against="base"),
+                    Arm("mse-alignment", "--alignment mse", against="base"),
+                ],
+            ),
+            extra(
+                "bsa-alignment-weight",
+                "How much alignment is enough?",
+                ["no-alignment:base", *(f"{arm.name}:base" for arm in COSINE)],
+                sweep=Sweep(
+                    ["fixed_topk_reconstruction_loss", "reconstruction_loss", "active_mean", "dead_fraction"],
+                    "alpha",
+                    "α, weight of the alignment loss",
+                ),
+            ),
+            extra(
+                "bsa-baselines",
+                "What do other ways to a sparse code give?",
+                [
+                    Arm("topk", "--code topk --alpha 0", against="base"),
+                    Arm("topk-values", "--code topk-values --alpha 0", against="base"),
+                    "l1-0.01:base",
+                ],
+            ),
+            extra(
+                "bsa-alpha",
+                "How does reconstruction trade against activity over the alignment loss's weight?",
+                [
+                    *COSINE,
+                    "mse:base",
+                    *mse("mse", "--reconstruction mse --alignment mse", ("0.1", "0.3")),
+                    "mse-matched:base",
+                    *mse("mse", "--reconstruction mse --alignment mse", ("3",)),
+                    "mse-alignment:base",
+                    *mse("mse-alignment", "--alignment mse", ("0.1", "0.3", "1", "3")),
+                    *L1,
+                ],
+            ),
+        ],
+        arms=[Arm("base"), Arm("base-stock-init", "--init torch")],
+        data="mesh-minilm.npy" if scale == "gpu" and not settings.own_data else "",
+        robustness=Robustness(["fixed_topk_reconstruction_loss", "active_mean"], published=PUBLISHED),
+    )

@@ -1,0 +1,87 @@
+"""The experimental design of SimSiam: arms, contrasts and studies. Read by make, plot.py, the page and the tests."""
+
+from functools import partial
+
+from common.study.design import Arm, Design, Metric, MustBeat, Robustness, Settings, Study, Sweep
+
+METRICS = {  # the first four are the plan's, the others diagnostics
+    "linear_accuracy": Metric("linear accuracy", "%", 1, "higher"),
+    "knn_accuracy": Metric("kNN accuracy", "%", 1, "higher"),
+    "train_loss": Metric("training loss", "", 3, judged=False),
+    "std_ratio": Metric("std of z × √d, eval mode", "", 2),
+    "std_ratio_train_mode": Metric("std of z × √d, train mode", "", 2),
+    "mean_cosine": Metric("mean cosine between images", "", 2),
+    "effective_rank": Metric("effective rank of z", "", 1),
+    "knn_accuracy_z": Metric("kNN accuracy on z", "%", 1, "higher"),
+}
+LEAKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # shares of the target's gradient, between base (0) and no-stop-gradient (1)
+
+
+def beats_untrained(arm: str) -> MustBeat:
+    return MustBeat(arm, "untrained", "knn_accuracy", baseline_metric="untrained_knn_accuracy")
+
+
+# Margin: points of kNN accuracy within which arms count as alike.
+study = partial(Study, metric="knn_accuracy", margin=2.0, must_beat=[beats_untrained("base")])
+
+
+def design(scale: str, settings: Settings) -> Design:
+    projectors = [
+        Arm("no-projector", "--projector none", against="base"),
+        Arm("projector-bn", "--projector bn", against="base"),
+    ]
+    if scale != "paper":  # there it would be base: 2048 is ResNet-50's own width
+        projectors.append(Arm("narrow", "--dim backbone", against="base"))
+    return Design(
+        "simsiam",
+        "SimSiam",
+        METRICS,
+        [
+            study(
+                "simsiam-stop-gradient",
+                "What does the stop-gradient contribute?",
+                [Arm("no-stop-gradient", "--no-stop-gradient", against="base")],
+                published="linear 67.7 ± 0.1 with, 0.1 without (figure 2; ImageNet, ResNet-50, 100 epochs, predictor "
+                "rate decayed)",
+            ),
+            study(
+                "simsiam-predictor",
+                "What does the predictor contribute, and does it have to learn?",
+                [
+                    Arm("no-predictor", "--predictor none", against="base"),
+                    Arm("frozen-predictor", "--predictor frozen", against="base"),
+                ],
+                published="linear 67.7 with, 0.1 without, 1.5 fixed at its random start (table 1; ImageNet, ResNet-50, "
+                "100 epochs)",
+            ),
+            study("simsiam-projector", "What does the projector contribute?", projectors),
+            study(
+                "simsiam-symmetric-loss",
+                "What does the symmetric loss contribute, and is it more than twice the comparisons?",
+                [
+                    Arm("asymmetric", "--loss asymmetric", against="base"),
+                    Arm("asymmetric-2x", "--loss asymmetric-2x", against="base"),
+                ],
+                published="linear 68.1 symmetric, 64.8 asymmetric, 67.3 asymmetric with two pairs an image (section "
+                "4.6; ImageNet, ResNet-50, 100 epochs)",
+            ),
+            study(
+                "simsiam-gradient-leak",
+                "How much of the target's gradient may pass before the representation collapses?",
+                [
+                    "no-stop-gradient:base",
+                    *(Arm(f"leak-{x}", f"--gradient-leak {x}", against="base") for x in LEAKS),
+                ],
+                extra=True,
+                seeds=(0, 1, 2),
+                sweep=Sweep(
+                    ["knn_accuracy", "linear_accuracy", "std_ratio", "mean_cosine"],
+                    "gradient_leak",
+                    "share of the target's gradient that passes",
+                ),
+            ),
+        ],
+        arms=[Arm("base")],
+        data="cifar-10-batches-py" if scale == "gpu" and not settings.own_data else "",
+        robustness=Robustness(["knn_accuracy", "std_ratio"]),
+    )

@@ -1,0 +1,156 @@
+"""What reaches results/, and what is refused: a paper of two arms in a clone of its own."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.study import figures, plotting, publish
+from common.study.design import load
+
+STUDIES = """
+from common.study.design import Arm, Design, Metric, MustBeat, Study
+METRICS = {"knn": Metric("kNN accuracy", "%", 1, "higher")}
+def design(scale, settings):
+    guards = [MustBeat("base", "untrained", "knn", "untrained")]
+    arm = Arm("arm", "--leak 1", against="base")
+    extra = Arm("more", "--leak 2", against="base")
+    return Design("toy", "Toy", METRICS, [
+        Study("toy-arm", "What does it do?", [arm], "knn", must_beat=guards, seeds=(0, 1)),
+        Study("toy-more", "And more?", [extra], "knn", must_beat=guards, seeds=(0, 1), extra=True),
+    ], arms=[Arm("base")])
+"""
+WORDS = ["PAPERS=toy", "SCALE=demo"]
+
+
+def git(*words):
+    subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *words], check=True, capture_output=True)
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    """A git clone with the paper `toy`, in which its runs of the plan have been made and drawn."""
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy/studies.py").write_text(STUDIES)
+    (tmp_path / "toy/train.py").write_text("# trains")
+    (tmp_path / ".gitignore").write_text("runs\n__pycache__\n*.html\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "a paper")
+    for arm, flags, knn in (("base", "", 60.0), ("arm", "--leak 1", 20.0)):
+        for seed in (0, 1):
+            run(arm, seed, knn + seed, flags)
+    draw("toy-arm")
+    yield tmp_path
+    for name in ("toy", "toy.studies"):
+        sys.modules.pop(name, None)
+
+
+def run(arm, seed, knn, flags, **facts):
+    folder = f"runs/demo/toy/{arm}/{seed}"
+    shutil.rmtree(folder, ignore_errors=True)
+    source = hashlib.sha256(b"# trains").hexdigest()
+    provenance = {"commit": "c", "dirty": False, "data": "d", "source": source} | facts
+    Path(folder).mkdir(parents=True)
+    Path(folder, "args.json").write_text(json.dumps({"arguments": {"seed": seed}, "provenance": provenance}))
+    Path(folder, "metrics.json").write_text(json.dumps({"knn": knn, "untrained": 10.0 + seed}))
+    Path(folder, "flags").write_text(f"flags: {flags}".strip() + "\n")
+    Path(folder, "model.pt").touch()
+
+
+def draw(study, *seeds):
+    def dots(view):
+        return {"metrics": figures.dots([figures.Dots("knn", {"base": [1.0]})], ["base"], "base")}
+
+    plotting.draw([study, *(["--seeds", *seeds] if seeds else [])], None, load_design, lambda runs: "pictures", dots)
+
+
+def load_design(scale, settings):
+    return load("toy", scale, settings)
+
+
+def refused(capsys, *words):
+    """The sentences with which `make publish` ends; nothing is copied."""
+    with pytest.raises(SystemExit) as end:
+        publish.main([*WORDS, *words])
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_a_whole_study_is_published_and_the_page_is_made_of_it(clone, capsys):
+    publish.main(WORDS)
+    there = sorted(path.name for path in (clone / "results/demo").iterdir())
+    assert there == ["README.md", "toy-arm-metrics.png", "toy-arm.csv", "toy-arm.json"]
+    readme = (clone / "results/demo/README.md").read_text()
+    assert "![toy-arm-metrics](toy-arm-metrics.png)" in readme and "| arm | --leak 1 | 20.5" in readme
+    git("add", ".")
+    git("commit", "-qm", "results")
+    publish.main(["page", *WORDS])
+    page = (clone / "results/demo/index.html").read_text()
+    assert "data:image/png;base64," in page and "kNN accuracy is 40.0 points lower" in page
+    assert not subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True).stdout
+    for seed in (0, 1):
+        run("more", seed, 50.0, "--leak 2")
+    draw("toy-more")
+    publish.main([*WORDS, "toy-more"])
+    assert "toy-more-metrics.png" in (clone / "results/demo/extras.md").read_text()
+    assert "toy-more" not in (clone / "results/demo/README.md").read_text()
+
+
+def test_an_old_figure_goes_with_its_study(clone):
+    (clone / "results/demo").mkdir(parents=True)
+    for name in ("toy-arm-old.png", "toy-more-metrics.png"):
+        (clone / "results/demo" / name).write_bytes(b"")
+    publish.main([*WORDS, "toy-arm"])
+    there = {path.name for path in (clone / "results/demo").glob("*.png")}
+    assert there == {"toy-arm-metrics.png", "toy-more-metrics.png"}
+
+
+def test_a_hole_is_refused(clone, capsys):
+    (clone / "runs/demo/toy/arm/1/metrics.json").unlink()
+    draw("toy-arm")
+    assert "toy-arm: not run: arm (seed 1)" in refused(capsys)
+    assert "there is no study 'toy'" in refused(capsys, "toy")
+    assert "toy-more.json is missing" in refused(capsys, "toy-more")
+    assert not (clone / "results").exists()
+
+
+def test_other_seeds_flags_and_newer_runs_are_refused(clone, capsys):
+    draw("toy-arm", "0")
+    assert "it was drawn over the seeds 0, declared are 0, 1" in refused(capsys)
+    draw("toy-arm")
+    run("arm", 1, 21.0, "--leak 1 --epochs 3")
+    printed = refused(capsys)
+    assert "other flags than declared: arm/1" in printed and "newer than the report: arm/1" in printed
+    for word in ("EXTRA=--epochs 3", "SEEDS=0", "PAIRS=a-b", "TASKS=lis", "DATA=my.npy"):
+        assert word.partition("=")[0] in refused(capsys, word)
+
+
+@pytest.mark.parametrize(
+    ("facts", "printed"),
+    [
+        ({"source": "0" * 64}, "its runs mix versions of train.py"),
+        ({"data": "other"}, "its runs mix data"),
+        ({"dirty": True}, "its runs were made from a tree with uncommitted changes"),
+    ],
+)
+def test_mixed_runs_are_refused(facts, printed, clone, capsys):
+    run("arm", 1, 21.0, "--leak 1", **facts)
+    draw("toy-arm")
+    assert f"toy-arm: {printed}" in refused(capsys)
+
+
+def test_a_changed_tree_and_another_script_are_refused(clone, capsys):
+    (clone / "toy/train.py").write_text("# trains otherwise")
+    printed = refused(capsys)
+    assert "the tree has uncommitted changes" in printed and "another version of toy/train.py" in printed
+
+
+def test_a_page_of_nothing_is_refused(clone, capsys):
+    assert "results/demo is not there" in refused(capsys, "page")
