@@ -54,21 +54,23 @@ export PYTHONPATH := $(if $(PYTHON),$(CURDIR):)$(PYTHONPATH)
 PLAIN := help demo publish page rehearsal cost data doctor bench gpu-check test lint .venv/% $(data)/%
 ifeq ($(filter publish,$(MAKECMDGOALS)),)
 ifneq ($(filter-out $(PLAIN),$(MAKECMDGOALS)),)
-rules := $(shell $(planner) -m common.study.rules $(request) 2>&1)
+rules := $(shell $(planner) -m common.study.rules $(request))
 ifneq ($(.SHELLSTATUS),0)
-$(error $(patsubst error:%,%,$(rules)))
+$(error $(or $(rules),common.study.rules failed with $(planner)))
 endif
 include $(rules)
+$(foreach g,$(filter-out $(PLAIN) $(goals),$(MAKECMDGOALS)),$(if $(findstring @,$g)$(findstring /,$g),,$(error \
+	there is no goal $g: make lists what there is)))
 $(if $(findstring n,$(short-flags)),$(if $(filter 0,$(MAKELEVEL)),$(info rules: $(rules))))
 endif
 endif
-ifeq ($(findstring @,$(MAKECMDGOALS)),)
+ifeq ($(findstring @,$(MAKECMDGOALS))$(filter %.json %.pt,$(MAKECMDGOALS)),)
 .NOTPARALLEL: # goals of a user one after the other, since they may share runs; those of an inner make in parallel
 endif
 
 # $1 rounds of inner goals, which are joined by +: a make for each. In a single one the first evaluation would wait for
 # the last training. Then the page, and after a failure what there is. -k goes on after a failure. $2 studies.
-define in-turn
+define seed-by-seed
 @+code=0; for round in $1; do $(MAKE) --no-print-directory $$(echo $$round | tr + ' ') || { code=$$?; \
 	$(if $(findstring k,$(short-flags)),:,break); }; done; \
 	[ $$code != 0 ] || exec $(MAKE) --no-print-directory up-to-date-page; \
@@ -90,26 +92,31 @@ demo:
 		$(if $(call given,DEVICE),,DEVICE=cpu) \
 		$(if $(findstring -j,$(MAKEFLAGS)),,-j$(shell getconf _NPROCESSORS_ONLN))
 
-# make publish STUDY: the names are not goals here.
+# make publish STUDY: the names are not goals here. Both are of all papers, and of what lies in results/SCALE.
 ifneq ($(filter publish,$(MAKECMDGOALS)),)
 STUDIES := $(filter-out publish,$(MAKECMDGOALS))
+$(if $(filter publish,$(firstword $(MAKECMDGOALS))),,$(error make publish STUDY: publish comes first))
 $(if $(STUDIES),$(eval .PHONY: $(STUDIES)) $(eval $(STUDIES): ;))
 endif
 publish: | $(venv)
+	$(if $(call given,PAPERS),$(error make publish: name studies, not PAPERS))
 	@$(python) -m common.study.publish $(request) $(STUDIES)
 page: | $(venv)
+	$(if $(call given,PAPERS)$(call given,RUNS)$(call given,RESULTS),$(error make page is of results/$(SCALE) as it is: \
+		no PAPERS, RUNS or RESULTS))
 	@$(python) -m common.study.publish page $(request)
 
 # Every arm takes a few real steps, is evaluated and drawn, in a folder of its own, which is made anew.
 REHEARSAL := runs/rehearsal/$(SCALE)
 rehearse = $(MAKE) --no-print-directory SEEDS=first RUNS=$(REHEARSAL) RESULTS=$(REHEARSAL)/report \
 	EXTRA='--rehearse 20 '$(call quote,$(value EXTRA))
-hours = $(python) -m common.study.cost $(request) --rehearsals $(REHEARSAL)
+hours = $(planner) -m common.study.cost $(request) --rehearsals $(REHEARSAL)
 rehearsal:
+	@$(hours) --unknown >/dev/null # a wrong request ends here, before anything is removed
 	@rm -rf $(REHEARSAL)
 	@+code=0; $(rehearse) -k all || code=$$?; $(hours) || code=$$?; exit $$code
 # From finished runs; of arms that have none a rehearsal tells.
-cost: | $(venv)
+cost:
 	@+unknown=$$($(hours) --unknown) && { [ -z "$$unknown" ] || $(rehearse) $$unknown; } && $(hours)
 
 # ---------------------------------------------------------------------------------------------------- data, environment

@@ -114,5 +114,6 @@ def design(scale: str, settings: Settings) -> Design:
         ],
         arms=[Arm("base"), Arm("base-stock-init", "--init torch")],
         data="mesh-minilm.npy" if scale == "gpu" and not settings.own_data else "",
+        baselines=["untrained_fixed_topk_reconstruction_loss"],
         robustness=Robustness(["fixed_topk_reconstruction_loss", "active_mean"], published=PUBLISHED),
     )

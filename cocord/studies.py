@@ -6,7 +6,7 @@ An arm is run for a pair of networks, ARM@TEACHER-STUDENT, and gets the weights 
 from collections.abc import Sequence
 from functools import partial
 
-from common.study.design import Arm, Design, DesignError, Metric, MustBeat, Robustness, Settings, Study, Sweep
+from common.study.design import Arm, Design, Metric, MustBeat, Robustness, SettingError, Settings, Study, Sweep
 
 METRICS = {
     "accuracy": Metric("top-1 accuracy, last epoch", "%", 2, "higher"),
@@ -116,7 +116,7 @@ def published(pairs: Sequence[str]) -> str:
 def design(scale: str, settings: Settings) -> Design:
     for pair in settings.pairs:
         if len(pair.split("-")) != 2 or not all(pair.split("-")):
-            raise DesignError(f"PAIRS: '{pair}' is not a pair of networks: write TEACHER-STUDENT")
+            raise SettingError(f"PAIRS: '{pair}' is not a pair of networks: write TEACHER-STUDENT")
     prediction = list(settings.pairs) or PREDICTION[scale]
     momentum = list(settings.pairs) or MOMENTUM[scale]
     controls = [] if settings.pairs else CONTROLS[scale]

@@ -37,7 +37,7 @@ class Run:
         self.folder, self.rank, self.source = Path(out), rank, Path(source)
         self.name = "/".join(self.folder.parts[-2:])
         self.arguments = json.loads(json.dumps(dict(arguments), default=str))
-        self.what = {name: value for name, value in self.arguments.items() if name not in PLACES}
+        self.what = what_of(self.arguments)
         if rank == 0:
             self._make_room(replace)
         devices.barrier()
@@ -69,7 +69,7 @@ class Run:
         """`--flag old -> new` for every flag in which the run in this folder differs."""
         if not (self.folder / "args.json").exists():
             return []
-        old = {name: value for name, value in read_arguments(self.folder)[0].items() if name not in PLACES}
+        old = what_of(read_arguments(self.folder)[0])
         return [
             f"--{name.replace('_', '-')} {old.get(name)} -> {self.what.get(name)}"
             for name in sorted({*old, *self.what})
@@ -173,6 +173,12 @@ class Run:
             (self.folder / name).unlink(missing_ok=True)
 
 
+def what_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that make a run another run: not where data lie, but a file of one's own in --data."""
+    places = PLACES - {"data"} if arguments.get("data_set") == "file" else PLACES
+    return {name: value for name, value in arguments.items() if name not in places}
+
+
 def read_arguments(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(arguments, provenance) of a run from its args.json. Raises FileNotFoundError; stops (exit 2) on damage."""
     try:
@@ -198,8 +204,7 @@ def finished(folder: Path, script: str) -> tuple[dict[str, Any], dict[str, Any],
         stop(f"{error}: move {folder} away and train this run again")
     if facts.get("script") != script:
         stop(f"{folder} holds a run of {facts.get('script')}, not of {script}")
-    what = {name: value for name, value in arguments.items() if name not in PLACES}
-    if not isinstance(model, dict) or model.get("arguments") != what:
+    if not isinstance(model, dict) or model.get("arguments") != what_of(arguments):
         stop(f"{folder / 'model.pt'} is not of the run in args.json: move the folder away and train this run again")
     return arguments, facts, model
 

@@ -6,7 +6,7 @@ pooled. `base` has the task's own pair of coefficients; where that is one of the
 
 from functools import partial
 
-from common.study.design import Arm, Design, DesignError, Metric, MustBeat, Robustness, Settings, Study, Sweep
+from common.study.design import Arm, Design, Metric, MustBeat, Robustness, SettingError, Settings, Study, Sweep
 
 METRICS = {
     "exact_match": Metric("exact match", "%", 1, "higher"),
@@ -77,7 +77,7 @@ def beats_chance(arm: str) -> MustBeat:
 def design(scale: str, settings: Settings) -> Design:
     for task in settings.tasks:
         if task not in SETTINGS:
-            raise DesignError(f"TASKS: there is no '{task}', but {', '.join(SETTINGS)}")
+            raise SettingError(f"TASKS: there is no '{task}', but {', '.join(SETTINGS)}")
     tasks = list(settings.tasks) or TASKS[scale]
     wide = next((task for task in tasks if task in ("2x2", "4x4", "5x5")), tasks[0])  # of the studies with one setting
 
@@ -150,6 +150,7 @@ def design(scale: str, settings: Settings) -> Design:
             for task, flags in SETTINGS.items()
             for name, own in FLAGS.items()
         ],
+        baselines=["chance_exact_match"],
         robustness=Robustness(
             ["exact_match", "entropy_batch_level"],
             [*(beats_chance(first(task)) for task in tasks), beats_off("width-512")],

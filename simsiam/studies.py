@@ -83,5 +83,6 @@ def design(scale: str, settings: Settings) -> Design:
         ],
         arms=[Arm("base")],
         data="cifar-10-batches-py" if scale == "gpu" and not settings.own_data else "",
+        baselines=["untrained_knn_accuracy"],
         robustness=Robustness(["knn_accuracy", "std_ratio"]),
     )

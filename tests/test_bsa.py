@@ -447,6 +447,24 @@ def test_the_untrained_codes_decoder_is_the_same_over_features_and_over_rows():
     assert found[0] < found[1]
 
 
+def test_another_matrix_is_another_run(tmp_path, capsys):
+    """A place of data is not part of a run, but a matrix of one's own is: a finished run on it is not taken for it."""
+    flags = ["--batch", "8", *tiny(tmp_path / "run")]
+    for name in ("a", "b"):
+        save(tmp_path / f"{name}.npy", matrix(60, 16))
+    train.main(["--data", str(tmp_path / "a.npy"), *flags])
+    evaluate.main([str(tmp_path / "run")])
+    capsys.readouterr()
+    train.main(["--data", str(tmp_path / "a.npy"), *flags])
+    assert "is finished" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        train.main(["--data", str(tmp_path / "b.npy"), *flags])
+    assert end.value.code == 2 and "other flags (--data" in capsys.readouterr().err
+    train.main(["--data", str(tmp_path / "b.npy"), *flags, "--replace"])
+    assert "b.npy" in files.read_json(tmp_path / "run/args.json")["arguments"]["data"]
+    assert (tmp_path / "run.replaced-1/metrics.json").exists()
+
+
 def test_codes_can_be_used(finished, tmp_path, capsys):
     values = matrix()
     path = save(tmp_path / "mine.npy", values)

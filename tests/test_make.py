@@ -149,6 +149,50 @@ def test_two_studies_asked_at_once_share_their_runs(house):
     assert code == 0 and sorted(runs(calls)) == sorted(set(runs(calls))) and len(runs(calls)) == 4
 
 
+def test_one_study_leaves_the_others_alone(house):
+    """Whatever has become of them: other flags, a lost run, other seeds in the report, another scale of data."""
+    house.make("simsiam", "SEEDS=0 1")
+    shutil.rmtree(house.folder / "runs/demo/simsiam/narrow")
+    code, calls, _ = house.make("simsiam-predictor", "SEEDS=0", "EXTRA=--epochs 3")
+    assert code == 0 and runs(calls) == runs(calls, "eval") == ["base/0", "no-predictor/0", "frozen-predictor/0"]
+    assert [call.split()[1] for call in calls[6:]] == ["simsiam-predictor", "common.study.page"]
+    house.edit('"--loss asymmetric-2x"', '"--loss asymmetric-2x --lr 1"')
+    code, calls, _ = house.make("bsa-distance", "SEEDS=0", "DATA=a.npy", "-j2")
+    assert code == 0 and not runs(calls) and sum("train.py" in call for call in calls) == 5
+    assert [call.split()[1] for call in calls[-2:]] == ["bsa-distance", "common.study.page"]
+
+
+def test_the_report_shows_what_was_asked_last(house):
+    """All makes of a study write the same figures: what they show is compared, not only what is newer."""
+    for seeds in ("0", "1", "0"):
+        drawn = [call for call in house.make("simsiam-predictor", f"SEEDS={seeds}")[1] if "plot.py" in call]
+        assert len(drawn) == 1 and f"--seeds {seeds} --" in drawn[0]
+    (house.folder / "runs/demo/report/simsiam-predictor.json").unlink()
+    assert len(house.make("simsiam-predictor", "SEEDS=0")[1]) == 2  # drawn again, and the page
+    assert house.make("simsiam-predictor", "SEEDS=0")[:2] == (0, [])
+    house.make("primary", "PAPERS=simsiam", "SEEDS=0")
+    assert house.make("simsiam-predictor", "SEEDS=0")[:2] == (0, [])
+
+
+def test_a_table_may_print_and_warn(house):
+    house.edit("LEAKS = ", 'print("a note")\nimport warnings; warnings.warn("careful")\nLEAKS = ')
+    code, calls, printed = house.make("simsiam-stop-gradient", "SEEDS=0")
+    assert code == 0 and len(runs(calls)) == 2 and "a note" in printed
+
+
+def test_a_rehearsal_that_cannot_begin_removes_nothing(house):
+    (house.folder / "runs/rehearsal/demo").mkdir(parents=True)
+    (house.folder / "runs/gpu").mkdir()
+    for words in (["SCALE=../gpu"], ["SCALE="], ["PAPERS=simclr"]):
+        assert house.make("rehearsal", *words)[0] == 2
+    assert (house.folder / "runs/rehearsal/demo").exists() and (house.folder / "runs/gpu").exists()
+
+
+def test_teachers_are_trained_side_by_side(house):
+    code, calls, printed = house.make("cocord-teachers", "-j4", "GPUS=0 1 2 3")
+    assert code == 0 and len({call.split("gpu=")[1] for call in calls}) > 1, printed
+
+
 def test_parallel_makes_the_same(house):
     code, calls, _ = house.make("simsiam", "SEEDS=0 1", "-j4")
     assert code == 0 and len(runs(calls)) == len(set(runs(calls))) == 18
@@ -218,7 +262,7 @@ def test_the_rules_are_a_file_that_one_can_open(house):
     run = "runs/demo/simsiam/frozen-predictor/0"
     assert f"{run}/model.pt: | $(venv)\n\t$(run) simsiam/train.py --scale demo --out {run} --seed 0 " in text
     assert f"{run}/metrics.json: {run}/model.pt\n\t$(run) simsiam/eval.py {run} " in text
-    assert "\nruns/demo/report/.drawn/simsiam-predictor@0: " in text and "simsiam-predictor@1" not in text
+    assert "\nruns/demo/report/.drawn/simsiam-predictor: " in text and "simsiam-predictor@1" not in text
     assert house.make("simsiam-predictor", "SEEDS=0", "-n")[2].count("rules: ") == 1  # not once more by inner makes
     assert "rules: " not in house.make("simsiam-predictor", "SEEDS=0")[2]
     assert len(list(house.folder.glob("runs/demo/rules-*.mk"))) == 1  # for all the makes of this request
@@ -317,7 +361,8 @@ def test_report_draws_a_half_finished_grid_and_runs_nothing(house):
     assert code == 0 and runs(calls) == runs(calls, "eval") == [] and calls[-1].startswith("-m common.study.page")
     drawn = [call.split()[1] for call in calls[:-1] if "plot.py" in call and "--seeds 0 1 2" in call]
     assert len(set(drawn)) == len(drawn) == len(calls) - 1 == 12
-    assert house.make("simsiam-predictor", "SEEDS=0")[:2] == (0, [])
+    calls = house.make("simsiam-predictor", "SEEDS=0")[1]  # the report shows other seeds now
+    assert [call.split()[0] for call in calls] == ["simsiam/plot.py", "-m"] and "--seeds 0 --" in calls[0]
     house.make("runs/demo/simsiam/leak-0.1/0/model.pt")  # an extra with a run of its own is drawn as well
     assert [call.split()[1] for call in house.make("report")[1]][12:] == ["simsiam-gradient-leak", "common.study.page"]
 
@@ -331,7 +376,7 @@ def test_a_study_that_cannot_be_drawn_leaves_the_others_and_the_page(house):
 @pytest.mark.parametrize(
     ("words", "printed"),
     [
-        ("seqvcr TASKS=9x9", "TASKS: there is no '9x9'"),
+        ("seqvcr TASKS=9x9", "*** TASKS: there is no '9x9'"),
         ("cocord PAIRS=vgg13", "PAIRS: 'vgg13' is not a pair"),
         ("simsiam PAPERS=simclr", "PAPERS: there is no paper 'simclr'"),
         ("simsiam SCALE=small", "SCALE: there is no 'small'"),
@@ -341,12 +386,19 @@ def test_a_study_that_cannot_be_drawn_leaves_the_others_and_the_page(house):
         ("demo SCALE=gpu", "make demo is make primary SCALE=demo"),
         ("simsiam SEED=1", "there is no variable SEED"),
         ("simsiam simsiam-predictor=no-predictor:base", "there is no variable simsiam-predictor"),
-        ("simsiam-preditor", "No rule to make target 'simsiam-preditor'"),
+        ("simsiam-preditor", "there is no goal simsiam-preditor"),
+        ("simsiam-predictor simsiam-preditor", "there is no goal simsiam-preditor"),
+        ("simsiam-predictor publish", "publish comes first"),
+        ("publish PAPERS=bsa", "name studies, not PAPERS"),
+        ("page RUNS=x", "make page is of results/demo as it is"),
+        ("simsiam SEEDS=0\\ 00", "a seed is named twice"),
+        ("simsiam EXTRA=--seed=7", "make sets --seed itself, from SEEDS"),
+        ("simsiam RUNS=a=b", "a folder without = is needed"),
         ("simsiam-predictor@9", "No rule to make target 'simsiam-predictor@9'"),
     ],
 )
 def test_a_wrong_name_ends_before_anything_runs(house, words, printed):
-    code, calls, told = house.make(*words.split())
+    code, calls, told = house.make(*shlex.split(words) if "\\" in words else words.split())
     assert code == 2 and calls == [] and told.count("***") == 1 and printed in told and "Traceback" not in told
 
 
@@ -361,21 +413,32 @@ def test_a_wrong_name_ends_before_anything_runs(house, words, printed):
         ('metric="knn_accuracy"', 'metric="kNN"', "names the metric 'kNN', which is not declared"),
         ('"untrained", "knn_accuracy"', '"untrained", "knn"', "names the metric 'knn', which is not declared"),
         ('beats_untrained("base")', 'beats_untrained("basis")', "names the arm 'basis', which is not declared"),
+        ('"%", 1, "higher")', '"%", 1, "hihger")', "metric 'linear_accuracy': better is 'higher', 'lower' or nothing"),
+        ('"kNN accuracy", "%", 1, "higher"', '"kNN accuracy", "%"', "'knn_accuracy' does not say which way is better"),
         ('"gradient_leak"', '"gradient_leek"', "sweeps 'gradient_leek', which no flag of its arms sets"),
         ('["knn_accuracy", "std_ratio"]', '["knn_accuracy", "std"]', "names the metric 'std', which is not declared"),
         ('"simsiam-projector"', '"simsiam-predictor"', "study 'simsiam-predictor' is declared twice"),
-        ('"simsiam-projector"', '"projector"', "begins with 'simsiam-'"),
-        ('arms=[Arm("base")],', 'arms=[Arm("base")]', "line "),
+        ('"simsiam-projector"', '"projector"', "study 'projector': its name is 'simsiam-'"),
+        ('arms=[Arm("base")],', 'arms=[Arm("base")]', "SyntaxError: "),
+        (
+            '="untrained_knn_accuracy")',
+            '="untrained_knn_acuracy")',
+            "the baseline 'untrained_knn_acuracy', which is not",
+        ),
+        ('must_beat=[beats_untrained("base")]', "must_beat=[]", "nothing is declared that base must beat"),
+        ("seeds=(0, 1, 2)", "seeds=()", "seeds are different whole numbers"),
+        ('"no-predictor", "--p', '"predictor=none", "--p', "arm 'predictor=none': letters, digits"),
+        ('["knn_accuracy", "linear_accuracy",', '["linear_accuracy",', "its sweep does not show 'knn_accuracy'"),
         ("LEAKS)", "LEAK)", "NameError: name 'LEAK' is not defined"),
     ],
 )
 def test_a_wrong_design_is_one_sentence_before_anything_runs(old, new, printed, house):
     """With undefined names a misspelt arm would be `base` under another name, and no difference would be found."""
     house.edit(old, new)
-    for goal in ("simsiam-predictor", "bsa", "help", "demo"):
+    for goal in ("simsiam-predictor", "bsa", "help", "demo", "rehearsal", "cost"):
         code, calls, told = house.make(goal, "SEEDS=0")
-        assert code == 2 and not calls and printed in told and "Traceback" not in told
-        assert "simsiam/studies.py" in told
+        assert code == 2 and printed in told and "Traceback" not in told and "simsiam/studies.py" in told
+        assert not [call for call in calls if "common.study.cost" not in call]
     code, calls, _ = house.make("doctor")
     assert code == 0 and calls == ["-m common.doctor --data data"]
     assert house.make("test")[1] == ["-m pytest"]
@@ -413,7 +476,7 @@ def test_data_are_asked_for_after_the_device_and_only_where_needed(house):
 
 
 def test_a_changed_arm_moves_its_old_run_aside_and_no_other(house):
-    """With the real `--replace`, which is the script's: here that make asks for it, and for the changed arm alone."""
+    """That the old run is moved is the script's `--replace`; here: make asks for it, and for the changed arm alone."""
     house.make("simsiam-predictor", "SEEDS=0 1")
     before = {path: path.stat().st_mtime_ns for path in house.folder.glob("runs/demo/simsiam/*/*/model.pt")}
     house.edit('"--predictor none"', '"--predictor none --dim 64"')

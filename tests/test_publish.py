@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-from common.study import figures, plotting, publish
-from common.study.design import load
+from common.study import publish
 
 STUDIES = """
 from common.study.design import Arm, Design, Metric, MustBeat, Study
@@ -22,7 +22,17 @@ def design(scale, settings):
     return Design("toy", "Toy", METRICS, [
         Study("toy-arm", "What does it do?", [arm], "knn", must_beat=guards, seeds=(0, 1)),
         Study("toy-more", "And more?", [extra], "knn", must_beat=guards, seeds=(0, 1), extra=True),
-    ], arms=[Arm("base")])
+    ], arms=[Arm("base")], baselines=["untrained"])
+"""
+PLOT = """
+import sys
+sys.path[:0] = [{root!r}, "."]
+from common.study import figures, plotting
+from toy.studies import design
+def draw(view):
+    return {{"metrics": figures.dots([figures.Dots("knn", {{"base": [1.0]}})], ["base"], "base")}}
+if __name__ == "__main__":
+    plotting.draw(None, None, design, lambda runs: "pictures", draw)
 """
 WORDS = ["PAPERS=toy", "SCALE=demo"]
 
@@ -37,6 +47,7 @@ def clone(tmp_path, monkeypatch):
     (tmp_path / "toy").mkdir()
     (tmp_path / "toy/studies.py").write_text(STUDIES)
     (tmp_path / "toy/train.py").write_text("# trains")
+    (tmp_path / "toy/plot.py").write_text(PLOT.format(root=str(ROOT)))
     (tmp_path / ".gitignore").write_text("runs\n__pycache__\n*.html\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -56,7 +67,7 @@ def run(arm, seed, knn, flags, **facts):
     folder = f"runs/demo/toy/{arm}/{seed}"
     shutil.rmtree(folder, ignore_errors=True)
     source = hashlib.sha256(b"# trains").hexdigest()
-    provenance = {"commit": "c", "dirty": False, "data": "d", "source": source} | facts
+    provenance = {"commit": "c", "dirty": False, "data": "d", "source": source, "script": "toy/train.py"} | facts
     Path(folder).mkdir(parents=True)
     Path(folder, "args.json").write_text(json.dumps({"arguments": {"seed": seed}, "provenance": provenance}))
     Path(folder, "metrics.json").write_text(json.dumps({"knn": knn, "untrained": 10.0 + seed}))
@@ -65,21 +76,14 @@ def run(arm, seed, knn, flags, **facts):
 
 
 def draw(study, *seeds):
-    def dots(view):
-        return {"metrics": figures.dots([figures.Dots("knn", {"base": [1.0]})], ["base"], "base")}
-
-    plotting.draw([study, *(["--seeds", *seeds] if seeds else [])], None, load_design, lambda runs: "pictures", dots)
-
-
-def load_design(scale, settings):
-    return load("toy", scale, settings)
+    subprocess.run([sys.executable, "toy/plot.py", study, *(["--seeds", *seeds] if seeds else [])], check=True)
 
 
 def refused(capsys, *words):
     """The sentences with which `make publish` ends; nothing is copied."""
     with pytest.raises(SystemExit) as end:
         publish.main([*WORDS, *words])
-    assert end.value.code == 2
+    assert end.value.code == 2 and not Path("results").exists()
     return capsys.readouterr().err
 
 
@@ -112,22 +116,33 @@ def test_an_old_figure_goes_with_its_study(clone):
     assert there == {"toy-arm-metrics.png", "toy-more-metrics.png"}
 
 
-def test_a_hole_is_refused(clone, capsys):
-    (clone / "runs/demo/toy/arm/1/metrics.json").unlink()
-    draw("toy-arm")
-    assert "toy-arm: not run: arm (seed 1)" in refused(capsys)
-    assert "there is no study 'toy'" in refused(capsys, "toy")
-    assert "toy-more.json is missing" in refused(capsys, "toy-more")
-    assert not (clone / "results").exists()
-
-
-def test_other_seeds_flags_and_newer_runs_are_refused(clone, capsys):
+def test_what_is_published_is_drawn_anew_as_declared(clone):
+    """Whatever the report holds: one seed, an old figure, numbers of another design."""
     draw("toy-arm", "0")
-    assert "it was drawn over the seeds 0, declared are 0, 1" in refused(capsys)
+    report = clone / "runs/demo/report"
+    (report / "toy-arm-old.png").write_bytes(b"")
+    publish.main(WORDS)
+    found = json.loads((clone / "results/demo/toy-arm.json").read_text())
+    assert found["seeds"] == [0, 1] and not (clone / "results/demo/toy-arm-old.png").exists()
+    assert json.loads((report / "toy-arm.json").read_text())["seeds"] == [0]  # the report stays
     draw("toy-arm")
+    assert not (report / "toy-arm-old.png").exists()  # no figure stays that was not drawn now
+
+
+def test_a_hole_is_refused(clone, capsys):
+    for name in ("metrics.json", "args.json"):
+        path = clone / "runs/demo/toy/arm/1" / name
+        saved = path.read_text()
+        path.unlink()
+        assert "toy-arm: not run, or not whole: runs/demo/toy/arm/1" in refused(capsys)
+        path.write_text(saved)
+    assert "there is no study 'toy'" in refused(capsys, "toy")
+    assert "toy-more: not run, or not whole: runs/demo/toy/more/0" in refused(capsys, "toy-more")
+
+
+def test_other_flags_and_settings_are_refused(clone, capsys):
     run("arm", 1, 21.0, "--leak 1 --epochs 3")
-    printed = refused(capsys)
-    assert "other flags than declared: arm/1" in printed and "newer than the report: arm/1" in printed
+    assert "other flags than declared: runs/demo/toy/arm/1" in refused(capsys)
     for word in ("EXTRA=--epochs 3", "SEEDS=0", "PAIRS=a-b", "TASKS=lis", "DATA=my.npy"):
         assert word.partition("=")[0] in refused(capsys, word)
 
@@ -135,21 +150,20 @@ def test_other_seeds_flags_and_newer_runs_are_refused(clone, capsys):
 @pytest.mark.parametrize(
     ("facts", "printed"),
     [
-        ({"source": "0" * 64}, "its runs mix versions of train.py"),
+        ({"source": "0" * 64}, "trained by another version of the script"),
         ({"data": "other"}, "its runs mix data"),
-        ({"dirty": True}, "its runs were made from a tree with uncommitted changes"),
+        ({"dirty": True}, "made from a tree with uncommitted changes"),
     ],
 )
 def test_mixed_runs_are_refused(facts, printed, clone, capsys):
     run("arm", 1, 21.0, "--leak 1", **facts)
-    draw("toy-arm")
     assert f"toy-arm: {printed}" in refused(capsys)
 
 
 def test_a_changed_tree_and_another_script_are_refused(clone, capsys):
     (clone / "toy/train.py").write_text("# trains otherwise")
     printed = refused(capsys)
-    assert "the tree has uncommitted changes" in printed and "another version of toy/train.py" in printed
+    assert "the tree has uncommitted changes" in printed and "another version of the script" in printed
 
 
 def test_a_page_of_nothing_is_refused(clone, capsys):

@@ -36,7 +36,8 @@ def draw(root, contrasts, guards, sweep, primary=1):
     """The summary of a study of these contrasts, drawn by what all plot.py share."""
     study = Study("toy-x", ROBUSTNESS if sweep is ROBUST else "How much?", contrasts, "knn", primary,
                   [untrained(name) for name in guards], extra=True, sweep=sweep)  # fmt: skip
-    design = Design("toy", "toy", METRICS, [study], [Arm(name, f"--name {name} --leak 0") for name in study.arms])
+    arms = [Arm(name, f"--name {name} --leak 0") for name in study.arms]
+    design = Design("toy", "toy", METRICS, [study], arms, baselines=["untrained"])
     argv = ["toy-x", "--runs", str(root), "--seeds", "0", "1", "2", "--results", str(root / "results")]
     plotting.draw(argv, None, lambda scale, settings: design, described, no_figures)
     return json.loads((root / "results" / "toy-x.json").read_text())
@@ -164,7 +165,7 @@ def test_runs_that_cannot_be_compared_are_not_drawn(tmp_path, capsys):
     """Only a further arm has a run: nothing to compare it with."""
     arm(tmp_path, "x", [1.0], leak=0.1)
     with pytest.raises(FileNotFoundError):
-        draw(tmp_path, ["all:base", "x:base"], [], LEAK)
+        draw(tmp_path, ["all:base", "x:base"], ["base"], LEAK)
     assert "no runs" in capsys.readouterr().out
 
 
@@ -172,12 +173,12 @@ def test_a_curve_whose_runs_have_only_begun_has_no_value(tmp_path):
     for name in ("base", "all"):
         arm(tmp_path, name, [1.0], leak=0.1)
         (tmp_path / name / "0/metrics.json").unlink()
-    assert draw(tmp_path, ["all:base"], [], LEAK)["finding"] == "No value yet."
+    assert draw(tmp_path, ["all:base"], ["base"], LEAK)["finding"] == "No value yet."
 
 
 def test_without_runs_nothing_is_written(tmp_path, capsys):
     with pytest.raises(FileNotFoundError):
-        draw(tmp_path, ["arm:base"], [], LEAK)
+        draw(tmp_path, ["arm:base"], ["base"], LEAK)
     assert "no runs" in capsys.readouterr().out and not (tmp_path / "results").exists()
 
 

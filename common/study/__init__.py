@@ -1,7 +1,10 @@
 """From runs to statements: the experimental design, make's rules, statistics, figures, tables and the page.
 
-design.py says what a study is, rules.py what make runs, cost.py how long it takes; results.py reads the runs,
-analysis.py makes the verdicts, figures.py and sweeps.py draw, tables.py and page.py write, publish.py keeps.
+design.py says what a study is, request.py what was asked, rules.py what make runs (`run_rules`; seed by seed in the
+Makefile), slots.py on which GPU, cost.py how long it takes. results.py reads the runs. analysis.py makes the verdict
+(`judge`, from the word of `verdict` in statistics.py); sweeps.py and ConMIM's plot.py may replace it. plotting.py calls
+`draw` of a paper's plot.py, or of sweeps.py; figures.py has the common figures. tables.py and page.py write,
+publish.py copies to results/.
 """
 
 import sys

@@ -48,7 +48,13 @@ def summarise(study: Study, runs: Runs, metrics: Mapping[str, Metric], rule: Rul
     primary = [contrast for contrast in result["contrasts"] if contrast["primary"]]
     for control in result["controls"]:
         control["primary"] = any(control in _guards(contrast, result["controls"]) for contrast in primary)
-    verdicts = {contrast["arm"]: judge(contrast, result["controls"]) for contrast in primary}
+    arms = [contrast["arm"] for contrast in primary]
+    verdicts = {
+        one["arm"] if arms.count(one["arm"]) == 1 else f"{one['arm']}:{one['reference']}": judge(
+            one, result["controls"]
+        )
+        for one in primary
+    }
     alike = len(set(verdicts.values())) == 1
     named = [f"{arm}: {word}" for arm, word in verdicts.items()]
     result["verdict"] = next(iter(verdicts.values())) if alike else "; ".join(named)

@@ -132,6 +132,7 @@ def main(words: Sequence[str]) -> None:
     costs: dict[str, Cost] = {}
     lacking = []
     for design in request.designs.values():
+        first = {arm: study.seeds[0] for study in reversed(design.studies) for arm in study.arms}
         plan = [study for study in design.studies if not study.extra]
         studies |= {study.name: arms_of(request, design, [study]) for study in plan}
         arms = arms_of(request, design, plan)
@@ -141,8 +142,9 @@ def main(words: Sequence[str]) -> None:
             if runs := finished(request, design, arm):
                 costs[name] = of_runs(runs)
                 continue
-            lacking.append(rehearsals / name / "0" / "metrics.json")
-            if cost := of_rehearsal(rehearsals / name / "0"):
+            folder = rehearsals / name / str(first[arm])  # a rehearsal takes a study's first seed
+            lacking.append(folder / "metrics.json")
+            if cost := of_rehearsal(folder):
                 costs[name] = cost
     print(" ".join(map(str, lacking)) if unknown else show(studies, every, costs))
 

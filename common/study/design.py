@@ -5,6 +5,7 @@ the costs and the tests read it. Standard library alone: make reads it before an
 """
 
 import importlib
+import re
 import shlex
 import traceback
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,10 @@ ROBUSTNESS = "Do the primary contrasts hold at a third and at three times the le
 
 class DesignError(ValueError):
     """The design is wrong; the message is one sentence for the user."""
+
+
+class SettingError(DesignError):
+    """PAIRS or TASKS is wrong, not the design."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +173,8 @@ class Design:
     """All arms and studies of a paper at one scale. Raises DesignError where a name is not declared, or twice.
 
     `paper` is the folder, `data` the file under DATA that the runs need ("" for none). `arms` are those that no study
-    declares. Afterwards `arm` and `study` find by name, and every study's contrasts are "arm:reference".
+    declares, `baselines` the metrics that an arm of its own must beat and that no table shows. Afterwards `arm` and
+    `study` find by name, and every study's contrasts are "arm:reference".
     """
 
     paper: str
@@ -178,6 +184,7 @@ class Design:
     arms: Sequence[Arm] = ()
     teachers: Sequence[Arm] = ()
     data: str = ""
+    baselines: Sequence[str] = ()
     robustness: Robustness | None = None
     by_name: dict[str, Arm] = field(init=False)
 
@@ -197,7 +204,11 @@ class Design:
             ]
             place = next((place for place, one in enumerate(self.studies) if one.extra), len(self.studies))
             self.studies = [*self.studies[:place], study, *self.studies[place:]]
+        if odd := [key for key, metric in self.metrics.items() if metric.better not in ("higher", "lower", "")]:
+            raise DesignError(f"metric '{odd[0]}': better is 'higher', 'lower' or nothing")
         names = [arm.name for arm in declared]
+        if odd := [name for name in names if not re.fullmatch(r"[\w+-][\w.+-]*(@[\w.+-]+)*", name)]:
+            raise DesignError(f"arm '{odd[0]}': letters, digits and ._+- make a name, and @ its setting")
         if twice := [name for name in names if names.count(name) > 1]:
             raise DesignError(f"arm '{twice[0]}' is declared twice")
         self.by_name = dict(zip(names, declared, strict=True))
@@ -208,11 +219,16 @@ class Design:
                 raise DesignError(f"arm '{arm.name}' needs '{arm.needs}', which is not a declared teacher")
 
     def _check(self, study: Study) -> None:
+        """Raise DesignError where the study names what is not declared, or cannot tell anything."""
         names = [one.name for one in self.studies]
         if names.count(study.name) > 1:
             raise DesignError(f"study '{study.name}' is declared twice")
-        if not study.name.startswith(f"{self.paper}-"):
-            raise DesignError(f"study '{study.name}': the name of a study begins with '{self.paper}-'")
+        if not re.fullmatch(rf"{self.paper}-[a-z0-9-]+", study.name):
+            raise DesignError(
+                f"study '{study.name}': its name is '{self.paper}-' and small letters, digits and hyphens"
+            )
+        if not study.seeds or len(set(study.seeds)) < len(study.seeds) or min(study.seeds) < 0:
+            raise DesignError(f"{study.name}: seeds are different whole numbers, at least one")
         for arm in study.arms:
             if arm not in self.by_name:
                 raise DesignError(f"{study.name} names the arm '{arm}', which is not declared")
@@ -227,7 +243,9 @@ class Design:
         for one in study.must_beat:
             if bool(one.baseline_metric) == bool(one.baseline_arm):
                 raise DesignError(f"{study.name}: '{one.arm}' must beat one baseline, a metric or an arm")
-            if self.metrics[one.metric].better not in ("higher", "lower"):
+            if one.baseline_metric and one.baseline_metric not in {*self.metrics, *self.baselines}:
+                raise DesignError(f"{study.name} names the baseline '{one.baseline_metric}', which is not declared")
+            if not self.metrics[one.metric].better:
                 raise DesignError(f"{study.name}: '{one.metric}' does not say which way is better")
         if not self.metrics[study.metric].judged:
             raise DesignError(f"{study.name}: '{study.metric}' is not judged, so it cannot be the primary metric")
@@ -237,6 +255,11 @@ class Design:
             )
         if len(set(study.contrasts)) < len(study.contrasts):
             raise DesignError(f"{study.name} names a contrast twice")
+        for arm, reference in study.pairs[: study.primary]:
+            if not guards_of(arm, reference, [one.arm for one in study.must_beat]):
+                raise DesignError(f"{study.name}: nothing is declared that {reference} must beat in {arm}:{reference}")
+        if study.sweep and study.metric not in study.sweep.metrics:
+            raise DesignError(f"{study.name}: its sweep does not show '{study.metric}', on which it is judged")
         by_flags: dict[tuple[str, ...], str] = {}
         for arm in study.arms:
             other = by_flags.setdefault(tuple(shlex.split(self.by_name[arm].flags)), arm)
@@ -300,11 +323,13 @@ def _robustness(design: Design) -> Study:
 
 
 def load(paper: str, scale: str, settings: Settings | None = None) -> Design:
-    """The design of `paper` at `scale`. Raises DesignError, in one sentence that names the file and the line."""
+    """The design of `paper` at `scale`. Raises DesignError, in one sentence that names the file."""
     if scale not in SCALES:
         raise DesignError(f"SCALE: there is no '{scale}', but {', '.join(SCALES)}")
     try:
         return importlib.import_module(f"{paper}.studies").design(scale, settings or Settings())
+    except SettingError:
+        raise
     except DesignError as error:
         raise DesignError(f"{paper}/studies.py: {error}") from None
     except Exception as error:  # a broken table may raise anything

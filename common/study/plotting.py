@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from common.cli import SCALES, Parser, stop, whole
-from common.study import figures, sweeps, tables
+from common.study import figures, page, sweeps, tables
 from common.study.analysis import Rule, summarise
 from common.study.design import Design, DesignError, Metric, Settings, Study
 from common.study.results import Runs, View, read_runs
@@ -95,6 +95,10 @@ def draw(
     view = View(args, study, runs, summary, data, f"{data[0].upper()}{data[1:]}. ")
     drawn = sweeps.draw(view) if study.sweep else draw_figures(view)
     args.results.mkdir(parents=True, exist_ok=True)
+    for old in page.pictures(args.results, [study.name])[study.name]:
+        if old.stem.removeprefix(f"{study.name}-") not in drawn:  # drawn once, from other runs
+            for kind in (".png", ".svg"):
+                old.with_suffix(kind).unlink(missing_ok=True)
     for name, figure in drawn.items():
         figures.save(figure, args.results, f"{study.name}-{name}")
     tables.write_tables(view.summary, args.results)

@@ -3,15 +3,17 @@
     python -m common.study.publish PAPERS="simsiam bsa" SCALE=demo simsiam-predictor
     python -m common.study.publish page PAPERS="simsiam bsa" SCALE=demo
 
-Copies JSON, CSV and PNG of a report to results/SCALE and writes README.md and extras.md there. It refuses a study with
-holes, with other flags, seeds or data than studies.py declares, of several versions of train.py or of a changed tree,
-and then copies nothing.
+Draws studies anew from their runs, as studies.py declares them, and puts JSON, CSV and PNG into results/SCALE, with
+README.md and extras.md. It refuses a study with holes, with other flags or data than declared, of several versions of
+train.py or of a changed tree, and then nothing is changed.
 """
 
 import hashlib
 import shutil
+import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,51 +28,54 @@ FREE = ("SEEDS", "EXTRA", "PAIRS", "TASKS")  # variables that make other runs th
 
 
 def problems(request: Request, design: Design, study: Study) -> list[str]:
-    """Why a study cannot be published; a sentence each."""
-    path = request.results / f"{study.name}.json"
-    try:
-        summary: dict[str, Any] = dict(read_json(path))
-    except (OSError, ValueError, TypeError):
-        return [f"{study.name}: {path} is missing or damaged: make {study.name} SCALE={request.scale}"]
+    """Why the runs of a study cannot be published; a sentence each."""
+    arms = dict.fromkeys(name for arm in study.arms for name in (design.arm(arm).needs, arm) if name)
+    folders = {request.folder(design, arm, seed): arm for arm in arms for seed in study.seeds}
+    facts = {folder: _provenance(folder, arm in design.teacher_names()) for folder, arm in folders.items()}
+    there = {folder: known for folder, known in facts.items() if known}
     found = []
-    if summary["seeds"] != list(study.seeds):
-        found += [f"it was drawn over the seeds {_listed(summary['seeds'])}, declared are {_listed(study.seeds)}"]
-    holes = [f"{row['arm']} (seed {_listed(row['missing'])})" for row in summary["rows"] if row["missing"]]
-    if holes := [*summary["not_run"], *holes]:
-        found += [f"not run: {_listed(holes)}"]
-    drawn = {f"{one['arm']}:{one['reference']}" for one in summary["contrasts"]}
-    if not summary["not_run"] and drawn != set(map(str, study.contrasts)):
-        found += ["it was drawn with other contrasts than are declared"]
-    arms = dict.fromkeys(name for arm in study.arms for name in (arm, design.arm(arm).needs) if name)
-    runs = {(arm, seed): request.folder(design, arm, seed) for arm in arms for seed in study.seeds}
-    expected = {arm: request.flags_text(design, design.arm(arm)) for arm in arms}
-    other = {f"{arm}/{folder.name}": None for (arm, _), folder in runs.items()
-             if (folder / "args.json").exists() and read(folder / "flags") != expected[arm]}  # fmt: skip
-    if other:
+    if holes := [folder for folder in facts if folder not in there]:
+        found += [f"not run, or not whole: {_listed(holes)}"]
+    if other := [one for one in there if read(one / "flags") != _flags(request, design, folders[one])]:
         found += [f"other flags than declared: {_listed(other)}"]
-    newer = [f"{arm}/{folder.name}" for (arm, _), folder in runs.items()
-             if (file := folder / "metrics.json").exists() and file.stat().st_mtime > path.stat().st_mtime]  # fmt: skip
-    if newer:
-        found += [f"these runs are newer than the report: {_listed(newer)}"]
-    facts = summary["provenance"]
-    for key, what in (("source", "versions of train.py"), ("data", "data")):
-        if isinstance(facts[key], list):
-            found += [f"its runs mix {what}"]
-    source = hashlib.sha256(Path(design.paper, "train.py").read_bytes()).hexdigest()
-    if isinstance(facts["source"], str) and facts["source"] != source:
-        found += [f"its runs are of another version of {design.paper}/train.py"]
-    if facts["dirty"] is not False:
-        found += ["its runs were made from a tree with uncommitted changes, or outside a clone"]
+    if dirty := [one for one, known in there.items() if known.get("dirty") is not False]:
+        found += [f"made from a tree with uncommitted changes, or outside a clone: {_listed(dirty)}"]
+    if old := [one for one, known in there.items() if known.get("source") != _sha256(known.get("script", ""))]:
+        found += [f"trained by another version of the script (move them aside and run them again): {_listed(old)}"]
+    data: dict[str, set[Any]] = {}
+    for folder, known in there.items():
+        data.setdefault(folders[folder].partition("@")[2], set()).add(known.get("data"))
+    if any(len(digests) > 1 for digests in data.values()):
+        found += ["its runs mix data"]
     return [f"{study.name}: {one}" for one in found]
 
 
-def _listed(values: Any) -> str:
+def _provenance(folder: Path, teacher: bool) -> dict[str, Any]:
+    """Provenance of a finished run, {} where there is none. A teacher is not evaluated."""
+    if not (folder / "model.pt").exists() or not (teacher or (folder / "metrics.json").exists()):
+        return {}
+    try:
+        return dict(read_json(folder / "args.json")["provenance"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+
+
+def _flags(request: Request, design: Design, arm: str) -> str:
+    return request.flags_text(design, design.arm(arm))
+
+
+def _sha256(script: str) -> str:
+    """Of the script as it is now; "" where there is none."""
+    return hashlib.sha256(Path(script).read_bytes()).hexdigest() if Path(script).is_file() else ""
+
+
+def _listed(values: Iterable[Any]) -> str:
     words = [str(value) for value in values]
     return ", ".join(words[:5]) + (f" and {len(words) - 5} more" if len(words) > 5 else "")
 
 
 def publish(request: Request, names: Sequence[str], folder: Path) -> None:
-    """Check the studies, then copy them to `folder`. Stops (exit 2) with a sentence for each problem."""
+    """Check the studies, draw them, put them into `folder`. Stops (exit 2) with a sentence for each problem."""
     for name in FREE:
         if request.given.get(name, "").strip():
             stop(f"{name} is set: only what studies.py declares can be published")
@@ -88,14 +93,28 @@ def publish(request: Request, names: Sequence[str], folder: Path) -> None:
     if found:
         print("\n".join(f"error: {sentence}" for sentence in found), file=sys.stderr)
         sys.exit(2)
-    folder.mkdir(parents=True, exist_ok=True)
-    figures = page.pictures(request.results, chosen)
-    for name in chosen:
-        for old in page.pictures(folder, chosen)[name]:
+    with tempfile.TemporaryDirectory() as drawn:
+        for name in chosen:
+            paper = known[name][0].paper
+            plot = [
+                f"{paper}/plot.py",
+                name,
+                "--scale",
+                request.scale,
+                "--runs",
+                request.runs / paper,
+                "--results",
+                drawn,
+            ]
+            if subprocess.run([sys.executable, *map(str, plot)]).returncode:
+                stop(f"{name} cannot be drawn: nothing is published")
+        folder.mkdir(parents=True, exist_ok=True)
+        there = page.pictures(folder, chosen)
+        for old in (figure for name in chosen for figure in there[name]):
             old.unlink()
-        files = [request.results / f"{name}{kind}" for kind in (".json", ".csv")]
-        for file in [*files, *(figure.with_suffix(".png") for figure in figures[name])]:
-            shutil.copyfile(file, folder / file.name)
+        for file in Path(drawn).iterdir():
+            if file.suffix in (".json", ".csv", ".png"):
+                shutil.copyfile(file, folder / file.name)
     write_readmes(request, folder)
     print(f"published in {folder}: {', '.join(chosen)}")
 

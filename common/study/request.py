@@ -9,6 +9,7 @@ from pathlib import Path
 from common.study.design import Arm, Design, DesignError, Settings, Study, load
 
 VARIABLES = ("PAPERS", "SCALE", "SEEDS", "DEVICE", "DATA", "EXTRA", "RUNS", "RESULTS", "PAIRS", "TASKS")
+OWN_FLAGS = {"--scale": "SCALE", "--seed": "SEEDS", "--device": "DEVICE", "--data": "DATA", "--out": "RUNS"}
 MATRICES = (".npy", ".npz", ".safetensors")
 
 
@@ -35,18 +36,26 @@ class Request:
             raise DesignError(f"{sorted(unknown)[0]} is not one of the variables {', '.join(VARIABLES)}")
         if broken := [name for name, value in given.items() if "\n" in value]:
             raise DesignError(f"{broken[0]} holds a line break")
+        for name in ("RUNS", "RESULTS"):
+            if odd := re.sub(r"[\w ./+@#$,-]", "", given.get(name, "")):
+                raise DesignError(
+                    f"{name}={given[name]}: a folder without {odd[0]} is needed, as make reads it as a sign"
+                )
         scale = given.get("SCALE", "gpu").strip()
         data = given.get("DATA", "data").strip()
         try:
             extra = tuple(shlex.split(given.get("EXTRA", "")))
         except ValueError as error:
             raise DesignError(f"EXTRA={given['EXTRA']}: {error}") from None
+        for word in extra:
+            if (flag := word.split("=")[0]) in OWN_FLAGS:
+                raise DesignError(f"EXTRA={given['EXTRA']}: make sets {flag} itself, from {OWN_FLAGS[flag]}")
         seeds = given.get("SEEDS", "own").split()
         if not seeds:
             raise DesignError("SEEDS is empty: name at least one")
         if seeds not in (["own"], ["first"]) and not all(re.fullmatch(r"\d+", seed) for seed in seeds):
             raise DesignError(f"SEEDS={given['SEEDS']}: whole numbers are needed, or the word first")
-        if len(set(seeds)) < len(seeds):
+        if len({seed.lstrip("0") for seed in seeds}) < len(seeds):
             raise DesignError(f"SEEDS={given['SEEDS']}: a seed is named twice")
         own_data = data.endswith(MATRICES) or any(word.split("=")[0] == "--data-set" for word in extra)
         settings = Settings(tuple(given.get("PAIRS", "").split()), tuple(given.get("TASKS", "").split()), own_data)

@@ -11,6 +11,7 @@ study. STUDY@SEED, STUDY-primary@SEED and STUDY@report are goals of the inner ma
 robustness, curves and report call them seed by seed.
 """
 
+import contextlib
 import hashlib
 import os
 import re
@@ -20,7 +21,7 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from common.cli import stop
+from common.cli import USER, stop
 from common.files import write_text
 from common.study.design import Arm, Design, DesignError, Study
 from common.study.request import Request, read
@@ -69,7 +70,11 @@ def run_rules(request: Request, design: Design, arm: Arm, seed: int) -> str:
 
 
 def study_rules(request: Request, design: Design, study: Study) -> str:
-    """The rules that draw a study: after each seed, with holes for the seeds to come, and whenever it is asked."""
+    """The rules that draw a study: after each seed, with holes for the seeds to come, and whenever it is asked.
+
+    One file, .drawn/STUDY, says what the report shows. It is out of date when a run of the inner make's seed is newer,
+    and when it was drawn from other contrasts, seeds or runs.
+    """
     seeds = request.seeds_of(study)
     plot = shell([
         f"{design.paper}/plot.py", study.name, "--scale", request.scale, "--runs", request.runs / design.paper,
@@ -77,23 +82,23 @@ def study_rules(request: Request, design: Design, study: Study) -> str:
         *(word for key in ("PAIRS", "TASKS") if request.given.get(key, "").strip()
           for word in (f"--{key.lower()}", *request.given[key].split())),
     ])  # fmt: skip
-    drawn = " ".join([*map(str, study.contrasts), "seeds", *map(str, seeds)])
-    lines = [f"# {study.question}"]
+    drawn = " ".join([*map(str, study.contrasts), "seeds", *map(str, seeds), "runs", str(request.runs)])
+    stamp = request.results / ".drawn" / study.name
+    there = (request.results / f"{study.name}.json").exists() and read(stamp) == drawn
+    draw = [f"\t$(python) {plot}", f"\t@mkdir -p {shell([stamp.parent])}", f"\t{write_line(drawn, shell([stamp]))}"]
+    needs = f"{design.paper}/plot.py {design.paper}/studies.py{'' if there else ' FORCE'}"
+    lines = [f"# {' '.join(study.question.split())}", f"{target(stamp)}: {needs}", *draw]
     for goal, arms in ((study.name, study.arms), (f"{study.name}-primary", study.primary_only.arms)):
         for seed in seeds:
-            stamp = request.results / ".drawn" / f"{goal}@{seed}"
             metrics = [target(request.folder(design, arm, seed) / "metrics.json") for arm in arms]
-            forced = stamp.exists() and read(stamp) != drawn
             lines += [
                 f".PHONY: {goal}@{seed}",
                 f"{goal}@{seed}: {target(stamp)}",
-                f"{target(stamp)}: {' '.join(metrics)} {design.paper}/plot.py {design.paper}/studies.py"
-                + (" FORCE" if forced else ""),
-                f"\t$(python) {plot}",
-                f"\t@mkdir -p {shell([stamp.parent])}",
-                f"\t{write_line(drawn, shell([stamp]))}",
+                f"ifneq ($(filter {goal}@{seed},$(MAKECMDGOALS)),)",
+                f"{target(stamp)}: {' '.join(metrics)}",
+                "endif",
             ]
-    return "\n".join([*lines, f".PHONY: {study.name}@report", f"{study.name}@report: | $(venv)", f"\t$(python) {plot}"])
+    return "\n".join([*lines, f".PHONY: {study.name}@report", f"{study.name}@report: | $(venv)", *draw])
 
 
 def rounds(request: Request, studies: Sequence[tuple[Design, Study]], suffix: str = "", by_paper: bool = False) -> str:
@@ -117,17 +122,22 @@ def goal_rules(request: Request) -> str:
     goals |= {paper: [one for one in plan if one[0].paper == paper] for paper in request.designs}
     goals |= {"all": plan}
     goals |= {group: [one for one in request.studies if one[1].group == group] for group in ("robustness", "curves")}
-    lines = []
+    others = ["primary", *(f"{paper}-teachers" for paper, design in request.designs.items() if design.teachers)]
+    lines = [f"goals := {' '.join([*goals, *others])} report draw-page up-to-date-page"]
     for goal, studies in goals.items():
         names = " ".join(study.name for _, study in studies)
-        lines += [f".PHONY: {goal}", f"{goal}: ; $(call in-turn,{rounds(request, studies)},{names})"]
+        lines += [f".PHONY: {goal}", f"{goal}: ; $(call seed-by-seed,{rounds(request, studies)},{names})"]
     # The primary contrasts paper by paper, so that the first study is drawn early.
     inner, names = rounds(request, plan, "-primary", by_paper=True), " ".join(study.name for _, study in plan)
-    lines += [".PHONY: primary", f"primary: ; $(call in-turn,{inner},{names})"]
+    lines += [".PHONY: primary", f"primary: ; $(call seed-by-seed,{inner},{names})"]
     for paper, design in request.designs.items():
         if design.teachers:
             models = [target(request.folder(design, one.name, 0) / "model.pt") for one in design.teachers]
-            lines += [f".PHONY: {paper}-teachers", f"{paper}-teachers: {' '.join(models)}"]
+            lines += [
+                f".PHONY: {paper}-teachers {paper}-teachers@all",
+                f"{paper}-teachers: ; @+$(MAKE) --no-print-directory {paper}-teachers@all",
+                f"{paper}-teachers@all: {' '.join(models)}",
+            ]
     return "\n".join(lines)
 
 
@@ -141,8 +151,9 @@ def page_rules(request: Request) -> str:
         if not study.extra  # of the extras those that have a run of their own
         or any((request.runs / design.paper / a).is_dir() for a in study.arms if (design.paper, a) not in shared)
     )
-    page = target(request.results / "index.html")
-    stamps = sorted((request.results / ".drawn").glob("*@*"))
+    page = request.results / "index.html"
+    drawn = [Path("common/study/page.py"), *request.results.glob("*.json")]
+    current = page.exists() and all(file.stat().st_mtime <= page.stat().st_mtime for file in drawn)
     extras = [study.name for _, study in request.studies if study.extra]
     draw = ["-m", "common.study.page", "--results", request.results, "--scale", request.scale, "--command",
             request.command("{}"), "--studies", *(study.name for _, study in plan),
@@ -150,9 +161,7 @@ def page_rules(request: Request) -> str:
     return "\n".join([
         ".PHONY: report draw-page up-to-date-page",
         f"report: ; $(call in-any-case,{names},0)",
-        f"up-to-date-page: {page}",
-        f"{page}: {' '.join(map(target, stamps))} common/study/page.py",
-        f"\t$(python) {shell(draw)}",
+        f"up-to-date-page: {'' if current else 'draw-page'}".rstrip(),
         "draw-page: | $(venv)",
         f"\t$(python) {shell(draw)}",
     ])  # fmt: skip
@@ -207,12 +216,17 @@ def listing(request: Request) -> str:
 def main(words: Sequence[str]) -> None:
     """Command line; see the module's docstring."""
     try:
+        with contextlib.redirect_stdout(sys.stderr):  # make reads the path; a table may print
+            request = Request.parse(words[1:] if words[:1] == ["help"] else words)
         if words[:1] == ["help"]:
-            print(listing(Request.parse(words[1:])))
+            print(listing(request))
         else:
-            print(str(write(Request.parse(words))).replace(" ", "\\ "))  # as make's include reads it
+            print(str(write(request)).replace(" ", "\\ "))  # as make's include reads it
     except DesignError as error:
-        stop(str(error))
+        if words[:1] == ["help"]:
+            stop(str(error))
+        print(error)  # make says it
+        sys.exit(USER)
 
 
 if __name__ == "__main__":
