@@ -12,6 +12,7 @@ features (dead, rare, always on) are over all training rows.
 
 import argparse
 import math
+import sys
 import time
 from io import BytesIO
 from pathlib import Path
@@ -21,6 +22,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+if not __package__:  # a script takes its own clone, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bsa.planted import plant
 from bsa.train import BSA, Rows, build_model, encode, load_rows, reconstruction_loss, topk_code

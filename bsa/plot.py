@@ -7,6 +7,7 @@ nothing; the one number it makes itself is the loss at equal activity (`at_activ
 """
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -17,6 +18,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
+
+if not __package__:  # a script takes its own clone, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bsa.studies import METRICS, design
 from common.files import read_json

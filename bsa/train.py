@@ -31,6 +31,7 @@ Ours, not the paper's:
 import argparse
 import functools
 import math
+import sys
 import time
 import zipfile
 from collections.abc import Callable
@@ -42,6 +43,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+
+if not __package__:  # a script takes its own clone, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bsa.planted import plant
 from common import checkpoints, cli, devices, draws, files

@@ -8,12 +8,16 @@ consistency: mean over the epochs) comes from train.jsonl.
 """
 
 import argparse
+import sys
 import time
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 import torch
+
+if not __package__:  # a script takes its own clone, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cocord.train import accuracy, build_model, kept, load_data
 from common import checkpoints, cli, devices, files

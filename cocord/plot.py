@@ -5,10 +5,15 @@
 Reads the runs' metrics.json and train.jsonl, computes nothing new, and draws what there is; missing runs are holes.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import stdev
 
 from matplotlib.figure import Figure
+
+if not __package__:  # a script takes its own clone, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cocord.studies import METRICS, design
 from common.study import figures, plotting, results, statistics, tables

@@ -11,7 +11,9 @@ teachers answers no more; whoever has their files gives them to train.py as --we
 
 import argparse
 import functools
+import sys
 import time
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -19,6 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
+
+if not __package__:  # a script takes its own clone, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cocord import net
 from cocord.train import VIEWS, Made, accuracy, batches, build_optimizer, load_data, optimisation_flags, rate_factor

@@ -37,6 +37,7 @@ Differs from the authors' code:
 
 import argparse
 import functools
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -46,6 +47,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
+
+if not __package__:  # a script takes its own clone, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cocord import net
 from common import checkpoints, cli, devices, draws, images

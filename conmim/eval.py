@@ -17,6 +17,7 @@ its queries by another image's keys; `mask` (N,) and the `picture` (3, S, S).
 
 import argparse
 import io
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if not __package__:  # a script takes its own clone, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import augment, checkpoints, cli, devices, draws, files, folders, images, probes
 from common.cli import stop

@@ -37,9 +37,11 @@ Differs from the authors' code:
 import argparse
 import functools
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,6 +49,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
+
+if not __package__:  # a script takes its own clone, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import augment, checkpoints, cli, devices, draws, folders, images, probes, schedules
 from common.cli import stop

@@ -15,6 +15,7 @@ predicted_std  what deviation of W h the loss is lowest at, given how many direc
 
 import argparse
 import math
+import sys
 import time
 from pathlib import Path
 from statistics import mean, median
@@ -22,6 +23,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+if not __package__:  # a script takes its own clone, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import checkpoints, cli, devices, files
 from common.cli import stop

@@ -5,12 +5,17 @@
 Reads the runs' metrics.json and train.jsonl, computes nothing new, and draws what there is; missing runs are holes.
 """
 
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
+
+if not __package__:  # a script takes its own clone, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.study import figures, plotting, results, tables
 from seqvcr.studies import METRICS, design

@@ -11,6 +11,7 @@ two points).
 """
 
 import argparse
+import sys
 import time
 from pathlib import Path
 from statistics import median
@@ -20,6 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import v2
+
+if not __package__:  # a script takes its own clone, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import checkpoints, cli, devices, draws, files, folders, images, probes, schedules
 from common.cli import stop

@@ -33,8 +33,10 @@ import argparse
 import copy
 import functools
 import itertools
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +44,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import v2
 from tqdm import tqdm
+
+if not __package__:  # a script takes its own clone, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import augment, checkpoints, cli, devices, draws, folders, images, probes, schedules
 from common.cli import stop

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -168,3 +169,31 @@ def new(folder: Path, name: str, text: str = "") -> Path:
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text(text)
     return folder / name
+
+
+SCRIPTS = sorted(
+    path.relative_to(ROOT)
+    for pattern in ("*/train.py", "*/eval.py", "*/plot.py", "cocord/teacher.py", "bsa/concepts.py")
+    for path in ROOT.glob(pattern)
+)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=str)
+def test_a_script_takes_its_own_clone_before_it_imports_from_it(script):
+    lines = (ROOT / script).read_text().splitlines()
+    first = next(n for n, line in enumerate(lines) if re.match(r"(from|import) (common|bsa|cocord|conmim|se|si)", line))
+    above = [line for line in lines[:first] if line]
+    assert above[-2].startswith("if not __package__:")
+    assert above[-1] == "    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))"
+
+
+@pytest.mark.parametrize("script", ["bsa/train.py", "simsiam/plot.py"])
+def test_another_clone_that_is_installed_is_not_used(script, tmp_path):
+    """From any directory, with another clone's packages in front of whatever is installed."""
+    for package in ("common", "bsa", "simsiam"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("raise SystemExit('the wrong clone')\n")
+    environment = {"PYTHONPATH": str(tmp_path), "PATH": ""}
+    done = subprocess.run([sys.executable, ROOT / script, "--help"], cwd=tmp_path, env=environment, capture_output=True,
+                          text=True)  # fmt: skip
+    assert done.returncode == 0 and "usage: " in done.stdout, done.stderr
