@@ -3,9 +3,12 @@
 with held(out):                                  # locked; signals and a full disk become exit codes
     run = Run(out, arguments, __file__)          # a run with other arguments is refused
     run.begin(provenance)                        # args.json
-    state = run.state(device)                    # None at the start
-    ...
-    run.save(epoch, record, state)               # a line in train.jsonl, then state.pt
+    first = run.resume(model, optimizer)         # the epoch to go on after, None at the start of a run
+    for epoch in range(first or 0, last):
+        ...
+        if run.diverged(epoch + 1, losses):      # weights or losses are not finite: the run is finished here
+            return
+        run.end_epoch(epoch + 1, last, record)   # a line in train.jsonl, then state.pt; one line on the screen
     run.finish({"model": ...})                   # model.pt; the states go
 """
 
@@ -20,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from common import checkpoints, devices, files
@@ -130,6 +134,40 @@ class Run:
             return files.read_lines(self.folder / "train.jsonl")
         except files.Damaged as error:
             stop(f"{error}: move the folder away to start again")
+
+    def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int | None:
+        """Load the last saved state into `model` and `optimizer`; `end_epoch` saves these two from now on.
+
+        Returns the epoch that it was saved after, None at the start of a run. `extra` holds what else was saved.
+        """
+        self.model, self.optimizer = model, optimizer
+        saved = self.state(next(model.parameters()).device)
+        if saved is None:
+            return None
+        checkpoints.fit(model, saved["model"], self.folder)
+        optimizer.load_state_dict(saved["optimizer"])
+        self.extra = {
+            name: one for name, one in saved.items() if name not in ("epoch", "arguments", "model", "optimizer")
+        }
+        return saved["epoch"]
+
+    def diverged(self, epoch: int, *tensors: torch.Tensor) -> bool:
+        """Whether a weight, a buffer or one of `tensors` is not finite; then the run is finished, see `diverge`.
+
+        Once per epoch: a check per step would force a host-device synchronisation.
+        """
+        state = [one for one in self.model.state_dict().values() if isinstance(one, torch.Tensor)]
+        if devices.finite_on_all_ranks([*state, *tensors]):
+            return False
+        self.diverge(epoch, state[0].device)
+        return True
+
+    def end_epoch(self, epoch: int, last: int, record: Mapping[str, Any], **extra: Any) -> None:
+        """Log `record` and save model, optimizer and `extra`. Epoch 0 is the record before training."""
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), **extra}
+        self.save(epoch, record, state)
+        if epoch:
+            self.say(epoch, last, record)
 
     def save(self, epoch: int, record: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         """End an epoch: append `record` to train.jsonl, then replace state.pt, keeping the one before it."""

@@ -67,7 +67,7 @@ class Unwritten:
     def nothing(self, *_):
         pass
 
-    save = say = finish = diverge = nothing
+    save = say = finish = diverge = diverged = end_epoch = resume = nothing
 
 
 def refused(main, flags: list[str], words: str, folder: Path, capsys) -> None:
