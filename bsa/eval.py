@@ -315,7 +315,7 @@ def main(argv: list[str] | None = None) -> None:
         data = load_rows(arguments["data_set"], folder, device)
         if data.digest != facts["data"]:
             stop(f"--data {folder} is not what {args.folder} was trained on (digest {data.digest[:12]}): give that")
-        model = build_model(arguments, data.train.shape[1], device)
+        model = build_model(argparse.Namespace(**arguments), data.train.shape[1], device)
         model.mean.copy_(data.train.mean(0))
         active, code = arguments["active"], arguments["code"]
         part, numbers = ("held_out", data.numbers[1]) if args.held_out else ("test", data.numbers[2])

@@ -29,12 +29,11 @@ Ours, not the paper's:
 """
 
 import argparse
-import functools
 import math
 import sys
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any, NamedTuple
@@ -176,9 +175,9 @@ def encode(h: Tensor, active: int, code: str) -> tuple[Tensor, Tensor]:
     return s, PassThrough.apply(s, largest) if code == "topk" else h.float().relu() * largest
 
 
-def build_model(args: dict[str, Any], width: int, device: torch.device) -> BSA:
-    """The network that a run's arguments (args.json) describe, on `device`."""
-    return BSA(width, args["latent"], args["active"], args["init"], args["seed"]).to(device)
+def build_model(args: argparse.Namespace, width: int, device: torch.device) -> BSA:
+    """Return the network of a run for rows of `width` channels, on `device`. Its `mean` is still zero."""
+    return BSA(width, args.latent, args.active, args.init, args.seed).to(device)
 
 
 # ------------------------------------------------------------------------------------------------- loss
@@ -223,13 +222,10 @@ def alignment_loss(
     return error / s.shape[1] if reduction == "mean" else error
 
 
-Losses = tuple[Tensor, Tensor]
-
-
 def bsa_loss(
     model: BSA, x: Tensor, *, active: int, alpha: float, reconstruction: str, alignment: str, target: str,
     reduction: str, code: str, precision: str,
-) -> Losses:  # fmt: skip
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The loss of normalised rows x (B, d); and (5,) for the log: loss, its two parts, active features, empty rows.
 
     ABLATION (alignment loss): `alpha`; at 0 the K largest are not even looked for.
@@ -311,54 +307,73 @@ def load_rows(data_set: str, data: Path, device: torch.device) -> Rows:
     return Rows(*parts, (train, held_out, test), checkpoints.sha256(whole))
 
 
+def schedule(args: argparse.Namespace) -> list[range]:
+    """Return the steps of each epoch. All epochs are equally long, except that the last one may be shorter."""
+    steps, steps_per_epoch = args.steps, -(-args.steps // EPOCHS)
+    if args.rehearse:
+        steps, steps_per_epoch = 2 * args.rehearse, args.rehearse
+    return [range(steps)[first : first + steps_per_epoch] for first in range(0, steps, steps_per_epoch)]
+
+
+def batches(args: argparse.Namespace, rows: Tensor, epoch: int) -> Iterator[Tensor]:
+    """Yield the batches (B, d) of one epoch. Each pass over rows (n, d) has a new order and drops the remainder."""
+    steps, steps_per_pass = schedule(args)[epoch], len(rows) // args.batch
+    for step in steps:
+        number, place = divmod(step, steps_per_pass)
+        if place == 0 or step == steps.start:  # an epoch may begin in the middle of a pass
+            order = draws.permutation(args.seed, "order", number, len(rows), rows.device)
+        yield rows[order[place * args.batch : (place + 1) * args.batch]]
+
+
 # ------------------------------------------------------------------------------------------------- train
 
 
-def train(
-    run: Run, model: BSA, rows: Tensor, optimizer: torch.optim.Optimizer, losses: Callable[[BSA, Tensor], Losses], *,
-    seed: int, steps: int, length: int, batch: int, compiled: bool,
-) -> None:  # fmt: skip
-    """`steps` steps on normalised rows (n, d), in epochs of `length`; saves after each, and goes on from there."""
-
-    def state() -> dict[str, Any]:
-        return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-
-    saved = run.state(rows.device)
-    if saved is None:
-        run.save(0, {}, state())
-    else:
-        checkpoints.fit(model, saved["model"], run.folder)
-        optimizer.load_state_dict(saved["optimizer"])
-    first, last, a_pass = saved["epoch"] if saved else 0, -(-steps // length), len(rows) // batch
-    losses = torch.compile(losses) if compiled else losses
+def train(args: argparse.Namespace, run: Run, model: BSA, rows: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Train on normalised rows (n, d). Saves after each epoch; the same command resumes from there."""
+    loss_function = torch.compile(bsa_loss) if args.compile else bsa_loss
+    epochs = schedule(args)
+    last = len(epochs)
+    first = run.resume(model, optimizer)
+    if first is None:
+        first = 0
+        run.end_epoch(0, last, {})
 
     for epoch in tqdm(range(first, last), run.name, last, initial=first, disable=None, leave=False):
         started, totals = time.perf_counter(), torch.zeros(5, device=rows.device)
-        numbers = range(epoch * length, min((epoch + 1) * length, steps))
-        for step in numbers:
-            if step % a_pass == 0 or step == numbers[0]:
-                order = draws.permutation(seed, "order", step // a_pass, len(rows), rows.device)
-            x = rows[order[step % a_pass * batch : (step % a_pass + 1) * batch]]
-            loss, parts = losses(model, x)
+
+        for x in batches(args, rows, epoch):
+            loss, parts = loss_function(
+                model,
+                x,
+                active=args.active,
+                alpha=args.alpha,
+                reconstruction=args.reconstruction,
+                alignment=args.alignment,
+                target=args.target,
+                reduction=args.mse_reduction,
+                code=args.code,
+                precision=args.precision,
+            )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            totals += parts
-        means = (totals / len(numbers)).tolist()  # asks the device, once an epoch
+            totals += parts  # stays on the device: reading it here would synchronise at every step
+
+        steps = epochs[epoch]
+        means = (totals / len(steps)).tolist()  # waits for the device, so `seconds` covers its work
         seconds = time.perf_counter() - started
-        if not devices.finite_on_all_ranks([*model.state_dict().values(), totals]):
-            run.diverge(epoch + 1, rows.device)
+        if run.diverged(epoch + 1, totals):
             return
         names = ("loss", "reconstruction_loss", "alignment_loss", "active_mean", "empty_share")
         record = dict(zip(names, means, strict=True)) | {
-            "step": numbers.stop,
+            "step": steps.stop,
             "lr": optimizer.param_groups[0]["lr"],
-            "examples_per_second": len(numbers) * batch / seconds,
+            "examples_per_second": len(steps) * args.batch / seconds,
             "seconds": seconds,
             "peak_memory": devices.peak_memory(rows.device),
         }
-        run.save(epoch + 1, record, state())
-        run.say(epoch + 1, last, record)
+        run.end_epoch(epoch + 1, last, record)
+
     run.finish({"model": model.state_dict(), "epoch": last, "diverged": False})
 
 
@@ -377,22 +392,14 @@ def main(argv: list[str] | None = None) -> None:
         data = load_rows(args.data_set, args.data, device)
         if args.batch > len(data.train):
             stop(f"--batch {args.batch} is more than the {len(data.train)} training rows")
-        run.begin(devices.facts(device) | {"data": data.digest, "steps": args.steps})
-        steps, length = args.steps, -(-args.steps // EPOCHS)
-        if args.rehearse:
-            steps, length = 2 * args.rehearse, args.rehearse
-        model = build_model(vars(args), data.train.shape[1], device)
+        run.begin(
+            f"{args.data_set}, code of {args.latent} features",
+            devices.facts(device) | {"data": data.digest, "steps": args.steps},
+        )
+        model = build_model(args, data.train.shape[1], device)
         model.mean.copy_(data.train.mean(0))
         optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
-        losses = functools.partial(
-            bsa_loss, active=args.active, alpha=args.alpha, reconstruction=args.reconstruction,
-            alignment=args.alignment, target=args.target, reduction=args.mse_reduction, code=args.code,
-            precision=args.precision,
-        )  # fmt: skip
-        train(
-            run, model, model.normalise(data.train), optimizer, losses, seed=args.seed, steps=steps, length=length,
-            batch=args.batch, compiled=args.compile,
-        )  # fmt: skip
+        train(args, run, model, model.normalise(data.train), optimizer)
 
 
 if __name__ == "__main__":

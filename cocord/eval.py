@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
                 stop(f"--data {folder} is not what {args.folder} was trained on (digest {data.digest[:12]}): give that")
             if arguments["rehearse"]:
                 data = data.few(arguments["rehearse"] * arguments["batch"])
-            model = build_model(arguments, data.classes, device)
+            model = build_model(argparse.Namespace(**arguments), data.classes, device)
             networks = torch.nn.ModuleDict({"student": model.student, "slow_student": model.slow_student})
             checkpoints.fit(networks, kept(saved["model"]), args.folder / "model.pt")
             followed = arguments["forward_weight"] or arguments["swapped_weight"]

@@ -10,12 +10,10 @@ teachers answers no more; whoever has their files gives them to train.py as --we
 """
 
 import argparse
-import functools
 import sys
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +24,8 @@ if not __package__:  # a script takes its own clone, whatever is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cocord import net
-from cocord.train import VIEWS, Made, accuracy, batches, build_optimizer, load_data, optimisation_flags, rate_factor
-from common import checkpoints, cli, devices, draws, files, images
+from cocord.train import accuracy, batches, build_optimizer, load_data, optimisation_flags, rate_factor
+from common import cli, devices, draws, files, images
 from common.hold import held
 from common.run import Run
 
@@ -53,25 +51,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def train(
-    run: Run, network: nn.Module, data: images.Images, made: Made, optimizer: torch.optim.Optimizer, *, epochs: int,
-    last: int, batch: int, lr: float, precision: str,
-) -> None:  # fmt: skip
-    """The training up to epoch `last` of `epochs`; saves after each, and goes on from there when started again."""
+    args: argparse.Namespace, run: Run, network: nn.Module, data: images.Images, optimizer: torch.optim.Optimizer
+) -> None:
+    """Train, or go on after the last saved epoch; save after each epoch."""
+    last = min(2, args.epochs) if args.rehearse else args.epochs
+    steps_per_epoch = -(-data.examples // args.batch)
+    first = run.resume(network, optimizer)
+    if first is None:
+        run.end_epoch(0, last, {})
 
-    def state() -> dict[str, Any]:
-        return {"model": network.state_dict(), "optimizer": optimizer.state_dict()}
-
-    saved, steps = run.state(data.device), -(-data.examples // batch)
-    if saved is None:
-        run.save(0, {}, state())
-    else:
-        checkpoints.fit(network, saved["model"], run.folder)
-        optimizer.load_state_dict(saved["optimizer"])
-    for epoch in tqdm(range(saved["epoch"] if saved else 0, last), run.name, disable=None, leave=False):
+    for epoch in tqdm(range(first or 0, last), run.name, disable=None, leave=False):
         started, seen, total = time.perf_counter(), 0, torch.zeros((), device=data.device)
-        for number, ((x,), labels) in enumerate(made(epoch)):
-            optimizer.param_groups[0]["lr"] = lr * rate_factor((epoch + number / steps) / epochs)
-            with devices.autocast(precision, data.device):
+        for step, ((x,), labels) in enumerate(batches(args, data, epoch, views=1)):
+            optimizer.param_groups[0]["lr"] = args.lr * rate_factor((epoch + step / steps_per_epoch) / args.epochs)
+            with devices.autocast(args.precision, data.device):
                 logits = network(x)[1]
             loss = F.cross_entropy(logits.float(), labels)
             optimizer.zero_grad(set_to_none=True)
@@ -79,10 +72,9 @@ def train(
             optimizer.step()
             total.add_(loss.detach(), alpha=len(labels))
             seen += len(labels)
-        mean_loss = (total / seen).item()  # asks the device, once an epoch
+        mean_loss = (total / seen).item()  # the epoch's only host-device synchronisation
         seconds = time.perf_counter() - started
-        if not devices.finite_on_all_ranks([*network.state_dict().values(), total]):
-            run.diverge(epoch + 1, data.device)
+        if run.diverged(epoch + 1, total):
             return
         record = {
             "loss": mean_loss,
@@ -92,8 +84,7 @@ def train(
             "seconds": seconds,
             "peak_memory": devices.peak_memory(data.device),
         }
-        run.save(epoch + 1, record, state())
-        run.say(epoch + 1, last, record)
+        run.end_epoch(epoch + 1, last, record)
     measured = accuracy(network, data)
     lines = files.read_lines(run.folder / "train.jsonl")[1:]
     metrics = {
@@ -118,20 +109,17 @@ def main(argv: list[str] | None = None) -> None:
         if run.finished:
             return
         data = load_data(args.data_set, args.data, args.held_out, device)
-        kind = next(kind for name, kind in VIEWS.items() if args.data_set.startswith(name))
-        steps, last = -(-data.examples // args.batch), args.epochs
-        run.begin(devices.facts(device) | {"data": data.digest, "steps": args.epochs * steps})
+        run.begin(
+            f"{args.data_set}, {args.network}",
+            devices.facts(device) | {"data": data.digest, "steps": args.epochs * -(-data.examples // args.batch)},
+        )
         if args.rehearse:
-            data, last = data.few(args.rehearse * args.batch), min(2, args.epochs)
+            data = data.few(args.rehearse * args.batch)
         with draws.forked(args.seed, "teacher"):
             network = net.build(args.network, data.classes)
         network.to(memory_format=torch.channels_last).to(device)
         optimizer = build_optimizer([network], args.lr, args.weight_decay)
-        made = functools.partial(batches, data, kind, 1, args.batch, args.seed)
-        train(
-            run, network, data, made, optimizer, epochs=args.epochs, last=last, batch=args.batch, lr=args.lr,
-            precision=args.precision,
-        )  # fmt: skip
+        train(args, run, network, data, optimizer)
 
 
 if __name__ == "__main__":

@@ -36,12 +36,11 @@ Differs from the authors' code:
 """
 
 import argparse
-import functools
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,9 +55,6 @@ from common import checkpoints, cli, devices, draws, images
 from common.cli import stop
 from common.hold import held
 from common.run import Run
-
-Batch = tuple[list[Tensor], Tensor]  # views (B, 3, S, S) each, labels (B,)
-Made = Callable[[int], Iterator[Batch]]  # epoch -> its batches
 
 # ------------------------------------------------------------------------------------------------- arguments
 
@@ -80,8 +76,6 @@ DECAYS = (150 / 240, 180 / 240, 210 / 240)  # of the steps; there the rate falls
 HEADS = ("frozen", "partial", "adapter", "full")
 PARTS: tuple[str, ...] = ("loss", "contrastive_loss", "class_loss", "forward_loss", "swapped_loss", "distillation_loss")
 PARTS += ("train_accuracy", "contrastive_accuracy", "positive_cosine", "negative_cosine")  # means over an epoch
-TERMS = ("forward_weight", "swapped_weight", "lambda_contrast", "lambda_class", "lambda_kd", "temperature",
-         "student_momentum", "teacher_momentum", "precision")  # fmt: skip
 PROBED = 256  # training images whose keys tell how consistent keys are
 
 
@@ -214,17 +208,19 @@ class CoCoRD(nn.Module):
 
 
 @torch.no_grad()
-def follow(slow: list[Tensor], fast: list[Tensor], momentum: float) -> None:
+def ema_update(slow: list[Tensor], fast: list[Tensor], momentum: float) -> None:
     """slow <- momentum * slow + (1 - momentum) * fast, in place; exact at 0 and 1."""
     if slow and momentum < 1:
         torch._foreach_lerp_(slow, fast, 1 - momentum)
 
 
-def build_model(args: Mapping[str, Any], classes: int, device: torch.device) -> CoCoRD:
-    """The networks that a run's arguments (args.json) describe, on `device`."""
-    names = ("student", "hidden", "dim", "bottleneck", "queue", "teacher_head", "seed")
-    taught = args["student"] if args["teacher"] == "none" else args["teacher"]
-    model = CoCoRD(**{name: args[name] for name in names}, classes=classes, teacher_width=net.width(taught))
+def build_model(args: argparse.Namespace, classes: int, device: torch.device) -> CoCoRD:
+    """The networks that a run's arguments describe, on `device`."""
+    teacher = args.student if args.teacher == "none" else args.teacher
+    model = CoCoRD(
+        args.student, classes, net.width(teacher), args.hidden, args.dim, args.bottleneck, args.queue,
+        args.teacher_head, args.seed,
+    )  # fmt: skip
     return model.to(memory_format=torch.channels_last).to(device)
 
 
@@ -256,50 +252,31 @@ def distillation_loss(logits: Tensor, teacher: Tensor, temperature: float = 4.0)
     return temperature**2 * F.kl_div(student, target, reduction="batchmean", log_target=True)
 
 
-def losses(
-    model: CoCoRD, teacher: nn.Module | None, views: list[Tensor], labels: Tensor, followers: tuple, *,
-    forward_weight: float, swapped_weight: float, lambda_contrast: float, lambda_class: float, lambda_kd: float,
-    temperature: float, student_momentum: float, teacher_momentum: float, precision: str,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """One step's loss; the PARTS for the log, (10,); and the keys for the queue. Moves what follows the student.
+def cocord_loss(
+    outputs: tuple[Tensor, ...], targets: tuple[Tensor, ...], queue: Tensor, *, forward_weight: float,
+    swapped_weight: float, lambda_contrast: float, lambda_class: float, lambda_kd: float, temperature: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The loss of a batch, and the PARTS for the log, (10,).
 
-    ABLATION (prediction loss): `forward_weight` and `swapped_weight`; at 0 a term's views are not even looked at.
+    `outputs` are the student's: logits (B, classes), z, p, p'. `targets` are labels (B,), k, u, u' and the teacher's
+    logits. A term of weight 0 is 0 in the log: its tensors are not looked at.
     """
-    x, swapped_x, teacher_x = views
+    logits, z, p, swapped_p = outputs
+    labels, keys, u, swapped_u, teacher_logits = targets
     zero = torch.zeros((), device=labels.device)
-    forward_loss = swapped_loss = contrast = distillation = zero
-    seen, keys = zero.expand(3), None
-    with devices.autocast(precision, labels.device):
-        feature, logits = model.student(x)
-        z = model.head(feature) if forward_weight or lambda_contrast else None
-        p = model.predictor(z) if forward_weight else None
-        swapped_p = model.predictor(model.head(model.student(swapped_x)[0])) if swapped_weight else None
-    with torch.no_grad():
-        (slow, fast), (slow_head, fast_head) = followers
-        if forward_weight or swapped_weight:
-            follow(slow, fast, student_momentum)
-        # ABLATION (teacher momentum): how fast the teacher's head follows the student's
-        follow(slow_head, fast_head, teacher_momentum)
-        with devices.autocast(precision, labels.device):
-            u = model.slow_head(model.slow_student(swapped_x)[0]) if forward_weight else None
-            swapped_u = model.slow_head(model.slow_student(x)[0]) if swapped_weight else None
-            if teacher is not None and lambda_contrast:
-                keys = make_keys(model, teacher, teacher_x)
-            soft = teacher(x)[1] if teacher is not None and lambda_kd else None
-    if p is not None and u is not None:
-        forward_loss = prediction_loss(p, u)
-    if swapped_p is not None and swapped_u is not None:
-        swapped_loss = prediction_loss(swapped_p, swapped_u)
-    if z is not None and keys is not None:
-        contrast, seen = contrastive_loss(z, keys, model.queue, temperature)
-    if soft is not None:
-        distillation = distillation_loss(logits, soft)
+    forward_loss = prediction_loss(p, u) if forward_weight else zero
+    swapped_loss = prediction_loss(swapped_p, swapped_u) if swapped_weight else zero
+    contrast, seen = zero, zero.expand(3)
+    if lambda_contrast:
+        contrast, seen = contrastive_loss(z, keys, queue, temperature)
+    distillation = distillation_loss(logits, teacher_logits) if lambda_kd else zero
     classes = F.cross_entropy(logits.float(), labels)
     loss = lambda_class * classes + lambda_contrast * contrast + lambda_kd * distillation
-    loss = loss + forward_weight * forward_loss + swapped_weight * swapped_loss  # the sum of the two, not their mean
+    # ABLATION (prediction loss): the two directions are summed, not averaged.
+    loss = loss + forward_weight * forward_loss + swapped_weight * swapped_loss
     right = (logits.argmax(1) == labels).float().mean()
     parts = torch.stack([loss, contrast, classes, forward_loss, swapped_loss, distillation, right, *seen]).detach()
-    return loss, parts, keys
+    return loss, parts
 
 
 @torch.no_grad()
@@ -335,23 +312,25 @@ def crops(pixels: Tensor, rows: Tensor, offsets: Tensor, flip: Tensor, size: int
 
 
 def batches(
-    data: images.Images, kind: Mapping[str, Any], views: int, batch: int, seed: int, epoch: int
-) -> Iterator[Batch]:
-    """One epoch: `views` normalised crops of every image, padded with black (C:loader's recipe), and the labels.
+    args: argparse.Namespace, data: images.Images, epoch: int, views: int = 3
+) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """One epoch: `views` normalised crops (B, 3, S, S) of every image, padded with black (C:loader's recipe), and the
+    labels (B,).
 
     Order and crops follow from (seed, epoch) alone. The last batch may be smaller; if it is of one image, which batch
     norm cannot take, it is left out.
     """
-    pad, size = kind["pad"], data.train.shape[-1]
+    aug = next(aug for name, aug in VIEWS.items() if args.data_set.startswith(name))
+    pad, size = int(aug["pad"]), data.train.shape[-1]
     pixels = F.pad(data.train, (pad, pad, pad, pad)).permute(0, 2, 3, 1).contiguous()
-    order = draws.permutation(seed, "order", epoch, data.examples, data.device)
-    every = [rows for rows in order.split(batch) if len(rows) > 1]
-    for step, rows in enumerate(every, epoch * len(every)):
-        drawn = draws.Draws(seed, "views", step, 3 * batch, slice(0, 3 * len(rows))).uniform(shape=(3,))
-        drawn = devices.upload(drawn[: views * len(rows)], data.device)
+    order = draws.permutation(args.seed, "order", epoch, data.examples, data.device)
+    row_batches = [rows for rows in order.split(args.batch) if len(rows) > 1]
+    for step, rows in enumerate(row_batches, epoch * len(row_batches)):
+        rng = draws.Draws(args.seed, "views", step, 3 * args.batch, slice(0, 3 * len(rows)))
+        drawn = devices.upload(rng.uniform(shape=(3,))[: views * len(rows)], data.device)
         offsets = (drawn[:, :2] * (2 * pad + 1)).long()
-        made = crops(pixels, rows.repeat(views), offsets, drawn[:, 2] < kind["flip"], size)
-        yield list(data.normalise(made).split(len(rows))), data.train_labels[rows]
+        windows = crops(pixels, rows.repeat(views), offsets, drawn[:, 2] < aug["flip"], size)
+        yield list(data.normalise(windows).split(len(rows))), data.train_labels[rows]
 
 
 @torch.no_grad()
@@ -366,10 +345,16 @@ def accuracy(network: nn.Module, data: images.Images) -> float:
     return 100 * correct.item() / len(data.test)
 
 
-def load_teacher(
-    name: str, path: Path, data: images.Images, precision: str, rehearsing: bool
-) -> tuple[nn.Module, str, float]:
-    """(the frozen teacher, sha256 of its weights, its accuracy in percent): measured before it teaches.
+class Teacher(NamedTuple):
+    """The frozen network, the sha256 of its weights, and its accuracy in percent before it teaches."""
+
+    network: nn.Module = nn.Identity()  # without a teacher nothing calls it
+    digest: str | None = None
+    accuracy: float | None = None
+
+
+def load_teacher(name: str, path: Path, data: images.Images, precision: str, rehearsing: bool) -> Teacher:
+    """Load the frozen teacher and measure it.
 
     Stops (exit 2) where its accuracy is under half of what its file says, or RepDistiller's table on CIFAR-100.
     """
@@ -386,7 +371,7 @@ def load_teacher(
     network = net.fold(network)
     if devices.uses_bfloat16(precision, data.device):
         net.round_weights(network)
-    return network, digest, measured
+    return Teacher(network, digest, measured)
 
 
 # ------------------------------------------------------------------------------------------------- train
@@ -403,59 +388,76 @@ def build_optimizer(parts: list[nn.Module], lr: float, weight_decay: float) -> t
     return torch.optim.SGD(trained, lr, momentum=0.9, weight_decay=weight_decay, foreach=True)
 
 
-def one_step(
-    model: CoCoRD, optimizer: torch.optim.Optimizer, teacher: nn.Module | None, terms: Mapping[str, Any],
-    followers: tuple, totals: Tensor, views: list[Tensor], labels: Tensor,
-) -> None:  # fmt: skip
-    """Loss, gradient, optimiser, queue; the parts of the loss are added to `totals`, weighted by the batch."""
-    loss, parts, keys = losses(model, teacher, views, labels, followers, **terms)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    totals.add_(parts, alpha=len(labels))
-    if keys is not None:
-        model.enqueue(keys)
-
-
 def train(
-    run: Run, model: CoCoRD, teacher: nn.Module | None, data: images.Images, made: Made,
-    optimizer: torch.optim.Optimizer, terms: Mapping[str, Any], *, epochs: int, last: int, batch: int, lr: float,
-    precision: str, facts: Mapping[str, Any],
+    args: argparse.Namespace, run: Run, model: CoCoRD, data: images.Images, optimizer: torch.optim.Optimizer,
+    teacher: Teacher,
 ) -> None:  # fmt: skip
-    """The training up to epoch `last` of `epochs`; saves after each, and goes on from there when started again."""
+    """Train, or go on after the last saved epoch; save after each epoch."""
     start = [weight.clone() for weight in model.teacher_head.parameters()]
     fixed = data.normalise(data.train[:PROBED]).contiguous(memory_format=torch.channels_last)
-
-    def state() -> dict[str, Any]:
-        return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "probe": probe}
+    (slow, fast), (slow_head, fast_head) = model.followers()
+    last = min(2, args.epochs) if args.rehearse else args.epochs
+    steps_per_epoch = -(-data.examples // args.batch)
+    totals = torch.zeros(len(PARTS), device=data.device)
+    unused = torch.empty(0, device=data.device)  # in the place of what an arm does not compute
 
     def probe_keys() -> Tensor:
-        """Keys as the student is taught them, under the training's precision."""
-        with devices.autocast(precision, data.device):
-            return torch.zeros(1, 1, device=data.device) if teacher is None else make_keys(model, teacher, fixed)
+        """Keys of `fixed` as the student is taught them, under the training's precision."""
+        if args.teacher == "none":
+            return torch.zeros(1, 1, device=data.device)
+        with devices.autocast(args.precision, data.device):
+            return make_keys(model, teacher.network, fixed)
 
-    saved = run.state(data.device)
-    if saved is None:
+    first = run.resume(model, optimizer)
+    if first is None:
         probe = probe_keys()
-        run.save(0, {"test_accuracy": accuracy(model.student, data), **facts}, state())
+        record = {"test_accuracy": accuracy(model.student, data), "teacher_accuracy": teacher.accuracy}
+        run.end_epoch(0, last, record, probe=probe)
     else:
-        checkpoints.fit(model, saved["model"], run.folder)
-        optimizer.load_state_dict(saved["optimizer"])
-        probe = saved["probe"]
-    first, steps, followers = saved["epoch"] if saved else 0, -(-data.examples // batch), model.followers()
-    totals = torch.zeros(len(PARTS), device=data.device)
+        probe = run.extra["probe"]
 
-    for epoch in tqdm(range(first, last), run.name, last, initial=first, disable=None, leave=False):
+    for epoch in tqdm(range(first or 0, last), run.name, last, initial=first or 0, disable=None, leave=False):
         started, seen = time.perf_counter(), 0
         totals.zero_()
-        for number, (views, labels) in enumerate(made(epoch)):
-            optimizer.param_groups[0]["lr"] = lr * rate_factor((epoch + number / steps) / epochs)
-            one_step(model, optimizer, teacher, terms, followers, totals, views, labels)
+        for step, ((x, swapped_x, teacher_x), labels) in enumerate(batches(args, data, epoch)):
+            optimizer.param_groups[0]["lr"] = args.lr * rate_factor((epoch + step / steps_per_epoch) / args.epochs)
+
+            # The student. A term of weight 0 is not computed.
+            with devices.autocast(args.precision, data.device):
+                feature, logits = model.student(x)
+                z = model.head(feature) if args.forward_weight or args.lambda_contrast else unused
+                p = model.predictor(z) if args.forward_weight else unused
+                swapped_p = model.predictor(model.head(model.student(swapped_x)[0])) if args.swapped_weight else unused
+
+            # EMA of the weights that this forward used, before it makes the targets.
+            if args.forward_weight or args.swapped_weight:
+                ema_update(slow, fast, args.student_momentum)
+            # ABLATION (teacher momentum): how fast the teacher's head follows the student's
+            ema_update(slow_head, fast_head, args.teacher_momentum)
+
+            # The targets: the slow student sees the other view.
+            with torch.no_grad(), devices.autocast(args.precision, data.device):
+                u = model.slow_head(model.slow_student(swapped_x)[0]) if args.forward_weight else unused
+                swapped_u = model.slow_head(model.slow_student(x)[0]) if args.swapped_weight else unused
+                keys = make_keys(model, teacher.network, teacher_x) if args.lambda_contrast else unused
+                teacher_logits = teacher.network(x)[1] if args.lambda_kd else unused
+
+            loss, parts = cocord_loss(
+                (logits, z, p, swapped_p), (labels, keys, u, swapped_u, teacher_logits), model.queue,
+                forward_weight=args.forward_weight, swapped_weight=args.swapped_weight,
+                lambda_contrast=args.lambda_contrast, lambda_class=args.lambda_class, lambda_kd=args.lambda_kd,
+                temperature=args.temperature,
+            )  # fmt: skip
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            if args.lambda_contrast:
+                model.enqueue(keys)
+            totals.add_(parts, alpha=len(labels))
             seen += len(labels)
-        means = (totals / seen).tolist()  # asks the device, once an epoch
+        means = (totals / seen).tolist()  # the epoch's only host-device synchronisation
         seconds = time.perf_counter() - started
-        if not devices.finite_on_all_ranks([*model.state_dict().values(), totals]):
-            run.diverge(epoch + 1, data.device)
+        if run.diverged(epoch + 1, totals):
             return
         before, probe = probe, probe_keys()
         moved = torch._foreach_sub(list(model.teacher_head.parameters()), start)
@@ -468,8 +470,7 @@ def train(
             "seconds": seconds,
             "peak_memory": devices.peak_memory(data.device),
         }
-        run.save(epoch + 1, record, state())
-        run.say(epoch + 1, last, record)
+        run.end_epoch(epoch + 1, last, record, probe=probe)
     run.finish({"model": kept(model.state_dict()), "epoch": last, "diverged": False})
 
 
@@ -491,30 +492,22 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     device = devices.choose(args.device, args.scale)
     smaller = f"--batch {args.batch // 2} needs about half, but is another run"
-    terms = {name: getattr(args, name) for name in TERMS}
     with held(args.out), devices.memory_for(device, f"--batch {args.batch}", smaller):
         run = Run(args.out, vars(args), __file__, args.replace)
         if run.finished:
             return
         data = load_data(args.data_set, args.data, args.held_out, device)
-        kind = next(kind for name, kind in VIEWS.items() if args.data_set.startswith(name))
-        steps, last = -(-data.examples // args.batch), args.epochs
+        facts = {"data": data.digest, "steps": args.epochs * -(-data.examples // args.batch)}
         if args.rehearse:
-            data, last = data.few(args.rehearse * args.batch), min(2, args.epochs)
-        teacher, digest, taught = None, None, None
+            data = data.few(args.rehearse * args.batch)
+        teacher = Teacher()
         if args.teacher != "none":
-            teacher, digest, taught = load_teacher(
-                args.teacher, args.weights, data, args.precision, bool(args.rehearse)
-            )
-        facts = {"data": data.digest, "steps": args.epochs * steps, "teacher_weights": digest}
-        run.begin(devices.facts(device) | facts)
-        model = build_model(vars(args), data.classes, device)
+            teacher = load_teacher(args.teacher, args.weights, data, args.precision, bool(args.rehearse))
+        networks = f"{args.teacher} -> {args.student}"
+        run.begin(f"{args.data_set}, {networks}", devices.facts(device) | facts | {"teacher_weights": teacher.digest})
+        model = build_model(args, data.classes, device)
         optimizer = build_optimizer([model.student, model.head, model.predictor], args.lr, args.weight_decay)
-        made = functools.partial(batches, data, kind, 3, args.batch, args.seed)
-        train(
-            run, model, teacher, data, made, optimizer, terms, epochs=args.epochs, last=last, batch=args.batch,
-            lr=args.lr, precision=args.precision, facts={"teacher_accuracy": taught},
-        )  # fmt: skip
+        train(args, run, model, data, optimizer, teacher)
 
 
 if __name__ == "__main__":

@@ -93,6 +93,12 @@ def ranks() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def rows_of_rank(batch: int) -> slice:
+    """The rows of a global batch that this rank computes."""
+    rank, world = ranks()
+    return slice(rank * batch // world, (rank + 1) * batch // world)
+
+
 def barrier() -> None:
     """Wait for all ranks; nothing to do without a process group."""
     if dist.is_initialized():

@@ -2,7 +2,7 @@
 
 with held(out):                                  # locked; signals and a full disk become exit codes
     run = Run(out, arguments, __file__)          # a run with other arguments is refused
-    run.begin(provenance)                        # args.json
+    run.begin("glyphs10, resnet8", provenance)   # args.json, and the first line on the screen
     first = run.resume(model, optimizer)         # the epoch to go on after, None at the start of a run
     for epoch in range(first or 0, last):
         ...
@@ -12,6 +12,7 @@ with held(out):                                  # locked; signals and a full di
     run.finish({"model": ...})                   # model.pt; the states go
 """
 
+import ast
 import hashlib
 import json
 import os
@@ -80,10 +81,14 @@ class Run:
             if old.get(name) != self.what.get(name)
         ]
 
-    def begin(self, provenance: Mapping[str, Any]) -> None:
-        """Write args.json, or check that the run to go on with began on the same data, device and ranks."""
+    def begin(self, setting: str, provenance: Mapping[str, Any]) -> None:
+        """Write args.json, or check that the run to go on with began on the same data, device and ranks.
+
+        Prints the run's first line: its name, `setting` (data set and network) and device.
+        """
         if self.rank:
             return
+        print(f"{self.name}: {setting}, {provenance['device']}", flush=True)
         path, facts = self.folder / "args.json", script_facts(self.source)
         if not path.exists():
             files.write_json(path, {"arguments": self.arguments, "provenance": {**provenance, **facts}})
@@ -94,7 +99,9 @@ class Run:
                 stop(f"{self.folder} began with {name} {old.get(name)}, now it is {value}: go on as it began, "
                      "or choose another --out")  # fmt: skip
         if old.get("source") != facts["source"]:
-            print(f"warning: {self.source.name} has changed since {self.folder} began", file=sys.stderr)
+            print(
+                f"warning: {self.source.name} or what it imports has changed since {self.folder} began", file=sys.stderr
+            )
 
     def state(self, device: torch.device) -> dict[str, Any] | None:
         """The last saved state, or None in a fresh run. The log is cut back to it.
@@ -247,9 +254,27 @@ def finished(folder: Path, script: str) -> tuple[dict[str, Any], dict[str, Any],
     return arguments, facts, model
 
 
+def imported_files(source: Path) -> list[Path]:
+    """The script and the modules of this project that it imports, directly or not, from where they were imported."""
+    root, found, names = source.absolute().parent.parent, {source.absolute()}, [source.absolute()]
+    while names:
+        for node in ast.walk(ast.parse(names.pop().read_bytes())):
+            modules = [one.name for one in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                modules = [node.module, *(f"{node.module}.{one.name}" for one in node.names)]
+            for module in modules:
+                file = root.joinpath(*module.split(".")).with_suffix(".py")
+                if file.is_file():
+                    loaded = Path(getattr(sys.modules.get(module), "__file__", None) or file)
+                    names += [] if loaded in found else [loaded]
+                    found.add(loaded)
+    return sorted(found)
+
+
 def script_facts(source: Path) -> dict[str, Any]:
-    """The script's name and sha256, the git commit, whether the tree differed from it (None outside a clone), and
-    how many runs shared the GPU.
+    """Name of the script, sha256 of it and of what it imports, git commit, whether the tree is dirty, shared GPU.
+
+    `commit` and `dirty` are None outside a clone.
 
     results/ does not count: make draws there after each seed, while the next one's runs begin.
     """
@@ -263,7 +288,7 @@ def script_facts(source: Path) -> dict[str, Any]:
     status = git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", ":(top,exclude)results")
     return {
         "script": f"{source.absolute().parent.name}/{source.name}",
-        "source": hashlib.sha256(source.read_bytes()).hexdigest(),
+        "source": hashlib.sha256(b"".join(path.read_bytes() for path in imported_files(source))).hexdigest(),
         "commit": git("rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
         "runs_on_this_gpu": int(os.environ.get(SHARED, "1")),

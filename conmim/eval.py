@@ -389,13 +389,13 @@ def evaluate_run(
 
     A run of no epochs has one network, the untrained one, under all its names.
     """
-    model = build_model(arguments, data.device)
+    model = build_model(argparse.Namespace(**arguments), data.device)
     checkpoints.fit(model, weights, folder / "model.pt")
     averaged = arguments["keys"] == "ema" or not arguments["epochs"]
     networks = {"": Features(model.average.vit, model.average.projector if averaged else None)}
     if arguments["epochs"]:
         networks["_online"] = Features(model.online.vit, None if averaged else model.online.projector)
-        networks[UNTRAINED] = Features(build_model(arguments, data.device).average.vit)
+        networks[UNTRAINED] = Features(build_model(argparse.Namespace(**arguments), data.device).average.vit)
     found = evaluate(networks, data, arguments, recipe, folder, held_out)
     if not arguments["epochs"]:
         found |= {f"{name}_online": found[name] for name in ACCURACIES}

@@ -35,11 +35,10 @@ Differs from the authors' code:
 """
 
 import argparse
-import functools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,7 +52,7 @@ from tqdm import tqdm
 if not __package__:  # a script takes its own clone, whatever is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import augment, checkpoints, cli, devices, draws, folders, images, probes, schedules
+from common import augment, cli, devices, draws, folders, images, probes, schedules
 from common.cli import stop
 from common.hold import held
 from common.images import Data
@@ -185,15 +184,18 @@ class ConMIM(nn.Module):
 
 
 @torch.no_grad()
-def follow(slow: list[Tensor], fast: list[Tensor], momentum: float) -> None:
-    """slow <- m slow + (1 - m) fast. Parameters alone; running statistics are no part of it."""
-    torch._foreach_lerp_(slow, fast, 1 - momentum)
+def ema_update(ema: list[Tensor], online: list[Tensor], momentum: float) -> None:
+    """ema <- m ema + (1 - m) online, in place. For parameters only, not for running statistics."""
+    torch._foreach_lerp_(ema, online, 1 - momentum)
 
 
-def build_model(args: Mapping[str, Any], device: torch.device) -> ConMIM:
-    """The networks that a run's arguments (args.json) describe, at their start, on `device`."""
-    names = ("network", "size", "positions", "layer_scale", "hidden", "dim", "seed")
-    return ConMIM(**{name: args[name] for name in names}).to(device)
+def build_model(args: argparse.Namespace, device: torch.device) -> ConMIM:
+    """The networks that a run's arguments describe, at their start, on `device`."""
+    model = ConMIM(
+        network=args.network, size=args.size, positions=args.positions, layer_scale=args.layer_scale,
+        hidden=args.hidden, dim=args.dim, seed=args.seed,
+    )  # fmt: skip
+    return model.to(device)
 
 
 # ------------------------------------------------------------------------------------------------- loss
@@ -282,34 +284,39 @@ def random_masks(numbers: draws.Draws, patches: int, ratio: float) -> Tensor:
     return spread_cells(numbers.uniform(shape=(patches // CELL**2,)).argsort(1), ratio)
 
 
-def batches(
-    data: Data, kind: dict[str, Any], views: str, size: int, patches: int, ratio: float, batch: int, rows: slice,
-    seed: int, epoch: int,
-) -> Iterator[Batch]:  # fmt: skip
+def patch_count(args: argparse.Namespace) -> int:
+    """N, the number of patches of an image."""
+    return (args.size // NETWORKS[args.network].patch) ** 2
+
+
+def batches(args: argparse.Namespace, data: Data, epoch: int, rows: slice) -> Iterator[Batch]:
     """One epoch of (queries' view, keys' view, mask), normalised, cut to this rank's `rows` of the global batch.
 
     Order, crop, colours and mask follow from (seed, epoch) alone, each from draws of its own, so that arms share what
     they have in common; the last incomplete batch is dropped.
     """
-    steps = data.examples // batch
-    order = draws.permutation(seed, "order", epoch, data.examples, data.device)[: steps * batch].view(steps, batch)
-    coloured = views == "asymmetric"  # ABLATION (views): otherwise the keys see the queries' own view
+    aug, patches, steps = augmentation(args.data_set), patch_count(args), data.examples // args.batch
+    order = draws.permutation(args.seed, "order", epoch, data.examples, data.device)
+    order = order[: steps * args.batch].view(steps, args.batch)
+    coloured = args.views == "asymmetric"  # ABLATION (views): otherwise the keys see the queries' own view
     streamed = None
     if isinstance(data, folders.Streamed):
-        made = WorkerViews(size, coloured, **kind)
-        streamed = data.views(made, 1, order[:, rows].tolist(), seed, epoch)
+        transform = WorkerViews(args.size, coloured, **aug)
+        streamed = data.views(transform, 1, order[:, rows].tolist(), args.seed, epoch)
 
     for step, picked in enumerate(order, epoch * steps):
-        numbers = functools.partial(draws.Draws, seed, step=step, count=batch, rows=rows)
         if streamed:
             crop, *strong = next(streamed)[0].unbind(1)
         else:
-            crop = augment.random_resized_crop(
-                data.train[picked[rows]], numbers("geometry"), kind["crop"], size=size, flip=kind["flip"]
-            )  # fmt: skip
-            strong = [strong_view(crop, numbers("colours"), kind["blur"])] if coloured else []
+            rng = draws.Draws(args.seed, "geometry", step, args.batch, rows)
+            source = data.train[picked[rows]]
+            crop, strong = augment.random_resized_crop(source, rng, aug["crop"], size=args.size, flip=aug["flip"]), []
+            if coloured:
+                rng = draws.Draws(args.seed, "colours", step, args.batch, rows)
+                strong = [strong_view(crop, rng, aug["blur"])]
         query, *key = (data.normalise(view) for view in (crop, *strong))
-        mask = devices.upload(random_masks(numbers("mask"), patches, ratio), data.device)
+        rng = draws.Draws(args.seed, "mask", step, args.batch, rows)
+        mask = devices.upload(random_masks(rng, patches, args.mask_ratio), data.device)
         yield query, (key or [query])[0], mask
 
 
@@ -394,80 +401,59 @@ def build_optimizer(model: ConMIM, lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr, BETAS, fused=True)
 
 
-def one_step(
-    forward: nn.Module, optimizer: torch.optim.Optimizer, slow: list[Tensor], fast: list[Tensor], made: Batch,
-    totals: Tensor, *, keys: str, leak: float, temperature: float, lr: float, momentum: float, precision: str,
-) -> None:  # fmt: skip
-    """One step of the optimiser on the parameters `fast`, then of their average `slow`.
-
-    Adds the loss, and whether the gradient was clipped, to `totals` (2,).
-    """
-    query, key, mask = made
-    with devices.autocast(precision, query.device):
-        q, k = forward(query, key, mask, keys, leak)
-    loss = denoising_contrast(q, k, mask, temperature)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(fast, CLIP, foreach=True)
-    optimizer.step()
-    follow(slow, fast, momentum)
-    totals += torch.stack([loss.detach(), (norm > CLIP).float()])
-
-
-def train(
-    run: Run, model: ConMIM, data: Data, made: Callable[[int], Iterator[Batch]], optimizer: torch.optim.Optimizer, *,
-    keys: str, leak: float, temperature: float, mask_ratio: float, momentum: float, epochs: int, last: int,
-    warm_up: float, batch: int, lr: float, precision: str, patches: int, synchronised: bool, compiled: bool,
-) -> None:  # fmt: skip
-    """The training up to epoch `last` of `epochs`; saves after each, and goes on from there when started again."""
-
-    def state() -> dict[str, Any]:
-        return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-
-    forward = devices.distribute(model, data.device, synchronised)
-    slow: list[Tensor] = [*model.average.parameters()]
-    fast: list[Tensor] = [*model.online.parameters()]
-    fixed, saved = fixed_batch(data, patches, mask_ratio), run.state(data.device)
-    measure = functools.partial(diagnose, model, keys, *fixed)
-    if saved is None:
-        started = time.perf_counter()
-        record = measure()
-        seconds = time.perf_counter() - started  # of measuring: all that a run of no epochs does
+def train(args: argparse.Namespace, run: Run, model: ConMIM, data: Data, optimizer: torch.optim.Optimizer) -> None:
+    """Train to the last epoch; saves after each, and goes on from there when started again."""
+    last, steps = min(2, args.epochs) if args.rehearse else args.epochs, data.examples // args.batch
+    rows, fixed = devices.rows_of_rank(args.batch), fixed_batch(data, patch_count(args), args.mask_ratio)
+    forward = devices.distribute(model, data.device, args.sync_batch_norm)
+    online: list[Tensor] = [*model.online.parameters()]
+    ema: list[Tensor] = [*model.average.parameters()]
+    first = run.resume(model, optimizer)
+    if first is None:
+        first, started = 0, time.perf_counter()
+        record = diagnose(model, args.keys, *fixed)
+        seconds = time.perf_counter() - started  # of the diagnostics: all that a run of no epochs does
         rate = {"examples_per_second": len(fixed[0]) / seconds, "seconds": seconds}
-        run.save(0, record | rate | {"peak_memory": devices.peak_memory(data.device)}, state())
-    else:
-        checkpoints.fit(model, saved["model"], run.folder)
-        optimizer.load_state_dict(saved["optimizer"])
-    first, steps = saved["epoch"] if saved else 0, data.examples // batch
-    if compiled:
+        run.end_epoch(0, last, record | rate | {"peak_memory": devices.peak_memory(data.device)})
+    if args.compile:
         forward.compile()
 
     for epoch in tqdm(range(first, last), run.name, last, initial=first, disable=None, leave=False):
-        started, totals = time.perf_counter(), torch.zeros(2, device=data.device)
-        for step, views in enumerate(made(epoch), epoch * steps):
-            rate_now = learning_rate(step, round(warm_up * steps), epochs * steps, lr)
-            momentum_now = momentum_at(step, epochs * steps, momentum)
-            one_step(forward, optimizer, slow, fast, views, totals, keys=keys, leak=leak, temperature=temperature,
-                     lr=rate_now, momentum=momentum_now, precision=precision)  # fmt: skip
-        loss, clipped = devices.mean_over_ranks(totals / steps).tolist()  # asks the device, once an epoch
+        started, totals = time.perf_counter(), torch.zeros(2, device=data.device)  # sums: loss, clipped steps
+        for step, (query, key, mask) in enumerate(batches(args, data, epoch, rows), epoch * steps):
+            # Both schedules move at every step.
+            lr = learning_rate(step, round(args.warm_up * steps), args.epochs * steps, args.lr)
+            momentum = momentum_at(step, args.epochs * steps, args.momentum)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+            with devices.autocast(args.precision, data.device):
+                q, k = forward(query, key, mask, args.keys, args.gradient_leak)
+            loss = denoising_contrast(q, k, mask, args.temperature)  # float32
+
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(online, CLIP, foreach=True)  # the norm before clipping
+            optimizer.step()
+            ema_update(ema, online, momentum)
+            # .item() here would force a host-device synchronisation.
+            totals += torch.stack([loss.detach(), (norm > CLIP).float()])
+
+        loss_mean, clipped = devices.mean_over_ranks(totals / steps).tolist()
         seconds = time.perf_counter() - started
-        if not devices.finite_on_all_ranks([*model.state_dict().values(), totals]):
-            run.diverge(epoch + 1, data.device)
+        if run.diverged(epoch + 1, totals):
             return
         record = {
-            "loss": loss,
-            **measure(),
+            "loss": loss_mean,
+            **diagnose(model, args.keys, *fixed),
             "clipped_fraction": clipped,
-            "momentum": momentum_now,
-            "lr": rate_now,
-            "examples_per_second": steps * batch / seconds,
+            "momentum": momentum,
+            "lr": lr,
+            "examples_per_second": steps * args.batch / seconds,
             "seconds": seconds,
             "peak_memory": devices.peak_memory(data.device),
         }
-        run.save(epoch + 1, record, state())
-        run.say(epoch + 1, last, record)
+        run.end_epoch(epoch + 1, last, record)
     run.finish({"model": model.state_dict(), "epoch": last, "diverged": False})
 
 
@@ -481,8 +467,6 @@ def main(argv: list[str] | None = None) -> None:
     rank, world = devices.start_ranks(args.device, device)
     if args.batch % world:
         stop(f"--batch {args.batch} is the global batch: {world} processes do not divide it")
-    rows = slice(rank * args.batch // world, (rank + 1) * args.batch // world)
-    patches = (args.size // NETWORKS[args.network].patch) ** 2
     smaller = f"--precision bfloat16 needs less than float32; --batch {args.batch // 2} about half, but is another run"
     with held(args.out, rank), devices.memory_for(device, f"--batch {args.batch} on {world} processes", smaller):
         run = Run(args.out, vars(args), __file__, args.replace, rank)
@@ -491,21 +475,12 @@ def main(argv: list[str] | None = None) -> None:
         data = images.load_or_stream(args.data_set, args.data, args.size, device, args.workers)
         if args.batch > data.examples:
             stop(f"--batch {args.batch} is more than the {data.examples} training images")
-        steps, last = data.examples // args.batch, args.epochs
-        run.begin(devices.facts(device) | {"data": data.digest, "steps": args.epochs * steps})
+        steps = args.epochs * (data.examples // args.batch)
+        run.begin(f"{args.data_set}, {args.network}", devices.facts(device) | {"data": data.digest, "steps": steps})
         if args.rehearse:
-            data, last = data.few(args.rehearse * args.batch), min(2, args.epochs)
-        model = build_model(vars(args), device)
-        made = functools.partial(
-            batches, data, augmentation(args.data_set), args.views, args.size, patches, args.mask_ratio, args.batch,
-            rows, args.seed,
-        )  # fmt: skip
-        train(
-            run, model, data, made, build_optimizer(model, args.lr), keys=args.keys, leak=args.gradient_leak,
-            temperature=args.temperature, mask_ratio=args.mask_ratio, momentum=args.momentum, epochs=args.epochs,
-            last=last, warm_up=args.warm_up, batch=args.batch, lr=args.lr, precision=args.precision, patches=patches,
-            synchronised=args.sync_batch_norm, compiled=args.compile,
-        )  # fmt: skip
+            data = data.few(args.rehearse * args.batch)
+        model = build_model(args, device)
+        train(args, run, model, data, build_optimizer(model, args.lr))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from common.hold import held
 from common.run import finished
 from seqvcr import tasks
 from seqvcr.net import GPT
-from seqvcr.train import ETA, SeqVCR, build_model, layout_of, right, variance_covariance, vocabulary
+from seqvcr.train import ETA, SeqVCR, build_model, encode, token_correct, variance_covariance, vocabulary
 
 SOLVED = 90.0  # percent of exact match
 TOGETHER = 256  # sequences that entropy_batch is taken over
@@ -219,20 +219,19 @@ def main(argv: list[str] | None = None) -> None:
     with held(args.folder), devices.memory_for(device, f"{PROBED} sequences at every level", elsewhere):
         task, count = tasks.choose(arguments["task"], arguments["size"]), arguments["train_size"]
         if arguments["rehearse"]:
-            count, task = min(count, 100 * arguments["batch"]), task._replace(measured=arguments["batch"])
+            count, task.measured = min(count, 100 * arguments["batch"]), arguments["batch"]
         file = Path(arguments["data_file"]) if arguments["data_file"] else None
         data = tasks.load(task, count, file, device)
         if checkpoints.sha256(*(part.cpu() for part in data)) != facts["data"]:
             stop(f"{args.folder} was trained on other rows than are made now: evaluate it with the code, and with the "
                  "--data-file, of its training")  # fmt: skip
-        model = build_model(arguments, task, device).eval()
+        trained = argparse.Namespace(**arguments)
+        model = build_model(trained, task, device).eval()
         checkpoints.fit(model, saved["model"], args.folder / "model.pt")
-        gpt2 = bool(arguments["init_from"])
-        layout = layout_of(task, arguments["pause"], gpt2, device)
         raw = data.validation if args.held_out else data.test
-        rows = layout(raw)
+        rows = encode(trained, task, raw)
         if args.show:
-            show(model.gpt, task, raw[: args.show], rows[: args.show], gpt2)
+            show(model.gpt, task, raw[: args.show], rows[: args.show], bool(arguments["init_from"]))
             return
         metrics: dict[str, Any] = {**facts, "diverged": saved["diverged"], "position_order": "as in the row: least "
                                    "significant digit first in multiplication"}  # fmt: skip
@@ -241,7 +240,7 @@ def main(argv: list[str] | None = None) -> None:
         if saved["diverged"]:
             metrics |= dict.fromkeys(CLAIMS)
         else:
-            hits = right(model.gpt, rows, task.answer).float()
+            hits = token_correct(model.gpt, rows, task.answer).float()
             metrics["exact_match"] = 100 * hits.prod(1).mean().item()
             metrics["position_accuracy"] = [100 * share for share in hits.mean(0).tolist()]
             metrics["digit_accuracy"] = mean(metrics["position_accuracy"])

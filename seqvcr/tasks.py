@@ -17,7 +17,6 @@ derivation, the numbers.
 """
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +28,7 @@ from common.cli import stop
 from common.devices import upload
 
 PAUSES = ("</pause_start>", "<pause>", "</pause_end>")  # the last three tokens of every task
+DIGITS = tuple(map(str, range(10)))
 MODULUS = 11
 PLUS, MINUS, TIMES, OVER, OPEN, CLOSE = range(MODULUS, MODULUS + 6)
 FILL = MODULUS + 7  # the token after "="
@@ -37,41 +37,33 @@ LARGEST = 250  # numbers of lis are below it
 ROWS = 1 << 16  # drawn at a time
 
 
-class Task(NamedTuple):
-    """`draw(generator, count, device, training)`: (count, question + answer) rows, uint8; `key(rows)`: (count,) int64,
-    equal for rows that must not be in two parts; `held`: thousandths of the keys for validation, and for test.
+class Task:
+    """A task of one size: its tokens, how rows are drawn, and which rows must not be in two parts of the split.
 
-    `measured`: rows of validation and test.
+    A row is `question` tokens, then `answer` tokens, uint8; `symbols` are the tokens in words. `held`: thousandths of
+    the keys for validation, and for test. `measured`: rows of validation and of test.
     """
 
     name: str
+    sizes: tuple[int, int]  # smallest and largest
     symbols: tuple[str, ...]
-    question: int
-    answer: int
-    draw: Callable[[torch.Generator, int, torch.device | str, bool], Tensor]
-    key: Callable[[Tensor], Tensor]
-    held: int
-    measured: int
-    every: Callable[[], Tensor] | None = None  # all rows there are, where they are few
+    held = 20
+    measured = 10_000
 
+    def __init__(self, size: int, question: int, answer: int):
+        self.size, self.question, self.answer = size, question, answer
 
-def choose(name: str, size: int) -> Task:
-    """The task `name`: factors of `size` digits, `size` operators, or `size` numbers. Stops (exit 2) at a bad size."""
-    least, most = {"multiplication": (1, 9), "arithmetic": (1, 50), "lis": (2, 200)}[name]
-    if not least <= size <= most:
-        stop(f"--size {size} is no size of --task {name}: give {least} to {most}")
-    digits = tuple(map(str, range(10)))
-    if name == "multiplication":
-        return Task(
-            name, (*digits, "*", "=", *PAUSES), 2 * size + 2, 2 * size, lambda *a: draw_products(size, *a),
-            lambda rows: pair_key(rows, size), 20 if size > 3 else 100, 1000,
-            (lambda: every_product(size)) if size <= 3 else None,
-        )  # fmt: skip
-    if name == "arithmetic":
-        symbols = (*digits, "10", "+", "-", "*", "/", "(", ")", "=", "_", *PAUSES)
-        return Task(name, symbols, 4 * size, 1, lambda *a: draw_expressions(size, *a), question_key, 20, 10_000)
-    symbols = (*map(str, range(LARGEST)), "=", *PAUSES)
-    return Task(name, symbols, size + 1, 1, lambda *a: draw_sequences(size, *a), question_key, 20, 10_000)
+    def draw(self, generator: torch.Generator, count: int, device: torch.device | str, training: bool) -> Tensor:
+        """`count` random rows (count, question + answer)."""
+        raise NotImplementedError
+
+    def key(self, rows: Tensor) -> Tensor:
+        """Equal for rows that must not be in two parts, (count,) int64."""
+        return question_key(rows)
+
+    def every(self) -> Tensor | None:
+        """All rows there are, None where they are too many to list."""
+        return None
 
 
 def integers(
@@ -82,6 +74,36 @@ def integers(
 
 
 # ------------------------------------------------------------------------------------------------- multiplication
+
+
+class Multiplication(Task):
+    """Two factors of `size` digits, each uniform with a leading digit that is not zero, and their product."""
+
+    name = "multiplication"
+    sizes = (1, 9)
+    symbols = (*DIGITS, "*", "=", *PAUSES)
+    measured = 1000
+
+    def __init__(self, size: int):
+        super().__init__(size, question=2 * size + 2, answer=2 * size)
+        self.held = 20 if size > 3 else 100
+
+    def draw(self, generator: torch.Generator, count: int, device: torch.device | str, training: bool) -> Tensor:
+        factors = integers(10 ** (self.size - 1), 10**self.size, (2, count), generator, device)
+        return product_rows(factors[0], factors[1], self.size)
+
+    def key(self, rows: Tensor) -> Tensor:
+        """A number for the unordered pair of factors: a * b and b * a are one."""
+        a, b = factors_of(rows, self.size)
+        return torch.minimum(a, b) * 10**self.size + torch.maximum(a, b)
+
+    def every(self) -> Tensor | None:
+        """All rows up to three digits: 81, 8,100 or 810,000."""
+        if self.size > 3:
+            return None
+        factors = torch.arange(10 ** (self.size - 1), 10**self.size)
+        a, b = torch.cartesian_prod(factors, factors).T
+        return product_rows(a, b, self.size)
 
 
 def digits_of(numbers: Tensor, count: int) -> Tensor:
@@ -96,31 +118,10 @@ def product_rows(a: Tensor, b: Tensor, size: int) -> Tensor:
     return torch.cat(parts, 1).to(torch.uint8)
 
 
-def draw_products(
-    size: int, generator: torch.Generator, count: int, device: torch.device | str, training: bool
-) -> Tensor:
-    """Rows of two factors with a leading digit that is not zero, each uniform."""
-    factors = integers(10 ** (size - 1), 10**size, (2, count), generator, device)
-    return product_rows(factors[0], factors[1], size)
-
-
-def every_product(size: int) -> Tensor:
-    """All rows: 81, 8,100 or 810,000."""
-    factors = torch.arange(10 ** (size - 1), 10**size)
-    a, b = torch.cartesian_prod(factors, factors).T
-    return product_rows(a, b, size)
-
-
 def factors_of(rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """The two factors of rows, (n,) int64 each."""
     powers = 10 ** torch.arange(size, device=rows.device)
     return (rows[:, :size] * powers).sum(1), (rows[:, size + 1 : 2 * size + 1] * powers).sum(1)
-
-
-def pair_key(rows: Tensor, size: int) -> Tensor:
-    """Of the unordered pair: a * b and b * a are one."""
-    a, b = factors_of(rows, size)
-    return torch.minimum(a, b) * 10**size + torch.maximum(a, b)
 
 
 def published_line(a: int, b: int, size: int) -> str:
@@ -165,20 +166,27 @@ def read_published(path: Path, size: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------- arithmetic
 
 
-def draw_expressions(
-    most: int, generator: torch.Generator, count: int, device: torch.device | str, training: bool
-) -> Tensor:
-    """Rows of expressions with `most` operators; in training also with fewer, 1..most in shares of i / sum(i)."""
-    tokens = torch.full((count, 4 * most - 1), FILL, device=device)
-    tokens[:, 0] = answer = integers(0, MODULUS, (count,), generator, device)
-    operators = torch.full((count,), most, device=device)
-    if training:
-        shares = torch.arange(1, most + 1, device=device).cumsum(0)
-        drawn = integers(0, most * (most + 1) // 2, (count,), generator, device)
-        operators = torch.searchsorted(shares, drawn, right=True) + 1
-    for step in range(most):
-        tokens = torch.where((step < operators)[:, None], grow(tokens, step + 1, generator), tokens)
-    return torch.cat([tokens, torch.full_like(tokens[:, :1], FILL - 1), answer[:, None]], 1).to(torch.uint8)
+class Arithmetic(Task):
+    """Expressions modulo 11 with `size` operators; in training also with fewer, 1..size in shares of i / sum(i)."""
+
+    name = "arithmetic"
+    sizes = (1, 50)
+    symbols = (*DIGITS, "10", "+", "-", "*", "/", "(", ")", "=", "_", *PAUSES)
+
+    def __init__(self, size: int):
+        super().__init__(size, question=4 * size, answer=1)
+
+    def draw(self, generator: torch.Generator, count: int, device: torch.device | str, training: bool) -> Tensor:
+        tokens = torch.full((count, 4 * self.size - 1), FILL, device=device)
+        tokens[:, 0] = answer = integers(0, MODULUS, (count,), generator, device)
+        operators = torch.full((count,), self.size, device=device)
+        if training:
+            shares = torch.arange(1, self.size + 1, device=device).cumsum(0)
+            drawn = integers(0, self.size * (self.size + 1) // 2, (count,), generator, device)
+            operators = torch.searchsorted(shares, drawn, right=True) + 1
+        for step in range(self.size):
+            tokens = torch.where((step < operators)[:, None], grow(tokens, step + 1, generator), tokens)
+        return torch.cat([tokens, torch.full_like(tokens[:, :1], FILL - 1), answer[:, None]], 1).to(torch.uint8)
 
 
 def grow(tokens: Tensor, numbers: int, generator: torch.Generator) -> Tensor:
@@ -217,22 +225,32 @@ def grow(tokens: Tensor, numbers: int, generator: torch.Generator) -> Tensor:
 # ------------------------------------------------------------------------------------------------- lis
 
 
-def draw_sequences(
-    size: int, generator: torch.Generator, count: int, device: torch.device | str, training: bool
-) -> Tensor:
-    """Rows of numbers from size + 1 on (those below are answers): noise in which one to three increasing runs are
-    planted, each at a random share of the places."""
-    shape = (count, size)
-    numbers = integers(size + 1, LARGEST, shape, generator, device)
-    runs = integers(1, 4, (count, 1), generator, device)
-    for run in range(3):
-        share = torch.rand((count, 1), generator=generator)
-        here = upload(torch.rand(shape, generator=generator) < share, device) & (run < runs)
-        fresh = integers(size + 1, LARGEST, shape, generator, device)
-        rising = torch.where(here, fresh, LARGEST).sort(1).values
-        numbers = torch.where(here, rising.gather(1, (here.cumsum(1) - 1).clamp(min=0)), numbers)
-    equals = torch.full_like(numbers[:, :1], LARGEST)
-    return torch.cat([numbers, equals, longest_increasing(numbers)[:, None]], 1).to(torch.uint8)
+class LIS(Task):
+    """`size` numbers, and the length of their longest increasing subsequence.
+
+    The numbers are above `size`, since the tokens up to it are answers. They are noise in which one to three increasing
+    runs are planted, each at a random share of the places.
+    """
+
+    name = "lis"
+    sizes = (2, 200)
+    symbols = (*map(str, range(LARGEST)), "=", *PAUSES)
+
+    def __init__(self, size: int):
+        super().__init__(size, question=size + 1, answer=1)
+
+    def draw(self, generator: torch.Generator, count: int, device: torch.device | str, training: bool) -> Tensor:
+        shape = (count, self.size)
+        numbers = integers(self.size + 1, LARGEST, shape, generator, device)
+        runs = integers(1, 4, (count, 1), generator, device)
+        for run in range(3):
+            share = torch.rand((count, 1), generator=generator)
+            here = upload(torch.rand(shape, generator=generator) < share, device) & (run < runs)
+            fresh = integers(self.size + 1, LARGEST, shape, generator, device)
+            rising = torch.where(here, fresh, LARGEST).sort(1).values
+            numbers = torch.where(here, rising.gather(1, (here.cumsum(1) - 1).clamp(min=0)), numbers)
+        equals = torch.full_like(numbers[:, :1], LARGEST)
+        return torch.cat([numbers, equals, longest_increasing(numbers)[:, None]], 1).to(torch.uint8)
 
 
 def longest_increasing(numbers: Tensor) -> Tensor:
@@ -242,6 +260,15 @@ def longest_increasing(numbers: Tensor) -> Tensor:
         number = numbers[:, column : column + 1].contiguous()
         tails.scatter_(1, torch.searchsorted(tails, number), number)
     return (tails < torch.iinfo(numbers.dtype).max).sum(1)
+
+
+def choose(name: str, size: int) -> Task:
+    """The task `name`: factors of `size` digits, `size` operators, or `size` numbers. Stops (exit 2) at a bad size."""
+    task = {"multiplication": Multiplication, "arithmetic": Arithmetic, "lis": LIS}[name]
+    least, most = task.sizes
+    if not least <= size <= most:
+        stop(f"--size {size} is no size of --task {name}: give {least} to {most}")
+    return task(size)
 
 
 # ------------------------------------------------------------------------------------------------- split
@@ -276,8 +303,9 @@ class Examples(NamedTuple):
 
 def load(task: Task, count: int, file: Path | None, device: torch.device | str) -> Examples:
     """At most `count` distinct training rows, from the data seed or of a published file, and those to measure on."""
-    if task.every:
-        rows = task.every().to(device)
+    every = task.every()
+    if every is not None:
+        rows = every.to(device)
         parts = [rows[part_of(task, rows) == part] for part in range(3)]
         orders = [draws.permutation(draws.DATA_SEED, "examples", part, len(parts[part]), device) for part in range(3)]
         train, validation, test = (rows[order] for rows, order in zip(parts, orders, strict=True))
@@ -285,7 +313,7 @@ def load(task: Task, count: int, file: Path | None, device: torch.device | str) 
         train = distinct(task, 0, 0 if file else count, device)
         validation, test = (distinct(task, part, task.measured, device) for part in (1, 2))
     if file:
-        rows = read_published(file, (task.question - 2) // 2).to(device)
+        rows = read_published(file, task.size).to(device)
         train = rows[part_of(task, rows) == 0]
         print(f"{file}: {len(rows)} different lines; {len(rows) - len(train)} fall into validation or test", flush=True)
     return Examples(train[:count], validation[: task.measured], test[: task.measured])
@@ -338,7 +366,7 @@ def readable(task: Task, row: Tensor) -> str:
     """A row without its pause block, numbers of several digits as people write them."""
     tokens = row.tolist()
     if task.name == "multiplication":
-        size = task.answer // 2
+        size = task.size
         a, b, product = (
             "".join(str(token) if token < 10 else "?" for token in reversed(tokens[start : start + length]))
             for start, length in ((0, size), (size + 1, size), (task.question, task.answer))

@@ -34,10 +34,9 @@ Differs from the paper, or open in it:
 """
 
 import argparse
-import functools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +50,7 @@ if not __package__:  # a script takes its own clone, whatever is installed
 
 from common import checkpoints, cli, devices, draws, schedules
 from common.cli import stop
+from common.devices import upload
 from common.hold import held
 from common.run import Run
 from seqvcr import tasks
@@ -183,13 +183,13 @@ def vocabulary(task: tasks.Task, gpt2: bool) -> tuple[int, Tensor]:
     return GPT2_VOCABULARY + len(pauses), torch.tensor([known[symbol] for symbol in task.symbols])
 
 
-def build_model(args: dict[str, Any], task: tasks.Task, device: torch.device) -> SeqVCR:
-    """The network that a run's arguments (args.json) describe, at its start, on `device`."""
-    size, _ = vocabulary(task, bool(args["init_from"]))
-    block = args["pause"] + 2 if args["pause"] else 0
+def build_model(args: argparse.Namespace, task: tasks.Task, device: torch.device) -> SeqVCR:
+    """The network that a run's arguments describe, at its start, on `device`."""
+    size, _ = vocabulary(task, bool(args.init_from))
+    block = args.pause + 2 if args.pause else 0
     length = task.question + block + task.answer - 1
-    gpt = GPT(size, length, args["layers"], args["heads"], args["width"], args["dropout"], args["seed"])
-    return SeqVCR(gpt, args["projection_width"], args["seed"]).to(device)
+    gpt = GPT(size, length, args.layers, args.heads, args.width, args.dropout, args.seed)
+    return SeqVCR(gpt, args.projection_width, args.seed).to(device)
 
 
 # ------------------------------------------------------------------------------------------------- loss
@@ -232,13 +232,10 @@ def variance_covariance(h: Tensor, weight: Tensor, rows: int, axis: str = "batch
     return variance, covariance, variances.detach().sqrt().mean()
 
 
-Losses = tuple[Tensor, Tensor]
-
-
 def seqvcr_loss(
     model: SeqVCR, tokens: Tensor, *, answer: int, lambda1: float, lambda2: float, layer: int, axis: str,
     covariance_batch: int, precision: str,
-) -> Losses:  # fmt: skip
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The loss of rows of tokens (B, length) that end with `answer` tokens of answer; and (5,) for the log: loss, cross
     entropy, L_var, L_cov, deviation of x. One forward pass (equation 5).
 
@@ -260,34 +257,33 @@ def seqvcr_loss(
 # ------------------------------------------------------------------------------------------------- data
 
 
-def layout_of(task: tasks.Task, pause: int, gpt2: bool, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """From a task's rows to those that the network reads, pauses inserted: uint8 or, as GPT-2's tokens, int32."""
-    table = vocabulary(task, True)[1].to(device, torch.int32) if gpt2 else None
-
-    def layout(rows: Tensor) -> Tensor:
-        rows = tasks.with_pauses(task, rows, pause)
-        return rows if table is None else table[rows.long()]
-
-    return layout
+def encode(args: argparse.Namespace, task: tasks.Task, rows: Tensor) -> Tensor:
+    """Insert the pauses into a task's rows, and translate to GPT-2's tokens for its network: uint8, or int32."""
+    rows = tasks.with_pauses(task, rows, args.pause)
+    if not args.init_from:
+        return rows
+    table = vocabulary(task, True)[1].to(torch.int32)
+    return upload(table, rows.device)[rows.long()]
 
 
-def passes(train: Tensor, seed: int, batch: int) -> Callable[[int], Tensor]:
-    """A function from a step's number to its rows: passes over all training rows, each in an order of its own."""
-    a_pass = len(train) // batch
-
-    @functools.lru_cache(maxsize=1)
-    def order(number: int) -> Tensor:
-        return draws.permutation(seed, "order", number, len(train), train.device)
-
-    def rows(step: int) -> Tensor:
-        place = step % a_pass * batch
-        return train[order(step // a_pass)[place : place + batch]].long()
-
-    return rows
+def batches(args: argparse.Namespace, task: tasks.Task, rows: Tensor, steps: range) -> Iterator[Tensor]:
+    """The batches (B, length) int64 of consecutive `steps`: passes over `rows`, each in an order of its own, or with
+    --train-size stream fresh rows. They follow from (seed, step) alone; a pass drops its last incomplete batch.
+    """
+    if args.train_size == STREAM:
+        for step in steps:
+            yield encode(args, task, tasks.stream(task, args.seed, step, args.batch, rows.device)).long()
+        return
+    steps_per_pass = len(rows) // args.batch
+    for step in steps:
+        number, place = divmod(step, steps_per_pass)
+        if place == 0 or step == steps.start:
+            order = draws.permutation(args.seed, "order", number, len(rows), rows.device)
+        yield rows[order[place * args.batch : (place + 1) * args.batch]].long()
 
 
 @torch.no_grad()
-def right(model: GPT, rows: Tensor, answer: int) -> Tensor:
+def token_correct(model: GPT, rows: Tensor, answer: int) -> Tensor:
     """Whether each token of the answer is the likeliest one, teacher-forced: (n, answer) bool for rows (n, length).
 
     A row is right as a whole if and only if greedy decoding would give its answer: the first wrong token is the same.
@@ -317,58 +313,56 @@ def build_optimizer(model: SeqVCR, lr: float) -> torch.optim.AdamW:
 
 
 def train(
-    run: Run, model: SeqVCR, batch_of: Callable[[int], Tensor], validation: Tensor, optimizer: torch.optim.Optimizer,
-    losses: Callable[[SeqVCR, Tensor], Losses], *, seed: int, steps: int, length: int, batch: int, lr: float,
-    answer: int, dropout: bool, compiled: bool,
+    args: argparse.Namespace, run: Run, model: SeqVCR, task: tasks.Task, data: tasks.Examples,
+    optimizer: torch.optim.Optimizer,
 ) -> None:  # fmt: skip
-    """`steps` steps in epochs of `length`; measures on validation rows and saves after each, and goes on from there."""
-
-    def state() -> dict[str, Any]:
-        return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-
-    device = validation.device
-    saved = run.state(device)
-    if saved is None:
-        run.save(0, {}, state())
-    else:
-        checkpoints.fit(model, saved["model"], run.folder)
-        optimizer.load_state_dict(saved["optimizer"])
-    first, last = saved["epoch"] if saved else 0, -(-steps // length)
-    losses = torch.compile(losses) if compiled else losses
+    """Train on encoded rows. Measures on validation rows and saves after each epoch, and goes on from there."""
+    device = data.validation.device
+    steps, steps_per_epoch = args.steps, -(-args.steps // EPOCHS)
+    if args.rehearse:
+        steps, steps_per_epoch = 2 * args.rehearse, args.rehearse
+    last = -(-steps // steps_per_epoch)
+    first = run.resume(model, optimizer)
+    if first is None:
+        run.end_epoch(0, last, {})
+        first = 0
+    loss_fn = torch.compile(seqvcr_loss) if args.compile else seqvcr_loss
 
     for epoch in tqdm(range(first, last), run.name, last, initial=first, disable=None, leave=False):
         started, totals = time.perf_counter(), torch.zeros(5, device=device)
-        numbers = range(epoch * length, min((epoch + 1) * length, steps))
+        epoch_steps = range(epoch * steps_per_epoch, min((epoch + 1) * steps_per_epoch, steps))
         model.train()
-        for step in numbers:
+        for step, tokens in zip(epoch_steps, batches(args, task, data.train, epoch_steps), strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = lr * rate_factor((step + 0.5) / steps)
-            if dropout:
-                draws.reseed(seed, "dropout", step)
-            loss, parts = losses(model, batch_of(step))
+                group["lr"] = args.lr * rate_factor((step + 0.5) / steps)
+            # A resumed run must draw the same dropout masks.
+            if args.dropout:
+                draws.reseed(args.seed, "dropout", step)
+            loss, parts = loss_fn(
+                model, tokens, answer=task.answer, lambda1=args.lambda1, lambda2=args.lambda2, layer=args.layer,
+                axis=args.covariance_axis, covariance_batch=args.covariance_batch, precision=args.precision,
+            )  # fmt: skip
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), CLIP, foreach=True)
             optimizer.step()
             totals += parts
-        means = (totals / len(numbers)).tolist()  # asks the device, once an epoch
+        means = (totals / len(epoch_steps)).tolist()  # the first host-device synchronisation of the epoch
         seconds = time.perf_counter() - started
-        if not devices.finite_on_all_ranks([*model.state_dict().values(), totals]):
-            run.diverge(epoch + 1, device)
+        if run.diverged(epoch + 1, totals):
             return
-        hits = right(model.gpt, validation, answer).float()
+        correct = token_correct(model.gpt, data.validation, task.answer).float()
         names = ("loss", "cross_entropy", "variance_loss", "covariance_loss", "projected_std")
         record = dict(zip(names, means, strict=True)) | {
-            "exact_match": 100 * hits.prod(1).mean().item(),
-            "step": numbers.stop,
+            "exact_match": 100 * correct.prod(1).mean().item(),
+            "step": epoch_steps.stop,
             "lr": optimizer.param_groups[0]["lr"],
-            "examples_per_second": len(numbers) * batch / seconds,
+            "examples_per_second": len(epoch_steps) * args.batch / seconds,
             "seconds": seconds,
             "peak_memory": devices.peak_memory(device),
         }
-        positions = {f"accuracy_{place}": 100 * share for place, share in enumerate(hits.mean(0).tolist())}
-        run.save(epoch + 1, record | positions, state())
-        run.say(epoch + 1, last, record)
+        record |= {f"accuracy_{place}": 100 * share for place, share in enumerate(correct.mean(0).tolist())}
+        run.end_epoch(epoch + 1, last, record)
     run.finish({"model": model.state_dict(), "epoch": last, "diverged": False})
 
 
@@ -384,31 +378,21 @@ def main(argv: list[str] | None = None) -> None:
         run = Run(args.out, vars(args), __file__, args.replace)
         if run.finished:
             return
-        task, steps, length = tasks.choose(args.task, args.size), args.steps, -(-args.steps // EPOCHS)
-        count = args.train_size
+        task, count = tasks.choose(args.task, args.size), args.train_size
         if args.rehearse:
-            steps, length, count = 2 * args.rehearse, args.rehearse, min(count, 100 * args.batch)
-            task = task._replace(measured=args.batch)
-        model = build_model(vars(args), task, device)
+            count, task.measured = min(count, 100 * args.batch), args.batch
+        model = build_model(args, task, device)
         if args.init_from:
             fill_gpt2(model.gpt, args.init_from)
         data = tasks.load(task, count, args.data_file, device)
         if args.train_size != STREAM and args.batch > len(data.train):
             stop(f"--batch {args.batch} is more than the {len(data.train)} training rows")
-        run.begin(devices.facts(device) | {"data": checkpoints.sha256(*(x.cpu() for x in data)), "steps": args.steps})
-        layout = layout_of(task, args.pause, bool(args.init_from), device)
-        batch_of = passes(layout(data.train), args.seed, args.batch)
-        if args.train_size == STREAM:
-            batch_of = lambda step: layout(tasks.stream(task, args.seed, step, args.batch, device)).long()  # noqa: E731
-        losses = functools.partial(
-            seqvcr_loss, answer=task.answer, lambda1=args.lambda1, lambda2=args.lambda2, layer=args.layer,
-            axis=args.covariance_axis, covariance_batch=args.covariance_batch, precision=args.precision,
-        )  # fmt: skip
-        train(
-            run, model, batch_of, layout(data.validation), build_optimizer(model, args.lr), losses, seed=args.seed,
-            steps=steps, length=length, batch=args.batch, lr=args.lr, answer=task.answer, dropout=args.dropout > 0,
-            compiled=args.compile,
-        )  # fmt: skip
+        setting = f"{args.task} of size {args.size}, GPT of {args.layers} blocks of width {args.width}"
+        run.begin(
+            setting, devices.facts(device) | {"data": checkpoints.sha256(*(x.cpu() for x in data)), "steps": args.steps}
+        )
+        data = tasks.Examples(*(encode(args, task, rows) for rows in data))
+        train(args, run, model, task, data, build_optimizer(model, args.lr))
 
 
 if __name__ == "__main__":

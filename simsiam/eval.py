@@ -194,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
             stop("--held-out is for data that live on the device: up to 64 pixels")
         if arguments["rehearse"]:
             data = data.few(arguments["rehearse"] * arguments["batch"])
-        model = build_model(arguments, device)
+        model = build_model(argparse.Namespace(**arguments), device)
         if saved:
             checkpoints.fit(model, saved["model"], args.folder / "model.pt")
         else:

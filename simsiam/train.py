@@ -31,11 +31,10 @@ Differs from the authors' code:
 
 import argparse
 import copy
-import functools
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +47,13 @@ from tqdm import tqdm
 if not __package__:  # a script takes its own clone, whatever is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import augment, checkpoints, cli, devices, draws, folders, images, probes, schedules
+from common import augment, cli, devices, draws, folders, images, probes, schedules
 from common.cli import stop
 from common.hold import held
 from common.images import Data
 from common.run import Run
 from simsiam.net import NETWORKS, build_backbone
 
-Made = Callable[[int], Iterator[list[Tensor]]]  # epoch -> its batches: lists of views
 Range = tuple[float, float]
 Pairs = list[tuple[int, int]]  # (view that predicts, view that is predicted)
 
@@ -205,11 +203,10 @@ class SimSiam(nn.Module):
         return p, z
 
 
-def build_model(args: Mapping[str, Any], device: torch.device) -> SimSiam:
-    """The network that a run's arguments (args.json) describe, on `device`."""
-    names = ("network", "size", "projector", "projector_layers", "dim", "predictor", "seed")
-    layout = torch.channels_last if args["channels_last"] else torch.contiguous_format
-    return SimSiam(**{name: args[name] for name in names}).to(memory_format=layout).to(device)
+def build_model(args: argparse.Namespace, device: torch.device) -> SimSiam:
+    """The network that a run's arguments describe, on `device`."""
+    model = SimSiam(args.network, args.size, args.projector, args.projector_layers, args.dim, args.predictor, args.seed)
+    return model.to(memory_format=torch.channels_last if args.channels_last else torch.contiguous_format).to(device)
 
 
 # ------------------------------------------------------------------------------------------------- loss
@@ -255,23 +252,29 @@ def worker_view(*, pixels: int, crop: Range, flip: float, hue: float, grey: floa
     return v2.Compose([*steps, v2.RandomGrayscale(grey), v2.RandomApply([blurred], blur), v2.PILToTensor()])
 
 
-def batches(
-    data: Data, kind: dict[str, Any], views: int, batch: int, rows: slice, seed: int, epoch: int
-) -> Iterator[list[Tensor]]:
+def augmentation(args: argparse.Namespace) -> dict[str, Any]:
+    """The parameters of a view on the run's data set, keywords of `one_view` and `worker_view`."""
+    aug = next(aug for name, aug in AUGMENTATION.items() if args.data_set.startswith(name))
+    return aug | {"pixels": aug["pixels"] or args.size}
+
+
+def batches(args: argparse.Namespace, data: Data, epoch: int, rows: slice) -> Iterator[list[Tensor]]:
     """One epoch of lists of normalised views (B, 3, S, S), cut to this rank's `rows` of the global batch.
 
     The order and every view follow from (seed, epoch) alone; the last incomplete batch is dropped.
     """
-    steps = data.examples // batch
-    order = draws.permutation(seed, "order", epoch, data.examples, data.device)[: steps * batch].view(steps, batch)
+    aug, views = augmentation(args), 1 + max(view for pair in PAIRS[args.loss] for view in pair)
+    steps = data.examples // args.batch
+    order = draws.permutation(args.seed, "order", epoch, data.examples, data.device)
+    order = order[: steps * args.batch].view(steps, args.batch)
     if isinstance(data, folders.Streamed):
-        for made in data.views(worker_view(**kind), views, order[:, rows].tolist(), seed, epoch):
-            yield [data.normalise(view) for view in made]
+        for loaded in data.views(worker_view(**aug), views, order[:, rows].tolist(), args.seed, epoch):
+            yield [data.normalise(view) for view in loaded]
         return
     for step, picked in enumerate(order, epoch * steps):
         source = data.train[picked[rows]]
-        numbers = [draws.Draws(seed, f"view {view}", step, batch, rows) for view in range(views)]
-        yield [data.normalise(one_view(source, number, **kind)) for number in numbers]
+        rngs = [draws.Draws(args.seed, f"view {view}", step, args.batch, rows) for view in range(views)]
+        yield [data.normalise(one_view(source, rng, **aug)) for rng in rngs]
 
 
 # ------------------------------------------------------------------------------------------------- train
@@ -302,71 +305,71 @@ def monitor(model: SimSiam, data: Data, k: int) -> dict[str, float]:
 
 
 @torch.no_grad()
-def untrained(model: SimSiam, made: Iterator[list[Tensor]], data: Data, k: int) -> dict[str, float]:
+def untrained(args: argparse.Namespace, model: SimSiam, data: Data, rows: slice) -> dict[str, float]:
     """The record of epoch 0, from a copy of the model whose running statistics have seen 20 batches."""
     copied = copy.deepcopy(model)
-    for views in itertools.islice(made, 20):
+    for views in itertools.islice(batches(args, data, 0, rows), 20):
         z = copied.projector(copied.backbone(views[0]))
-    return {"std_ratio_train_mode": probes.std_ratio(devices.gather_rows(z)), **monitor(copied, data, k)}
+    spread = probes.std_ratio(devices.gather_rows(z))
+    return {"std_ratio_train_mode": spread, **monitor(copied, data, args.neighbours)}
 
 
-def build_optimizer(model: SimSiam, lr: float, weight_decay: float, predictor_schedule: str) -> torch.optim.Optimizer:
+def build_optimizer(args: argparse.Namespace, model: SimSiam) -> torch.optim.Optimizer:
     """SGD on every trainable parameter, decay included (appendix A); `schedule` says how a group's rate moves."""
     encoder = [*model.backbone.parameters(), *model.projector.parameters()]
-    parts = [(encoder, "cosine"), (list(model.predictor.parameters()), predictor_schedule)]
+    parts = [(encoder, "cosine"), (list(model.predictor.parameters()), args.predictor_schedule)]
     groups = [{"params": [x for x in part if x.requires_grad], "schedule": schedule} for part, schedule in parts]
-    return torch.optim.SGD(groups, lr, momentum=0.9, weight_decay=weight_decay)
+    lr = args.lr * args.batch / 256  # section 3: linear scaling
+    return torch.optim.SGD(groups, lr, momentum=0.9, weight_decay=args.weight_decay)
 
 
 def train(
-    run: Run, model: SimSiam, data: Data, made: Made, optimizer: torch.optim.Optimizer, *, pairs: Pairs, leak: float,
-    epochs: int, last: int, batch: int, lr: float, precision: str, monitor_every: int, k: int, compiled: bool,
+    args: argparse.Namespace, run: Run, model: SimSiam, data: Data, optimizer: torch.optim.Optimizer
 ) -> None:  # fmt: skip
-    """The training up to epoch `last` of `epochs`; saves after each, and goes on from there when started again."""
-
-    def state() -> dict[str, Any]:
-        return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-
-    forward = devices.distribute(model, data.device)  # before the first measure: it may change batch norms
-    saved = run.state(data.device)
-    if saved is None:
-        run.save(0, untrained(model, made(0), data, k), state())
-    else:
-        checkpoints.fit(model, saved["model"], run.folder)
-        optimizer.load_state_dict(saved["optimizer"])
-    first, steps = saved["epoch"] if saved else 0, data.examples // batch
-    if compiled:
+    """Train to the last epoch; saves after each, and goes on from there when started again."""
+    pairs, leak, rows = PAIRS[args.loss], args.gradient_leak, devices.rows_of_rank(args.batch)
+    last, steps = min(2, args.epochs) if args.rehearse else args.epochs, data.examples // args.batch
+    forward = devices.distribute(model, data.device)  # before the first measurement: it may change batch norms
+    first = run.resume(model, optimizer)
+    if first is None:
+        first = 0
+        run.end_epoch(0, last, untrained(args, model, data, rows))
+    if args.compile:
         forward.compile()
 
     for epoch in tqdm(range(first, last), run.name, last, initial=first, disable=None, leave=False):
         started, total = time.perf_counter(), torch.zeros((), device=data.device)
+        # The encoder's rate falls along a cosine, epoch by epoch; the predictor's stays (section 3).
         for group in optimizer.param_groups:
-            group["lr"] = lr * (schedules.cosine(epoch / epochs) if group["schedule"] == "cosine" else 1.0)
-        for views in made(epoch):
-            with devices.autocast(precision, data.device):
+            factor = schedules.cosine(epoch / args.epochs) if group["schedule"] == "cosine" else 1.0
+            group["lr"] = args.lr * args.batch / 256 * factor
+
+        for views in batches(args, data, epoch, rows):
+            # Two forwards, not one of both views: each view has batch statistics of its own.
+            with devices.autocast(args.precision, data.device):
                 p, z = forward(views, pairs, leak)
             loss = simsiam_loss(p, z, pairs, leak)
+
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            total += loss.detach()
-        mean_loss = devices.mean_over_ranks(total / steps).item()  # asks the device, once an epoch
+            total += loss.detach()  # .item() here would force a host-device synchronisation
+
+        loss_mean = devices.mean_over_ranks(total / steps).item()
         seconds = time.perf_counter() - started
-        if not devices.finite_on_all_ranks([*model.state_dict().values(), total]):
-            run.diverge(epoch + 1, data.device)
+        if run.diverged(epoch + 1, total):
             return
         record = {
-            "loss": mean_loss,
+            "loss": loss_mean,
             "lr": optimizer.param_groups[0]["lr"],
             "std_ratio_train_mode": probes.std_ratio(devices.gather_rows(z[0].detach())),
-            "examples_per_second": steps * batch / seconds,
+            "examples_per_second": steps * args.batch / seconds,
             "seconds": seconds,
             "peak_memory": devices.peak_memory(data.device),
         }
-        if (epoch + 1) % monitor_every == 0 or epoch + 1 == last:
-            record |= monitor(model, data, k)
-        run.save(epoch + 1, record, state())
-        run.say(epoch + 1, last, record)
+        if (epoch + 1) % args.monitor_every == 0 or epoch + 1 == last:
+            record |= monitor(model, data, args.neighbours)
+        run.end_epoch(epoch + 1, last, record)
     run.finish({"model": model.state_dict(), "epoch": last, "diverged": False})
 
 
@@ -380,11 +383,6 @@ def main(argv: list[str] | None = None) -> None:
     rank, world = devices.start_ranks(args.device, device)
     if args.batch % world:
         stop(f"--batch {args.batch} is the global batch: {world} processes do not divide it")
-    rows = slice(rank * args.batch // world, (rank + 1) * args.batch // world)
-    pairs, lr = PAIRS[args.loss], args.lr * args.batch / 256
-    views = 1 + max(view for pair in pairs for view in pair)
-    kind = next(kind for name, kind in AUGMENTATION.items() if args.data_set.startswith(name))
-    kind = {**kind, "pixels": kind["pixels"] or args.size}
     smaller = f"--precision bfloat16 needs less than float32; --batch {args.batch // 2} about half, but is another run"
     with held(args.out, rank), devices.memory_for(device, f"--batch {args.batch} on {world} processes", smaller):
         run = Run(args.out, vars(args), __file__, args.replace, rank)
@@ -393,18 +391,12 @@ def main(argv: list[str] | None = None) -> None:
         data = images.load_or_stream(args.data_set, args.data, args.size, device, args.workers)
         if args.batch > data.examples:
             stop(f"--batch {args.batch} is more than the {data.examples} training images")
-        steps, last = data.examples // args.batch, args.epochs
-        run.begin(devices.facts(device) | {"data": data.digest, "steps": args.epochs * steps})
+        steps = args.epochs * (data.examples // args.batch)
+        run.begin(f"{args.data_set}, {args.network}", devices.facts(device) | {"data": data.digest, "steps": steps})
         if args.rehearse:
-            data, last = data.few(args.rehearse * args.batch), min(2, args.epochs)
-        model = build_model(vars(args), device)
-        optimizer = build_optimizer(model, lr, args.weight_decay, args.predictor_schedule)
-        made = functools.partial(batches, data, kind, views, args.batch, rows, args.seed)
-        train(
-            run, model, data, made, optimizer, pairs=pairs, leak=args.gradient_leak, epochs=args.epochs, last=last,
-            batch=args.batch, lr=lr, precision=args.precision, monitor_every=args.monitor_every, k=args.neighbours,
-            compiled=args.compile,
-        )  # fmt: skip
+            data = data.few(args.rehearse * args.batch)
+        model = build_model(args, device)
+        train(args, run, model, data, build_optimizer(args, model))
 
 
 if __name__ == "__main__":

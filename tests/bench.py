@@ -83,7 +83,7 @@ def stepper(network: str, layers: int, device: torch.device, layout: torch.memor
     """A function that takes a list of views one optimiser step further and returns the loss."""
     model = train.SimSiam(network, 32, "mlp", layers, train.NETWORKS[network][1], "mlp", 0)
     model = model.to(device, memory_format=layout)
-    optimizer = train.build_optimizer(model, 0.01, 5e-4, "constant")
+    optimizer = train.build_optimizer(train.parse_args(["--lr", "0.08", "--batch", "32"]), model)
 
     def step(views: list[Tensor]) -> Tensor:
         with devices.autocast("auto", device):
@@ -131,7 +131,9 @@ def measure(name: str, device: torch.device, rounds: int) -> None:
     pixels = torch.randint(0, 256, (max(2000, 2 * batch), 3, 32, 32), dtype=torch.uint8, device=device)
     empty, flat = torch.zeros(0, device=device), torch.zeros(3, 1, 1, device=device)
     data = images.Images(pixels, empty, pixels, empty, 10, flat, flat + 1, "")
-    ours = endless(lambda epoch: train.batches(data, kind, 2, batch, slice(0, batch), 0, epoch))
+    args = train.parse_args(["--batch", str(batch)])
+    args.data_set = kind_name
+    ours = endless(lambda epoch: train.batches(args, data, epoch, slice(0, batch)))
     step = stepper(network, layers, device, torch.channels_last)
     plain_step = stepper(network, layers, device, torch.contiguous_format)
     ready = next(ours)
@@ -175,17 +177,17 @@ def measure_bsa(device: torch.device, rounds: int, steps: int = 5) -> None:
     model = bsa.train.BSA(width, latent, active, "sparse", 0).to(device)
     x = model.normalise(torch.randn(batch, width, device=device))
     optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
-    losses = functools.partial(
-        bsa.train.bsa_loss, active=active, alpha=1.0, reconstruction="cosine", alignment="cosine", target="binary",
-        reduction="mean", code="round", precision="float32",
-    )  # fmt: skip
     wide, narrow = torch.randn(batch, latent, device=device), torch.randn(batch, width, device=device)
     logits = (2 * wide).requires_grad_()
     weights = (model.encoder.weight.detach(), model.decoder.weight.detach())
 
     def step() -> None:
+        loss, _ = bsa.train.bsa_loss(
+            model, x, active=active, alpha=1.0, reconstruction="cosine", alignment="cosine", target="binary",
+            reduction="mean", code="round", precision="float32",
+        )  # fmt: skip
         optimizer.zero_grad(set_to_none=True)
-        losses(model, x)[0].backward()
+        loss.backward()
         optimizer.step()
 
     def floor() -> None:

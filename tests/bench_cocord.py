@@ -6,14 +6,17 @@ plain       a reference with the structure of common code: three Pillow crops an
             `.item()` at every step, contiguous tensors; the same networks, losses and weights
 """
 
-import functools
+import argparse
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from conftest import Unwritten
 from operations import Counted
 from PIL import Image
 from torch import Tensor, nn
@@ -25,10 +28,6 @@ from common import images
 
 PAIRS = ("resnet56-resnet20", "resnet110-resnet32", "vgg13-vgg8")
 BATCH = 64
-TERMS = {
-    "forward_weight": 4.0, "swapped_weight": 4.0, "lambda_contrast": 1.0, "lambda_class": 1.0, "lambda_kd": 0.0,
-    "temperature": 0.1, "student_momentum": 0.9, "teacher_momentum": 0.999, "precision": "float32",
-}  # fmt: skip
 
 
 class Pillow(Dataset):
@@ -53,7 +52,7 @@ class Plain:
     """One step after another, as common code writes it."""
 
     def __init__(self, pair: str, device: torch.device):
-        self.model, self.teacher, self.device = *networks(pair, device, torch.contiguous_format), device
+        self.model, self.teacher, self.device = *networks(arguments(pair), device, torch.contiguous_format), device
         every = [*self.model.parameters(), *self.teacher.parameters()]
         self.optimizer = torch.optim.SGD(every, 0.05, momentum=0.9, weight_decay=5e-4, foreach=False)
         self.pointer = 0
@@ -103,60 +102,77 @@ class Plain:
             self.meters[name] = part.item()
 
 
-def networks(pair: str, device: torch.device, layout: torch.memory_format) -> tuple[train.CoCoRD, nn.Module]:
-    """The model of a pair at its published widths, and an untrained teacher."""
-    name, student = pair.split("-")
-    args = vars(train.parse_args(["--scale", "gpu", "--teacher", name, "--student", student]))
-    teacher = net.build(name, 100).eval().requires_grad_(False)
+def arguments(pair: str) -> argparse.Namespace:
+    """A pair at its published widths."""
+    teacher, student = pair.split("-")
+    return train.parse_args(["--scale", "gpu", "--teacher", teacher, "--student", student, "--batch", str(BATCH)])
+
+
+def networks(
+    args: argparse.Namespace, device: torch.device, layout: torch.memory_format
+) -> tuple[train.CoCoRD, nn.Module]:
+    """The model, and an untrained teacher."""
+    teacher = net.build(args.teacher, 100).eval().requires_grad_(False)
     return train.build_model(args, 100, device).to(memory_format=layout), teacher.to(device, memory_format=layout)
 
 
-def ours(pair: str, device: torch.device) -> Callable[[list[Tensor], Tensor], None]:
-    """Our step."""
-    model, teacher = networks(pair, device, torch.channels_last)
-    optimizer = train.build_optimizer([model.student, model.head, model.predictor], 0.05, 5e-4)
-    totals = torch.zeros(len(train.PARTS), device=device)
-    terms = TERMS | {"precision": "auto"}
-    return functools.partial(
-        train.one_step, model, optimizer, net.fold(teacher), terms, model.followers(), totals
-    )  # fmt: skip
+class OneEpoch(Unwritten):
+    """A run that goes on in its first epoch and ends before that is measured: its steps alone change the model."""
 
+    def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+        self.extra = {"probe": None}
+        return 0
 
-def endless(made: Callable[[int], Iterator]) -> Iterator:
-    epoch = 0
-    while True:
-        yield from made(epoch)
-        epoch += 1
+    def diverged(self, epoch: int, totals: Tensor) -> bool:
+        self.totals = totals
+        return True
 
 
 def measure(pair: str, device: torch.device, rounds: int, steps: int = 2) -> None:
-    """Print operations and speeds of one pair."""
+    """Print operations and speeds of one pair. Ours are the steps of the loop of train.py."""
     numbers = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (40 * BATCH, 3, 32, 32), dtype=torch.uint8, generator=numbers).to(device)
     labels, flat = torch.arange(len(pixels), device=device) % 100, torch.full((3, 1, 1), 0.5, device=device)
     data = images.Images(pixels, labels, pixels, labels, 100, flat, flat / 2, "")
-    made = endless(lambda epoch: train.batches(data, train.VIEWS["cifar"], 3, BATCH, 0, epoch))
-    step, plain = ours(pair, device), Plain(pair, device)
-    loader = iter(DataLoader(Pillow(pixels[:2000], labels, BATCH * 10_000), BATCH, num_workers=2))
-    work = {"ours": lambda: step(*next(made)), "plain": lambda: plain.step(*next(loader))}
-    counted, timed = {}, {name: [] for name in work}
-    for name, once in work.items():
+    args, plain, batches = arguments(pair), Plain(pair, device), train.batches
+    model, teacher = networks(args, device, torch.channels_last)
+    optimizer = train.build_optimizer([model.student, model.head, model.predictor], args.lr, args.weight_decay)
+    pillow = iter(DataLoader(Pillow(pixels[:2000], labels, BATCH * 10_000), BATCH, num_workers=2))
+    counted: dict[str, int] = {}
+    timed: dict[str, list[float]] = {"ours": [], "plain": []}
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    def measured_batches(*_) -> Iterator:
+        """The batches of the loop. From one `yield` to the next passes one step; in between the plain steps run."""
+        endless = (batch for epoch in itertools.count() for batch in batches(args, data, epoch))
         for _ in range(2):
-            once()
+            yield next(endless)
         with Counted() as counter:
-            once()
-        counted[name] = counter.operations
-    for _ in range(rounds):
-        for name, once in work.items():
-            once()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            started = time.perf_counter()
+            yield next(endless)
+        counted["ours"] = counter.operations
+        for _ in range(2):
+            plain.step(*next(pillow))
+        with Counted() as counter:
+            plain.step(*next(pillow))
+        counted["plain"] = counter.operations
+        for _ in range(rounds):
+            yield next(endless)
+            started = now()
             for _ in range(steps):
-                once()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            timed[name].append((time.perf_counter() - started) / steps)
+                yield next(endless)
+            timed["ours"].append((now() - started) / steps)
+            plain.step(*next(pillow))
+            started = now()
+            for _ in range(steps):
+                plain.step(*next(pillow))
+            timed["plain"].append((now() - started) / steps)
+
+    with mock.patch.object(train, "batches", measured_batches):
+        train.train(args, OneEpoch(), model, data, optimizer, train.Teacher(net.fold(teacher)))
     found = [b / a for a, b in zip(*timed.values(), strict=True)]
     print(
         f"CoCoRD, {pair}, batch {BATCH}: operations {counted['ours']} / {counted['plain']} plain = "

@@ -7,13 +7,18 @@ outside / step  what is not the networks: views and masks, loss, clipping, AdamW
 plain / step    a reference of the authors' structure: two Pillow views an image in two DataLoader workers, rows of the
                 logits picked by their mask, AdamW, clipping and average parameter by parameter, `.item()` and
                 synchronisation at every step; the same network
+
+Our step is that of `train` itself: `measured` takes the place of its loader and measures what happens between two
+batches.
 """
 
-import functools
+import argparse
+import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from unittest import mock
 
 import numpy as np
 import torch
@@ -52,7 +57,7 @@ class Pillow(Dataset):
 class Plain:
     """One step after another, as the authors' loop is structured."""
 
-    def __init__(self, args: dict, device: torch.device):
+    def __init__(self, args: argparse.Namespace, device: torch.device):
         self.model, self.device, self.seen, self.length = train.build_model(args, device), device, 0, 1000
         decayed, free = (group["params"] for group in train.build_optimizer(self.model, 1e-3).param_groups)
         groups = [{"params": decayed, "weight_decay": 0.05}, {"params": free, "weight_decay": 0.0}]
@@ -93,64 +98,73 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def endless(made: Callable[[int], Iterator[train.Batch]]) -> Iterator[train.Batch]:
-    epoch = 0
-    while True:
-        yield from made(epoch)
-        epoch += 1
-
-
 def main(device: torch.device, rounds: int) -> None:
     size = 512 if device.type == "cuda" else 32
-    args = vars(train.parse_args(["--scale", "gpu"]))
+    args = train.parse_args(["--scale", "gpu", "--batch", str(size), "--epochs", "1", "--warm-up", "1000"])
     pixels = torch.randint(0, 256, (max(2000, 4 * size), 3, 32, 32), dtype=torch.uint8, device=device)
     labels, half = torch.zeros(len(pixels), device=device), torch.full((3, 1, 1), 0.5, device=device)
-    data, kind = images.Images(pixels, labels, pixels, labels, 10, half, half, ""), train.augmentation("cifar")
-    rest = (kind, "asymmetric", 32, PATCHES, 0.75, size, slice(0, size), 0)
-    made = endless(lambda epoch: train.batches(data, *rest, epoch))
+    data = images.Images(pixels, labels, pixels[:8], labels[:8], 10, half, half, "")  # 8: diagnostics are not timed
 
-    model, totals = train.build_model(args, device), torch.zeros(2, device=device)
-    slow, fast = (list(branch.parameters()) for branch in (model.average, model.online))
-    optimizer = train.build_optimizer(model, 1e-3)
-    step = functools.partial(
-        train.one_step, model, optimizer, slow, fast, totals=totals, keys="ema", leak=0.0, temperature=0.1, lr=1e-3,
-        momentum=0.996, precision="auto",
-    )  # fmt: skip
-    plain, loader = Plain(args, device), iter(DataLoader(Pillow(pixels[:2000], 10_000 * size), size, num_workers=2))
+    model = train.build_model(args, device)
+    ema, online = (list(branch.parameters()) for branch in (model.average, model.online))
+    optimizer = train.build_optimizer(model, args.lr)
+    plain, pillow = Plain(args, device), iter(DataLoader(Pillow(pixels[:2000], 10_000 * size), size, num_workers=2))
     q, k = torch.randn(2, size, PATCHES, 256, device=device)
     q.requires_grad_()
+    batches, products = train.batches, Products()
+    operations: dict[str, int] = {}
+    timed: dict[str, list[float]] = {name: [] for name in ("step", "plain", "outside", "floor")}
 
-    def outside() -> None:
-        mask = next(made)[2]
+    def endless() -> Iterator[train.Batch]:
+        for epoch in itertools.count():
+            yield from batches(args, data, epoch, slice(0, size))
+
+    def outside(mask: Tensor) -> None:
         q.grad = None
         train.denoising_contrast(q, k, mask, 0.1).backward()
-        nn.utils.clip_grad_norm_(fast, train.CLIP, foreach=True)
+        nn.utils.clip_grad_norm_(online, train.CLIP, foreach=True)
         optimizer.step()
-        train.follow(slow, fast, 0.996)
+        train.ema_update(ema, online, 0.996)
 
-    work = {"step": lambda: step(made=next(made)), "plain": lambda: plain.step(*next(loader)), "outside": outside}
-    operations = {}
-    for name in ("step", "plain"):
-        work[name]()
-        ready = next(made) if name == "step" else next(loader)
+    def measured(*_) -> Iterator[train.Batch]:
+        """Batches for the loop of `train`, and all measurements in between."""
+        loader = endless()
+        yield next(loader)
+        ready = next(loader)
         with Counted() as counter:
-            step(made=ready) if name == "step" else plain.step(*ready)
-        operations[name] = counter.operations
-    with Products() as products:
-        step(made=next(made))
-    work["floor"] = products.replay
+            yield ready
+        operations["step"] = counter.operations
+        plain.step(*next(pillow))
+        views = next(pillow)
+        with Counted() as counter:
+            plain.step(*views)
+        operations["plain"] = counter.operations
+        ready = next(loader)
+        with products:
+            yield ready
 
-    timed: dict[str, list[float]] = {name: [] for name in work}
-    repeats = {"outside": 5} | ({name: 5 for name in work} if device.type == "cuda" else {})
-    for number in range(rounds + 1):  # the first one warms up
-        for name, once in work.items():
-            synchronise(device)
-            started = time.perf_counter()
-            for _ in range(repeats.get(name, 1)):
-                once()
-            synchronise(device)
-            if number:
-                timed[name].append((time.perf_counter() - started) / repeats.get(name, 1))
+        for number in range(rounds + 1):  # the first one warms up
+            for name, times in timed.items():
+                repeats = 5 if name == "outside" or device.type == "cuda" else 1
+                synchronise(device)
+                started = time.perf_counter()
+                for _ in range(repeats):
+                    if name == "step":
+                        yield next(loader)
+                    elif name == "plain":
+                        plain.step(*next(pillow))
+                    elif name == "outside":
+                        outside(next(loader)[2])
+                    else:
+                        products.replay()
+                synchronise(device)
+                if number:
+                    times.append((time.perf_counter() - started) / repeats)
+
+    run = mock.Mock(**{"resume.return_value": None, "diverged.return_value": False})
+    run.name = "bench"
+    with mock.patch.object(train, "batches", measured):
+        train.train(args, run, model, data, optimizer)
 
     def ratio(a: str, b: str) -> str:
         found = [x / y for x, y in zip(timed[a], timed[b], strict=True)]

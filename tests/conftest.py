@@ -64,7 +64,7 @@ class Unwritten:
     def state(self, device):
         return None
 
-    def nothing(self, *_):
+    def nothing(self, *_, **__):
         pass
 
     save = say = finish = diverge = diverged = end_epoch = resume = nothing

@@ -1,5 +1,6 @@
 """The parts of gpu_check that ask whether everything runs and agrees with the CPU; each yields its cases."""
 
+import argparse
 import contextlib
 import io
 import math
@@ -127,11 +128,12 @@ def agree_on_views(check: Check) -> str:
     made = []
     for device in (CPU, check.device):
         data = random_images(64, 32, 10, device)
-        kind = simsiam.train.AUGMENTATION["folder"] | {"pixels": 32}
-        views = list(next(simsiam.train.batches(data, kind, 2, 64, slice(0, 64), 0, 3)))
-        kinds = (conmim.train.augmentation("folder"), "asymmetric", 32, 64, 0.75, 64, slice(0, 64), 0, 3)
-        query, key, mask = next(conmim.train.batches(data, *kinds))
-        crops, labels = next(cocord.train.batches(data, cocord.train.VIEWS["cifar"], 3, 64, 0, 3))
+        args = simsiam.train.parse_args(["--data-set", "folder", "--batch", "64"])
+        views = list(next(simsiam.train.batches(args, data, 3, slice(0, 64))))
+        args = conmim.train.parse_args(["--data-set", "folder", "--batch", "64"])
+        query, key, mask = next(conmim.train.batches(args, data, 3, slice(0, 64)))
+        cocord_args = cocord.train.parse_args(["--data-set", "cifar100", "--batch", "64"])
+        crops, labels = next(cocord.train.batches(cocord_args, data, 3))
         made.append((torch.stack([*views, query, key, *crops]).cpu(), mask.cpu(), labels.cpu()))
     (reference, *others), (found, *equal) = made
     expect(all(map(torch.equal, others, equal)), "masks or labels differ")
@@ -144,7 +146,8 @@ def agree_on_views(check: Check) -> str:
 def agree_on_rows(check: Check) -> str:
     every = (("multiplication", 2), ("multiplication", 4), ("arithmetic", 3), ("lis", 8))
     for name, size in every[: 1 if check.dry else None]:
-        task = tasks.choose(name, size)._replace(measured=100)
+        task = tasks.choose(name, size)
+        task.measured = 100
         reference, found = (tasks.load(task, 500, None, device) for device in (CPU, check.device))
         streams = [tasks.stream(task, 0, 5, 64, device).cpu() for device in (CPU, check.device)]
         same = all(torch.equal(a, b.cpu()) for a, b in zip(reference, found, strict=True)) and torch.equal(*streams)
@@ -197,10 +200,9 @@ def measure_a_small_spread(check: Check) -> str:
 
 def meter_under_bfloat16(check: Check) -> str:
     """SimSiam's train-mode spread is that of the training step's own z: what its precision does to it."""
-    args = simsiam.train.parse_args([])
-    data, kind = random_images(256, 32, 10, check.device), simsiam.train.AUGMENTATION["glyphs"]
-    views = next(simsiam.train.batches(data, kind, 2, 256, slice(0, 256), 0, 0))
-    model, found = simsiam.train.build_model(vars(args), check.device), {}
+    args = simsiam.train.parse_args(["--batch", "256"])
+    views = next(simsiam.train.batches(args, random_images(256, 32, 10, check.device), 0, slice(0, 256)))
+    model, found = simsiam.train.build_model(args, check.device), {}
     for precision in ("float32", "bfloat16"):
         with torch.no_grad(), devices.autocast(precision, check.device):
             z = model.projector(model.backbone(views[0]))
@@ -474,7 +476,7 @@ def two_ranks(check: Check, paper: str) -> str:
         done = forked.run(folder, script, *argv, ranks=count)
         expect(done.returncode == 0, f"{count} ranks: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")
         ends.append(checkpoints.load(folder / str(count) / "model.pt"))
-    start = PAPERS[paper].train.build_model(ends[0]["arguments"], CPU).state_dict()
+    start = PAPERS[paper].train.build_model(argparse.Namespace(**ends[0]["arguments"]), CPU).state_dict()
     apart = distance(ends[1]["model"], ends[0]["model"], start)
     expect(apart <= TOLERANCE, f"{apart:.1e} of the way apart, {TOLERANCE} allowed")
     return f"{apart:.1e} of the way apart"

@@ -14,7 +14,6 @@ import simsiam.train
 from cocord import net
 from common import devices, draws, images
 from common.devices import upload
-from conmim.net import NETWORKS
 from seqvcr import tasks
 
 CPU = torch.device("cpu")
@@ -56,12 +55,11 @@ def random_images(count: int, size: int, classes: int, device: torch.device) -> 
 
 def simsiam_problem(scale: str, rows: int, device: torch.device) -> Problem:
     args = simsiam.train.parse_args(["--scale", scale])
-    kind = next(kind for name, kind in simsiam.train.AUGMENTATION.items() if args.data_set.startswith(name))
-    data, kind = random_images(rows, args.size, 10, CPU), kind | {"pixels": kind["pixels"] or args.size}
-    views = next(simsiam.train.batches(data, kind, 2, rows, slice(0, rows), 0, 0))
+    args.batch, args.lr = rows, 0.05 * 256 / rows
+    views = next(simsiam.train.batches(args, random_images(rows, args.size, 10, CPU), 0, slice(0, rows)))
     views = [upload(view, device) for view in views]
-    model = simsiam.train.build_model(vars(args), device)
-    optimizer = simsiam.train.build_optimizer(model, 0.05, args.weight_decay, args.predictor_schedule)
+    model = simsiam.train.build_model(args, device)
+    optimizer = simsiam.train.build_optimizer(args, model)
 
     def loss(precision: str) -> Tensor:
         pairs = simsiam.train.PAIRS[args.loss]
@@ -73,15 +71,11 @@ def simsiam_problem(scale: str, rows: int, device: torch.device) -> Problem:
 
 
 def conmim_problem(scale: str, rows: int, device: torch.device) -> Problem:
-    args = conmim.train.parse_args(["--scale", scale])
-    patches = (args.size // NETWORKS[args.network].patch) ** 2
-    batches = conmim.train.batches(
-        random_images(rows, args.size, 10, CPU), conmim.train.augmentation(args.data_set), args.views, args.size,
-        patches, args.mask_ratio, rows, slice(0, rows), 0, 0,
-    )  # fmt: skip
-    query, key, mask = (upload(one, device) for one in next(batches))
-    model = conmim.train.build_model(vars(args), device)
-    slow, fast = list(model.average.parameters()), list(model.online.parameters())
+    args = conmim.train.parse_args(["--scale", scale, "--batch", str(rows)])
+    loader = conmim.train.batches(args, random_images(rows, args.size, 10, CPU), 0, slice(0, rows))
+    query, key, mask = (upload(one, device) for one in next(loader))
+    model = conmim.train.build_model(args, device)
+    ema, online = list(model.average.parameters()), list(model.online.parameters())
 
     def loss(precision: str) -> Tensor:
         with devices.autocast(precision, device):
@@ -89,27 +83,39 @@ def conmim_problem(scale: str, rows: int, device: torch.device) -> Problem:
         return conmim.train.denoising_contrast(q, k, mask, args.temperature)
 
     optimizer = conmim.train.build_optimizer(model, args.lr)
-    return Problem(model, optimizer, loss, lambda: conmim.train.follow(slow, fast, args.momentum))
+    return Problem(model, optimizer, loss, lambda: conmim.train.ema_update(ema, online, args.momentum))
 
 
 def cocord_problem(scale: str, rows: int, device: torch.device) -> Problem:
     """The networks at `paper` scale are the largest: ResNet50 teaches vgg8."""
     pair = ["--teacher", "ResNet50", "--student", "vgg8"] if scale == "paper" else []
-    args = cocord.train.parse_args(["--scale", scale, *pair, "--queue", str(max(rows, 512))])
-    kind = next(kind for name, kind in cocord.train.VIEWS.items() if args.data_set.startswith(name))
-    data = random_images(rows, 32, 36, CPU)
-    views, labels = next(cocord.train.batches(data, kind, 3, rows, 0, 0))
-    views, labels = [upload(view, device) for view in views], upload(labels, device)
+    args = cocord.train.parse_args(["--scale", scale, *pair, "--queue", str(max(rows, 512)), "--batch", str(rows)])
+    views, labels = next(cocord.train.batches(args, random_images(rows, 32, 36, CPU), 0))
+    (x, swapped_x, teacher_x), labels = [upload(view, device) for view in views], upload(labels, device)
     with draws.forked(0, "teacher"):
         teacher = net.build(args.teacher, 36).eval().requires_grad_(False)
     teacher = net.fold(teacher.to(memory_format=torch.channels_last).to(device))
-    model = cocord.train.build_model(vars(args), 36, device)
+    model = cocord.train.build_model(args, 36, device)
     optimizer = cocord.train.build_optimizer([model.student, model.head, model.predictor], 0.05, 5e-4)
-    terms = {name: getattr(args, name) for name in cocord.train.TERMS}
-    followers = model.followers()
+    (slow, fast), (slow_head, fast_head) = model.followers()
 
-    def loss(precision: str) -> Tensor:  # it moves what follows the student by itself, before it makes the targets
-        return cocord.train.losses(model, teacher, views, labels, followers, **terms | {"precision": precision})[0]
+    def loss(precision: str) -> Tensor:
+        """As in the loop of train.py: the EMA updates come between the student and the targets."""
+        with devices.autocast(precision, device):
+            feature, logits = model.student(x)
+            z = model.head(feature)
+            p, swapped_p = model.predictor(z), model.predictor(model.head(model.student(swapped_x)[0]))
+        cocord.train.ema_update(slow, fast, args.student_momentum)
+        cocord.train.ema_update(slow_head, fast_head, args.teacher_momentum)
+        with torch.no_grad(), devices.autocast(precision, device):
+            u, swapped_u = (model.slow_head(model.slow_student(view)[0]) for view in (swapped_x, x))
+            keys = cocord.train.make_keys(model, teacher, teacher_x)
+        return cocord.train.cocord_loss(
+            (logits, z, p, swapped_p), (labels, keys, u, swapped_u, torch.empty(0)), model.queue,
+            forward_weight=args.forward_weight, swapped_weight=args.swapped_weight,
+            lambda_contrast=args.lambda_contrast, lambda_class=args.lambda_class, lambda_kd=0.0,
+            temperature=args.temperature,
+        )[0]  # fmt: skip
 
     return Problem(model, optimizer, loss, lambda: None)
 
@@ -119,12 +125,12 @@ def bsa_problem(scale: str, rows: int, device: torch.device) -> Problem:
     data = ["--data", "matrix.npy"] if scale == "paper" else []
     args = bsa.train.parse_args(["--scale", scale, *data])
     width = {"demo": 128, "gpu": 384, "paper": 768}[scale]
-    model = bsa.train.build_model(vars(args), width, device)
+    model = bsa.train.build_model(args, width, device)
     x = bsa.train.BSA(width, 2, 1, "torch", 0).normalise(
         torch.randn(8 * rows, width, generator=draws.generator(0, "x", 0))
     )
     if scale != "paper":
-        h = bsa.train.build_model(vars(args), width, CPU).encoder(x).detach()
+        h = bsa.train.build_model(args, width, CPU).encoder(x).detach()
         top = h.topk(args.active + 1, dim=1).values
         clear = (h.abs().amin(1) > 1e-2) & (top[:, -2] - top[:, -1] > 1e-3)
         x = x[clear]
@@ -147,8 +153,8 @@ def seqvcr_problem(scale: str, rows: int, device: torch.device) -> Problem:
     args = seqvcr.train.parse_args(["--scale", scale, *init, "--dropout", "0", "--batch", str(rows)])
     task = tasks.choose(args.task, args.size)
     raw = task.draw(draws.generator(0, "rows", 0), rows, CPU, True)
-    tokens = upload(seqvcr.train.layout_of(task, args.pause, False, CPU)(raw).long(), device)
-    model = seqvcr.train.build_model(vars(args), task, device)
+    tokens = upload(seqvcr.train.encode(args, task, raw).long(), device)
+    model = seqvcr.train.build_model(args, task, device)
 
     def loss(precision: str) -> Tensor:
         return seqvcr.train.seqvcr_loss(

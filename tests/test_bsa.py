@@ -1,6 +1,6 @@
 """BSA: closed-form losses, the rounding, codes, data and its refusals, arms, and train -> eval on planted concepts."""
 
-import functools
+import argparse
 import itertools
 import json
 import math
@@ -318,9 +318,8 @@ def test_matched_weights_follow_from_the_sizes():
 
 def test_every_flag_is_read():
     source = (ROOT / "bsa/train.py").read_text()
-    read = set(re.findall(r"args\.(\w+)", source[source.index("def main") :]))
-    read |= set(re.findall(r'args\["(\w+)"\]', source))
-    assert read | {"scale", "seed"} == set(vars(train.parse_args([]))) and {"scale"} <= read
+    read = set(re.findall(r"args\.(\w+)", source[source.index("- model\n") :]))  # below parse_args
+    assert read == set(vars(train.parse_args([])))
 
 
 # ---------------------------------------------------------------------------------------------- runs
@@ -474,8 +473,9 @@ def test_codes_can_be_used(finished, tmp_path, capsys):
     exported = np.load(tmp_path / "codes.npz")
     bits = np.unpackbits(exported["codes"], axis=1, count=int(exported["latent"]))
     assert bits.shape == (60, 64) and exported["names"][3] == "concept 3"
-    model = train.build_model(checkpoints.load(tmp_path / "run/model.pt")["arguments"], 16, torch.device("cpu"))
-    model.load_state_dict(checkpoints.load(tmp_path / "run/model.pt")["model"])
+    saved = checkpoints.load(tmp_path / "run/model.pt")
+    model = train.build_model(argparse.Namespace(**saved["arguments"]), 16, torch.device("cpu"))
+    model.load_state_dict(saved["model"])
     z = evaluate.codes_of(model, model.normalise(torch.from_numpy(values)), 4, "round").z
     assert np.array_equal(bits, z.numpy())
     evaluate.main([str(tmp_path / "run"), "--neighbours", "concept 3", "--features", "2"])
@@ -495,20 +495,15 @@ def test_codes_can_be_used(finished, tmp_path, capsys):
 @pytest.mark.parametrize("arm", ["base", "no-alignment", "mse", "l1-0.01", "topk", "topk-values"])
 def test_training_and_evaluation_stay_on_a_fake_gpu(arm, fake_gpu: FakeGPU):
     device = torch.device("cuda")
-    args = train.parse_args(["--latent", "64", "--active", "4", *ARMS[arm]])
+    args = train.parse_args(["--latent", "64", "--active", "4", "--batch", "8", *ARMS[arm]])
     rows = torch.zeros(64, 16, device=device)
-    model = train.build_model(vars(args), 16, device)
+    model = train.build_model(args, 16, device)
     asked = []
-    for steps in (4, 8):
+    for steps_per_epoch in (2, 4):
+        args.rehearse = steps_per_epoch  # two epochs each time, so more steps must not ask more often
         fake_gpu.asked = 0
         optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-
-        losses = functools.partial(
-            train.bsa_loss, active=4, alpha=args.alpha, reconstruction=args.reconstruction, alignment=args.alignment,
-            target="binary", reduction="mean", code=args.code, precision="auto",
-        )  # fmt: skip
-        train.train(Unwritten(), model, model.normalise(rows), optimizer, losses, seed=0, steps=steps,
-                    length=steps // 2, batch=8, compiled=False)  # fmt: skip
+        train.train(args, Unwritten(), model, model.normalise(rows), optimizer)
         asked.append(fake_gpu.asked)
     assert asked[0] == asked[1] > 0
     s, z, fixed = evaluate.codes_of(model, rows, 4, args.code)
@@ -539,19 +534,22 @@ def test_the_specifications_bands_on_planted_concepts(tmp_path, monkeypatch):
     assert fixed < found["no-alignment"]["fixed_topk_reconstruction_loss"]
 
 
-def test_every_pass_takes_all_rows_once_in_an_order_of_its_own(tmp_path):
+def test_every_pass_takes_all_rows_once_in_an_order_of_its_own(tmp_path, monkeypatch):
     rows, seen = torch.arange(16.0).unsqueeze(1).repeat(1, 3), []
 
-    def losses(model, x):
+    def loss(model, x, **_):
         seen.append(x[:, 0].long().tolist())
         return model.encoder(x).mean(), torch.zeros(5)
 
+    monkeypatch.setattr(train, "bsa_loss", loss)
+    args = train.parse_args(["--steps", "44", "--batch", "4"])  # epochs of three steps, passes of four
+    assert [len(steps) for steps in train.schedule(args)] == [3] * 14 + [2]
     model = BSA(3, 8, 2, "torch", 0)
     run = train.Run(tmp_path, {}, train.__file__)
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-    train.train(run, model, rows, optimizer, losses, seed=0, steps=8, length=3, batch=4, compiled=False)
-    passes = [list(itertools.chain(*part)) for part in (seen[:4], seen[4:])]
-    assert len(seen) == 8 and sorted(passes[0]) == sorted(passes[1]) == list(range(16)) and passes[0] != passes[1]
+    train.train(args, run, model, rows, torch.optim.Adam(model.parameters(), 1e-3))
+    passes = [list(itertools.chain(*seen[first : first + 4])) for first in range(0, 44, 4)]
+    assert len(seen) == 44 and all(sorted(one) == list(range(16)) for one in passes)
+    assert len({tuple(one) for one in passes}) == 11
 
 
 @pytest.mark.parametrize("content", ["", "{\n{}\n", '{"loss": 1}\n'])

@@ -6,10 +6,12 @@ import functools
 import json
 import math
 import re
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
+from bench_cocord import OneEpoch
 from conftest import ROOT, Unwritten, refused
 from plan import design
 from torch import nn
@@ -17,7 +19,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from cocord import eval as evaluate
 from cocord import net, plot, teacher, train
-from cocord.train import CoCoRD, contrastive_loss, distillation_loss, follow, prediction_loss
+from cocord.train import CoCoRD, contrastive_loss, distillation_loss, ema_update, prediction_loss
 from common import checkpoints, images
 from common.run import Run
 
@@ -49,12 +51,14 @@ def batch(rows: int = 8) -> tuple[list[torch.Tensor], torch.Tensor]:
     return list(torch.randn(3, rows, 3, 32, 32, generator=numbers)), torch.arange(rows) % 6
 
 
-def step(model: CoCoRD, network: nn.Module | None, made=None, lr: float = 0.1, **terms) -> torch.Tensor:
-    """One step of `model`; the parts of its loss."""
-    optimizer = train.build_optimizer([model.student, model.head, model.predictor], lr, 5e-4)
-    totals, (views, labels) = torch.zeros(len(train.PARTS)), made or batch()
-    train.one_step(model, optimizer, network, TERMS | terms, model.followers(), totals, views, labels)
-    return totals / len(labels)
+def step(model: CoCoRD, network: nn.Module, made=None, **flags) -> torch.Tensor:
+    """One step of the loop of train.py; the parts of its loss."""
+    args = argparse.Namespace(**vars(train.parse_args([])) | TERMS | {"lr": 0.1} | flags)
+    optimizer = train.build_optimizer([model.student, model.head, model.predictor], args.lr, 5e-4)
+    run, (views, labels) = OneEpoch(), made or batch()
+    with mock.patch.object(train, "batches", lambda *_: iter([(views, labels)])):
+        train.train(args, run, model, tensors(8), optimizer, train.Teacher(network))
+    return run.totals / len(labels)
 
 
 def state(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -145,7 +149,7 @@ def test_a_steps_loss_equals_a_naive_one_in_double_precision():
 def test_with_equal_views_and_frozen_statistics_both_directions_are_alike():
     model, network, (views, labels) = small(), taught(), batch()
     model.eval()
-    parts = train.losses(model, network, [views[0]] * 3, labels, model.followers(), **TERMS)[1]
+    parts = step(model, network, ([views[0]] * 3, labels))
     torch.testing.assert_close(parts[3], parts[4])
 
 
@@ -179,12 +183,12 @@ def test_two_views_have_batch_statistics_of_their_own():
 def test_momentum_is_exact_at_its_ends_and_what_it_says_between():
     slow, fast = [torch.randn(3, 4), torch.randn(5)], [torch.randn(3, 4) * 1e3, torch.randn(5)]
     before = [one.clone() for one in slow]
-    follow(slow, fast, 1.0)
+    ema_update(slow, fast, 1.0)
     assert all(torch.equal(a, b) for a, b in zip(slow, before, strict=True))
-    follow(slow, fast, 0.9)
+    ema_update(slow, fast, 0.9)
     for a, b, c in zip(slow, before, fast, strict=True):
         torch.testing.assert_close(a, 0.9 * b + 0.1 * c)
-    follow(slow, fast, 0.0)
+    ema_update(slow, fast, 0.0)
     assert all(torch.equal(a, b) for a, b in zip(slow, fast, strict=True))
 
 
@@ -448,26 +452,31 @@ def test_crops_equal_torchvisions():
         assert torch.equal(one, tv.horizontal_flip(expected) if mirrored else expected)
 
 
+def loader(data: images.Images, epoch: int = 0, views: int = 3, batch: int = 8, seed: int = 0):
+    args = train.parse_args(["--data-set", "cifar100", "--batch", str(batch), "--seed", str(seed), "--queue", "800"])
+    return train.batches(args, data, epoch, views)
+
+
 def test_batches_are_whole_epochs_of_three_views_that_follow_from_seed_and_epoch():
-    data, kind = tensors(22)._replace(train_labels=torch.arange(22)), train.VIEWS["cifar"]
-    made = list(train.batches(data, kind, 3, 8, 0, 1))
+    data = tensors(22)._replace(train_labels=torch.arange(22))
+    made = list(loader(data, 1))
     assert [len(labels) for _, labels in made] == [8, 8, 6]
     assert sorted(torch.cat([labels for _, labels in made]).tolist()) == list(range(22))
-    again, other = list(train.batches(data, kind, 3, 8, 0, 1)), list(train.batches(data, kind, 3, 8, 0, 2))
+    again, other = list(loader(data, 1)), list(loader(data, 2))
     assert torch.equal(made[2][0][1], again[2][0][1]) and not torch.equal(made[2][0][1], other[2][0][1])
-    assert not torch.equal(next(train.batches(data, kind, 3, 8, 1, 1))[0][0], made[0][0][0])
+    assert not torch.equal(next(loader(data, 1, seed=1))[0][0], made[0][0][0])
     views = made[0][0]
-    assert not torch.equal(views[0], views[1]) and not torch.equal(views[1], views[2])
-    single = next(train.batches(data, kind, 1, 8, 0, 1))[0]
+    assert len(views) == 3 and not torch.equal(views[0], views[1]) and not torch.equal(views[1], views[2])
+    single = next(loader(data, 1, views=1))[0]
     assert len(single) == 1 and torch.equal(single[0], views[0])
-    assert [len(labels) for _, labels in train.batches(tensors(17), kind, 3, 8, 0, 0)] == [8, 8]  # no batch of one
+    assert [len(labels) for _, labels in loader(tensors(17))] == [8, 8]  # no batch of one
 
 
 def test_offsets_and_mirrors_cover_their_range_evenly():
     data = tensors(2)._replace(train=torch.full((2, 3, 32, 32), 255, dtype=torch.uint8))
     wide = functools.reduce(lambda a, b: a._replace(train=torch.cat([a.train, b.train])), [data] * 400)
     wide = wide._replace(train_labels=torch.zeros(800, dtype=torch.int64))
-    views, _ = next(train.batches(wide, train.VIEWS["cifar"], 3, 800, 0, 0))
+    views, _ = next(loader(wide, batch=800))
     light = (views[0][:, 0] > 0).float()  # black padding shows where the window lies
     tops = light.amax(2).argmax(1)
     assert tops.max() == 4 and 0.05 < (tops == 4).float().mean() < 0.18  # 1 in 9
@@ -506,14 +515,12 @@ def test_every_published_pair_is_an_arm_of_paper_scale():
 
 
 def test_every_flag_is_read():
-    """By main or the constructor; and none is read that does not exist."""
+    """After the parsing; and none is read that does not exist."""
     for module, path in ((train, "cocord/train.py"), (teacher, "cocord/teacher.py")):
         source = (ROOT / path).read_text()
-        read = set(re.findall(r"args\.(\w+)", source[source.index("def main") :]))
-        if module is train:
-            read |= set(re.findall(r'args\["(\w+)"\]', source)) | set(train.TERMS)
-            read |= set(re.findall(r'"(\w+)"', re.search(r"names = \((.*)\)", source).group(1)))
-        assert read - {"data"} | {"data"} == set(vars(module.parse_args([]))), path
+        source = source[source.index("\ndef ", source.index("def parse_args")) :]
+        read = set(re.findall(r"\bargs\.(\w+)", source))
+        assert read == set(vars(module.parse_args([]))), path
 
 
 @pytest.mark.parametrize(
@@ -545,20 +552,23 @@ def test_rates_and_heads_that_are_not_given_follow_from_the_pair():
 # ---------------------------------------------------------------------------------------------- a fake GPU
 
 
+class Unsaved(Unwritten):
+    def end_epoch(self, epoch, last, record, probe) -> None:
+        pass
+
+
 def train_on_a_fake_gpu(count: int, flags: list[str]) -> None:
-    args = train.parse_args([*flags, "--batch", "16"])
+    args = train.parse_args([*flags, "--batch", "16", "--epochs", "2", "--data-set", "cifar100"])
     data, device = tensors(count, "cuda"), torch.device("cuda")
-    network = None if args.teacher == "none" else net.fold(net.build(args.teacher, 6).eval().requires_grad_(False))
-    if network is not None:
+    network = nn.Identity()
+    if args.teacher != "none":
+        network = net.fold(net.build(args.teacher, 6).eval().requires_grad_(False))
         for weight in network.parameters():
             weight.requires_grad_(False)
         network.to(device)
-    model = train.build_model(vars(args), 6, device)
+    model = train.build_model(args, 6, device)
     optimizer = train.build_optimizer([model.student, model.head, model.predictor], 0.1, 5e-4)
-    made = functools.partial(train.batches, data, train.VIEWS["cifar"], 3, 16, 0)
-    terms = {name: getattr(args, name) for name in train.TERMS} | {"precision": "auto"}
-    train.train(Unwritten(), model, network, data, made, optimizer, terms, epochs=2, last=2, batch=16, lr=0.1,
-                precision="auto", facts={})  # fmt: skip
+    train.train(args, Unsaved(), model, data, optimizer, train.Teacher(network))
 
 
 @pytest.mark.parametrize("arm", ARMS)

@@ -1,7 +1,7 @@
 """ConMIM: the authors' golden values, loss and gradients, masks and views, diagnostics, the arms, runs, two ranks."""
 
+import argparse
 import copy
-import functools
 import itertools
 import json
 import math
@@ -38,8 +38,8 @@ def little(monkeypatch):
     monkeypatch.setitem(net.NETWORKS, "vit_demo", net.Shape(4, 16, 2, 2))
 
 
-def arguments(*flags: str) -> dict:
-    return vars(train.parse_args(["--hidden", "24", "--dim", "20", *flags]))
+def arguments(*flags: str) -> argparse.Namespace:
+    return train.parse_args(["--hidden", "24", "--dim", "20", *flags])
 
 
 def small(*flags: str) -> ConMIM:
@@ -52,14 +52,33 @@ def batch(rows: int = 6) -> train.Batch:
     return query, key, train.random_masks(draws.Draws(0, "mask", 0, rows), 64, 0.75)
 
 
-def step(model: ConMIM, made: train.Batch, arm: str = "base", lr: float = 0.01, momentum: float = 0.9, **changes):
-    """One step of an arm; (loss, clipped)."""
-    args, totals = arguments(*ARMS[arm]), torch.zeros(2)
-    settings = {"keys": args["keys"], "leak": args["gradient_leak"], "temperature": 0.1, "precision": "float32"}
-    weights = [list(branch.parameters()) for branch in (model.average, model.online)]
-    optimizer = train.build_optimizer(model, lr)
-    train.one_step(model, optimizer, *weights, made, totals, lr=lr, momentum=momentum, **settings | changes)
-    return totals
+class Recorded(Unwritten):
+    """A run of which only the records are kept."""
+
+    def __init__(self):
+        self.records: list[dict] = []
+
+    def end_epoch(self, epoch: int, last: int, record: dict) -> None:
+        self.records.append(record)
+
+
+def trained(args: argparse.Namespace, model: ConMIM, data) -> dict:
+    """The last record of `train` itself, with rate and momentum as they are in `args` at every step."""
+    run = Recorded()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "learning_rate", lambda *_: args.lr)
+        patch.setattr(train, "momentum_at", lambda *_: args.momentum)
+        train.train(args, run, model, data, train.build_optimizer(model, args.lr))
+    assert len(run.records) == 1 + args.epochs
+    return run.records[-1]
+
+
+def step(model: ConMIM, made: train.Batch, arm: str = "base", lr: float = 0.01, momentum: float = 0.9) -> dict:
+    """The record of one step of an arm on this batch."""
+    flags = ["--batch", str(len(made[0])), "--epochs", "1", "--lr", str(lr), "--momentum", str(momentum)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "batches", lambda *_: iter([made]))
+        return trained(arguments(*flags, *ARMS[arm]), model, tensors(len(made[0])))
 
 
 def gradients(model: ConMIM, made: train.Batch, keys: str, leak: float, precision: str = "float32"):
@@ -271,7 +290,7 @@ def test_every_online_parameter_has_a_gradient_in_every_cell(arm, precision):
     model, args = small("--positions", "both"), arguments(*ARMS[arm])
     for block in model.online.vit.blocks:  # at 0 relative biases and masks have none that can be seen
         nn.init.normal_(block.attn.q_bias)
-    _, found = gradients(model, batch(), args["keys"], args["gradient_leak"], precision)
+    _, found = gradients(model, batch(), args.keys, args.gradient_leak, precision)
     for name, slope in found.items():
         assert slope is not None and slope.abs().max() > 0, name
     assert all(weight.grad is None and not weight.requires_grad for weight in model.average.parameters())
@@ -334,7 +353,7 @@ def test_the_average_follows_after_the_step_in_every_cell(arm):
     assert not torch.equal(model.online.vit.mask_token, start["vit.mask_token"])
     buffers = dict(model.average.projector.named_buffers())
     moved = buffers["1.num_batches_tracked"].item() == 1
-    assert moved == (arguments(*ARMS[arm])["keys"] == "ema")  # its own batches, never an average of statistics
+    assert moved == (arguments(*ARMS[arm]).keys == "ema")  # its own batches, never an average of statistics
 
 
 def test_momentum_is_exact_at_its_ends():
@@ -351,7 +370,7 @@ def test_the_gradient_is_clipped_and_counted(monkeypatch):
     for limit in (1e-3, 1e6):
         monkeypatch.setattr(train, "CLIP", limit)
         model = small()
-        found[limit] = step(model, batch())[1].item()
+        found[limit] = step(model, batch())["clipped_fraction"]
         size = norm({name: weight.grad for name, weight in model.online.named_parameters()})
         assert size <= limit * 1.001
     assert found == {1e-3: 1.0, 1e6: 0.0}
@@ -519,9 +538,9 @@ def test_every_image_has_squares_of_its_own_and_the_same_number(patches, ratio, 
 
 
 def made(arm: str = "base", rows: slice = slice(0, 8), seed: int = 0, epoch: int = 1, data=None) -> list[train.Batch]:
-    kind, views = train.augmentation("glyphs36"), arguments(*ARMS[arm])["views"]
     torch.manual_seed(0)
-    return list(train.batches(data or tensors(40), kind, views, 32, 64, 0.75, 8, rows, seed, epoch))
+    args = arguments("--batch", "8", "--seed", str(seed), *ARMS[arm])
+    return list(train.batches(args, data or tensors(40), epoch, rows))
 
 
 def test_arms_see_equal_queries_and_masks_and_basic_keys_are_the_queries():
@@ -540,9 +559,9 @@ def test_arms_see_equal_queries_and_masks_and_basic_keys_are_the_queries():
 def test_every_kind_of_draw_has_a_purpose_and_every_step_its_own(monkeypatch):
     asked, real = [], draws.Draws
 
-    def recorded(seed, purpose, **rest):
-        asked.append((purpose, rest["step"]))
-        return real(seed, purpose, **rest)
+    def recorded(seed, purpose, step, *rest):
+        asked.append((purpose, step))
+        return real(seed, purpose, step, *rest)
 
     monkeypatch.setattr(draws, "Draws", recorded)
     made(epoch=2)
@@ -642,7 +661,7 @@ def test_diagnostics_tell_a_position_code_from_content():
 
 @pytest.mark.parametrize("arm", CELLS)
 def test_diagnostics_leave_statistics_and_modes_as_they_were(arm):
-    model, keys = small(), arguments(*ARMS[arm])["keys"]
+    model, keys = small(), arguments(*ARMS[arm]).keys
     before, (x, _, mask) = state(model), batch()
     found = train.diagnose(model, keys, x, mask)
     assert equal(before, state(model)) and all(module.training for module in model.modules())
@@ -666,20 +685,12 @@ def test_without_stop_gradient_online_keys_become_a_position_code():
     """The zero-information optimum, reached in a few hundred small steps; the average's keys keep their content."""
     numbers = torch.Generator().manual_seed(0)
     data = tensors(256)._replace(train=torch.randint(0, 256, (256, 3, 32, 32), generator=numbers).byte())
-    found = {}
+    data, found = data._replace(test=data.train[:64]), {}
+    flags = ["--positions", "both", "--dim", "64", "--hidden", "64", "--layer-scale", "1", "--batch", "16"]
+    flags += ["--epochs", "8", "--lr", "5e-3", "--momentum", "0.98"]
     for arm in ("base", "online-no-stop-gradient"):
-        args = arguments(*ARMS[arm], "--positions", "both", "--dim", "64", "--hidden", "64", "--layer-scale", "1")
-        model, totals = train.build_model(args, CPU), torch.zeros(2)
-        weights = [list(branch.parameters()) for branch in (model.average, model.online)]
-        optimizer = train.build_optimizer(model, 5e-3)
-        for epoch in range(8):
-            totals.zero_()
-            rest = (train.augmentation("glyphs36"), "basic", 32, 64, 0.75, 16, slice(0, 16), 0, epoch)
-            for one in train.batches(data, *rest):
-                train.one_step(model, optimizer, *weights, one, totals, keys=args["keys"], leak=args["gradient_leak"],
-                               temperature=0.1, lr=5e-3, momentum=0.98, precision="float32")  # fmt: skip
-        x, mask = data.normalise(data.train[:64]), train.random_masks(draws.Draws(0, "mask", 1, 64), 64, 0.75)
-        found[arm] = train.diagnose(model, args["keys"], x, mask) | {"loss": totals[0].item() / 16}
+        args = arguments(*ARMS[arm], *flags, "--views", "basic")
+        found[arm] = trained(args, train.build_model(args, CPU), data)
     print(found)
     code, base = found["online-no-stop-gradient"], found["base"]
     assert code["loss"] < 0.05 and code["position_r2"] > 0.95 and code["cross_top1"] > 0.95
@@ -701,8 +712,7 @@ def test_no_two_arms_resolve_to_equal_arguments_and_studies_name_arms(scale):
 
 def test_every_flag_is_read():
     source = (ROOT / "conmim/train.py").read_text()
-    read = set(re.findall(r"args\.(\w+)", source[source.index("def main") :]))
-    read |= set(re.findall(r'"(\w+)"', re.search(r"names = \((.*)\)", source).group(1)))
+    read = set(re.findall(r"\bargs\.(\w+)", source[source.index("class Branch") :]))
     assert read == set(vars(train.parse_args([])))
 
 
@@ -734,13 +744,10 @@ def test_a_users_mistake_ends_in_one_sentence(flags, words, tmp_path, capsys):
 
 def train_on_a_fake_gpu(count: int, flags: list[str]) -> None:
     """Two epochs, with the augmentation of folders (it has all parts)."""
-    args = train.parse_args([*flags, "--batch", "16", "--hidden", "24", "--dim", "20"])
-    data, kind = tensors(count, "cuda"), train.augmentation("folder")
-    model = train.build_model(vars(args), data.device)
-    made = functools.partial(train.batches, data, kind, args.views, 32, 64, 0.75, 16, slice(0, 16), 0)
-    train.train(Unwritten(), model, data, made, train.build_optimizer(model, 0.1), keys=args.keys,
-                leak=args.gradient_leak, temperature=0.1, mask_ratio=0.75, momentum=0.9, epochs=2, last=2, warm_up=1,
-                batch=16, lr=0.1, precision="auto", patches=64, synchronised=False, compiled=False)  # fmt: skip
+    more = ["--data-set", "folder", "--batch", "16", "--epochs", "2", "--warm-up", "1", "--lr", "0.1"]
+    args, data = arguments(*flags, *more, "--momentum", "0.9"), tensors(count, "cuda")
+    model = train.build_model(args, data.device)
+    train.train(args, Unwritten(), model, data, train.build_optimizer(model, args.lr))
 
 
 @pytest.mark.parametrize("arm", CELLS)
@@ -798,7 +805,7 @@ def test_no_pretraining_keeps_the_initial_weights(finished):
     saved = checkpoints.load(run / "model.pt")
     assert saved["epoch"] == 0 and saved["diverged"] is False
     with_args = json.loads((run / "args.json").read_text())["arguments"]
-    assert equal(saved["model"], state(train.build_model(with_args, CPU)))
+    assert equal(saved["model"], state(train.build_model(argparse.Namespace(**with_args), CPU)))
     lines = (run / "train.jsonl").read_text().splitlines()
     assert len(lines) == 1 and json.loads(lines[0])["epoch"] == 0
 
@@ -877,23 +884,19 @@ def test_every_cell_of_a_scale_takes_two_real_steps(scale, network, pictures, mo
     flags = ["--scale", scale, "--network", network, "--data", str(pictures), "--size", str(size)]
     flags += [] if network == "vit_tiny_4" else ["--data-set", "folder"]
     monkeypatch.setattr(images, "cifar", lambda *_: (torch.randint(0, 256, (40, 3, 32, 32)).byte(), torch.arange(40)))
-    args = vars(train.parse_args(flags))
-    data = images.load_or_stream(args["data_set"], args["data"], size, CPU, 0)
-    patches = (size // net.NETWORKS[network].patch) ** 2
+    monkeypatch.setattr(train, "MEASURED", 4)
+    flags += ["--batch", "4", "--epochs", "1"]
+    args = train.parse_args(flags)
+    data = images.load_or_stream(args.data_set, args.data, size, CPU, 0).few(2 * args.batch)
     model, arms = train.build_model(args, CPU), design("conmim", scale)[0]
     slow, fast = (list(branch.parameters()) for branch in (model.average, model.online))
     start = [one.detach().clone() for one in fast]
     for arm in CELLS if network in ("vit_tiny_4", "vit_small_16") else ("base", "symmetric-no-stop-gradient"):
-        own, totals = train.parse_args([*flags, *arms[arm]]), torch.zeros(2)
         with torch.no_grad():
             torch._foreach_copy_(fast, start)
             torch._foreach_copy_(slow, start)
-        optimizer, kind = train.build_optimizer(model, own.lr), train.augmentation(own.data_set)
-        made = train.batches(data, kind, own.views, size, patches, own.mask_ratio, 4, slice(0, 4), 0, 0)
-        for one in itertools.islice(made, 2):
-            train.one_step(model, optimizer, slow, fast, one, totals, keys=own.keys, leak=own.gradient_leak,
-                           temperature=own.temperature, lr=own.lr, momentum=own.momentum, precision="auto")  # fmt: skip
-        assert totals[0].isfinite() and abs(totals[0] / 2 - math.log(patches)) < 4
+        loss = trained(train.parse_args([*flags, *arms[arm]]), model, data)["loss"]
+        assert math.isfinite(loss) and abs(loss - math.log((size // net.NETWORKS[network].patch) ** 2)) < 4
         assert all(not torch.equal(a, b) for a, b in zip(fast, start, strict=True))
         assert all(not torch.equal(a, b) for a, b in zip(slow, start, strict=True) if b.abs().max() > 0)
 
@@ -931,7 +934,7 @@ def on_two(tmp_path, pictures, norms: str, *flags: str):
         assert done.returncode == 0, done.stderr
     two, one = (checkpoints.load(tmp_path / name / "model.pt") for name in ("two", "one"))
     logs = [json.loads((tmp_path / n / "train.jsonl").read_text().splitlines()[-1]) for n in ("two", "one")]
-    return state(train.build_model(one["arguments"], CPU)), two["model"], one["model"], logs
+    return state(train.build_model(argparse.Namespace(**one["arguments"]), CPU)), two["model"], one["model"], logs
 
 
 @pytest.mark.parametrize("arm", ["base", "online-no-stop-gradient"])

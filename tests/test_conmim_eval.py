@@ -40,8 +40,12 @@ def recipe(scale: int = 0, **changes) -> evaluate.Recipe:
     return {name: row[scale] for name, row in evaluate.RECIPES.items()} | changes
 
 
+def parsed(*flags: str) -> argparse.Namespace:
+    return train.parse_args(["--hidden", "24", "--dim", "20", "--epochs", "1", "--batch", "16", *flags])
+
+
 def arguments(*flags: str) -> dict:
-    return vars(train.parse_args(["--hidden", "24", "--dim", "20", "--epochs", "1", "--batch", "16", *flags]))
+    return vars(parsed(*flags))
 
 
 def some_images(count: int = 60, classes: int = 4, device: str = "cpu") -> images.Images:
@@ -55,7 +59,7 @@ def some_images(count: int = 60, classes: int = 4, device: str = "cpu") -> image
 
 
 def vit_state() -> dict[str, torch.Tensor]:
-    return train.build_model(arguments(), CPU).average.vit.state_dict()
+    return train.build_model(parsed(), CPU).average.vit.state_dict()
 
 
 def tuned(data=None, rows=None, begun=None, save=lambda state: None, seed=0, **changes) -> float:
@@ -232,7 +236,7 @@ def test_batches_are_labelled_rows_of_their_epoch_alone():
 
 
 def test_features_are_the_mean_of_the_patches_without_the_class_token():
-    branch, x = train.build_model(arguments(), CPU).online.eval(), torch.randn(4, 3, 32, 32)
+    branch, x = train.build_model(parsed(), CPU).online.eval(), torch.randn(4, 3, 32, 32)
     with torch.no_grad():
         tokens = branch.vit(x)
         keys = normalize(branch.projector(tokens)[:, 1:], dim=2)
@@ -251,7 +255,7 @@ class Code(nn.Module):
 
 
 def test_a_pure_position_code_fails_the_keys_own_probe():
-    data, vit = some_images(200), train.build_model(arguments(), CPU).online.vit
+    data, vit = some_images(200), train.build_model(parsed(), CPU).online.vit
     features = evaluate.Features(vit, Code())
     found = evaluate.frozen(features, data, torch.arange(200), arguments(), 16)
     assert found["key_linear_accuracy"] == 25.0 < found["linear_accuracy"]
@@ -259,7 +263,7 @@ def test_a_pure_position_code_fails_the_keys_own_probe():
 
 def test_one_images_similarities_are_those_of_its_diagnostics():
     data, settings = some_images(300), arguments()
-    model = train.build_model(settings, CPU)
+    model = train.build_model(argparse.Namespace(**settings), CPU)
     before = {name: one.clone() for name, one in model.state_dict().items()}
     found = evaluate.similarity(model, data, settings)
     assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
@@ -345,7 +349,7 @@ def test_the_untrained_network_is_the_runs_own_start_and_keys_are_probed_where_t
     monkeypatch.setattr(evaluate, "evaluate", lambda networks, *_: seen.update(networks) or {})
     for arm in ("base", "online"):
         saved = checkpoints.load(finished / arm / "model.pt")
-        start = train.build_model(saved["arguments"], CPU).average.vit.state_dict()
+        start = train.build_model(argparse.Namespace(**saved["arguments"]), CPU).average.vit.state_dict()
         evaluate.evaluate_run(saved["model"], some_images(), saved["arguments"], recipe(), finished, True)
         found = seen["_untrained"].vit.state_dict()
         assert all(torch.equal(one, start[name]) for name, one in found.items())
@@ -357,7 +361,7 @@ def test_the_untrained_network_is_the_runs_own_start_and_keys_are_probed_where_t
 def test_neighbours_and_temperature_are_the_specifications(monkeypatch):
     given, settings = [], arguments()
     monkeypatch.setattr(probes, "knn_accuracy", lambda *rest: given.append(rest[-2:]) or 0.0)
-    features = evaluate.Features(train.build_model(settings, CPU).online.vit)
+    features = evaluate.Features(train.build_model(argparse.Namespace(**settings), CPU).online.vit)
     evaluate.frozen(features, some_images(), torch.arange(60), settings, 16)
     assert given == [(20, 0.07)]
 
@@ -413,8 +417,8 @@ def test_a_state_of_other_weights_or_another_recipe_is_not_gone_on_with(tmp_path
     checkpoints.save(tmp_path / "eval_state.pt", {"identity": "a", "done": {"finetune_accuracy": 1.0}})
     assert evaluate.read_state(tmp_path / "eval_state.pt", "b", CPU) == {}
     assert evaluate.read_state(tmp_path / "eval_state.pt", "a", CPU)["done"] == {"finetune_accuracy": 1.0}
-    vit = evaluate.Features(train.build_model(arguments(), CPU).online.vit)
-    other = evaluate.Features(train.build_model(arguments("--seed", "1"), CPU).online.vit)
+    vit = evaluate.Features(train.build_model(parsed(), CPU).online.vit)
+    other = evaluate.Features(train.build_model(parsed("--seed", "1"), CPU).online.vit)
     names = {evaluate.identity_of({"": one}, settings) for one in (vit, other) for settings in ([1], [2])}
     assert len(names) == 4
 
@@ -559,7 +563,7 @@ def test_evaluation_stays_on_a_fake_gpu(scale, fake_gpu: FakeGPU, tmp_path, monk
     monkeypatch.setattr(evaluate, "labelled", lambda labels, *_: torch.arange(len(labels)))
     data = some_images(40, device="cuda")
     with torch.device("cuda"):
-        model = train.build_model(arguments(), torch.device("cuda"))
+        model = train.build_model(parsed(), torch.device("cuda"))
     networks = {"": evaluate.Features(model.average.vit, model.average.projector)}
     asked = []
     for epochs in (1, 2):

@@ -15,7 +15,7 @@ from conftest import ROOT
 from common import checkpoints, files
 from common.cli import INTERRUPTED
 from common.hold import held
-from common.run import script_facts
+from common.run import imported_files, script_facts
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
@@ -197,3 +197,15 @@ def test_another_clone_that_is_installed_is_not_used(script, tmp_path):
     done = subprocess.run([sys.executable, ROOT / script, "--help"], cwd=tmp_path, env=environment, capture_output=True,
                           text=True)  # fmt: skip
     assert done.returncode == 0 and "usage: " in done.stdout, done.stderr
+
+
+def test_the_source_of_a_run_is_the_script_and_what_it_imports(tmp_path):
+    files_of = {path.relative_to(ROOT).as_posix() for path in imported_files(ROOT / "simsiam/train.py")}
+    assert {"simsiam/train.py", "simsiam/net.py", "common/run.py", "common/draws.py", "common/files.py"} <= files_of
+    assert not any(path.startswith(("common/study", "simsiam/eval", "bsa")) for path in files_of)
+    script = new(tmp_path, "x/train.py")
+    script.write_text("from common import part")
+    new(tmp_path, "common/part.py")
+    before = script_facts(script)["source"]
+    (tmp_path / "common/part.py").write_text("changed = 1")
+    assert script_facts(script)["source"] != before

@@ -150,7 +150,7 @@ def test_other_flags_and_settings_are_refused(clone, capsys):
 @pytest.mark.parametrize(
     ("facts", "printed"),
     [
-        ({"source": "0" * 64}, "trained by another version of the script"),
+        ({"source": "0" * 64}, "its runs are of several versions of toy/train.py"),
         ({"data": "other"}, "its runs mix data"),
         ({"dirty": True}, "made from a tree with uncommitted changes"),
     ],
@@ -160,10 +160,9 @@ def test_mixed_runs_are_refused(facts, printed, clone, capsys):
     assert f"toy-arm: {printed}" in refused(capsys)
 
 
-def test_a_changed_tree_and_another_script_are_refused(clone, capsys):
+def test_a_changed_tree_is_refused(clone, capsys):
     (clone / "toy/train.py").write_text("# trains otherwise")
-    printed = refused(capsys)
-    assert "the tree has uncommitted changes" in printed and "another version of the script" in printed
+    assert "the tree has uncommitted changes" in refused(capsys)
 
 
 def test_a_page_of_nothing_is_refused(clone, capsys):

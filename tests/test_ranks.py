@@ -1,5 +1,6 @@
 """SimSiam on two gloo ranks: equal to one, refused where it cannot be, and the paper's scale for real through make."""
 
+import argparse
 import json
 import os
 import shlex
@@ -40,7 +41,7 @@ def test_two_ranks_equal_one_with_batch_norms_in_eval_mode(loss, pictures, tmp_p
         done = forked.run(tmp_path, script, *tiny(tmp_path / name, pictures, *flags), ranks=ranks)
         assert done.returncode == 0, done.stderr
     two, one = (checkpoints.load(tmp_path / name / "model.pt") for name in ("two", "one"))
-    start = train.build_model(one["arguments"], "cpu").state_dict()
+    start = train.build_model(argparse.Namespace(**one["arguments"]), "cpu").state_dict()
     for name, expected in one["model"].items():
         moved = (expected.double() - start[name].double()).norm()
         assert (

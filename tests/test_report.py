@@ -103,7 +103,7 @@ def test_holes_are_counted_and_said(tmp_path):
         "arm: 1 of 5 diverged, not averaged (seed 1).",
         "arm, seed 3: metrics.json cannot be read: delete it, and make evaluates the run again.",
         "arm: its seeds differ in --epochs (2, 7).",
-        "The runs mix versions of train.py (sha256): aaaaaaaaaaaa, bbbbbbbbbbbb.",
+        "The runs mix versions of the code (sha256): aaaaaaaaaaaa, bbbbbbbbbbbb.",
         "The runs mix devices: NVIDIA H200, cpu.",
     ]
     row = found["rows"][1]

@@ -1,6 +1,6 @@
 """Seq-VCR: the regulariser beside its definition, entropies, the network and GPT-2's weights, arms, and whole runs."""
 
-import functools
+import argparse
 import itertools
 import json
 import math
@@ -373,7 +373,8 @@ def test_our_symbols_are_gpt2s_tokens_and_the_pauses_come_behind():
         tasks.PAUSES[2]: 50259,
     }
     assert {symbol: table[task.symbols.index(symbol)].item() for symbol in expected} == expected
-    rows = train.layout_of(task, 2, True, torch.device("cpu"))(task.draw(torch.Generator(), 3, "cpu", True))
+    args = argparse.Namespace(pause=2, init_from="model.safetensors")
+    rows = train.encode(args, task, task.draw(torch.Generator(), 3, "cpu", True))
     assert rows.dtype == torch.int32 and rows[:, 10:14].tolist() == [[50257, 50258, 50258, 50259]] * 3
 
 
@@ -386,7 +387,7 @@ def test_teacher_forced_equals_greedy_exact_match():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    forced = train.right(model, rows, 4)
+    forced = train.token_correct(model, rows, 4)
     written = rows[:, :-4]
     with torch.no_grad():
         for _ in range(4):
@@ -436,9 +437,8 @@ def test_the_six_pairs_run_in_both_settings_and_the_widths_are_the_plans(scale, 
 
 def test_every_flag_is_read():
     source = (ROOT / "seqvcr/train.py").read_text()
-    read = set(re.findall(r"args\.(\w+)", source[source.index("def main") :]))
-    read |= set(re.findall(r'args\["(\w+)"\]', source))
-    assert read | {"scale", "seed", "data"} >= set(vars(train.parse_args([])))
+    read = set(re.findall(r"args\.(\w+)", source[source.index("class SeqVCR") :]))  # parse_args stands above
+    assert read | {"data"} >= set(vars(train.parse_args([])))
 
 
 @pytest.mark.parametrize(
@@ -504,8 +504,8 @@ def test_arms_of_one_seed_start_alike_and_see_equal_batches(monkeypatch, tmp_pat
 
         monkeypatch.setattr(train, "seqvcr_loss", watched)
         train.main(tiny(tmp_path / arm, "--steps", "4", *ARMS[arm]))
-        model = train.build_model(vars(train.parse_args(tiny(tmp_path, *ARMS[arm]))), tasks.choose("multiplication", 2),
-                                  torch.device("cpu"))  # fmt: skip
+        args = train.parse_args(tiny(tmp_path, *ARMS[arm]))
+        model = train.build_model(args, tasks.choose("multiplication", 2), torch.device("cpu"))
         seen[arm] = (torch.stack(rows), model.gpt.h[1].mlp.c_fc.weight, model.gpt.wte.weight)
     for found in seen.values():
         assert all(torch.equal(one, other) for one, other in zip(found, seen["off@2x2"], strict=True))
@@ -532,7 +532,7 @@ def test_metrics_are_those_of_a_naive_measurement(finished):
     """Exact match, position accuracy, chance and the regulariser's terms on the test rows, from model.pt alone."""
     folder = finished / "width-512@2x2/0"
     found = json.loads((folder / "metrics.json").read_text())
-    args = vars(train.parse_args(tiny("x", *ARMS["width-512@2x2"])))
+    args = train.parse_args(tiny("x", *ARMS["width-512@2x2"]))
     task = tasks.choose("multiplication", 2)
     data = tasks.load(task, 600, None, "cpu")
     model = train.build_model(args, task, torch.device("cpu")).eval()
@@ -591,11 +591,19 @@ def test_streamed_rows_are_fresh_at_every_step(tmp_path, monkeypatch):
 
 
 def test_every_pass_takes_all_rows_once_in_an_order_of_its_own():
-    rows = torch.arange(16)[:, None]
-    batch_of = train.passes(rows, 0, 4)
-    whole = [torch.cat([batch_of(step) for step in range(first, first + 4)]).flatten().tolist() for first in (0, 4)]
-    assert sorted(whole[0]) == sorted(whole[1]) == list(range(16)) and whole[0] != whole[1]
-    assert torch.equal(batch_of(5), train.passes(rows, 0, 4)(5)) and batch_of(0).dtype == torch.int64
+    args, task = argparse.Namespace(train_size=18, batch=4, seed=0), tasks.choose("multiplication", 2)
+
+    def batches(count: int, first: int, last: int) -> torch.Tensor:
+        rows = torch.arange(count, dtype=torch.uint8)[:, None]
+        return torch.stack(list(train.batches(args, task, rows, range(first, last))))
+
+    whole = batches(16, 0, 8)
+    passes = [half.flatten().tolist() for half in whole.split(4)]
+    assert sorted(passes[0]) == sorted(passes[1]) == list(range(16)) and passes[0] != passes[1]
+    for first, last in ((5, 8), (3, 6), (2, 3)):  # an epoch may begin anywhere in a pass
+        assert torch.equal(batches(16, first, last), whole[first:last])
+    assert whole.dtype == torch.int64
+    assert all(len(half.unique()) == 16 for half in batches(18, 0, 8).split(4))  # two rows of each pass are dropped
 
 
 def test_the_rate_rises_and_falls():
@@ -707,19 +715,13 @@ def test_training_and_evaluation_stay_on_a_fake_gpu(arm, fake_gpu: FakeGPU):
     device = torch.device("cuda")
     args = train.parse_args(["--width", "16", "--dropout", "0.1", *ARMS[arm]])
     task = tasks.choose(args.task, args.size)
-    model = train.build_model(vars(args), task, device)
+    model = train.build_model(args, task, device)
     rows = torch.zeros(512, 14, dtype=torch.uint8, device=device)
+    data = tasks.Examples(rows, rows, rows)
     asked = []
-    for steps in (4, 8):
-        fake_gpu.asked = 0
-
-        losses = functools.partial(
-            seqvcr_loss, answer=4, lambda1=args.lambda1, lambda2=args.lambda2, layer=args.layer,
-            axis=args.covariance_axis, covariance_batch=args.covariance_batch, precision="auto",
-        )  # fmt: skip
-        optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-        train.train(Unwritten(), model, train.passes(rows, 0, 128), rows, optimizer, losses, seed=0, steps=steps,
-                    length=steps // 2, batch=128, lr=1e-3, answer=4, dropout=True, compiled=False)  # fmt: skip
+    for steps_per_epoch in (2, 4):
+        fake_gpu.asked, args.rehearse = 0, steps_per_epoch
+        train.train(args, Unwritten(), model, task, data, torch.optim.AdamW(model.parameters(), 1e-3))
         asked.append(fake_gpu.asked)
     assert asked[0] == asked[1] > 0
 
@@ -727,9 +729,12 @@ def test_training_and_evaluation_stay_on_a_fake_gpu(arm, fake_gpu: FakeGPU):
 @pytest.mark.parametrize(("name", "size"), [("multiplication", 4), ("arithmetic", 3), ("lis", 8)])
 def test_streams_and_their_layout_stay_on_a_fake_gpu(name, size, fake_gpu: FakeGPU):
     task = tasks.choose(name, size)
-    layout = train.layout_of(task, 2, name == "multiplication", torch.device("cuda"))
-    rows = layout(tasks.stream(task, 0, 3, 32, torch.device("cuda")))
-    assert rows.device.type == "cuda" and rows.shape == (32, task.question + 4 + task.answer) and not fake_gpu.asked
+    init = "model.safetensors" if name == "multiplication" else None
+    args = argparse.Namespace(pause=2, init_from=init, train_size=train.STREAM, batch=32, seed=0)
+    rows = torch.zeros(0, task.question + task.answer, dtype=torch.uint8, device=torch.device("cuda"))
+    for tokens in train.batches(args, task, rows, range(3, 5)):
+        assert tokens.device.type == "cuda" and tokens.shape == (32, task.question + 4 + task.answer)
+    assert not fake_gpu.asked
 
 
 def test_entropies_stay_on_a_fake_gpu(fake_gpu: FakeGPU):

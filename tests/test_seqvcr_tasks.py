@@ -220,7 +220,8 @@ def test_the_hash_is_splitmix64():
     ("name", "size"), [("multiplication", 2), ("multiplication", 5), ("arithmetic", 3), ("lis", 6)]
 )
 def test_no_question_is_in_two_parts_nor_with_its_factors_swapped(name, size):
-    task = tasks.choose(name, size)._replace(measured=200)
+    task = tasks.choose(name, size)
+    task.measured = 200
     data = tasks.load(task, 3000, None, "cpu")
     assert len(data.train) == 3000 and len(data.validation) == len(data.test) == 200
     parts = [{tuple(row) for row in part[:, : task.question].tolist()} for part in data]

@@ -1,6 +1,6 @@
 """SimSiam: the loss and its gradients, the network, the arms, and train -> eval -> plot on a tiny folder."""
 
-import functools
+import argparse
 import json
 import re
 import shutil
@@ -196,11 +196,9 @@ def test_no_two_arms_resolve_to_equal_arguments(scale):
 
 
 def test_every_flag_is_read():
-    """By main or the constructor; and none is read that does not exist."""
+    """After parse_args; and none is read that does not exist."""
     source = (ROOT / "simsiam/train.py").read_text()
-    read = set(re.findall(r"args\.(\w+)", source[source.index("def main") :]))
-    read |= set(re.findall(r'args\["(\w+)"\]', source))
-    read |= set(re.findall(r'"(\w+)"', re.search(r"names = \((.*)\)", source).group(1)))
+    read = set(re.findall(r"\bargs\.(\w+)", source[source.index("def build_projector") :]))
     assert read == set(vars(train.parse_args([])))
 
 
@@ -235,10 +233,11 @@ def test_arms_and_ranks_see_equal_batches_and_views():
         torch.randint(0, 256, (40, 3, 32, 32), dtype=torch.uint8), torch.zeros(40), *[torch.zeros(1)] * 2, 2,
         torch.zeros(3, 1, 1), torch.ones(3, 1, 1), "",
     )  # fmt: skip
-    kind = train.AUGMENTATION["glyphs"]
 
     def made(count, rows, seed=0, epoch=1):
-        return list(train.batches(data, kind, count, 8, rows, seed, epoch))
+        loss = {2: "symmetric", 4: "asymmetric-2x"}[count]
+        args = train.parse_args(["--batch", "8", "--seed", str(seed), "--loss", loss])
+        return list(train.batches(args, data, epoch, rows))
 
     two, four = made(2, slice(0, 8)), made(4, slice(0, 8))
     assert len(two) == 5
@@ -257,7 +256,7 @@ def test_measurements_are_float32_whatever_training_used(pictures, tmp_path):
     evaluate.main([str(tmp_path / "run")])
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     saved = checkpoints.load(tmp_path / "run/model.pt")
-    model = train.build_model(saved["arguments"], torch.device("cpu")).double().eval()
+    model = train.build_model(argparse.Namespace(**saved["arguments"]), torch.device("cpu")).double().eval()
     model.load_state_dict(saved["model"])
     x = torch.cat([x for x, _ in images.load("folder", pictures, 32, torch.device("cpu")).batches("test")])
     with torch.no_grad():
@@ -298,14 +297,10 @@ def fake_images(count: int) -> images.Images:
 
 def train_on_a_fake_gpu(data: images.Images, arm: list[str], monitor_every: int = 1) -> None:
     """Two epochs of an arm, as `main` would train it, with the augmentation of folders (it has all parts)."""
-    args = train.parse_args([*arm, "--batch", "32"])
-    pairs, kind = PAIRS[args.loss], {**train.AUGMENTATION["folder"], "pixels": 32}
-    views = 4 if args.loss == "asymmetric-2x" else 2
-    model = train.build_model(vars(args), data.device)
-    optimizer = train.build_optimizer(model, 0.1, 1e-4, args.predictor_schedule)
-    made = functools.partial(train.batches, data, kind, views, 32, slice(0, 32), 0)
-    train.train(Unwritten(), model, data, made, optimizer, pairs=pairs, leak=args.gradient_leak, epochs=2, last=2,
-                batch=32, lr=0.1, precision="auto", monitor_every=monitor_every, k=5, compiled=False)  # fmt: skip
+    flags = ["--batch", "32", "--epochs", "2", "--monitor-every", str(monitor_every), "--neighbours", "5"]
+    args = train.parse_args([*arm, *flags, "--data-set", "folder"])
+    model = train.build_model(args, data.device)
+    train.train(args, Unwritten(), model, data, train.build_optimizer(args, model))
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -427,7 +422,7 @@ def test_the_predictors_rate_follows_its_own_schedule(finished, pictures, tmp_pa
     train.main(tiny(tmp_path / "run", pictures, "--predictor-schedule", "cosine"))
     cosine, constant = (checkpoints.load(run / "model.pt")["model"] for run in (tmp_path / "run", finished / "base/0"))
     assert not torch.equal(cosine["predictor.0.weight"], constant["predictor.0.weight"])
-    groups = train.build_optimizer(small(), 0.1, 0.0, "constant").param_groups
+    groups = train.build_optimizer(train.parse_args([]), small()).param_groups
     assert [group["schedule"] for group in groups] == ["cosine", "constant"]
     assert [weight.shape for weight in groups[1]["params"]] == [w.shape for w in small().predictor.parameters()]
 

@@ -5,10 +5,9 @@
 
 Draws studies anew from their runs, as studies.py declares them, and puts JSON, CSV and PNG into results/SCALE, with
 README.md and extras.md. It refuses a study with holes, with other flags or data than declared, of several versions of
-train.py or of a changed tree, and then nothing is changed.
+the code or of a changed tree, and then nothing is changed.
 """
 
-import hashlib
 import shutil
 import subprocess
 import sys
@@ -40,8 +39,11 @@ def problems(request: Request, design: Design, study: Study) -> list[str]:
         found += [f"other flags than declared: {_listed(other)}"]
     if dirty := [one for one, known in there.items() if known.get("dirty") is not False]:
         found += [f"made from a tree with uncommitted changes, or outside a clone: {_listed(dirty)}"]
-    if old := [one for one, known in there.items() if known.get("source") != _sha256(known.get("script", ""))]:
-        found += [f"trained by another version of the script (move them aside and run them again): {_listed(old)}"]
+    sources: dict[str, set[Any]] = {}
+    for known in there.values():
+        sources.setdefault(known.get("script", ""), set()).add(known.get("source"))
+    if mixed := [script for script, versions in sources.items() if len(versions) > 1]:
+        found += [f"its runs are of several versions of {_listed(mixed)} and what it imports"]
     data: dict[str, set[Any]] = {}
     for folder, known in there.items():
         data.setdefault(folders[folder].partition("@")[2], set()).add(known.get("data"))
@@ -62,11 +64,6 @@ def _provenance(folder: Path, teacher: bool) -> dict[str, Any]:
 
 def _flags(request: Request, design: Design, arm: str) -> str:
     return request.flags_text(design, design.arm(arm))
-
-
-def _sha256(script: str) -> str:
-    """Of the script as it is now; "" where there is none."""
-    return hashlib.sha256(Path(script).read_bytes()).hexdigest() if Path(script).is_file() else ""
 
 
 def _listed(values: Iterable[Any]) -> str:

@@ -12,7 +12,7 @@ from common.files import read_json
 from common.study.design import Study
 
 FACTS = {  # of args.json's provenance, and what a mixture of each is called
-    "source": "versions of train.py (sha256)",
+    "source": "versions of the code (sha256)",
     "data": "data digests",
     "device": "devices",
     "torch": "torch versions",
