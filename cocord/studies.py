@@ -102,7 +102,7 @@ def beats_cross_entropy(arm: str, pairs: Sequence[str]) -> list[MustBeat]:
 
 
 def published(pairs: Sequence[str]) -> str:
-    """What the authors publish of these pairs: the whole method alone."""
+    """The numbers that the authors publish of these pairs: of the whole method alone."""
     rows = [
         f"{pair.replace('-', ' → ')} {alone:.2f}, {distilled:.2f}, {whole:.2f}"
         for pair in dict.fromkeys(pairs)

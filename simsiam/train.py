@@ -323,9 +323,7 @@ def build_optimizer(args: argparse.Namespace, model: SimSiam) -> torch.optim.Opt
     return torch.optim.SGD(groups, lr, momentum=0.9, weight_decay=args.weight_decay)
 
 
-def train(
-    args: argparse.Namespace, run: Run, model: SimSiam, data: Data, optimizer: torch.optim.Optimizer
-) -> None:  # fmt: skip
+def train(args: argparse.Namespace, run: Run, model: SimSiam, data: Data, optimizer: torch.optim.Optimizer) -> None:
     """Train to the last epoch; saves after each, and goes on from there when started again."""
     pairs, leak, rows = PAIRS[args.loss], args.gradient_leak, devices.rows_of_rank(args.batch)
     last, steps = min(2, args.epochs) if args.rehearse else args.epochs, data.examples // args.batch

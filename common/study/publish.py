@@ -93,17 +93,8 @@ def publish(request: Request, names: Sequence[str], folder: Path) -> None:
     with tempfile.TemporaryDirectory() as drawn:
         for name in chosen:
             paper = known[name][0].paper
-            plot = [
-                f"{paper}/plot.py",
-                name,
-                "--scale",
-                request.scale,
-                "--runs",
-                request.runs / paper,
-                "--results",
-                drawn,
-            ]
-            if subprocess.run([sys.executable, *map(str, plot)]).returncode:
+            where = ["--scale", request.scale, "--runs", str(request.runs / paper), "--results", drawn]
+            if subprocess.run([sys.executable, f"{paper}/plot.py", name, *where]).returncode:
                 stop(f"{name} cannot be drawn: nothing is published")
         folder.mkdir(parents=True, exist_ok=True)
         there = page.pictures(folder, chosen)

@@ -6,8 +6,8 @@
 The words are make's variables. Prints the file's path, RUNS/rules-<digest of the words>.mk, or with `help` the papers,
 studies and arms. A wrong word or a wrong design: one sentence, exit code 2. Standard library alone.
 
-Two rules for each run (model.pt by train.py, metrics.json by eval.py) and one for each study and seed, which draws the
-study. STUDY@SEED, STUDY-primary@SEED and STUDY@report are goals of the inner makes; STUDY, PAPER, all, primary,
+Two rules for each run (model.pt by train.py, metrics.json by eval.py) and one for each study, which draws it.
+STUDY@SEED, STUDY-primary@SEED and STUDY@report are goals of the inner makes; STUDY, PAPER, all, primary,
 robustness, curves and report call them seed by seed.
 """
 
