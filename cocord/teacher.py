@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
         with draws.forked(args.seed, "teacher"):
             network = net.build(args.network, data.classes)
         network.to(memory_format=torch.channels_last).to(device)
-        optimizer = build_optimizer([network], args.lr, args.weight_decay)
+        optimizer = build_optimizer(args, [network])
         train(args, run, network, data, optimizer)
 
 

@@ -382,10 +382,10 @@ def rate_factor(progress: float) -> float:
     return 0.1 ** sum(progress >= decay for decay in DECAYS)
 
 
-def build_optimizer(parts: list[nn.Module], lr: float, weight_decay: float) -> torch.optim.Optimizer:
+def build_optimizer(args: argparse.Namespace, parts: list[nn.Module]) -> torch.optim.Optimizer:
     """SGD with momentum 0.9 on all parameters of the parts, decay included."""
     trained = [weight for part in parts for weight in part.parameters()]
-    return torch.optim.SGD(trained, lr, momentum=0.9, weight_decay=weight_decay, foreach=True)
+    return torch.optim.SGD(trained, args.lr, momentum=0.9, weight_decay=args.weight_decay, foreach=True)
 
 
 def train(
@@ -506,7 +506,7 @@ def main(argv: list[str] | None = None) -> None:
         networks = f"{args.teacher} -> {args.student}"
         run.begin(f"{args.data_set}, {networks}", devices.facts(device) | facts | {"teacher_weights": teacher.digest})
         model = build_model(args, data.classes, device)
-        optimizer = build_optimizer([model.student, model.head, model.predictor], args.lr, args.weight_decay)
+        optimizer = build_optimizer(args, [model.student, model.head, model.predictor])
         train(args, run, model, data, optimizer, teacher)
 
 

@@ -4,6 +4,7 @@ The collapse metrics, `std_ratio`, `mean_cosine` and `effective_rank`, are in fl
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,13 @@ from torch import Tensor, nn
 
 from common import devices, draws, folders, images
 from common.schedules import cosine
+
+
+class Labelled(NamedTuple):
+    """Features (N, D) float32 and their labels (N,) int64."""
+
+    features: Tensor
+    labels: Tensor
 
 
 @torch.no_grad()
@@ -37,28 +45,20 @@ def represent(stages: Sequence[nn.Module], data: images.Images | folders.Streame
     return rows
 
 
-def knn_accuracy(
-    bank: Tensor,
-    bank_labels: Tensor,
-    queries: Tensor,
-    labels: Tensor,
-    classes: int,
-    k: int = 200,
-    tau: float = 0.1,
-) -> float:
+def knn_accuracy(bank: Labelled, queries: Labelled, classes: int, k: int = 200, tau: float = 0.1) -> float:
     """Weighted k-nearest-neighbour accuracy by cosine similarity, in percent.
 
     score(c) = sum over the k most similar v_j of class c of exp(cos(u, v_j) / tau) (Wu et al., CVPR 2018).
-    bank (M, D), queries (N, D) float; labels int64. k is cut to M.
+    k is cut to the size of the bank.
     """
-    bank, queries = F.normalize(bank.float(), dim=1), F.normalize(queries.float(), dim=1)
-    correct = torch.zeros((), device=bank.device)
-    for block, truth in zip(queries.split(512), labels.split(512), strict=True):
-        cosines, nearest = (block @ bank.T).topk(min(k, len(bank)), dim=1)
-        votes = F.one_hot(bank_labels[nearest], classes).float()  # (block, k, classes)
+    known, unknown = F.normalize(bank.features.float(), dim=1), F.normalize(queries.features.float(), dim=1)
+    correct = torch.zeros((), device=known.device)
+    for block, truth in zip(unknown.split(512), queries.labels.split(512), strict=True):
+        cosines, nearest = (block @ known.T).topk(min(k, len(known)), dim=1)
+        votes = F.one_hot(bank.labels[nearest], classes).float()  # (block, k, classes)
         scores = ((cosines / tau).exp().unsqueeze(1) @ votes).squeeze(1)
         correct += (scores.argmax(1) == truth).sum()
-    return 100.0 * correct.item() / len(queries)
+    return 100.0 * correct.item() / len(unknown)
 
 
 def standardise(train: Tensor, *others: Tensor) -> list[Tensor]:
@@ -67,14 +67,12 @@ def standardise(train: Tensor, *others: Tensor) -> list[Tensor]:
     return [(features.float() - mean) / deviation for features in (train, *others)]
 
 
-def fit_linear(
-    features: Tensor, labels: Tensor, classes: int, rates: Tensor, epochs: int, batch: int, seed: int
-) -> Tensor:
+def fit_linear(train: Labelled, classes: int, rates: Tensor, seed: int, epochs: int = 50, batch: int = 256) -> Tensor:
     """Softmax regression at several learning rates at once: weights (R, D + 1, classes), the last row the bias.
 
-    SGD with momentum 0.9, cosine schedule, no weight decay, zero start. features (N, D) float32, rates (R,).
+    SGD with momentum 0.9, cosine schedule, no weight decay, zero start. rates (R,).
     """
-    features = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
+    features, labels = torch.cat([train.features, train.features.new_ones(len(train.features), 1)], 1), train.labels
     weights = features.new_zeros(len(rates), features.shape[1], classes)
     momentum = torch.zeros_like(weights)
     batch = min(batch, len(features))
@@ -90,57 +88,29 @@ def fit_linear(
 
 
 def linear_accuracy(
-    train: Tensor,
-    train_labels: Tensor,
-    test: Tensor,
-    test_labels: Tensor,
-    classes: int,
-    parts: tuple[Tensor, Tensor],
-    seed: int,
-    rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
-    epochs: int = 50,
-    batch: int = 256,
+    train: Labelled, test: Labelled, classes: int, parts: tuple[Tensor, Tensor], seed: int, rates: Tensor | None = None
 ) -> float:
-    """Test accuracy in percent of a linear classifier on standardised features, (N, D) each.
+    """Test accuracy in percent of a linear classifier on standardised features.
 
-    `parts` are row numbers of the training set: on the second the learning rate is chosen, among all `rates` trained
-    side by side on the first; the classifier is then trained on the whole training set at the chosen one.
+    `parts` are row numbers of the training set: on the second the learning rate is chosen, among all `rates` (R,;
+    default 0.01 to 3) trained side by side on the first; the classifier is then trained on the whole training set at
+    the chosen one.
     """
-    kept, held_out = parts
-    known, unknown = standardise(train[kept], train[held_out])
-    trial = fit_linear(
-        known,
-        train_labels[kept],
-        classes,
-        torch.tensor(rates, device=train.device),
-        epochs,
-        batch,
-        seed,
-    )
-    best = correct_share(unknown, train_labels[held_out], trial).argmax(0, keepdim=True)
-    whole = standardise(train, test)
-    chosen = torch.tensor(rates, device=train.device)[best]
-    weights = fit_linear(whole[0], train_labels, classes, chosen, epochs, batch, seed)
-    return 100.0 * correct_share(whole[1], test_labels, weights).item()
+    if rates is None:
+        rates = torch.tensor((0.01, 0.03, 0.1, 0.3, 1.0, 3.0), device=train.features.device)
+    fitted, held_out = (Labelled(train.features[part], train.labels[part]) for part in parts)
+    known, unknown = standardise(fitted.features, held_out.features)
+    trial = fit_linear(Labelled(known, fitted.labels), classes, rates, seed)
+    best = correct_share(unknown, held_out.labels, trial).argmax(0, keepdim=True)
+    known, unknown = standardise(train.features, test.features)
+    weights = fit_linear(Labelled(known, train.labels), classes, rates[best], seed)
+    return 100.0 * correct_share(unknown, test.labels, weights).item()
 
 
 def correct_share(features: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """Share of rows classified correctly at every learning rate, (R,): features (N, D), weights (R, D + 1, classes)."""
     scores = features @ weights[:, :-1] + weights[:, -1:]
     return (scores.argmax(-1) == labels).float().mean(-1)
-
-
-def scale_gradients_by_layer(parameters: list[torch.nn.Parameter], trust: float = 0.001) -> None:
-    """LARS as the official linear probe uses it (LARC without clipping), before a plain SGD step without decay.
-
-    Every gradient g of a tensor w becomes g * trust * |w| / (|g| + 1e-8), where both norms are non-zero: the
-    zero-initialised bias therefore takes its first step unscaled.
-    """
-    for weight in parameters:
-        assert weight.grad is not None
-        size, slope = weight.detach().norm(), weight.grad.norm()
-        factor = trust * size / (slope + 1e-8)
-        weight.grad.mul_(torch.where((size > 0) & (slope > 0), factor, torch.ones_like(factor)))
 
 
 def std_ratio(z: Tensor) -> float:

@@ -169,10 +169,15 @@ class Run:
         self.diverge(epoch, state[0].device)
         return True
 
-    def end_epoch(self, epoch: int, last: int, record: Mapping[str, Any], **extra: Any) -> None:
-        """Log `record` and save model, optimizer and `extra`. Epoch 0 is the record before training."""
+    def end_epoch(
+        self, epoch: int, last: int, record: Mapping[str, Any], details: Mapping[str, Any] | None = None, **extra: Any
+    ) -> None:
+        """Log `record` and save model, optimizer and `extra`. Epoch 0 is the record before training.
+
+        `details` go to train.jsonl like the record, but not on the screen.
+        """
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), **extra}
-        self.save(epoch, record, state)
+        self.save(epoch, {**record, **(details or {})}, state)
         if epoch:
             self.say(epoch, last, record)
 

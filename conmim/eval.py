@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -148,36 +148,48 @@ def erased(x: Tensor, numbers: draws.Draws, probability: float) -> Tensor:
     return torch.where(inside, torch.empty_like(x).uniform_(-(3**0.5), 3**0.5), x)
 
 
-def labelled_batches(
-    data: Data, labels: Tensor, rows: Tensor, recipe: Recipe, flip: float, size: int, batch: int, mine: slice,
-    seed: int, epoch: int,
-) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
-    """One epoch of augmented, normalised images (b, 3, S, S) and labels (b,), cut to this rank's rows `mine`.
+class Subset(NamedTuple):
+    """The images of the training set that have labels for fine-tuning."""
 
-    `rows` (n,) on the CPU are the labelled images of the training set; the last incomplete batch is dropped.
+    rows: Tensor  # (n,) int64 on the CPU: their row numbers
+    labels: Tensor  # (N,) int64 on the device: of the whole training set
+
+    def batch(self, recipe: Recipe) -> int:
+        """The recipe's global batch, cut to the subset, in whole rows for each rank."""
+        world = devices.ranks()[1]
+        return min(recipe["batch"], len(self.rows)) // world * world
+
+
+def labelled_batches(
+    args: argparse.Namespace, recipe: Recipe, data: Data, subset: Subset, epoch: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """One epoch of augmented, normalised images (b, 3, S, S) and labels (b,), cut to this rank's rows.
+
+    The last incomplete batch is dropped.
     """
-    steps = len(rows) // batch
-    order = rows[draws.permutation(seed, "fine-tuning order", epoch, len(rows), "cpu")][: steps * batch]
-    order = order.view(steps, batch)[:, mine]
-    varied, streamed = rand_augment(recipe["rand_augment"]), None
+    batch = subset.batch(recipe)
+    mine, steps = devices.rows_of_rank(batch), len(subset.rows) // batch
+    order = subset.rows[draws.permutation(args.seed, "fine-tuning order", epoch, len(subset.rows), "cpu")]
+    order = order[: steps * batch].view(steps, batch)[:, mine]
+    flip, varied, streamed = train.augmentation(args.data_set)["flip"], rand_augment(recipe["rand_augment"]), None
     if isinstance(data, folders.Streamed):
         from torchvision.transforms import v2
 
-        crop = v2.RandomResizedCrop(size, recipe["crop"], interpolation=v2.InterpolationMode.BICUBIC)
+        crop = v2.RandomResizedCrop(args.size, recipe["crop"], interpolation=v2.InterpolationMode.BICUBIC)
         transform = v2.Compose([crop, v2.RandomHorizontalFlip(flip), *varied, v2.PILToTensor()])
-        streamed = data.views(transform, 1, order.tolist(), seed, epoch)
+        streamed = data.views(transform, 1, order.tolist(), args.seed, epoch)
     on_device = order.to(data.device)
     for step, picked in enumerate(on_device, epoch * steps):
-        numbers = draws.Draws(seed, "fine-tuning view", step, batch, mine)
+        rng = draws.Draws(args.seed, "fine-tuning view", step, batch, mine)
         # RandAugment, mixing, erasing and stochastic depth draw from the default generators.
-        draws.reseed(seed, "fine-tuning", step, devices.ranks()[0])
+        draws.reseed(args.seed, "fine-tuning", step, devices.ranks()[0])
         if streamed:
             x = next(streamed)[0]
         else:
-            x = augment.random_resized_crop(data.train[picked], numbers, recipe["crop"], size=size, flip=flip)
+            x = augment.random_resized_crop(data.train[picked], rng, recipe["crop"], size=args.size, flip=flip)
             x = torch.cat([varied[0](few) for few in x.split(ALIKE)]) if varied else x
         x = data.normalise(x)
-        yield erased(x, numbers, recipe["erase"]) if recipe["erase"] else x, labels[picked]
+        yield erased(x, rng, recipe["erase"]) if recipe["erase"] else x, subset.labels[picked]
 
 
 def rand_augment(magnitude: int) -> list[Callable[[Tensor], Tensor]]:
@@ -201,49 +213,44 @@ def mixing(recipe: Recipe, classes: int) -> Callable[..., Any] | None:
     )
 
 
-def fine_tune(
-    state: dict[str, Tensor], data: Data, labels: Tensor, rows: Tensor, recipe: Recipe, arguments: dict[str, Any],
-    begun: dict[str, Any], save: Callable[[dict[str, Any]], None],
-) -> float:  # fmt: skip
-    """Test accuracy in percent, after the last epoch, of a Classifier that starts from a ViT's `state`.
-
-    `begun` is what `save` was given before an interruption, or empty.
-    """
-    seed, size, precision, device = arguments["seed"], arguments["size"], arguments["precision"], data.device
-    shape = NETWORKS[arguments["network"]]
-    with draws.forked(seed, "classifier"):
-        model = Classifier(size, *shape, arguments["layer_scale"], arguments["positions"], data.classes,
-                           recipe["drop_path"])  # fmt: skip
+def build_classifier(args: argparse.Namespace, recipe: Recipe, state: dict[str, Tensor], data: Data) -> Classifier:
+    """A Classifier on the data's device that starts from a ViT's `state`."""
+    with draws.forked(args.seed, "classifier"):
+        shape = NETWORKS[args.network]
+        model = Classifier(args.size, *shape, args.layer_scale, args.positions, data.classes, recipe["drop_path"])
     checkpoints.fit(model, model.state_dict() | net.to_classifier(state), "the pre-trained network")
-    model.to(device)
+    return model.to(data.device)
+
+
+def fine_tune(
+    args: argparse.Namespace, recipe: Recipe, model: Classifier, data: Data, subset: Subset, progress: "Progress"
+) -> float:
+    """Test accuracy in percent, after the last epoch, of `model` trained on `subset`. Goes on from `progress`."""
     optimizer = build_optimizer(model, recipe["layer_decay"], recipe["weight_decay"])
+    begun = progress.fine_tuning
     if begun:
         checkpoints.fit(model, begun["classifier"], "eval_state.pt")
         optimizer.load_state_dict(begun["optimizer"])
-    forward = devices.distribute(model, device)
-    rank, world = devices.ranks()
-    batch = min(recipe["batch"], len(rows)) // world * world
-    mine, steps = slice(rank * batch // world, (rank + 1) * batch // world), len(rows) // batch
-    mix = mixing(recipe, data.classes)
-    flip, last_saved = train.augmentation(arguments["data_set"])["flip"], time.perf_counter()
+    forward = devices.distribute(model, data.device)
+    mix, last_saved = mixing(recipe, data.classes), time.perf_counter()
+    steps = len(subset.rows) // subset.batch(recipe)
     model.train()
     for epoch in range(begun.get("epoch", 0), recipe["epochs"]):
-        made = labelled_batches(data, labels, rows, recipe, flip, size, batch, mine, seed, epoch)
-        for step, (x, y) in enumerate(made, epoch * steps):
+        for step, (x, y) in enumerate(labelled_batches(args, recipe, data, subset, epoch), epoch * steps):
             rate = train.learning_rate(
                 step, recipe["warm_up"] * steps, recipe["epochs"] * steps, recipe["lr"], recipe["last_lr"]
             )
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["scale"]
             x, y = mix(x, y) if mix else (x, y)
-            with devices.autocast(precision, device):
+            with devices.autocast(args.precision, data.device):
                 logits = forward(x)
             loss = F.cross_entropy(logits.float(), y, label_smoothing=recipe["smoothing"])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
         if time.perf_counter() - last_saved > SAVED_EVERY:
-            save({"epoch": epoch + 1, "classifier": model.state_dict(), "optimizer": optimizer.state_dict()})
+            progress.save(epoch=epoch + 1, classifier=model.state_dict(), optimizer=optimizer.state_dict())
             last_saved = time.perf_counter()
     return accuracy(model, data)
 
@@ -272,9 +279,7 @@ class Features(nn.Module):
         return torch.cat([found, F.normalize(self.projector(tokens)[:, 1:].float(), dim=2).mean(1)], 1)
 
 
-def frozen(
-    features: Features, data: Data, rows: Tensor, settings: dict[str, Any], width: int
-) -> dict[str, float]:  # fmt: skip
+def frozen(args: argparse.Namespace, features: Features, data: Data, rows: Tensor) -> dict[str, float]:
     """kNN and linear accuracy in percent from the labelled training images `rows`, a linear one of the keys if any."""
     if isinstance(data, folders.Streamed):
         known, labels = probes.represent([features], data, "train")
@@ -283,19 +288,16 @@ def frozen(
         few = data._replace(train=data.train[picked], train_labels=data.train_labels[picked])
         known, labels = probes.represent([features], few, "train")
     asked, truth = probes.represent([features], data, "test")
-    parts = draws.held_out(len(known), data.device)
+    parts, width = draws.held_out(len(known), data.device), NETWORKS[args.network].width
 
     def linear(part: slice) -> float:
-        return probes.linear_accuracy(
-            known[:, part], labels, asked[:, part], truth, data.classes, parts, settings["seed"]
-        )
+        train_set, test_set = probes.Labelled(known[:, part], labels), probes.Labelled(asked[:, part], truth)
+        return probes.linear_accuracy(train_set, test_set, data.classes, parts, args.seed)
 
-    tokens = slice(width)
+    bank, queries = probes.Labelled(known[:, :width], labels), probes.Labelled(asked[:, :width], truth)
     found = {
-        "linear_accuracy": linear(tokens),
-        "knn_accuracy": probes.knn_accuracy(
-            known[:, tokens], labels, asked[:, tokens], truth, data.classes, NEIGHBOURS, TAU
-        ),
+        "linear_accuracy": linear(slice(width)),
+        "knn_accuracy": probes.knn_accuracy(bank, queries, data.classes, NEIGHBOURS, TAU),
     }
     return found | ({} if features.projector is None else {"key_linear_accuracy": linear(slice(width, None))})
 
@@ -304,12 +306,11 @@ def frozen(
 
 
 @torch.no_grad()
-def similarity(model: ConMIM, data: Data, arguments: dict[str, Any]) -> dict[str, np.ndarray]:
+def similarity(args: argparse.Namespace, model: ConMIM, data: Data) -> dict[str, np.ndarray]:
     """What similarity.npz holds; `own` and `other` are cosines between -1 and 1, float32."""
-    patches = (arguments["size"] // NETWORKS[arguments["network"]].patch) ** 2
-    x, mask = train.fixed_batch(data, patches, arguments["mask_ratio"])
+    x, mask = train.fixed_batch(data, train.patch_count(args), args.mask_ratio)
     with train.unmoved_statistics(model):
-        q, k = model(x, x, mask, arguments["keys"], 0.0)
+        q, k = model(x, x, mask, args.keys, 0.0)
     other = min(1, len(x) - 1)
     own, cross = train.similarities(q[[0, 0]], k[[0, other]])
     picture = (x[0] * data.deviation + data.mean).clamp(0, 1)
@@ -324,15 +325,36 @@ def write_similarity(path: Path, found: dict[str, np.ndarray]) -> None:
     files.write_bytes(path, buffer.getvalue())
 
 
-def read_state(path: Path, identity: str, device: torch.device) -> dict[str, Any]:
-    """eval_state.pt of an evaluation of the same weights with the same recipe, or nothing. Stops on damage."""
-    try:
-        state = checkpoints.load(path, device)
-    except FileNotFoundError:
-        return {}
-    except files.Damaged as error:
-        stop(f"{error}: remove it to begin the evaluation again")
-    return state if state.get("identity") == identity else {}
+class Progress:
+    """eval_state.pt: the accuracies that are finished, and the fine-tuning under way.
+
+    Taken up only by an evaluation of the same weights with the same recipe (`identity`). Stops on damage.
+    """
+
+    def __init__(self, path: Path, identity: str, device: torch.device):
+        self.path, self.identity, self.name = path, identity, ""
+        try:
+            state = checkpoints.load(path, device)
+        except FileNotFoundError:
+            state = {}
+        except files.Damaged as error:
+            stop(f"{error}: remove it to begin the evaluation again")
+        self.state = state if state.get("identity") == identity else {}
+        self.done: dict[str, float] = dict(self.state.get("done", {}))
+
+    def begin(self, name: str) -> None:
+        """Fine-tune for the metric `name` from here on."""
+        self.name = name
+
+    @property
+    def fine_tuning(self) -> dict[str, Any]:
+        """What `save` was given in this metric's fine-tuning before an interruption, or nothing."""
+        return self.state if self.state.get("name") == self.name and "epoch" in self.state else {}
+
+    def save(self, **state: Any) -> None:
+        """Save what is done, and the `state` of the fine-tuning under way."""
+        if devices.ranks()[0] == 0:
+            checkpoints.save(self.path, {"identity": self.identity, "done": self.done, "name": self.name, **state})
 
 
 def identity_of(networks: dict[str, Features], settings: Any) -> str:
@@ -342,7 +364,7 @@ def identity_of(networks: dict[str, Features], settings: Any) -> str:
 
 
 def evaluate(
-    networks: dict[str, Features], data: Data, arguments: dict[str, Any], recipe: Recipe, folder: Path, held_out: bool
+    args: argparse.Namespace, recipe: Recipe, networks: dict[str, Features], data: Data, folder: Path, held_out: bool
 ) -> dict[str, float]:
     """Accuracies in percent of the networks, by the suffix of their metrics; of `untrained` the linear one alone.
 
@@ -352,29 +374,17 @@ def evaluate(
         data = tenth_as_test(data)
     labels = torch.tensor(data.train.targets) if isinstance(data, folders.Streamed) else data.train_labels.cpu()
     rows, bank = (labelled(labels, recipe[key], data.classes) for key in ("labels", "bank"))
-    on_device, width = labels.to(data.device), NETWORKS[arguments["network"]].width
-    path, rank = folder / "eval_state.pt", devices.ranks()[0]
-    identity = identity_of(networks, [*recipe.items(), held_out])
-    begun = read_state(path, identity, data.device)
-    found: dict[str, float] = dict(begun.get("done", {}))
-
-    def save(name: str, state: dict[str, Any]) -> None:
-        if rank == 0:
-            checkpoints.save(path, {"identity": identity, "done": found, "name": name, **state})
-
+    subset = Subset(rows, labels.to(data.device))
+    progress = Progress(folder / "eval_state.pt", identity_of(networks, [*recipe.items(), held_out]), data.device)
     for suffix, features in networks.items():
-        if suffix == UNTRAINED:
-            continue
-        name = f"finetune_accuracy{suffix}"
-        if name not in found:
-            mine = begun if begun.get("name") == name and "epoch" in begun else {}
-            found[name] = fine_tune(
-                features.vit.state_dict(), data, on_device, rows, recipe, arguments, mine,
-                lambda state, name=name: save(name, state),
-            )  # fmt: skip
-            save("", {})
+        progress.begin(f"finetune_accuracy{suffix}")
+        if suffix != UNTRAINED and progress.name not in progress.done:
+            model = build_classifier(args, recipe, features.vit.state_dict(), data)
+            progress.done[progress.name] = fine_tune(args, recipe, model, data, subset, progress)
+            progress.save()
+    found = dict(progress.done)
     for suffix, features in networks.items():
-        one = frozen(features, data, bank, arguments, width)
+        one = frozen(args, features, data, bank)
         if suffix == UNTRAINED:
             found["untrained_linear_accuracy"] = one["linear_accuracy"]
             continue
@@ -383,25 +393,25 @@ def evaluate(
 
 
 def evaluate_run(
-    weights: dict[str, Tensor], data: Data, arguments: dict[str, Any], recipe: Recipe, folder: Path, held_out: bool
+    args: argparse.Namespace, recipe: Recipe, weights: dict[str, Tensor], data: Data, folder: Path, held_out: bool
 ) -> dict[str, float]:
     """The claims of a run whose networks have these weights; writes similarity.npz beside them.
 
     A run of no epochs has one network, the untrained one, under all its names.
     """
-    model = build_model(argparse.Namespace(**arguments), data.device)
+    model = build_model(args, data.device)
     checkpoints.fit(model, weights, folder / "model.pt")
-    averaged = arguments["keys"] == "ema" or not arguments["epochs"]
+    averaged = args.keys == "ema" or not args.epochs
     networks = {"": Features(model.average.vit, model.average.projector if averaged else None)}
-    if arguments["epochs"]:
+    if args.epochs:
         networks["_online"] = Features(model.online.vit, None if averaged else model.online.projector)
-        networks[UNTRAINED] = Features(build_model(argparse.Namespace(**arguments), data.device).average.vit)
-    found = evaluate(networks, data, arguments, recipe, folder, held_out)
-    if not arguments["epochs"]:
+        networks[UNTRAINED] = Features(build_model(args, data.device).average.vit)
+    found = evaluate(args, recipe, networks, data, folder, held_out)
+    if not args.epochs:
         found |= {f"{name}_online": found[name] for name in ACCURACIES}
         found["untrained_linear_accuracy"] = found["linear_accuracy"]
     if not held_out and devices.ranks()[0] == 0:
-        write_similarity(folder / "similarity.npz", similarity(model, data, arguments))
+        write_similarity(folder / "similarity.npz", similarity(args, model, data))
     return found
 
 
@@ -445,41 +455,41 @@ def official(path: Path, network: str, data: Data, recipe: Recipe, folder: Path,
     state = official_weights(path)
     positions = ("absolute" if not any("relative_position_bias_table" in name for name in state) else
                  "both" if "pos_embed" in state else "relative")  # fmt: skip
-    arguments = vars(train.parse_args(["--scale", "paper", "--network", network, "--positions", positions]))
+    args = train.parse_args(["--scale", "paper", "--network", network, "--positions", positions])
     shape = NETWORKS[network]
     if "head.weight" in state and "mask_token" not in state:
         kept = {name: one for name, one in state.items() if not name.endswith("relative_position_index")}
-        model = Classifier(arguments["size"], *shape, 0.1, positions, data.classes).to(data.device)
+        model = Classifier(args.size, *shape, 0.1, positions, data.classes).to(data.device)
         checkpoints.fit(model, kept, path)
         return {"finetune_accuracy": accuracy(model, data)}
-    vit = ViT(arguments["size"], *shape, 0.1, positions).to(data.device)
+    vit = ViT(args.size, *shape, 0.1, positions).to(data.device)
     named = {name[4:]: one for name, one in net.from_official(state).items() if name.startswith("vit.")}
     checkpoints.fit(vit, named, path)
-    return evaluate({"": Features(vit)}, data, arguments, recipe, folder, held_out)
+    return evaluate(args, recipe, {"": Features(vit)}, data, folder, held_out)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.weights:
-        arguments, saved, facts = vars(train.parse_args(["--scale", "paper"])), None, {}
+        run_args, saved, facts = train.parse_args(["--scale", "paper"]), None, {}
     else:
         arguments, facts, saved = finished(args.folder, "conmim/train.py")
-        facts = {**training_facts(args.folder), **facts}
-    torch.set_num_threads(args.threads or arguments["threads"])
-    name = args.device or arguments["device"]
-    device = devices.choose(name, arguments["scale"])
+        run_args, facts = argparse.Namespace(**arguments), {**training_facts(args.folder), **facts}
+    torch.set_num_threads(args.threads or run_args.threads)
+    name = args.device or run_args.device
+    device = devices.choose(name, run_args.scale)
     rank, _ = devices.start_ranks(name, device)
-    started, folder = time.perf_counter(), args.data or Path(arguments["data"])
-    recipe = {name: row[cli.SCALES.index(arguments["scale"])] for name, row in RECIPES.items()}
+    started, folder = time.perf_counter(), args.data or Path(run_args.data)
+    recipe = {name: row[cli.SCALES.index(run_args.scale)] for name, row in RECIPES.items()}
     now = f"batches of 500 images, {recipe['batch']} in fine-tuning"
     with held(args.folder, rank), devices.memory_for(device, now, "A --device with more memory gives the same metrics"):
-        data = images.load_or_stream(arguments["data_set"], folder, arguments["size"], device, arguments["workers"])
+        data = images.load_or_stream(run_args.data_set, folder, run_args.size, device, run_args.workers)
         if data.digest != facts.get("data", data.digest):
             stop(f"--data {folder} is not what {args.folder} was trained on (digest {data.digest[:12]}): give that")
         if args.held_out and isinstance(data, folders.Streamed):
             stop("--held-out is for data that live on the device: up to 64 pixels")
-        if arguments["rehearse"]:
-            data, recipe = data.few(arguments["rehearse"] * arguments["batch"]), recipe | {"epochs": 1, "warm_up": 0}
+        if run_args.rehearse:
+            data, recipe = data.few(run_args.rehearse * run_args.batch), recipe | {"epochs": 1, "warm_up": 0}
         metrics: dict[str, Any] = {**facts, "diverged": bool(saved and saved["diverged"])}
         if args.weights:
             metrics |= official(args.weights, args.network, data, recipe, args.folder, args.held_out)
@@ -487,10 +497,9 @@ def main(argv: list[str] | None = None) -> None:
         elif metrics["diverged"]:
             metrics |= dict.fromkeys(CLAIMS)
         else:
-            metrics |= evaluate_run(saved["model"], data, arguments, recipe, args.folder, args.held_out)
+            metrics |= evaluate_run(run_args, recipe, saved["model"], data, args.folder, args.held_out)
         if saved:
-            patches = (arguments["size"] // NETWORKS[arguments["network"]].patch) ** 2
-            metrics["loss_floor"] = train.loss_floor(patches, arguments["temperature"])
+            metrics["loss_floor"] = train.loss_floor(train.patch_count(run_args), run_args.temperature)
         metrics["seconds"] = facts.get("train_seconds", 0.0) + time.perf_counter() - started
         if rank == 0:
             files.write_json(args.folder / ("held_out.json" if args.held_out else "metrics.json"), metrics)

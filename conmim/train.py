@@ -390,7 +390,7 @@ def momentum_at(step: int, steps: int, first: float) -> float:
     return 1 - (1 - first) * schedules.cosine(step / steps)
 
 
-def build_optimizer(model: ConMIM, lr: float) -> torch.optim.AdamW:
+def build_optimizer(args: argparse.Namespace, model: ConMIM) -> torch.optim.AdamW:
     """AdamW on the online network; no decay of vectors, of the class token and of absolute positions."""
     free: list[Tensor] = []
     decayed: list[Tensor] = []
@@ -398,7 +398,7 @@ def build_optimizer(model: ConMIM, lr: float) -> torch.optim.AdamW:
         exempt = weight.ndim == 1 or name in ("vit.cls_token", "vit.pos_embed")
         (free if exempt else decayed).append(weight)
     groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": free, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr, BETAS, fused=True)
+    return torch.optim.AdamW(groups, args.lr, BETAS, fused=True)
 
 
 def train(args: argparse.Namespace, run: Run, model: ConMIM, data: Data, optimizer: torch.optim.Optimizer) -> None:
@@ -480,7 +480,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.rehearse:
             data = data.few(args.rehearse * args.batch)
         model = build_model(args, device)
-        train(args, run, model, data, build_optimizer(model, args.lr))
+        train(args, run, model, data, build_optimizer(args, model))
 
 
 if __name__ == "__main__":

@@ -305,11 +305,11 @@ def rate_factor(progress: float) -> float:
     return min(1.0, progress / WARM_UP) * schedules.cosine(max(0.0, progress - WARM_UP) / (1 - WARM_UP))
 
 
-def build_optimizer(model: SeqVCR, lr: float) -> torch.optim.AdamW:
+def build_optimizer(args: argparse.Namespace, model: SeqVCR) -> torch.optim.AdamW:
     """AdamW; the projection is not decayed."""
     groups = [{"params": list(model.gpt.parameters()), "weight_decay": WEIGHT_DECAY}]
     groups += [{"params": list(model.projection.parameters()), "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr, fused=True)
+    return torch.optim.AdamW(groups, args.lr, fused=True)
 
 
 def train(
@@ -361,8 +361,8 @@ def train(
             "seconds": seconds,
             "peak_memory": devices.peak_memory(device),
         }
-        record |= {f"accuracy_{place}": 100 * share for place, share in enumerate(correct.mean(0).tolist())}
-        run.end_epoch(epoch + 1, last, record)
+        positions = {f"accuracy_{place}": 100 * share for place, share in enumerate(correct.mean(0).tolist())}
+        run.end_epoch(epoch + 1, last, record, details=positions)
     run.finish({"model": model.state_dict(), "epoch": last, "diverged": False})
 
 
@@ -392,7 +392,7 @@ def main(argv: list[str] | None = None) -> None:
             setting, devices.facts(device) | {"data": checkpoints.sha256(*(x.cpu() for x in data)), "steps": args.steps}
         )
         data = tasks.Examples(*(encode(args, task, rows) for rows in data))
-        train(args, run, model, task, data, build_optimizer(model, args.lr))
+        train(args, run, model, task, data, build_optimizer(args, model))
 
 
 if __name__ == "__main__":

@@ -84,25 +84,35 @@ def digest(module: nn.Module) -> str:
     return checkpoints.sha256(*(tensor.detach().float().cpu() for tensor in module.state_dict().values()))
 
 
-def probe_at_full_size(
-    model: SimSiam, data: folders.Streamed, folder: Path, width: int, seed: int, *,
-    epochs: int, batch: int, lr: float,
-) -> float:  # fmt: skip
+def scale_gradients_by_layer(parameters: list[nn.Parameter], trust: float = 0.001) -> None:
+    """LARS as the official linear probe uses it (LARC without clipping), before a plain SGD step without decay.
+
+    Every gradient g of a tensor w becomes g * trust * |w| / (|g| + 1e-8), where both norms are non-zero: the
+    zero-initialised bias therefore takes its first step unscaled.
+    """
+    for weight in parameters:
+        assert weight.grad is not None
+        size, slope = weight.detach().norm(), weight.grad.norm()
+        factor = trust * size / (slope + 1e-8)
+        weight.grad.mul_(torch.where((size > 0) & (slope > 0), factor, torch.ones_like(factor)))
+
+
+def probe_at_full_size(model: SimSiam, data: folders.Streamed, folder: Path, seed: int, probe: dict[str, Any]) -> float:
     """The paper's linear evaluation: test accuracy in percent after the last epoch. Goes on from eval_state.pt.
 
-    `batch` is cut to what a small training set has, in whole rows for each rank.
+    `probe` has the keys of PROBE. Its batch is cut to what a small training set has, in whole rows for each rank.
     """
     device, (rank, world) = data.device, devices.ranks()
-    batch = min(batch, data.examples // world * world)
-    steps = data.examples // batch
-    rows, labels = slice(rank * batch // world, (rank + 1) * batch // world), torch.tensor(data.train.targets)
+    epochs, batch = probe["epochs"], min(probe["batch"], data.examples // world * world)
+    lr, steps = probe["lr"] * batch / 256, data.examples // batch
+    rows, labels = devices.rows_of_rank(batch), torch.tensor(data.train.targets)
     transform = v2.Compose([v2.RandomResizedCrop(data.size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
     with draws.forked(seed, "linear probe"):
-        head = nn.Linear(width, data.classes)
+        head = nn.Linear(model.width, data.classes)
         nn.init.normal_(head.weight, std=0.01)
         nn.init.zeros_(head.bias)
     head.to(device)
-    optimizer = torch.optim.SGD(head.parameters(), lr * batch / 256, momentum=0.9)
+    optimizer = torch.optim.SGD(head.parameters(), lr, momentum=0.9)
     first, path = 0, folder / "eval_state.pt"
     identity = digest(model.backbone)
     try:
@@ -117,7 +127,7 @@ def probe_at_full_size(
         first = state["epoch"]
     model.eval()  # the batch norms' statistics stay as trained
     for epoch in range(first, epochs):
-        optimizer.param_groups[0]["lr"] = lr * batch / 256 * schedules.cosine(epoch / epochs)
+        optimizer.param_groups[0]["lr"] = lr * schedules.cosine(epoch / epochs)
         order = draws.permutation(seed, "linear probe order", epoch, data.examples, "cpu")
         order = order[: steps * batch].view(steps, batch)[:, rows]
         for picked, (x,) in zip(order, data.views(transform, 1, order.tolist(), seed, epoch), strict=True):
@@ -128,7 +138,7 @@ def probe_at_full_size(
             loss.backward()
             for parameter in head.parameters():
                 devices.mean_over_ranks(parameter.grad)
-            probes.scale_gradients_by_layer(list(head.parameters()))
+            scale_gradients_by_layer(list(head.parameters()))
             optimizer.step()
         if rank == 0:
             done = {"head": head.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}
@@ -147,11 +157,12 @@ def evaluate(model: SimSiam, data: Data, settings: dict[str, Any], held_out: boo
     else:
         queries = represent(model, data, "test")
     if isinstance(data, folders.Streamed):
-        probe = PROBE | {"epochs": 1} if settings["rehearse"] else PROBE
-        linear = probe_at_full_size(model, data, folder, bank[0].shape[1], seed, **probe)
+        probe = PROBE | ({"epochs": 1} if settings["rehearse"] else {})
+        linear = probe_at_full_size(model, data, folder, seed, probe)
     else:
         parts = draws.held_out(len(bank[0]), data.device)
-        linear = probes.linear_accuracy(bank[0], bank[-1], queries[0], queries[-1], classes, parts, seed)
+        train_set, test_set = (probes.Labelled(features, labels) for features, _, labels in (bank, queries))
+        linear = probes.linear_accuracy(train_set, test_set, classes, parts, seed)
     return {"linear_accuracy": linear, **measure(bank, queries, classes, settings["neighbours"])}
 
 

@@ -54,7 +54,7 @@ from common.images import Data
 from common.run import Run
 from simsiam.net import NETWORKS, build_backbone
 
-Range = tuple[float, float]
+Augmentation = dict[str, Any]
 Pairs = list[tuple[int, int]]  # (view that predicts, view that is predicted)
 
 # ------------------------------------------------------------------------------------------------- arguments
@@ -74,7 +74,7 @@ SCALES = {  #                demo             gpu             paper
 }  # fmt: skip
 
 # The paper's views (appendix A; on CIFAR without blur, appendix D); glyphs must not be mirrored, and ours are smaller.
-AUGMENTATION: dict[str, dict[str, Any]] = {
+AUGMENTATION: dict[str, Augmentation] = {
     "glyphs": {"pixels": 24, "crop": (0.4, 1.0), "flip": 0.0, "hue": 0.5, "grey": 0.6, "blur": 0.0},
     "cifar": {"pixels": 32, "crop": (0.2, 1.0), "flip": 0.5, "hue": 0.1, "grey": 0.2, "blur": 0.0},
     "folder": {"pixels": None, "crop": (0.2, 1.0), "flip": 0.5, "hue": 0.1, "grey": 0.2, "blur": 0.5},
@@ -178,11 +178,11 @@ class SimSiam(nn.Module):
         seed: int,
     ):
         super().__init__()
-        width, hidden = NETWORKS[network]
+        self.width, hidden = NETWORKS[network]
         with draws.forked(seed, "backbone"):
             self.backbone = build_backbone(network, size)
         with draws.forked(seed, "projector"):
-            self.projector = build_projector(projector, projector_layers, width, hidden, dim)
+            self.projector = build_projector(projector, projector_layers, self.width, hidden, dim)
         with draws.forked(seed, "predictor"):
             self.predictor = build_predictor(predictor, dim)
 
@@ -235,25 +235,30 @@ def simsiam_loss(p: dict[int, Tensor], z: list[Tensor], pairs: Pairs, leak: floa
 # ------------------------------------------------------------------------------------------------- data
 
 
-def one_view(
-    source: Tensor, numbers: draws.Draws, *, pixels: int, crop: Range, flip: float, hue: float, grey: float, blur: float
-) -> Tensor:
+def one_view(source: Tensor, rng: draws.Draws, aug: Augmentation) -> Tensor:
     """Crop, flip, jitter, grey, blur (appendix A): (B, 3, S, S) uint8 to (B, 3, pixels, pixels) float32 in [0, 1]."""
-    view = augment.random_resized_crop(source, numbers, scale=crop, size=pixels, flip=flip)
-    view = augment.random_color_jitter(view, numbers, 0.4, 0.4, 0.4, hue, probability=0.8)
-    view = augment.random_grayscale(view, numbers, grey)
-    return augment.random_gaussian_blur(view, numbers, (0.1, 2.0), blur) if blur else view
+    view = augment.random_resized_crop(source, rng, scale=aug["crop"], size=aug["pixels"], flip=aug["flip"])
+    view = augment.random_color_jitter(view, rng, 0.4, 0.4, 0.4, aug["hue"], probability=0.8)
+    view = augment.random_grayscale(view, rng, aug["grey"])
+    return augment.random_gaussian_blur(view, rng, (0.1, 2.0), aug["blur"]) if aug["blur"] else view
 
 
-def worker_view(*, pixels: int, crop: Range, flip: float, hue: float, grey: float, blur: float) -> v2.Compose:
+def worker_view(aug: Augmentation) -> v2.Compose:
     """The same view of one Pillow image by torchvision's own transforms: (3, pixels, pixels) uint8."""
-    jitter, blurred = v2.ColorJitter(0.4, 0.4, 0.4, hue), v2.GaussianBlur(23, (0.1, 2.0))
-    steps = [v2.RandomResizedCrop(pixels, crop), v2.RandomHorizontalFlip(flip), v2.RandomApply([jitter], 0.8)]
-    return v2.Compose([*steps, v2.RandomGrayscale(grey), v2.RandomApply([blurred], blur), v2.PILToTensor()])
+    return v2.Compose(
+        [
+            v2.RandomResizedCrop(aug["pixels"], aug["crop"]),
+            v2.RandomHorizontalFlip(aug["flip"]),
+            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, aug["hue"])], 0.8),
+            v2.RandomGrayscale(aug["grey"]),
+            v2.RandomApply([v2.GaussianBlur(23, (0.1, 2.0))], aug["blur"]),
+            v2.PILToTensor(),
+        ]
+    )
 
 
-def augmentation(args: argparse.Namespace) -> dict[str, Any]:
-    """The parameters of a view on the run's data set, keywords of `one_view` and `worker_view`."""
+def augmentation(args: argparse.Namespace) -> Augmentation:
+    """The row of AUGMENTATION for the run's data set, with `pixels` resolved."""
     aug = next(aug for name, aug in AUGMENTATION.items() if args.data_set.startswith(name))
     return aug | {"pixels": aug["pixels"] or args.size}
 
@@ -268,13 +273,13 @@ def batches(args: argparse.Namespace, data: Data, epoch: int, rows: slice) -> It
     order = draws.permutation(args.seed, "order", epoch, data.examples, data.device)
     order = order[: steps * args.batch].view(steps, args.batch)
     if isinstance(data, folders.Streamed):
-        for loaded in data.views(worker_view(**aug), views, order[:, rows].tolist(), args.seed, epoch):
+        for loaded in data.views(worker_view(aug), views, order[:, rows].tolist(), args.seed, epoch):
             yield [data.normalise(view) for view in loaded]
         return
     for step, picked in enumerate(order, epoch * steps):
         source = data.train[picked[rows]]
         rngs = [draws.Draws(args.seed, f"view {view}", step, args.batch, rows) for view in range(views)]
-        yield [data.normalise(one_view(source, rng, **aug)) for rng in rngs]
+        yield [data.normalise(one_view(source, rng, aug)) for rng in rngs]
 
 
 # ------------------------------------------------------------------------------------------------- train
@@ -292,8 +297,12 @@ def measure(bank: Sequence[Tensor], queries: Sequence[Tensor], classes: int, k: 
         "std_ratio": probes.std_ratio(z),
         "mean_cosine": probes.mean_cosine(z),
         "effective_rank": probes.effective_rank(z),
-        "knn_accuracy": probes.knn_accuracy(known, known_labels, features, labels, classes, k),
-        "knn_accuracy_z": probes.knn_accuracy(known_z, known_labels, z, labels, classes, k),
+        "knn_accuracy": probes.knn_accuracy(
+            probes.Labelled(known, known_labels), probes.Labelled(features, labels), classes, k
+        ),
+        "knn_accuracy_z": probes.knn_accuracy(
+            probes.Labelled(known_z, known_labels), probes.Labelled(z, labels), classes, k
+        ),
     }
 
 

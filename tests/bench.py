@@ -21,6 +21,7 @@ plain / off     a minimal GPT of the same shape (attention written out, logits e
                 `.item()` at every step) over ours without the regulariser
 """
 
+import argparse
 import functools
 import os
 import statistics
@@ -56,7 +57,7 @@ class Pillow(Dataset):
 
     def __init__(self, pixels: Tensor, kind: dict, length: int):
         self.pictures = [Image.fromarray(np.ascontiguousarray(one.permute(1, 2, 0).cpu().numpy())) for one in pixels]
-        self.view = v2.Compose([train.worker_view(**kind), v2.ToDtype(torch.float32, scale=True)])
+        self.view = v2.Compose([train.worker_view(kind), v2.ToDtype(torch.float32, scale=True)])
         self.length = length
 
     def __len__(self) -> int:
@@ -299,7 +300,9 @@ def measure_seqvcr(device: torch.device, rounds: int) -> None:
         name: seqvcr.train.SeqVCR(GPT(len(task.symbols), 32, 3, 4, 128, 0.0, 0), 2048, 0).to(device)
         for name in ("off", "on", "plain")
     }
-    optimizers = {name: seqvcr.train.build_optimizer(model, 1e-4) for name, model in models.items()}
+    optimizers = {
+        name: seqvcr.train.build_optimizer(argparse.Namespace(lr=1e-4), model) for name, model in models.items()
+    }
     optimizers["plain"] = torch.optim.AdamW(models["plain"].gpt.parameters(), 1e-4, foreach=False)
     minimal = Minimal(models["plain"].gpt)
 

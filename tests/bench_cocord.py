@@ -136,7 +136,7 @@ def measure(pair: str, device: torch.device, rounds: int, steps: int = 2) -> Non
     data = images.Images(pixels, labels, pixels, labels, 100, flat, flat / 2, "")
     args, plain, batches = arguments(pair), Plain(pair, device), train.batches
     model, teacher = networks(args, device, torch.channels_last)
-    optimizer = train.build_optimizer([model.student, model.head, model.predictor], args.lr, args.weight_decay)
+    optimizer = train.build_optimizer(args, [model.student, model.head, model.predictor])
     pillow = iter(DataLoader(Pillow(pixels[:2000], labels, BATCH * 10_000), BATCH, num_workers=2))
     counted: dict[str, int] = {}
     timed: dict[str, list[float]] = {"ours": [], "plain": []}

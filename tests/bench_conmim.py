@@ -59,7 +59,9 @@ class Plain:
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
         self.model, self.device, self.seen, self.length = train.build_model(args, device), device, 0, 1000
-        decayed, free = (group["params"] for group in train.build_optimizer(self.model, 1e-3).param_groups)
+        decayed, free = (
+            group["params"] for group in train.build_optimizer(argparse.Namespace(lr=1e-3), self.model).param_groups
+        )
         groups = [{"params": decayed, "weight_decay": 0.05}, {"params": free, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, 1e-3, (0.9, 0.98), foreach=False)
         self.meters: dict[str, float] = {}
@@ -107,7 +109,7 @@ def main(device: torch.device, rounds: int) -> None:
 
     model = train.build_model(args, device)
     ema, online = (list(branch.parameters()) for branch in (model.average, model.online))
-    optimizer = train.build_optimizer(model, args.lr)
+    optimizer = train.build_optimizer(args, model)
     plain, pillow = Plain(args, device), iter(DataLoader(Pillow(pixels[:2000], 10_000 * size), size, num_workers=2))
     q, k = torch.randn(2, size, PATCHES, 256, device=device)
     q.requires_grad_()

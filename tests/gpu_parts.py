@@ -165,9 +165,10 @@ def agree_on_measurements(check: Check) -> str:
     for device in (CPU, check.device):
         x, y, levels = rows.to(device), labels.to(device), h.to(device)
         parts = draws.held_out(400, device)
+        known, unknown = probes.Labelled(x[:400], y[:400]), probes.Labelled(x[400:], y[400:])
         found.append({
-            "knn": probes.knn_accuracy(x[:400], y[:400], x[400:], y[400:], 10, 20),
-            "linear": probes.linear_accuracy(x[:400], y[:400], x[400:], y[400:], 10, parts, 0),
+            "knn": probes.knn_accuracy(known, unknown, 10, 20),
+            "linear": probes.linear_accuracy(known, unknown, 10, parts, 0),
             "std": probes.std_ratio(x), "cosine": probes.mean_cosine(x), "rank": probes.effective_rank(x),
             "position": conmim.train.position_r2(levels),
             "entropy": seqvcr.eval.token_entropy(levels).mean().item(),

@@ -82,7 +82,7 @@ def conmim_problem(scale: str, rows: int, device: torch.device) -> Problem:
             q, k = model(query, key, mask, args.keys, args.gradient_leak)
         return conmim.train.denoising_contrast(q, k, mask, args.temperature)
 
-    optimizer = conmim.train.build_optimizer(model, args.lr)
+    optimizer = conmim.train.build_optimizer(args, model)
     return Problem(model, optimizer, loss, lambda: conmim.train.ema_update(ema, online, args.momentum))
 
 
@@ -96,7 +96,7 @@ def cocord_problem(scale: str, rows: int, device: torch.device) -> Problem:
         teacher = net.build(args.teacher, 36).eval().requires_grad_(False)
     teacher = net.fold(teacher.to(memory_format=torch.channels_last).to(device))
     model = cocord.train.build_model(args, 36, device)
-    optimizer = cocord.train.build_optimizer([model.student, model.head, model.predictor], 0.05, 5e-4)
+    optimizer = cocord.train.build_optimizer(args, [model.student, model.head, model.predictor])
     (slow, fast), (slow_head, fast_head) = model.followers()
 
     def loss(precision: str) -> Tensor:
@@ -162,7 +162,7 @@ def seqvcr_problem(scale: str, rows: int, device: torch.device) -> Problem:
             axis=args.covariance_axis, covariance_batch=args.covariance_batch, precision=precision,
         )[0]  # fmt: skip
 
-    return Problem(model, seqvcr.train.build_optimizer(model, args.lr), loss, lambda: None)
+    return Problem(model, seqvcr.train.build_optimizer(args, model), loss, lambda: None)
 
 
 PROBLEMS: dict[str, Callable[[str, int, torch.device], Problem]] = {

@@ -54,7 +54,7 @@ def batch(rows: int = 8) -> tuple[list[torch.Tensor], torch.Tensor]:
 def step(model: CoCoRD, network: nn.Module, made=None, **flags) -> torch.Tensor:
     """One step of the loop of train.py; the parts of its loss."""
     args = argparse.Namespace(**vars(train.parse_args([])) | TERMS | {"lr": 0.1} | flags)
-    optimizer = train.build_optimizer([model.student, model.head, model.predictor], args.lr, 5e-4)
+    optimizer = train.build_optimizer(args, [model.student, model.head, model.predictor])
     run, (views, labels) = OneEpoch(), made or batch()
     with mock.patch.object(train, "batches", lambda *_: iter([(views, labels)])):
         train.train(args, run, model, tensors(8), optimizer, train.Teacher(network))
@@ -245,7 +245,9 @@ def test_gradients_reach_the_student_its_head_and_the_predictor_alone():
     assert equal(told, state(network)) and not network.training  # its running statistics, too
     assert all(part.training for name, part in model.named_modules() if name)
     assert not equal(before, state(model), "student.")
-    optimizer = train.build_optimizer([model.student, model.head, model.predictor], 0.1, 5e-4)
+    optimizer = train.build_optimizer(
+        argparse.Namespace(lr=0.1, weight_decay=5e-4), [model.student, model.head, model.predictor]
+    )
     held = sum(weight.numel() for group in optimizer.param_groups for weight in group["params"])
     assert held == sum(w.numel() for p in (model.student, model.head, model.predictor) for w in p.parameters())
 
@@ -567,7 +569,9 @@ def train_on_a_fake_gpu(count: int, flags: list[str]) -> None:
             weight.requires_grad_(False)
         network.to(device)
     model = train.build_model(args, 6, device)
-    optimizer = train.build_optimizer([model.student, model.head, model.predictor], 0.1, 5e-4)
+    optimizer = train.build_optimizer(
+        argparse.Namespace(lr=0.1, weight_decay=5e-4), [model.student, model.head, model.predictor]
+    )
     train.train(args, Unsaved(), model, data, optimizer, train.Teacher(network))
 
 

@@ -68,7 +68,7 @@ def trained(args: argparse.Namespace, model: ConMIM, data) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "learning_rate", lambda *_: args.lr)
         patch.setattr(train, "momentum_at", lambda *_: args.momentum)
-        train.train(args, run, model, data, train.build_optimizer(model, args.lr))
+        train.train(args, run, model, data, train.build_optimizer(args, model))
     assert len(run.records) == 1 + args.epochs
     return run.records[-1]
 
@@ -378,7 +378,7 @@ def test_the_gradient_is_clipped_and_counted(monkeypatch):
 
 def test_what_is_decayed():
     model = small("--positions", "both")
-    decayed, free = train.build_optimizer(model, 0.1).param_groups
+    decayed, free = train.build_optimizer(argparse.Namespace(lr=0.1), model).param_groups
     names = {id(weight): name for name, weight in model.online.named_parameters()}
     exempt = {names[id(weight)] for weight in free["params"]}
     assert decayed["weight_decay"] == 0.05 and free["weight_decay"] == 0
@@ -747,7 +747,7 @@ def train_on_a_fake_gpu(count: int, flags: list[str]) -> None:
     more = ["--data-set", "folder", "--batch", "16", "--epochs", "2", "--warm-up", "1", "--lr", "0.1"]
     args, data = arguments(*flags, *more, "--momentum", "0.9"), tensors(count, "cuda")
     model = train.build_model(args, data.device)
-    train.train(args, Unwritten(), model, data, train.build_optimizer(model, args.lr))
+    train.train(args, Unwritten(), model, data, train.build_optimizer(args, model))
 
 
 @pytest.mark.parametrize("arm", CELLS)

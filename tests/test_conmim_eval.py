@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import shutil
+from pathlib import Path
 
 import forked
 import numpy as np
@@ -14,7 +15,7 @@ from conftest import FakeGPU
 from torch import nn
 from torch.nn.functional import normalize
 
-from common import checkpoints, draws, images, probes
+from common import checkpoints, devices, draws, images, probes
 from conmim import eval as evaluate
 from conmim import net, train
 from conmim.net import Classifier, Shape, ViT
@@ -44,10 +45,6 @@ def parsed(*flags: str) -> argparse.Namespace:
     return train.parse_args(["--hidden", "24", "--dim", "20", "--epochs", "1", "--batch", "16", *flags])
 
 
-def arguments(*flags: str) -> dict:
-    return vars(parsed(*flags))
-
-
 def some_images(count: int = 60, classes: int = 4, device: str = "cpu") -> images.Images:
     """Pictures whose class is a colour on noise."""
     numbers = torch.Generator().manual_seed(0)
@@ -62,13 +59,13 @@ def vit_state() -> dict[str, torch.Tensor]:
     return train.build_model(parsed(), CPU).average.vit.state_dict()
 
 
-def tuned(data=None, rows=None, begun=None, save=lambda state: None, seed=0, **changes) -> float:
+def tuned(data=None, rows=None, seed=0, **changes) -> float:
     data = data or some_images()
     rows = torch.arange(data.examples) if rows is None else rows
-    settings = arguments("--data-set", "cifar10", "--seed", str(seed))
-    return evaluate.fine_tune(
-        vit_state(), data, data.train_labels, rows, recipe(**changes), settings, begun or {}, save
-    )
+    args, own = parsed("--data-set", "cifar10", "--seed", str(seed)), recipe(**changes)
+    model = evaluate.build_classifier(args, own, vit_state(), data)
+    progress = evaluate.Progress(Path("no such folder/eval_state.pt"), "", CPU)
+    return evaluate.fine_tune(args, own, model, data, evaluate.Subset(rows, data.train_labels), progress)
 
 
 # ---------------------------------------------------------------------------------------------- labels
@@ -214,13 +211,15 @@ def test_erased_boxes_hold_noise_and_nothing_else_moves():
     assert torch.equal(evaluate.erased(x, draws.Draws(0, "erase", 0, 400), 0.0), x)
 
 
-def test_batches_are_labelled_rows_of_their_epoch_alone():
+def test_batches_are_labelled_rows_of_their_epoch_alone(monkeypatch):
     data = some_images(80)
     data = data._replace(train=torch.arange(80).view(80, 1, 1, 1).expand(80, 3, 32, 32).byte())
     rows, own = torch.arange(5, 70, 2), recipe(crop=(1.0, 1.0))
 
-    def seen(epoch, mine=slice(None)):
-        made = evaluate.labelled_batches(data, data.train_labels, rows, own, 0.0, 32, 8, mine, 0, epoch)
+    def seen(epoch, rank=0, world=1):
+        monkeypatch.setattr(devices, "ranks", lambda: (rank, world))
+        subset = evaluate.Subset(rows, data.train_labels)
+        made = evaluate.labelled_batches(parsed("--data-set", "glyphs36"), own, data, subset, epoch)
         found = [((x * data.deviation + data.mean).mean((1, 2, 3)) * 255, y) for x, y in made]
         return torch.cat([x for x, _ in found]).round().int(), torch.cat([y for _, y in found])
 
@@ -228,7 +227,7 @@ def test_batches_are_labelled_rows_of_their_epoch_alone():
     assert len(first) == 32 == len(set(first.tolist())) and set(first.tolist()) < set(rows.tolist())
     assert torch.equal(labels, data.train_labels[first.long()])
     assert not torch.equal(first, seen(1)[0]) and torch.equal(first, seen(0)[0])
-    halves = [seen(0, part)[0].view(4, 4) for part in (slice(4), slice(4, 8))]
+    halves = [seen(0, rank, 2)[0].view(4, 4) for rank in (0, 1)]
     assert torch.equal(torch.cat(halves, 1).flatten(), first)
 
 
@@ -257,15 +256,15 @@ class Code(nn.Module):
 def test_a_pure_position_code_fails_the_keys_own_probe():
     data, vit = some_images(200), train.build_model(parsed(), CPU).online.vit
     features = evaluate.Features(vit, Code())
-    found = evaluate.frozen(features, data, torch.arange(200), arguments(), 16)
+    found = evaluate.frozen(parsed(), features, data, torch.arange(200))
     assert found["key_linear_accuracy"] == 25.0 < found["linear_accuracy"]
 
 
 def test_one_images_similarities_are_those_of_its_diagnostics():
-    data, settings = some_images(300), arguments()
-    model = train.build_model(argparse.Namespace(**settings), CPU)
+    data, args = some_images(300), parsed()
+    model = train.build_model(args, CPU)
     before = {name: one.clone() for name, one in model.state_dict().items()}
-    found = evaluate.similarity(model, data, settings)
+    found = evaluate.similarity(args, model, data)
     assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
     x, mask = train.fixed_batch(data, 64, 0.75)
     q, k = (normalize(one.detach(), dim=2) for one in model(x, x, mask, "ema", 0.0))
@@ -346,11 +345,12 @@ def test_metrics_are_those_of_a_naive_measurement(arm, finished, pictures):
 
 def test_the_untrained_network_is_the_runs_own_start_and_keys_are_probed_where_they_are_made(finished, monkeypatch):
     seen = {}
-    monkeypatch.setattr(evaluate, "evaluate", lambda networks, *_: seen.update(networks) or {})
+    monkeypatch.setattr(evaluate, "evaluate", lambda args, own, networks, *_: seen.update(networks) or {})
     for arm in ("base", "online"):
         saved = checkpoints.load(finished / arm / "model.pt")
-        start = train.build_model(argparse.Namespace(**saved["arguments"]), CPU).average.vit.state_dict()
-        evaluate.evaluate_run(saved["model"], some_images(), saved["arguments"], recipe(), finished, True)
+        args = argparse.Namespace(**saved["arguments"])
+        start = train.build_model(args, CPU).average.vit.state_dict()
+        evaluate.evaluate_run(args, recipe(), saved["model"], some_images(), finished, True)
         found = seen["_untrained"].vit.state_dict()
         assert all(torch.equal(one, start[name]) for name, one in found.items())
         assert not torch.equal(found["mask_token"], seen[""].vit.state_dict()["mask_token"])
@@ -359,16 +359,17 @@ def test_the_untrained_network_is_the_runs_own_start_and_keys_are_probed_where_t
 
 
 def test_neighbours_and_temperature_are_the_specifications(monkeypatch):
-    given, settings = [], arguments()
+    given = []
     monkeypatch.setattr(probes, "knn_accuracy", lambda *rest: given.append(rest[-2:]) or 0.0)
-    features = evaluate.Features(train.build_model(argparse.Namespace(**settings), CPU).online.vit)
-    evaluate.frozen(features, some_images(), torch.arange(60), settings, 16)
+    features = evaluate.Features(train.build_model(parsed(), CPU).online.vit)
+    evaluate.frozen(parsed(), features, some_images(), torch.arange(60))
     assert given == [(20, 0.07)]
 
 
 def test_averaged_and_online_weights_are_told_apart(finished, monkeypatch):
     seen = []
-    monkeypatch.setattr(evaluate, "fine_tune", lambda state, *_: seen.append(state) or float(len(seen)))
+    monkeypatch.setattr(evaluate, "build_classifier", lambda args, own, state, data: seen.append(state))
+    monkeypatch.setattr(evaluate, "fine_tune", lambda *_: float(len(seen)))
     evaluate.main([str(finished / "online"), "--held-out"])
     saved = checkpoints.load(finished / "online/model.pt")["model"]
     for state, branch in zip(seen, ("average", "online"), strict=True):
@@ -415,8 +416,8 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_numbers(epoch, finished, 
 
 def test_a_state_of_other_weights_or_another_recipe_is_not_gone_on_with(tmp_path):
     checkpoints.save(tmp_path / "eval_state.pt", {"identity": "a", "done": {"finetune_accuracy": 1.0}})
-    assert evaluate.read_state(tmp_path / "eval_state.pt", "b", CPU) == {}
-    assert evaluate.read_state(tmp_path / "eval_state.pt", "a", CPU)["done"] == {"finetune_accuracy": 1.0}
+    assert evaluate.Progress(tmp_path / "eval_state.pt", "b", CPU).done == {}
+    assert evaluate.Progress(tmp_path / "eval_state.pt", "a", CPU).done == {"finetune_accuracy": 1.0}
     vit = evaluate.Features(train.build_model(parsed(), CPU).online.vit)
     other = evaluate.Features(train.build_model(parsed("--seed", "1"), CPU).online.vit)
     names = {evaluate.identity_of({"": one}, settings) for one in (vit, other) for settings in ([1], [2])}
@@ -538,7 +539,9 @@ def test_official_files_are_read_by_name(fine_tuned, pictures, tmp_path, monkeyp
     else:
         features = evaluate.Features(model)
         known, asked = (probes.represent([features], data, part) for part in ("train", "test"))
-        assert found["knn_accuracy"] == probes.knn_accuracy(*known, *asked, 2, 20, 0.07)
+        assert found["knn_accuracy"] == probes.knn_accuracy(
+            probes.Labelled(*known), probes.Labelled(*asked), 2, 20, 0.07
+        )
         assert {"finetune_accuracy", "linear_accuracy"} <= set(found)
     del state["cls_token"]
     torch.save({"model": state}, path)
@@ -569,6 +572,6 @@ def test_evaluation_stays_on_a_fake_gpu(scale, fake_gpu: FakeGPU, tmp_path, monk
     for epochs in (1, 2):
         fake_gpu.asked = 0
         own = recipe(scale, epochs=epochs, rand_augment=0, mixup=0.0, cutmix=0.0)  # these read numbers on the CPU
-        evaluate.evaluate(networks, data, arguments("--data-set", "cifar10"), own, tmp_path, False)
+        evaluate.evaluate(parsed("--data-set", "cifar10"), own, networks, data, tmp_path, False)
         asked.append(fake_gpu.asked)
     assert asked[0] == asked[1] > 0

@@ -614,7 +614,7 @@ def test_the_rate_rises_and_falls():
 
 def test_the_projection_is_not_decayed():
     model, _ = network()
-    groups = train.build_optimizer(model, 1e-3).param_groups
+    groups = train.build_optimizer(argparse.Namespace(lr=1e-3), model).param_groups
     assert groups[1]["weight_decay"] == 0 and groups[1]["params"][0] is model.projection.weight
     assert groups[0]["weight_decay"] > 0 and sum(len(group["params"]) for group in groups) == len(
         list(model.parameters())

@@ -326,11 +326,20 @@ def test_evaluation_stays_on_a_fake_gpu(held_out, fake_gpu):
     assert found["linear_accuracy"] == 100.0 * 0.5
 
 
+def test_layerwise_scaling_by_hand():
+    """g <- g * trust * |w| / |g|; a tensor of zeros (the bias at the start) keeps its gradient."""
+    weight, bias = nn.Parameter(torch.tensor([[3.0, 4.0]])), nn.Parameter(torch.zeros(1))
+    weight.grad, bias.grad = torch.tensor([[0.0, 2.0]]), torch.tensor([7.0])
+    evaluate.scale_gradients_by_layer([weight, bias], trust=0.001)
+    torch.testing.assert_close(weight.grad, torch.tensor([[0.0, 0.001 * 5.0]]))
+    assert bias.grad.item() == 7.0
+
+
 def test_the_probe_of_large_pictures_stays_on_a_fake_gpu(fake_gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(evaluate, "digest", lambda module: "")
     monkeypatch.setattr(checkpoints, "save", lambda *_: None)
     model = small().to("cuda")
-    found = evaluate.probe_at_full_size(model, Pictures(), tmp_path, 64, 0, epochs=2, batch=4096, lr=0.1)
+    found = evaluate.probe_at_full_size(model, Pictures(), tmp_path, 0, {"epochs": 2, "batch": 4096, "lr": 0.1})
     assert found == 50.0
 
 
