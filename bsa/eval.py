@@ -29,13 +29,13 @@ if not __package__:  # a script takes its own clone, whatever is installed
 from bsa.planted import plant
 from bsa.train import BSA, Rows, build_model, encode, load_rows, reconstruction_loss, topk_code
 from common import checkpoints, cli, devices, files
-from common.cli import stop
-from common.hold import held
-from common.run import finished
+from common.cli import fail
+from common.lock import run_lock
+from common.run import load_finished
 
 PROBED = 1000  # test rows whose neighbours are compared
 NEAREST = 10
-CLAIMS = (  # of a diverged run they are null
+METRICS_IF_FINITE = (  # of a diverged run they are null
     *("reconstruction_loss", "fixed_topk_reconstruction_loss", "reconstruction_mse", "fixed_topk_reconstruction_mse"),
     *("active_mean", "active_std", "active_median", "active_min", "active_max", "empty_fraction", "dead_fraction"),
     *("always_on_fraction", "rare_fraction", "knn_overlap", "bits_per_row", "entropy_bits_per_row", "distinct_codes"),
@@ -49,13 +49,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("folder", type=Path, help="folder of a finished run")
     parser.add_argument("--data", type=Path, help="folder of the data, or the matrix; default: as in training")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:1; default: as in training")
-    parser.add_argument("--threads", type=cli.whole(1), help="default: as in training")
+    parser.add_argument("--threads", type=cli.int_min(1), help="default: as in training")
     parser.add_argument("--held-out", action="store_true", help="measure on the held-out tenth: for tuning")
     use = parser.add_argument_group("use of the codes (metrics.json stays as it is)")
     use.add_argument("--names", type=Path, help="one name a line, as many as rows; default: beside the matrix, .txt")
     use.add_argument("--export", type=Path, metavar="FILE.npz", help="write all rows' codes, eight features a byte")
     use.add_argument("--neighbours", metavar="NAME", help=f"{NEAREST} nearest concepts by Jaccard index and by cosine")
-    use.add_argument("--features", type=cli.whole(1), metavar="COUNT", help="the most used features' top concepts")
+    use.add_argument("--features", type=cli.int_min(1), metavar="COUNT", help="the most used features' top concepts")
     return parser.parse_args(argv)
 
 
@@ -255,9 +255,9 @@ def read_names(given: Path | None, data_set: str, data: Path, count: int) -> lis
     try:
         names = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        stop(f"--names {path} cannot be read ({error.strerror})")
+        fail(f"--names {path} cannot be read ({error.strerror})")
     if len(names) != count:
-        stop(f"--names {path} has {len(names)} lines for {count} rows: one name a line is needed")
+        fail(f"--names {path} has {len(names)} lines for {count} rows: one name a line is needed")
     return names
 
 
@@ -272,12 +272,12 @@ def look(args: argparse.Namespace, model: BSA, raw: Tensor, names: list[str], ac
         try:
             files.write_bytes(args.export, whole.getvalue())
         except OSError as error:
-            stop(f"--export {args.export} cannot be written ({error.strerror})")
+            fail(f"--export {args.export} cannot be written ({error.strerror})")
         print(f"{args.export}: {len(z)} codes of {z.shape[1]} features, names; numpy.unpackbits(codes, axis=1)")
     if args.neighbours:
         if args.neighbours not in names:
             near = [name for name in names if args.neighbours.lower() in name.lower()][:5]
-            stop(f"--neighbours {args.neighbours!r} is no name of a row; near it: {', '.join(near) or 'none'}")
+            fail(f"--neighbours {args.neighbours!r} is no name of a row; near it: {', '.join(near) or 'none'}")
         row = names.index(args.neighbours)
         dense = torch.nn.functional.normalize(x, dim=1)
         scores = {"by code (Jaccard)": jaccard(z[row : row + 1], z)[0], "by embedding (cosine)": dense @ dense[row]}
@@ -299,22 +299,25 @@ def look(args: argparse.Namespace, model: BSA, raw: Tensor, names: list[str], ac
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    arguments, facts, saved = finished(args.folder, "bsa/train.py")
+    arguments, facts, saved = load_finished(args.folder, "bsa/train.py")
     try:
         log = files.read_lines(args.folder / "train.jsonl")
         epochs = [line for line in log if line["epoch"]]
         if not epochs and not saved["diverged"]:
-            raise files.Damaged("it is empty")
-    except (files.Damaged, KeyError) as error:
-        stop(f"{args.folder / 'train.jsonl'} is damaged ({error}): move {args.folder} away and train this run again")
+            raise files.DamagedFile("it is empty")
+    except (files.DamagedFile, KeyError) as error:
+        fail(f"{args.folder / 'train.jsonl'} is damaged ({error}): move {args.folder} away and train this run again")
     torch.set_num_threads(args.threads or arguments["threads"])
-    device = devices.choose(args.device or arguments["device"], arguments["scale"])
+    device = devices.select_device(args.device or arguments["device"], arguments["scale"])
     started, folder = time.perf_counter(), args.data or Path(arguments["data"])
     elsewhere = "A --device with more memory, or --device cpu, gives the same metrics"
-    with held(args.folder), devices.memory_for(device, f"{arguments['latent']} features of all test rows", elsewhere):
+    with (
+        run_lock(args.folder),
+        devices.memory_for(device, f"{arguments['latent']} features of all test rows", elsewhere),
+    ):
         data = load_rows(arguments["data_set"], folder, device)
         if data.digest != facts["data"]:
-            stop(f"--data {folder} is not what {args.folder} was trained on (digest {data.digest[:12]}): give that")
+            fail(f"--data {folder} is not what {args.folder} was trained on (digest {data.digest[:12]}): give that")
         model = build_model(argparse.Namespace(**arguments), data.train.shape[1], device)
         model.mean.copy_(data.train.mean(0))
         active, code = arguments["active"], arguments["code"]
@@ -332,7 +335,7 @@ def main(argv: list[str] | None = None) -> None:
             return
         metrics: dict[str, Any] = {**facts, **untrained, "diverged": saved["diverged"], "rows": len(data.train)}
         if saved["diverged"]:
-            metrics |= dict.fromkeys(CLAIMS)
+            metrics |= dict.fromkeys(METRICS_IF_FINITE)
         else:
             truth = None
             if arguments["data_set"] == "planted":
@@ -347,7 +350,7 @@ def main(argv: list[str] | None = None) -> None:
             "seconds": sum(line["seconds"] for line in epochs) + time.perf_counter() - started,
         }
         files.write_json(args.folder / ("held_out.json" if args.held_out else "metrics.json"), metrics)
-        shown = (f"{name} {metrics[name]:.4g}" for name in CLAIMS if metrics.get(name) is not None)
+        shown = (f"{name} {metrics[name]:.4g}" for name in METRICS_IF_FINITE if metrics.get(name) is not None)
         print(f"{args.folder}: {'  '.join(shown)}")
 
 

@@ -47,9 +47,9 @@ if not __package__:  # a script takes its own clone, whatever is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bsa.planted import plant
-from common import checkpoints, cli, devices, draws, files
-from common.cli import stop
-from common.hold import held
+from common import checkpoints, cli, devices, files, seeding
+from common.cli import fail
+from common.lock import run_lock
 from common.run import Run
 
 # ------------------------------------------------------------------------------------------------- arguments
@@ -72,16 +72,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data = cli.run_flags(parser)
     data.add_argument("--data-set", choices=("planted", "mesh", "file"), help="file: --data names a matrix")
     optimisation = parser.add_argument_group("optimisation (unknown in the paper)")
-    optimisation.add_argument("--steps", type=cli.whole(1), help=f"in {EPOCHS} epochs of equal length")
-    optimisation.add_argument("--batch", type=cli.whole(2), help="rows a step")
-    optimisation.add_argument("--lr", type=cli.number(0), help="of Adam, constant")
-    optimisation.add_argument("--lr-factor", type=cli.number(0), default=1.0, help="times --lr (robustness)")
+    optimisation.add_argument("--steps", type=cli.int_min(1), help=f"in {EPOCHS} epochs of equal length")
+    optimisation.add_argument("--batch", type=cli.int_min(2), help="rows a step")
+    optimisation.add_argument("--lr", type=cli.float_in(0), help="of Adam, constant")
+    optimisation.add_argument("--lr-factor", type=cli.float_in(0), default=1.0, help="times --lr (robustness)")
     precisions = ("auto", "float32", "bfloat16")
     optimisation.add_argument("--precision", choices=precisions, default="auto", help="of the matrix products alone")
     optimisation.add_argument("--compile", action="store_true", help="torch.compile; for long runs on a GPU")
     method = parser.add_argument_group("method")
-    method.add_argument("--latent", type=cli.whole(2), help="N, features of the code")
-    method.add_argument("--active", type=cli.whole(1), help="K, features that should be on")
+    method.add_argument("--latent", type=cli.int_min(2), help="N, features of the code")
+    method.add_argument("--active", type=cli.int_min(1), help="K, features that should be on")
     method.add_argument("--alpha", default="1", help="weight of the alignment loss; `matched`, `4matched` ...: times "
                         "what makes the mse alignment equal the cosine's near the solution; paper: 1")  # fmt: skip
     method.add_argument("--reconstruction", choices=("cosine", "mse"), default="cosine")
@@ -101,20 +101,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.data.suffix in FORMATS:
         args.data_set = "file"
     elif args.data_set == "file":
-        stop(f"--data-set file wants a matrix, --data FILE ending in {', '.join(FORMATS)}; --data is {args.data}")
+        fail(f"--data-set file wants a matrix, --data FILE ending in {', '.join(FORMATS)}; --data is {args.data}")
     if args.active >= args.latent:
-        stop(f"--active {args.active} must be less than --latent {args.latent}: else all features are on")
+        fail(f"--active {args.active} must be less than --latent {args.latent}: else all features are on")
     factor, matched, rest = args.alpha.partition("matched")
     if matched and args.alignment != "mse":
-        stop(f"--alpha {args.alpha} is for --alignment mse: for {args.alignment} give a number")
+        fail(f"--alpha {args.alpha} is for --alignment mse: for {args.alignment} give a number")
     try:
-        args.alpha = 1.0 if matched and not factor else cli.number(0)(factor + rest)
+        args.alpha = 1.0 if matched and not factor else cli.float_in(0)(factor + rest)
     except (ValueError, argparse.ArgumentTypeError):
-        stop(f"--alpha {args.alpha} is neither `matched` nor a number of at least 0")
+        fail(f"--alpha {args.alpha} is neither `matched` nor a number of at least 0")
     if matched:
         args.alpha *= (args.latent if args.mse_reduction == "mean" else 1) / (2 * args.active)
     if args.code != "round" and args.alpha:
-        stop(f"--code {args.code} has its K features without an alignment loss: give --alpha 0")
+        fail(f"--code {args.code} has its K features without an alignment loss: give --alpha 0")
     return args
 
 
@@ -150,9 +150,9 @@ class BSA(nn.Module):
 
     def __init__(self, width: int, latent: int, active: int, init: str, seed: int):
         super().__init__()
-        with draws.forked(seed, "encoder"):
+        with seeding.forked(seed, "encoder"):
             self.encoder = nn.Linear(width, latent)
-        with draws.forked(seed, "decoder"):
+        with seeding.forked(seed, "decoder"):
             self.decoder = nn.Linear(latent, width)
         self.register_buffer("mean", torch.zeros(width))
         if init == "sparse":  # rows of |x|^2 = d give logits of deviation sqrt(3), so that about K exceed the bias
@@ -269,12 +269,12 @@ def read_matrix(path: Path) -> np.ndarray:
             loaded = np.load(path, allow_pickle=False)
             found = dict(loaded) if path.suffix == ".npz" else {"": loaded}
     except FileNotFoundError:
-        stop(f"--data {path}: no such file")
-    except (OSError, EOFError, ValueError, files.Damaged, zipfile.BadZipFile) as error:
-        stop(f"--data {path} cannot be read as {path.suffix} ({error})")
+        fail(f"--data {path}: no such file")
+    except (OSError, EOFError, ValueError, files.DamagedFile, zipfile.BadZipFile) as error:
+        fail(f"--data {path} cannot be read as {path.suffix} ({error})")
     matrices = {name: one for name, one in found.items() if one.ndim == 2 and one.dtype.kind in "fiu"}
     if len(matrices) != 1:
-        stop(f"--data {path} must hold one matrix of numbers, one row a concept; it holds {len(matrices)}")
+        fail(f"--data {path} must hold one matrix of numbers, one row a concept; it holds {len(matrices)}")
     return next(iter(matrices.values())).astype(np.float32)
 
 
@@ -285,7 +285,7 @@ def load_rows(data_set: str, data: Path, device: torch.device) -> Rows:
     """
     path = data if data_set == "file" else data / "mesh-minilm.npy"
     if data_set == "mesh" and not path.exists():
-        stop(f"{path} is not there: python -m bsa.concepts --data {data} makes it")
+        fail(f"{path} is not there: python -m bsa.concepts --data {data} makes it")
     matrix = plant().rows if data_set == "planted" else read_matrix(path)
     for what, bad in {
         "are not finite": ~np.isfinite(matrix).all(1),
@@ -293,13 +293,15 @@ def load_rows(data_set: str, data: Path, device: torch.device) -> Rows:
     }.items():
         if bad.any():
             listed = ", ".join(map(str, np.flatnonzero(bad)[:5]))
-            stop(f"--data {path}: {bad.sum()} of {len(matrix)} rows {what} (rows {listed}): remove them")
+            fail(f"--data {path}: {bad.sum()} of {len(matrix)} rows {what} (rows {listed}): remove them")
     _, distinct = np.unique(matrix, axis=0, return_index=True)
     if dropped := len(matrix) - len(distinct):
         print(f"{data_set}: {dropped} rows that stand twice are dropped", flush=True)
     if len(distinct) < 20:
-        stop(f"--data {path} has {len(distinct)} different rows: at least 20 are needed")
-    order = torch.from_numpy(np.sort(distinct))[draws.permutation(draws.DATA_SEED, "split", 0, len(distinct), "cpu")]
+        fail(f"--data {path} has {len(distinct)} different rows: at least 20 are needed")
+    order = torch.from_numpy(np.sort(distinct))[
+        seeding.permutation(seeding.DATA_SEED, "split", 0, len(distinct), "cpu")
+    ]
     tenth = len(order) // 10
     train, held_out, test = (x.sort().values for x in (order[2 * tenth :], order[tenth : 2 * tenth], order[:tenth]))
     whole = torch.from_numpy(matrix)
@@ -321,7 +323,7 @@ def batches(args: argparse.Namespace, rows: Tensor, epoch: int) -> Iterator[Tens
     for step in steps:
         number, place = divmod(step, steps_per_pass)
         if place == 0 or step == steps.start:  # an epoch may begin in the middle of a pass
-            order = draws.permutation(args.seed, "order", number, len(rows), rows.device)
+            order = seeding.permutation(args.seed, "order", number, len(rows), rows.device)
         yield rows[order[place * args.batch : (place + 1) * args.batch]]
 
 
@@ -374,7 +376,7 @@ def train(args: argparse.Namespace, run: Run, model: BSA, rows: Tensor, optimize
         }
         run.end_epoch(epoch + 1, last, record)
 
-    run.finish({"model": model.state_dict(), "epoch": last, "diverged": False})
+    run.save_model({"model": model.state_dict(), "epoch": last, "diverged": False})
 
 
 # ------------------------------------------------------------------------------------------------- main
@@ -383,18 +385,18 @@ def train(args: argparse.Namespace, run: Run, model: BSA, rows: Tensor, optimize
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
-    device = devices.choose(args.device, args.scale)
+    device = devices.select_device(args.device, args.scale)
     smaller = f"--batch {args.batch // 2} or a smaller --latent needs less, but is another run"
-    with held(args.out), devices.memory_for(device, f"--latent {args.latent} --batch {args.batch}", smaller):
+    with run_lock(args.out), devices.memory_for(device, f"--latent {args.latent} --batch {args.batch}", smaller):
         run = Run(args.out, vars(args), __file__, args.replace)
         if run.finished:
             return
         data = load_rows(args.data_set, args.data, device)
         if args.batch > len(data.train):
-            stop(f"--batch {args.batch} is more than the {len(data.train)} training rows")
-        run.begin(
+            fail(f"--batch {args.batch} is more than the {len(data.train)} training rows")
+        run.write_config(
             f"{args.data_set}, code of {args.latent} features",
-            devices.facts(device) | {"data": data.digest, "steps": args.steps},
+            devices.environment(device) | {"data": data.digest, "steps": args.steps},
         )
         model = build_model(args, data.train.shape[1], device)
         model.mean.copy_(data.train.mean(0))

@@ -21,11 +21,11 @@ if not __package__:  # a script takes its own clone, whatever is installed
 
 from cocord.train import accuracy, build_model, kept, load_data
 from common import checkpoints, cli, devices, files
-from common.cli import stop
-from common.hold import held
-from common.run import finished
+from common.cli import fail
+from common.lock import run_lock
+from common.run import load_finished
 
-CLAIMS = (  # of a diverged run they are null
+METRICS_IF_FINITE = (  # of a diverged run they are null
     *("accuracy", "accuracy_best_epoch", "accuracy_slow_student", "contrastive_accuracy", "positive_cosine"),
     *("negative_cosine", "key_consistency", "teacher_head_shift", "train_loss", "train_accuracy"),
 )
@@ -36,7 +36,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("folder", type=Path, help="folder of a finished run")
     parser.add_argument("--data", type=Path, help="where the data lie; default: as in training")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:1; default: as in training")
-    parser.add_argument("--threads", type=cli.whole(1), help="default: as in training")
+    parser.add_argument("--threads", type=cli.int_min(1), help="default: as in training")
     return parser.parse_args(argv)
 
 
@@ -62,25 +62,25 @@ def training_facts(log: list[dict[str, Any]], arguments: dict[str, Any]) -> dict
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    arguments, facts, saved = finished(args.folder, "cocord/train.py")
+    arguments, facts, saved = load_finished(args.folder, "cocord/train.py")
     try:
         told = training_facts(files.read_lines(args.folder / "train.jsonl"), arguments)
-    except (files.Damaged, IndexError, KeyError) as error:
-        stop(f"{args.folder / 'train.jsonl'} is damaged ({error}): move {args.folder} away and train this run again")
+    except (files.DamagedFile, IndexError, KeyError) as error:
+        fail(f"{args.folder / 'train.jsonl'} is damaged ({error}): move {args.folder} away and train this run again")
     torch.set_num_threads(args.threads or arguments["threads"])
-    device = devices.choose(args.device or arguments["device"], arguments["scale"])
+    device = devices.select_device(args.device or arguments["device"], arguments["scale"])
     started, folder = time.perf_counter(), args.data or Path(arguments["data"])
     elsewhere = "A --device with more memory, or --device cpu, gives the same metrics"
-    with held(args.folder), devices.memory_for(device, "batches of 500 images", elsewhere):
+    with run_lock(args.folder), devices.memory_for(device, "batches of 500 images", elsewhere):
         metrics: dict[str, Any] = {**told, **facts, "diverged": saved["diverged"]}
         if metrics["diverged"]:
-            metrics |= dict.fromkeys(CLAIMS)
+            metrics |= dict.fromkeys(METRICS_IF_FINITE)
         else:
             data = load_data(arguments["data_set"], folder, arguments["held_out"], device)
             if data.digest != facts["data"]:
-                stop(f"--data {folder} is not what {args.folder} was trained on (digest {data.digest[:12]}): give that")
+                fail(f"--data {folder} is not what {args.folder} was trained on (digest {data.digest[:12]}): give that")
             if arguments["rehearse"]:
-                data = data.few(arguments["rehearse"] * arguments["batch"])
+                data = data.subset(arguments["rehearse"] * arguments["batch"])
             model = build_model(argparse.Namespace(**arguments), data.classes, device)
             networks = torch.nn.ModuleDict({"student": model.student, "slow_student": model.slow_student})
             checkpoints.fit(networks, kept(saved["model"]), args.folder / "model.pt")
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
             }
         metrics["seconds"] = told["train_seconds"] + time.perf_counter() - started
         files.write_json(args.folder / "metrics.json", metrics)
-        shown = (f"{name} {metrics[name]:.4g}" for name in CLAIMS if metrics.get(name) is not None)
+        shown = (f"{name} {metrics[name]:.4g}" for name in METRICS_IF_FINITE if metrics.get(name) is not None)
         print(f"{args.folder}: {'  '.join(shown)}")
 
 

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import checkpoints
-from common.cli import stop
-from common.files import Damaged
+from common.cli import fail
+from common.files import DamagedFile
 
 Output = tuple[Tensor, Tensor]  # feature (B, width), logits (B, classes)
 PREFIXES = ("module.student.", "module.")  # of parameters that were saved inside other modules
@@ -484,24 +484,24 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], float | None]:
         old = path.exists() and not zipfile.is_zipfile(path)  # the format of before torch 1.6 has no checksums
         found = torch.load(path, map_location="cpu", weights_only=True) if old else checkpoints.load(path)
     except FileNotFoundError:
-        stop(
+        fail(
             f"{path}: no such weights; make cocord-teachers (into runs/SCALE/cocord/) or cocord/teacher.py "
             "--network NAME makes them, --weights names them"
         )
-    except Damaged as error:
-        stop(f"{error}; a file that holds more than tensors and numbers (RepDistiller's *_last.pth) is never loaded")
+    except DamagedFile as error:
+        fail(f"{error}; a file that holds more than tensors and numbers (RepDistiller's *_last.pth) is never loaded")
     except Exception as error:  # torch raises many kinds for a cut or hostile file
-        stop(f"{path} cannot be read ({type(error).__name__}); a file that holds more than tensors and numbers "
+        fail(f"{path} cannot be read ({type(error).__name__}); a file that holds more than tensors and numbers "
              "(RepDistiller's *_last.pth) is never loaded")  # fmt: skip
     accuracy = found.get("accuracy") if isinstance(found, dict) else None
     if isinstance(found, dict) and found.get("diverged"):
-        stop(f"{path}: the training of this teacher diverged; train another, with a smaller --lr")
+        fail(f"{path}: the training of this teacher diverged; train another, with a smaller --lr")
     for name in WRAPPERS:
         if isinstance(found, dict) and isinstance(found.get(name), dict):
             found = found[name]
             break
     if not isinstance(found, dict) or not any(isinstance(one, Tensor) for one in found.values()):
-        stop(f"{path} holds no weights, neither bare nor under {', '.join(WRAPPERS)}")
+        fail(f"{path} holds no weights, neither bare nor under {', '.join(WRAPPERS)}")
     for prefix in PREFIXES:
         if all(name.startswith(prefix) for name in found):
             found = {name[len(prefix) :]: tensor for name, tensor in found.items()}

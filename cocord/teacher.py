@@ -25,8 +25,8 @@ if not __package__:  # a script takes its own clone, whatever is installed
 
 from cocord import net
 from cocord.train import accuracy, batches, build_optimizer, load_data, optimisation_flags, rate_factor
-from common import cli, devices, draws, files, images
-from common.hold import held
+from common import cli, devices, files, images, seeding
+from common.lock import run_lock
 from common.run import Run
 
 SCALES = {  #    demo        gpu         paper
@@ -96,26 +96,26 @@ def train(
         "diverged": False,
     }
     files.write_json(run.folder / "metrics.json", metrics)
-    run.finish({"model": network.state_dict(), "epoch": last, "diverged": False, "accuracy": measured})
+    run.save_model({"model": network.state_dict(), "epoch": last, "diverged": False, "accuracy": measured})
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
-    device = devices.choose(args.device, args.scale)
+    device = devices.select_device(args.device, args.scale)
     smaller = f"--batch {args.batch // 2} needs about half, but is another run"
-    with held(args.out), devices.memory_for(device, f"--batch {args.batch}", smaller):
+    with run_lock(args.out), devices.memory_for(device, f"--batch {args.batch}", smaller):
         run = Run(args.out, vars(args), __file__, args.replace)
         if run.finished:
             return
         data = load_data(args.data_set, args.data, args.held_out, device)
-        run.begin(
+        run.write_config(
             f"{args.data_set}, {args.network}",
-            devices.facts(device) | {"data": data.digest, "steps": args.epochs * -(-data.examples // args.batch)},
+            devices.environment(device) | {"data": data.digest, "steps": args.epochs * -(-data.examples // args.batch)},
         )
         if args.rehearse:
-            data = data.few(args.rehearse * args.batch)
-        with draws.forked(args.seed, "teacher"):
+            data = data.subset(args.rehearse * args.batch)
+        with seeding.forked(args.seed, "teacher"):
             network = net.build(args.network, data.classes)
         network.to(memory_format=torch.channels_last).to(device)
         optimizer = build_optimizer(args, [network])

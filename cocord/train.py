@@ -51,9 +51,9 @@ if not __package__:  # a script takes its own clone, whatever is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cocord import net
-from common import checkpoints, cli, devices, draws, images
-from common.cli import stop
-from common.hold import held
+from common import checkpoints, cli, devices, images, seeding
+from common.cli import fail
+from common.lock import run_lock
 from common.run import Run
 
 # ------------------------------------------------------------------------------------------------- arguments
@@ -82,11 +82,11 @@ PROBED = 256  # training images whose keys tell how consistent keys are
 def optimisation_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """What teachers and students have in common; returns the group."""
     optimisation = parser.add_argument_group("optimisation")
-    optimisation.add_argument("--epochs", type=cli.whole(1), help="paper: 240; the rate falls tenfold after 5/8, "
+    optimisation.add_argument("--epochs", type=cli.int_min(1), help="paper: 240; the rate falls tenfold after 5/8, "
                               "3/4 and 7/8 of the steps")  # fmt: skip
-    optimisation.add_argument("--batch", type=cli.whole(2), help="paper: 64; the last one may be smaller")
-    optimisation.add_argument("--lr", type=cli.number(0), help="default 0.05; 0.01 for MobileNetV2 and ShuffleNets")
-    optimisation.add_argument("--weight-decay", type=cli.number(0), default=5e-4, help="on all that is trained")
+    optimisation.add_argument("--batch", type=cli.int_min(2), help="paper: 64; the last one may be smaller")
+    optimisation.add_argument("--lr", type=cli.float_in(0), help="default 0.05; 0.01 for MobileNetV2 and ShuffleNets")
+    optimisation.add_argument("--weight-decay", type=cli.float_in(0), default=5e-4, help="on all that is trained")
     precisions = ("auto", "float32", "bfloat16")
     optimisation.add_argument("--precision", choices=precisions, default="auto", help="auto: bfloat16 on CUDA alone")
     return optimisation
@@ -101,25 +101,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--weights", type=Path, help="the teacher's: folder of a run of teacher.py, or a checkpoint; "
                       "default ../../teacher@NAME/0 beside --out")  # fmt: skip
     optimisation = optimisation_flags(parser)
-    optimisation.add_argument("--lr-factor", type=cli.number(0), default=1.0, help="times --lr (robustness)")
+    optimisation.add_argument("--lr-factor", type=cli.float_in(0), default=1.0, help="times --lr (robustness)")
     method = parser.add_argument_group("method (defaults: the paper's)")
     method.add_argument("--teacher", choices=(*net.NETWORKS, "none"), help="none: without contrast and distillation")
     method.add_argument("--student", choices=tuple(net.NETWORKS))
-    method.add_argument("--forward-weight", type=cli.number(0), help="of the term p to u; paper: 4")
-    method.add_argument("--swapped-weight", type=cli.number(0), help="of the term p' to u'; paper: 4")
-    method.add_argument("--lambda-contrast", type=cli.number(0), default=1.0)
-    method.add_argument("--lambda-class", type=cli.number(0), default=1.0)
-    method.add_argument("--lambda-kd", type=cli.number(0), default=0.0, help="plain distillation, temperature 4")
-    method.add_argument("--temperature", type=cli.number(1e-3), default=0.1, help="tau of the contrast")
-    method.add_argument("--teacher-momentum", type=cli.number(0, 1), default=0.999, help="1: its head stays")
-    method.add_argument("--student-momentum", type=cli.number(0, 1), default=0.9, help="of the slow student")
+    method.add_argument("--forward-weight", type=cli.float_in(0), help="of the term p to u; paper: 4")
+    method.add_argument("--swapped-weight", type=cli.float_in(0), help="of the term p' to u'; paper: 4")
+    method.add_argument("--lambda-contrast", type=cli.float_in(0), default=1.0)
+    method.add_argument("--lambda-class", type=cli.float_in(0), default=1.0)
+    method.add_argument("--lambda-kd", type=cli.float_in(0), default=0.0, help="plain distillation, temperature 4")
+    method.add_argument("--temperature", type=cli.float_in(1e-3), default=0.1, help="tau of the contrast")
+    method.add_argument("--teacher-momentum", type=cli.float_in(0, 1), default=0.999, help="1: its head stays")
+    method.add_argument("--student-momentum", type=cli.float_in(0, 1), default=0.9, help="of the slow student")
     method.add_argument("--teacher-head", choices=("auto", *HEADS), default="auto", help="what moves of the teacher's "
                         "head: nothing, tensors of equal shape, a head of the student's shape behind a random linear "
                         "map, everything; auto: full at equal feature widths, else frozen")  # fmt: skip
-    method.add_argument("--queue", type=cli.whole(1), help="K, keys that are negatives")
-    method.add_argument("--hidden", type=cli.whole(1), help="of the heads")
-    method.add_argument("--dim", type=cli.whole(2), help="of the embedding")
-    method.add_argument("--bottleneck", type=cli.whole(1), help="of the predictor")
+    method.add_argument("--queue", type=cli.int_min(1), help="K, keys that are negatives")
+    method.add_argument("--hidden", type=cli.int_min(1), help="of the heads")
+    method.add_argument("--dim", type=cli.int_min(2), help="of the embedding")
+    method.add_argument("--bottleneck", type=cli.int_min(1), help="of the predictor")
     args = cli.parse(parser, SCALES, argv)
 
     args.lr = (0.01 if args.student in net.MOBILE else 0.05) if args.lr is None else args.lr
@@ -127,17 +127,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     del args.lr_factor
     if args.teacher == "none":
         if args.lambda_contrast or args.lambda_kd:
-            stop("--teacher none: contrast and distillation need one; give --lambda-contrast 0 and --lambda-kd 0")
+            fail("--teacher none: contrast and distillation need one; give --lambda-contrast 0 and --lambda-kd 0")
         args.teacher_head = "frozen"
         return args
     widths = net.width(args.teacher), net.width(args.student)
     if args.teacher_head == "full" and widths[0] != widths[1]:
-        stop(f"--teacher-head full: features of {args.teacher} are {widths[0]} wide, those of {args.student} "
+        fail(f"--teacher-head full: features of {args.teacher} are {widths[0]} wide, those of {args.student} "
              f"{widths[1]}; take frozen, partial or adapter")  # fmt: skip
     if args.teacher_head == "auto":
         args.teacher_head = "full" if widths[0] == widths[1] else "frozen"
     if args.queue < args.batch:
-        stop(f"--queue {args.queue} is less than --batch {args.batch}: it must hold a batch")
+        fail(f"--queue {args.queue} is less than --batch {args.batch}: it must hold a batch")
     if args.weights is None:
         args.weights = args.out.parent.parent / f"teacher@{args.teacher}" / "0"
     return args
@@ -168,30 +168,30 @@ class CoCoRD(nn.Module):
     ):  # fmt: skip
         super().__init__()
         width = net.width(student)
-        with draws.forked(seed, "student"):
+        with seeding.forked(seed, "student"):
             self.student = net.build(student, classes)
-        with draws.forked(seed, "head"):
+        with seeding.forked(seed, "head"):
             self.head = build_head(width, hidden, dim)
-        with draws.forked(seed, "predictor"):
+        with seeding.forked(seed, "predictor"):
             self.predictor = build_head(dim, bottleneck, dim)
-        with draws.forked(seed, "student"):
+        with seeding.forked(seed, "student"):
             self.slow_student = net.build(student, classes)
-        with draws.forked(seed, "head"):
+        with seeding.forked(seed, "head"):
             self.slow_head = build_head(width, hidden, dim)
         # ABLATION (teacher momentum): a head of the student's shape starts as its copy, any other at random.
         adapted = teacher_head == "adapter"
-        with draws.forked(seed, "head" if adapted or teacher_width == width else "teacher head"):
+        with seeding.forked(seed, "head" if adapted or teacher_width == width else "teacher head"):
             self.teacher_head = build_head(width if adapted else teacher_width, hidden, dim)
-        with draws.forked(seed, "adapter"):
+        with seeding.forked(seed, "adapter"):
             self.adapter = nn.Linear(teacher_width, width, bias=False) if adapted else nn.Identity()
         for part in (self.slow_student, self.slow_head, self.teacher_head, self.adapter):
             part.requires_grad_(False)
-        with draws.forked(seed, "queue"):
+        with seeding.forked(seed, "queue"):
             self.register_buffer("queue", F.normalize(torch.randn(queue, dim), dim=1))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
         self.moves = teacher_head != "frozen"
 
-    def followers(self) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
+    def ema_pairs(self) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
         """([of the slow student and its head, what they follow], [of the teacher's head, what it follows])."""
         slow: list[Tensor] = [*self.slow_student.parameters(), *self.slow_head.parameters()]
         fast: list[Tensor] = [*self.student.parameters(), *self.head.parameters()]
@@ -293,7 +293,7 @@ def load_data(name: str, folder: Path, held_out: bool, device: torch.device) -> 
     data = images.load(name, folder, 32, device)
     if not held_out:
         return data
-    rest, tenth = draws.held_out(data.examples, device)
+    rest, tenth = seeding.held_out_split(data.examples, device)
     train, labels = data.train, data.train_labels
     return data._replace(train=train[rest], train_labels=labels[rest], test=train[tenth], test_labels=labels[tenth])
 
@@ -323,10 +323,10 @@ def batches(
     aug = next(aug for name, aug in VIEWS.items() if args.data_set.startswith(name))
     pad, size = int(aug["pad"]), data.train.shape[-1]
     pixels = F.pad(data.train, (pad, pad, pad, pad)).permute(0, 2, 3, 1).contiguous()
-    order = draws.permutation(args.seed, "order", epoch, data.examples, data.device)
+    order = seeding.permutation(args.seed, "order", epoch, data.examples, data.device)
     row_batches = [rows for rows in order.split(args.batch) if len(rows) > 1]
     for step, rows in enumerate(row_batches, epoch * len(row_batches)):
-        rng = draws.Draws(args.seed, "views", step, 3 * args.batch, slice(0, 3 * len(rows)))
+        rng = seeding.SampleRNG(args.seed, "views", step, 3 * args.batch, slice(0, 3 * len(rows)))
         drawn = devices.upload(rng.uniform(shape=(3,))[: views * len(rows)], data.device)
         offsets = (drawn[:, :2] * (2 * pad + 1)).long()
         windows = crops(pixels, rows.repeat(views), offsets, drawn[:, 2] < aug["flip"], size)
@@ -366,7 +366,7 @@ def load_teacher(name: str, path: Path, data: images.Images, precision: str, reh
     beside = "" if told is None else f"; expected {told:.2f} %"
     print(f"teacher {name} from {path}: {measured:.2f} % of the test pictures{beside}", flush=True)
     if told is not None and measured < told / 2 and not rehearsing:
-        stop(f"--weights {path}: {name} reaches {measured:.2f} % where {told:.2f} % were expected: are these its "
+        fail(f"--weights {path}: {name} reaches {measured:.2f} % where {told:.2f} % were expected: are these its "
              "weights, and is this its data set?")  # fmt: skip
     network = net.fold(network)
     if devices.uses_bfloat16(precision, data.device):
@@ -395,7 +395,7 @@ def train(
     """Train, or go on after the last saved epoch; save after each epoch."""
     start = [weight.clone() for weight in model.teacher_head.parameters()]
     fixed = data.normalise(data.train[:PROBED]).contiguous(memory_format=torch.channels_last)
-    (slow, fast), (slow_head, fast_head) = model.followers()
+    (slow, fast), (slow_head, fast_head) = model.ema_pairs()
     last = min(2, args.epochs) if args.rehearse else args.epochs
     steps_per_epoch = -(-data.examples // args.batch)
     totals = torch.zeros(len(PARTS), device=data.device)
@@ -471,7 +471,7 @@ def train(
             "peak_memory": devices.peak_memory(data.device),
         }
         run.end_epoch(epoch + 1, last, record, probe=probe)
-    run.finish({"model": kept(model.state_dict()), "epoch": last, "diverged": False})
+    run.save_model({"model": kept(model.state_dict()), "epoch": last, "diverged": False})
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -490,21 +490,23 @@ def kept(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
-    device = devices.choose(args.device, args.scale)
+    device = devices.select_device(args.device, args.scale)
     smaller = f"--batch {args.batch // 2} needs about half, but is another run"
-    with held(args.out), devices.memory_for(device, f"--batch {args.batch}", smaller):
+    with run_lock(args.out), devices.memory_for(device, f"--batch {args.batch}", smaller):
         run = Run(args.out, vars(args), __file__, args.replace)
         if run.finished:
             return
         data = load_data(args.data_set, args.data, args.held_out, device)
         facts = {"data": data.digest, "steps": args.epochs * -(-data.examples // args.batch)}
         if args.rehearse:
-            data = data.few(args.rehearse * args.batch)
+            data = data.subset(args.rehearse * args.batch)
         teacher = Teacher()
         if args.teacher != "none":
             teacher = load_teacher(args.teacher, args.weights, data, args.precision, bool(args.rehearse))
         networks = f"{args.teacher} -> {args.student}"
-        run.begin(f"{args.data_set}, {networks}", devices.facts(device) | facts | {"teacher_weights": teacher.digest})
+        run.write_config(
+            f"{args.data_set}, {networks}", devices.environment(device) | facts | {"teacher_weights": teacher.digest}
+        )
         model = build_model(args, data.classes, device)
         optimizer = build_optimizer(args, [model.student, model.head, model.predictor])
         train(args, run, model, data, optimizer, teacher)

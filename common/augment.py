@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from common.devices import upload
-from common.draws import Draws
+from common.seeding import SampleRNG
 
 HUE = 3  # of the jitter's operations 0 brightness, 1 contrast, 2 saturation, 3 hue
 
@@ -82,7 +82,7 @@ def gaussian_blur(images: Tensor, sigmas: Tensor, chosen: Tensor, kernel_size: i
 
 def random_resized_crop(
     images: Tensor,
-    draws: Draws,
+    draws: SampleRNG,
     scale: tuple[float, float] = (0.2, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     size: int | None = None,
@@ -95,7 +95,7 @@ def random_resized_crop(
 
 
 def random_boxes(
-    draws: Draws, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
+    draws: SampleRNG, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> Tensor:
     """Top, left, height, width (rows, 4): the first of ten tries that fits the image, else its centre.
 
@@ -118,7 +118,7 @@ def random_boxes(
 
 def random_color_jitter(
     images: Tensor,
-    draws: Draws,
+    draws: SampleRNG,
     brightness: float = 0.4,
     contrast: float = 0.4,
     saturation: float = 0.4,
@@ -132,13 +132,13 @@ def random_color_jitter(
     return color_jitter(images, factors, orders, draws.numpy_uniform() < probability)
 
 
-def random_grayscale(images: Tensor, draws: Draws, probability: float = 0.2) -> Tensor:
+def random_grayscale(images: Tensor, draws: SampleRNG, probability: float = 0.2) -> Tensor:
     """Take the colour from an image with `probability`."""
     return grayscale(images, draws.uniform() < probability)
 
 
 def random_gaussian_blur(
-    images: Tensor, draws: Draws, sigmas: tuple[float, float] = (0.1, 2.0), probability: float = 0.5
+    images: Tensor, draws: SampleRNG, sigmas: tuple[float, float] = (0.1, 2.0), probability: float = 0.5
 ) -> Tensor:
     """Blur an image with `probability` by a sigma uniform in `sigmas`, in pixels."""
     return gaussian_blur(images, draws.uniform(*sigmas), draws.uniform() < probability)

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.cli import stop
-from common.files import Damaged, write_bytes
+from common.cli import fail
+from common.files import DamagedFile, write_bytes
 
 TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
          "U8": "u1", "BOOL": "?"}  # fmt: skip
@@ -30,7 +30,7 @@ def save(path: Path, value: Any) -> None:
 def load(path: Path, device: torch.device | str = "cpu") -> Any:
     """torch.load that executes nothing from the file and checks each part's checksum first.
 
-    Raises FileNotFoundError, or Damaged where the file is cut, altered or holds more than plain data.
+    Raises FileNotFoundError, or DamagedFile where the file is cut, altered or holds more than plain data.
     """
     path = Path(path)
     if not path.exists():
@@ -38,18 +38,18 @@ def load(path: Path, device: torch.device | str = "cpu") -> Any:
     try:
         with zipfile.ZipFile(path) as archive:  # torch itself does not compare the checksums
             if archive.testzip() is not None:
-                raise Damaged(f"{path} is damaged: a checksum does not match")
+                raise DamagedFile(f"{path} is damaged: a checksum does not match")
         return torch.load(path, map_location=device, weights_only=True)
-    except Damaged:
+    except DamagedFile:
         raise
     except Exception as error:  # torch raises many kinds for a cut or hostile file
-        raise Damaged(
+        raise DamagedFile(
             f"{path} cannot be read ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
         ) from None
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a .safetensors file by name; bfloat16 comes as float32. Raises OSError, or Damaged.
+    """The arrays of a .safetensors file by name; bfloat16 comes as float32. Raises OSError, or DamagedFile.
 
     The file: 8 bytes with the header's length, a JSON header with type, shape and place of every array, the numbers.
     """
@@ -58,7 +58,7 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
         file.seek(0)
         length = int.from_bytes(file.read(8), "little")
         if not 0 < length <= min(size, LONGEST):
-            raise Damaged(f"{path} is cut off, or no safetensors file: its header does not fit into it")
+            raise DamagedFile(f"{path} is cut off, or no safetensors file: its header does not fit into it")
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
@@ -68,9 +68,9 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
                 for kind, shape, start, end in parts.values()
             )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise Damaged(f"{path} has a header that cannot be read ({type(error).__name__}: {error})") from None
+            raise DamagedFile(f"{path} has a header that cannot be read ({type(error).__name__}: {error})") from None
         if not fits:
-            raise Damaged(f"{path} is cut off or damaged: its numbers do not fit its header")
+            raise DamagedFile(f"{path} is cut off or damaged: its numbers do not fit its header")
         arrays = {}
         for name, (kind, shape, start, _) in parts.items():
             file.seek(8 + length + start)
@@ -85,7 +85,7 @@ def fit(model: nn.Module, state: dict[str, Tensor], source: Path | str) -> None:
     wrong = [name for name in own if name not in state or state[name].shape != own[name].shape]
     wrong += [name for name in state if name not in own]
     if wrong:
-        stop(f"{source} does not fit this network: {len(wrong)} tensors missing, extra or of other shape, the first: "
+        fail(f"{source} does not fit this network: {len(wrong)} tensors missing, extra or of other shape, the first: "
              f"{', '.join(wrong[:3])}")  # fmt: skip
     model.load_state_dict(state)
 

@@ -6,16 +6,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-USER = 2  # exit code: a wrong flag, missing or broken data; nothing was started
-DISK = 4  # exit code: no space, or the disk failed; what was finished stands
-INTERRUPTED = 75  # exit code: SIGTERM or SIGINT; the same command goes on
+EXIT_USER = 2  # exit code: a wrong flag, missing or broken data; nothing was started
+EXIT_DISK = 4  # exit code: no space, or the disk failed; what was finished stands
+EXIT_INTERRUPTED = 75  # exit code: SIGTERM or SIGINT; the same command goes on
 SHARED = "RUNS_ON_THIS_GPU"  # environment: how many runs share this GPU (common.study.slots); their timings are marked
-PLACES = frozenset({"out", "replace", "data", "device", "workers", "weights"})  # flags that say where, not what
+NON_METHOD_FLAGS = frozenset(
+    {"out", "replace", "data", "device", "workers", "weights"}
+)  # flags that say where, not what
 SCALES = ("demo", "gpu", "paper")
 Defaults = Mapping[str, tuple[Any, Any, Any]]  # flag -> its default at demo, gpu and paper scale
 
 
-def stop(sentence: str, code: int = USER) -> NoReturn:
+def fail(sentence: str, code: int = EXIT_USER) -> NoReturn:
     """Print one sentence (what, where, what to do) to stderr and end with `code`. Raises SystemExit."""
     print(f"error: {sentence}", file=sys.stderr, flush=True)
     raise SystemExit(code)
@@ -38,7 +40,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        stop(f"{message} (see --help)")
+        fail(f"{message} (see --help)")
 
 
 def run_flags(parser: Parser) -> argparse._ArgumentGroup:
@@ -46,11 +48,11 @@ def run_flags(parser: Parser) -> argparse._ArgumentGroup:
     run = parser.add_argument_group("run")
     run.add_argument("--scale", choices=SCALES, default="demo", help="column of the table below")
     run.add_argument("--out", type=Path, default=Path("runs/scratch"), help="folder of this run")
-    run.add_argument("--seed", type=whole(0), default=0, help="initial weights, batches and views follow from it")
+    run.add_argument("--seed", type=int_min(0), default=0, help="initial weights, batches and views follow from it")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
-    run.add_argument("--threads", type=whole(1), default=1, help="CPU threads; equal bits need equal threads")
+    run.add_argument("--threads", type=int_min(1), default=1, help="CPU threads; equal bits need equal threads")
     run.add_argument("--replace", action="store_true", help="move a run with other flags aside instead of refusing")
-    run.add_argument("--rehearse", type=whole(1), help="two epochs of this many steps, measured on as few examples")
+    run.add_argument("--rehearse", type=int_min(1), help="two epochs of this many steps, measured on as few examples")
     data = parser.add_argument_group("data")
     data.add_argument("--data", type=Path, default=Path("data"), help="where data sets lie and caches go")
     return data
@@ -63,7 +65,7 @@ def parse(parser: Parser, defaults: Defaults, argv: Sequence[str] | None) -> arg
     return parser.parse_args(argv)
 
 
-def whole(least: int):
+def int_min(least: int):
     """A type for add_argument: a whole number of at least `least`."""
 
     def convert(text: str) -> int:
@@ -76,7 +78,7 @@ def whole(least: int):
     return convert
 
 
-def number(low: float, high: float = float("inf")):
+def float_in(low: float, high: float = float("inf")):
     """A type for add_argument: a finite number in [low, high]."""
 
     def convert(text: str) -> float:

@@ -12,17 +12,17 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common.cli import SCALES, SHARED, Parser, stop
+from common.cli import SCALES, SHARED, Parser, fail
 
 
-def choose(name: str, scale: str) -> torch.device:
+def select_device(name: str, scale: str) -> torch.device:
     """The device for `--device NAME`; sets what cuDNN may do on it. Under torchrun `cuda` is the GPU of this rank.
 
     Stops (exit 2) where it is absent, or where a GPU's work would fall on a CPU.
     """
     cuda = torch.cuda.is_available()
     if name == "auto" and not cuda and scale != "demo":
-        stop(f"--scale {scale} wants a CUDA GPU and none was found: use --scale demo (make: SCALE=demo), "
+        fail(f"--scale {scale} wants a CUDA GPU and none was found: use --scale demo (make: SCALE=demo), "
              "or --device cpu (DEVICE=cpu) if you mean it")  # fmt: skip
     if name == "auto":
         name = "cuda" if cuda else "cpu"
@@ -31,11 +31,11 @@ def choose(name: str, scale: str) -> torch.device:
     except RuntimeError:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
-        stop(f"--device {name} is no device: use auto, cpu, cuda or cuda:1")
+        fail(f"--device {name} is no device: use auto, cpu, cuda or cuda:1")
     if device.type == "cuda":
         index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
         if index >= (torch.cuda.device_count() if cuda else 0):
-            stop(f"--device {name}: this machine shows no such CUDA GPU; use --device cpu --scale demo")
+            fail(f"--device {name}: this machine shows no such CUDA GPU; use --device cpu --scale demo")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     # float32 means float32: cuDNN would round convolutions to TF32's 10 bits, which is enough to blur a collapse meter.
@@ -88,14 +88,14 @@ def distribute(model: nn.Module, device: torch.device, synchronised: bool = True
     return DistributedDataParallel(model, [device] if device.type == "cuda" else None)
 
 
-def ranks() -> tuple[int, int]:
+def rank_and_world() -> tuple[int, int]:
     """(rank, world) of this process."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def rows_of_rank(batch: int) -> slice:
     """The rows of a global batch that this rank computes."""
-    rank, world = ranks()
+    rank, world = rank_and_world()
     return slice(rank * batch // world, (rank + 1) * batch // world)
 
 
@@ -162,16 +162,16 @@ def memory_for(device: torch.device, now: str, instead: str) -> Iterator[None]:
             raise
         peak, others = peak_memory(device) / 2**30, int(os.environ.get(SHARED, "1")) - 1
         shared = f", while up to {others} other runs share the GPU (GPUS packs fewer)" if others else ""
-        stop(f"out of memory on {device} with {now}: {peak:.1f} GiB held at most{shared}. {instead}")
+        fail(f"out of memory on {device} with {now}: {peak:.1f} GiB held at most{shared}. {instead}")
 
 
-def facts(device: torch.device) -> dict[str, object]:
+def environment(device: torch.device) -> dict[str, object]:
     """What a run's numbers depend on beside its flags: a run goes on only where these are as at its beginning."""
     return {
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
-        "world": ranks()[1],
+        "world": rank_and_world()[1],
     }
 
 
@@ -181,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--scale", default="demo", choices=SCALES)
     args = parser.parse_args(argv)
-    choose(args.device, args.scale)
+    select_device(args.device, args.scale)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # errors of a disk that waiting does not mend
 
 
-class Damaged(ValueError):
+class DamagedFile(ValueError):
     """A file is there but cannot be trusted; the message names it."""
 
 
@@ -25,7 +25,7 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def twice(write: Callable[[], None]) -> None:
+def retry_once(write: Callable[[], None]) -> None:
     """Do it; after an error that may pass (a network disk's, not a full one's) wait a second and try again, once."""
     try:
         write()
@@ -54,7 +54,7 @@ def write_bytes(path: Path, data: bytes) -> None:
             raise
         sync_folder(path.parent)
 
-    twice(write)
+    retry_once(write)
 
 
 def append_line(path: Path, line: str) -> None:
@@ -72,7 +72,7 @@ def append_line(path: Path, line: str) -> None:
                 os.ftruncate(file.fileno(), length)
                 raise
 
-    twice(append)
+    retry_once(append)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -88,19 +88,19 @@ def write_json(path: Path, value: Any) -> None:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file, [] where it is absent; a half last line (a kill in the write) is left out.
 
-    Raises Damaged where any other line is no JSON object.
+    Raises DamagedFile where any other line is no JSON object.
     """
     path = Path(path)
     lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
     try:
         return [dict(json.loads(line)) for line in lines[:-1] if line]
     except (ValueError, TypeError):
-        raise Damaged(f"{path} holds a line that is not a JSON object") from None
+        raise DamagedFile(f"{path} holds a line that is not a JSON object") from None
 
 
 def read_json(path: Path) -> Any:
-    """Raises FileNotFoundError, or Damaged where the file is no JSON."""
+    """Raises FileNotFoundError, or DamagedFile where the file is no JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise Damaged(f"{path} is not valid JSON ({error})") from None
+        raise DamagedFile(f"{path} is not valid JSON ({error})") from None

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from common.draws import DATA_SEED, Draws, permutation
+from common.seeding import DATA_SEED, SampleRNG, permutation
 
 
 class Preset(NamedTuple):
@@ -73,7 +73,7 @@ def glyphs(preset: str, count: int, part: str) -> tuple[Tensor, Tensor]:
         stop = min(start + CHUNK, count)
         order = permutation(DATA_SEED, f"{purpose}/labels", chunk, stop - start, "cpu")
         labels[start:stop] = (start + order) % len(setting.characters)
-        draws = Draws(DATA_SEED, purpose, chunk, CHUNK, slice(stop - start))
+        draws = SampleRNG(DATA_SEED, purpose, chunk, CHUNK, slice(stop - start))
         images[start:stop] = _compose(masks, labels[start:stop], setting, draws)
     return images, labels
 
@@ -105,7 +105,7 @@ def _known(preset: str) -> Preset:
     return PRESETS[preset]
 
 
-def _compose(masks: Tensor, labels: Tensor, setting: Preset, draws: Draws) -> Tensor:
+def _compose(masks: Tensor, labels: Tensor, setting: Preset, draws: SampleRNG) -> Tensor:
     """Pictures of the labels, (rows, 3, 32, 32) uint8: background, clutter, character, texture, noise."""
     background, foreground = (colour[:, :, None, None] for colour in _colours(draws))
     picture = background.expand(-1, -1, SIZE, SIZE)
@@ -126,7 +126,7 @@ def _compose(masks: Tensor, labels: Tensor, setting: Preset, draws: Draws) -> Te
     return picture.clamp_(0, 1).mul_(255).round_().to(torch.uint8)
 
 
-def _warp(masks: Tensor, labels: Tensor, centre: Tensor, setting: Preset, draws: Draws) -> Tensor:
+def _warp(masks: Tensor, labels: Tensor, centre: Tensor, setting: Preset, draws: SampleRNG) -> Tensor:
     """Masks of the labels in random faces, turned, sheared, scaled and moved: (rows, 1, 32, 32), 0-1.
 
     `centre` (rows, 2) says where to, across and down, the picture's edges being -1 and 1.
@@ -146,7 +146,7 @@ def _warp(masks: Tensor, labels: Tensor, centre: Tensor, setting: Preset, draws:
     return F.grid_sample(chosen, grid, align_corners=False) / 255
 
 
-def _colours(draws: Draws) -> tuple[Tensor, Tensor]:
+def _colours(draws: SampleRNG) -> tuple[Tensor, Tensor]:
     """Background and foreground, each (rows, 3) in 0-1, whose lumas differ by CONTRAST or more."""
     background, foreground = draws.uniform(shape=(3,)), draws.uniform(shape=(3,))
     weights = torch.tensor([0.299, 0.587, 0.114])

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import checkpoints, cli, draws, files, folders, glyphs
-from common.cli import stop
+from common import checkpoints, cli, files, glyphs, image_folder, seeding
+from common.cli import fail
 
 GLYPHS = {"train": 5000, "test": 1000}
 CIFAR = ("cifar10", "cifar100")
@@ -26,7 +26,7 @@ class Images(NamedTuple):
     test_labels: Tensor
     classes: int
     mean: Tensor  # (3, 1, 1), of the training images scaled to [0, 1]
-    deviation: Tensor  # (3, 1, 1)
+    std: Tensor  # (3, 1, 1)
     digest: str  # sha256; of an image folder: of its names and sizes
 
     @property
@@ -38,11 +38,11 @@ class Images(NamedTuple):
     def device(self) -> torch.device:
         return self.train.device
 
-    def few(self, count: int) -> "Images":
+    def subset(self, count: int) -> "Images":
         """The same with at most `count` training and test images, drawn from the data seed."""
 
         def cut(*parts: Tensor) -> list[Tensor]:
-            rows = draws.permutation(draws.DATA_SEED, "few", 0, len(parts[0]), "cpu")[:count].to(self.device)
+            rows = seeding.permutation(seeding.DATA_SEED, "few", 0, len(parts[0]), "cpu")[:count].to(self.device)
             return [part[rows] for part in parts]
 
         (train, train_labels), (test, test_labels) = cut(*self[:2]), cut(*self[2:4])
@@ -58,7 +58,7 @@ class Images(NamedTuple):
     def normalise(self, images: Tensor) -> Tensor:
         """Scale uint8 images to [0, 1], then subtract the channel means and divide by the deviations."""
         images = images / 255 if images.dtype == torch.uint8 else images
-        return (images - self.mean) / self.deviation
+        return (images - self.mean) / self.std
 
 
 def load(name: str, data: Path, size: int, device: torch.device, workers: int = 0) -> Images:
@@ -67,8 +67,8 @@ def load(name: str, data: Path, size: int, device: torch.device, workers: int = 
     `size` (pixels) counts for image folders only, which are decoded once into one file.
     """
     if name == "folder":
-        digest = folders.digest(data)
-        parts = [folders.resident(data / part, size, data, workers, digest) for part in ("train", "val")]
+        digest = image_folder.digest(data)
+        parts = [image_folder.resident(data / part, size, data, workers, digest) for part in ("train", "val")]
         classes = int(parts[0][1].max()) + 1
     else:
         drawn = name in glyphs.PRESETS
@@ -87,7 +87,7 @@ def cached_glyphs(name: str, part: str, data: Path) -> tuple[Tensor, Tensor]:
     try:
         cached = checkpoints.load(path)
         return cached["images"], cached["labels"]
-    except (OSError, files.Damaged, KeyError, TypeError):
+    except (OSError, files.DamagedFile, KeyError, TypeError):
         images, labels = glyphs.glyphs(name, GLYPHS[part], part)
     try:
         data.mkdir(parents=True, exist_ok=True)
@@ -97,13 +97,13 @@ def cached_glyphs(name: str, part: str, data: Path) -> tuple[Tensor, Tensor]:
     return images, labels
 
 
-Data = Images | folders.Streamed
+Data = Images | image_folder.StreamedImages
 
 
 def load_or_stream(name: str, data: Path, size: int, device: torch.device, workers: int) -> Data:
     """The same; only a folder's images above 64 pixels are not resident: workers read them."""
     if name == "folder" and size > SMALL:
-        return folders.Streamed(data, size, workers, device)
+        return image_folder.StreamedImages(data, size, workers, device)
     return load(name, data, size, device, workers)
 
 
@@ -119,7 +119,7 @@ def cifar(name: str, data: Path, train: bool) -> tuple[Tensor, Tensor]:
     try:
         found = torchvision_class(name)(str(data), train=train)
     except RuntimeError:
-        stop(f"{name} is not in {data}, or damaged: python -m common.images {name} --data {data} downloads it")
+        fail(f"{name} is not in {data}, or damaged: python -m common.images {name} --data {data} downloads it")
     return torch.from_numpy(np.ascontiguousarray(found.data.transpose(0, 3, 1, 2))), torch.tensor(found.targets)
 
 
@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
             torchvision_class(name)(str(args.data), download=True)
         except (OSError, RuntimeError) as error:
             archive = torchvision_class(name).filename
-            stop(f"{name} could not be downloaded ({error}): put {archive} into {args.data} and run this again")
+            fail(f"{name} could not be downloaded ({error}): put {archive} into {args.data} and run this again")
         print(f"{name} is in {args.data}")
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import devices, draws, folders, images
+from common import devices, image_folder, images, seeding
 from common.schedules import cosine
 
 
@@ -22,7 +22,9 @@ class Labelled(NamedTuple):
 
 
 @torch.no_grad()
-def represent(stages: Sequence[nn.Module], data: images.Images | folders.Streamed, part: str) -> list[Tensor]:
+def extract_features(
+    stages: Sequence[nn.Module], data: images.Images | image_folder.StreamedImages, part: str
+) -> list[Tensor]:
     """The output (N, D) of every stage, each fed with the one before, in eval mode; and the labels (N,) last.
 
     In float32 whatever training used: rounded to bfloat16, features that differ by a thousandth of their size lose a
@@ -32,7 +34,7 @@ def represent(stages: Sequence[nn.Module], data: images.Images | folders.Streame
     for stage in stages:
         stage.eval()
     found: list[list[Tensor]] = [[] for _ in range(len(stages) + 1)]
-    for x, labels in data.batches(part, *devices.ranks()):
+    for x, labels in data.batches(part, *devices.rank_and_world()):
         for stage, outputs in zip(stages, found, strict=False):
             x = stage(x)
             outputs.append(x)
@@ -78,7 +80,7 @@ def fit_linear(train: Labelled, classes: int, rates: Tensor, seed: int, epochs: 
     batch = min(batch, len(features))
     steps = len(features) // batch
     for epoch in range(epochs):
-        order = draws.permutation(seed, "linear probe", epoch, len(features), features.device)
+        order = seeding.permutation(seed, "linear probe", epoch, len(features), features.device)
         for step, rows in enumerate(order[: steps * batch].view(steps, batch)):
             x, y = features[rows], F.one_hot(labels[rows], classes)
             slope = x.T @ ((x @ weights).softmax(-1) - y) / batch  # d cross-entropy / d weights, (R, D + 1, classes)

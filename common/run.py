@@ -1,15 +1,15 @@
 """One run's folder: its lock, arguments, log and state, and the exact way back in after a kill.
 
-with held(out):                                  # locked; signals and a full disk become exit codes
+with run_lock(out):                                  # locked; signals and a full disk become exit codes
     run = Run(out, arguments, __file__)          # a run with other arguments is refused
-    run.begin("glyphs10, resnet8", provenance)   # args.json, and the first line on the screen
+    run.write_config("glyphs10, resnet8", provenance)   # args.json, and the first line on the screen
     first = run.resume(model, optimizer)         # the epoch to go on after, None at the start of a run
     for epoch in range(first or 0, last):
         ...
         if run.diverged(epoch + 1, losses):      # weights or losses are not finite: the run is finished here
             return
         run.end_epoch(epoch + 1, last, record)   # a line in train.jsonl, then state.pt; one line on the screen
-    run.finish({"model": ...})                   # model.pt; the states go
+    run.save_model({"model": ...})                   # model.pt; the states go
 """
 
 import ast
@@ -28,7 +28,7 @@ from torch import nn
 from tqdm import tqdm
 
 from common import checkpoints, devices, files
-from common.cli import PLACES, SHARED, stop
+from common.cli import NON_METHOD_FLAGS, SHARED, fail
 
 
 class Run:
@@ -42,7 +42,7 @@ class Run:
         self.folder, self.rank, self.source = Path(out), rank, Path(source)
         self.name = "/".join(self.folder.parts[-2:])
         self.arguments = json.loads(json.dumps(dict(arguments), default=str))
-        self.what = what_of(self.arguments)
+        self.what = method_arguments(self.arguments)
         if rank == 0:
             self._make_room(replace)
         devices.barrier()
@@ -56,7 +56,7 @@ class Run:
         if not differing:
             return
         if not replace:
-            stop(
+            fail(
                 f"{self.folder} holds a run with other flags ({', '.join(differing)}): "
                 "choose another --out, or --replace to move that run aside"
             )
@@ -74,14 +74,14 @@ class Run:
         """`--flag old -> new` for every flag in which the run in this folder differs."""
         if not (self.folder / "args.json").exists():
             return []
-        old = what_of(read_arguments(self.folder)[0])
+        old = method_arguments(read_arguments(self.folder)[0])
         return [
             f"--{name.replace('_', '-')} {old.get(name)} -> {self.what.get(name)}"
             for name in sorted({*old, *self.what})
             if old.get(name) != self.what.get(name)
         ]
 
-    def begin(self, setting: str, provenance: Mapping[str, Any]) -> None:
+    def write_config(self, setting: str, provenance: Mapping[str, Any]) -> None:
         """Write args.json, or check that the run to go on with began on the same data, device and ranks.
 
         Prints the run's first line: its name, `setting` (data set and network) and device.
@@ -89,21 +89,21 @@ class Run:
         if self.rank:
             return
         print(f"{self.name}: {setting}, {provenance['device']}", flush=True)
-        path, facts = self.folder / "args.json", script_facts(self.source)
+        path, facts = self.folder / "args.json", script_provenance(self.source)
         if not path.exists():
             files.write_json(path, {"arguments": self.arguments, "provenance": {**provenance, **facts}})
             return
         old = read_arguments(self.folder)[1]
         for name, value in {**provenance, "script": facts["script"]}.items():
             if old.get(name) != value:
-                stop(f"{self.folder} began with {name} {old.get(name)}, now it is {value}: go on as it began, "
+                fail(f"{self.folder} began with {name} {old.get(name)}, now it is {value}: go on as it began, "
                      "or choose another --out")  # fmt: skip
         if old.get("source") != facts["source"]:
             print(
                 f"warning: {self.source.name} or what it imports has changed since {self.folder} began", file=sys.stderr
             )
 
-    def state(self, device: torch.device) -> dict[str, Any] | None:
+    def load_state(self, device: torch.device) -> dict[str, Any] | None:
         """The last saved state, or None in a fresh run. The log is cut back to it.
 
         Stops (exit 2) where a run has begun and none of its states can be used: it never begins again in silence.
@@ -111,7 +111,7 @@ class Run:
         state, damaged = self._newest(device)
         begun = self._log()
         if state is None and (damaged or any(line["epoch"] > 0 for line in begun)):
-            stop(f"no state of {self.folder} can be used, though it has begun: move the folder away to start again")
+            fail(f"no state of {self.folder} can be used, though it has begun: move the folder away to start again")
         if self.rank == 0:
             kept = [line for line in begun if state and line["epoch"] <= state["epoch"]]
             files.write_text(self.folder / "train.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
@@ -126,11 +126,11 @@ class Run:
             try:
                 state = checkpoints.load(path, device)
                 if not isinstance(state, dict) or state.get("arguments") != self.what:
-                    raise files.Damaged(f"{path} is not of this run")
+                    raise files.DamagedFile(f"{path} is not of this run")
                 return state, damaged
             except FileNotFoundError:
                 continue
-            except files.Damaged as error:
+            except files.DamagedFile as error:
                 damaged = True
                 if self.rank == 0:
                     print(f"warning: {error}", file=sys.stderr)
@@ -139,8 +139,8 @@ class Run:
     def _log(self) -> list[dict[str, Any]]:
         try:
             return files.read_lines(self.folder / "train.jsonl")
-        except files.Damaged as error:
-            stop(f"{error}: move the folder away to start again")
+        except files.DamagedFile as error:
+            fail(f"{error}: move the folder away to start again")
 
     def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int | None:
         """Load the last saved state into `model` and `optimizer`; `end_epoch` saves these two from now on.
@@ -148,7 +148,7 @@ class Run:
         Returns the epoch that it was saved after, None at the start of a run. `extra` holds what else was saved.
         """
         self.model, self.optimizer = model, optimizer
-        saved = self.state(next(model.parameters()).device)
+        saved = self.load_state(next(model.parameters()).device)
         if saved is None:
             return None
         checkpoints.fit(model, saved["model"], self.folder)
@@ -179,7 +179,7 @@ class Run:
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), **extra}
         self.save(epoch, {**record, **(details or {})}, state)
         if epoch:
-            self.say(epoch, last, record)
+            self.log_epoch(epoch, last, record)
 
     def save(self, epoch: int, record: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         """End an epoch: append `record` to train.jsonl, then replace state.pt, keeping the one before it."""
@@ -191,7 +191,7 @@ class Run:
             os.replace(path, self.folder / "state.previous.pt")
         checkpoints.save(path, {"epoch": epoch, "arguments": self.what, **state})
 
-    def finish(self, weights: Mapping[str, Any]) -> None:
+    def save_model(self, weights: Mapping[str, Any]) -> None:
         """Write model.pt, which marks the run as finished, and drop the states."""
         if self.rank:
             return
@@ -208,11 +208,11 @@ class Run:
             return
         last, _ = self._newest(device)
         if last is None:
-            stop(f"{self.folder} diverged in epoch {epoch}, and no earlier state can be used: move the folder away")
+            fail(f"{self.folder} diverged in epoch {epoch}, and no earlier state can be used: move the folder away")
         print(f"{self.name}: diverged in epoch {epoch}; the weights of epoch {last['epoch']} are kept", flush=True)
-        self.finish({"model": last["model"], "epoch": last["epoch"], "diverged": True})
+        self.save_model({"model": last["model"], "epoch": last["epoch"], "diverged": True})
 
-    def say(self, epoch: int, epochs: int, record: Mapping[str, Any]) -> None:
+    def log_epoch(self, epoch: int, epochs: int, record: Mapping[str, Any]) -> None:
         """One line for an epoch."""
         if self.rank == 0:
             numbers = "  ".join(f"{name} {value:.4g}" for name, value in record.items())
@@ -223,9 +223,9 @@ class Run:
             (self.folder / name).unlink(missing_ok=True)
 
 
-def what_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def method_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that make a run another run: not where data lie, but a file of one's own in --data."""
-    places = PLACES - {"data"} if arguments.get("data_set") == "file" else PLACES
+    places = NON_METHOD_FLAGS - {"data"} if arguments.get("data_set") == "file" else NON_METHOD_FLAGS
     return {name: value for name, value in arguments.items() if name not in places}
 
 
@@ -234,11 +234,11 @@ def read_arguments(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         found = files.read_json(Path(folder) / "args.json")
         return dict(found["arguments"]), dict(found["provenance"])
-    except (files.Damaged, KeyError, TypeError, ValueError) as error:
-        stop(f"{Path(folder) / 'args.json'} is damaged ({error}): move the folder away and train this run again")
+    except (files.DamagedFile, KeyError, TypeError, ValueError) as error:
+        fail(f"{Path(folder) / 'args.json'} is damaged ({error}): move the folder away and train this run again")
 
 
-def finished(folder: Path, script: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+def load_finished(folder: Path, script: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """(arguments, provenance, model.pt) of a finished run of `script` ("simsiam/train.py").
 
     Stops (exit 2) where there is none, where it is another script's, and where its files are damaged or do not
@@ -249,13 +249,13 @@ def finished(folder: Path, script: str) -> tuple[dict[str, Any], dict[str, Any],
         arguments, facts = read_arguments(folder)
         model = checkpoints.load(folder / "model.pt")
     except FileNotFoundError:
-        stop(f"{folder} holds no finished run (args.json, model.pt): train it first, {script} --out {folder}")
-    except files.Damaged as error:
-        stop(f"{error}: move {folder} away and train this run again")
+        fail(f"{folder} holds no finished run (args.json, model.pt): train it first, {script} --out {folder}")
+    except files.DamagedFile as error:
+        fail(f"{error}: move {folder} away and train this run again")
     if facts.get("script") != script:
-        stop(f"{folder} holds a run of {facts.get('script')}, not of {script}")
-    if not isinstance(model, dict) or model.get("arguments") != what_of(arguments):
-        stop(f"{folder / 'model.pt'} is not of the run in args.json: move the folder away and train this run again")
+        fail(f"{folder} holds a run of {facts.get('script')}, not of {script}")
+    if not isinstance(model, dict) or model.get("arguments") != method_arguments(arguments):
+        fail(f"{folder / 'model.pt'} is not of the run in args.json: move the folder away and train this run again")
     return arguments, facts, model
 
 
@@ -276,7 +276,7 @@ def imported_files(source: Path) -> list[Path]:
     return sorted(found)
 
 
-def script_facts(source: Path) -> dict[str, Any]:
+def script_provenance(source: Path) -> dict[str, Any]:
     """Name of the script, sha256 of it and of what it imports, git commit, whether the tree is dirty, shared GPU.
 
     `commit` and `dirty` are None outside a clone.

@@ -32,11 +32,11 @@ from torch import Tensor, nn
 if not __package__:  # a script takes its own clone, whatever is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import augment, checkpoints, cli, devices, draws, files, folders, images, probes
-from common.cli import stop
-from common.hold import held
+from common import augment, checkpoints, cli, devices, files, image_folder, images, probes, seeding
+from common.cli import fail
 from common.images import Data
-from common.run import finished
+from common.lock import run_lock
+from common.run import load_finished
 from conmim import net, train
 from conmim.net import NETWORKS, Classifier, ViT
 from conmim.train import ConMIM, build_model
@@ -65,7 +65,7 @@ NEIGHBOURS, TAU = 20, 0.07
 UNTRAINED = "_untrained"
 ACCURACIES = ("finetune_accuracy", "linear_accuracy", "knn_accuracy")
 DIAGNOSTICS = ("own_top1", "cross_top1", "position_r2", "key_effective_rank")
-CLAIMS = (  # of a diverged run they are null
+METRICS_IF_FINITE = (  # of a diverged run they are null
     *(f"{name}{which}" for which in ("", "_online") for name in ACCURACIES),
     *("untrained_linear_accuracy", "key_linear_accuracy", *DIAGNOSTICS, "train_loss", "clipped_fraction"),
 )
@@ -79,7 +79,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--network", choices=tuple(NETWORKS), default="vit_base_16", help="of --weights")
     parser.add_argument("--data", type=Path, help="where the data lie; default: as in training")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:1; default: as in training")
-    parser.add_argument("--threads", type=cli.whole(1), help="default: as in training")
+    parser.add_argument("--threads", type=cli.int_min(1), help="default: as in training")
     parser.add_argument(
         "--held-out", action="store_true", help="measure on the training set's held-out tenth: for tuning"
     )
@@ -96,7 +96,7 @@ def labelled(labels: Tensor, count: int | None, classes: int) -> Tensor:
     """
     if count is None or count >= len(labels):
         return torch.arange(len(labels))
-    order = draws.permutation(draws.DATA_SEED, "labelled", 0, len(labels), "cpu")
+    order = seeding.permutation(seeding.DATA_SEED, "labelled", 0, len(labels), "cpu")
     shuffled = labels[order]
     place = F.one_hot(shuffled, classes).cumsum(0).gather(1, shuffled[:, None])[:, 0]  # among its class's
     return order[place.argsort(stable=True)[:count]].sort().values
@@ -104,7 +104,7 @@ def labelled(labels: Tensor, count: int | None, classes: int) -> Tensor:
 
 def tenth_as_test(data: Any) -> Any:
     """The same with nine tenths of the training images, and the held-out tenth in place of the test images."""
-    rest, tenth = draws.held_out(data.examples, data.device)
+    rest, tenth = seeding.held_out_split(data.examples, data.device)
     train_, labels = data.train, data.train_labels
     return data._replace(train=train_[rest], train_labels=labels[rest], test=train_[tenth], test_labels=labels[tenth])
 
@@ -137,7 +137,7 @@ def build_optimizer(model: Classifier, decay: float, weight_decay: float) -> tor
     )
 
 
-def erased(x: Tensor, numbers: draws.Draws, probability: float) -> Tensor:
+def erased(x: Tensor, numbers: seeding.SampleRNG, probability: float) -> Tensor:
     """A box, a fiftieth to a third of an image (B, 3, S, S), becomes noise of unit variance, with `probability`."""
     boxes = augment.random_boxes(numbers, *x.shape[2:], scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3))
     boxes = torch.where(numbers.uniform(shape=(1,)) < probability, boxes, 0)  # of height and width 0: nothing is inside
@@ -156,7 +156,7 @@ class Subset(NamedTuple):
 
     def batch(self, recipe: Recipe) -> int:
         """The recipe's global batch, cut to the subset, in whole rows for each rank."""
-        world = devices.ranks()[1]
+        world = devices.rank_and_world()[1]
         return min(recipe["batch"], len(self.rows)) // world * world
 
 
@@ -169,10 +169,10 @@ def labelled_batches(
     """
     batch = subset.batch(recipe)
     mine, steps = devices.rows_of_rank(batch), len(subset.rows) // batch
-    order = subset.rows[draws.permutation(args.seed, "fine-tuning order", epoch, len(subset.rows), "cpu")]
+    order = subset.rows[seeding.permutation(args.seed, "fine-tuning order", epoch, len(subset.rows), "cpu")]
     order = order[: steps * batch].view(steps, batch)[:, mine]
     flip, varied, streamed = train.augmentation(args.data_set)["flip"], rand_augment(recipe["rand_augment"]), None
-    if isinstance(data, folders.Streamed):
+    if isinstance(data, image_folder.StreamedImages):
         from torchvision.transforms import v2
 
         crop = v2.RandomResizedCrop(args.size, recipe["crop"], interpolation=v2.InterpolationMode.BICUBIC)
@@ -180,9 +180,9 @@ def labelled_batches(
         streamed = data.views(transform, 1, order.tolist(), args.seed, epoch)
     on_device = order.to(data.device)
     for step, picked in enumerate(on_device, epoch * steps):
-        rng = draws.Draws(args.seed, "fine-tuning view", step, batch, mine)
+        rng = seeding.SampleRNG(args.seed, "fine-tuning view", step, batch, mine)
         # RandAugment, mixing, erasing and stochastic depth draw from the default generators.
-        draws.reseed(args.seed, "fine-tuning", step, devices.ranks()[0])
+        seeding.reseed(args.seed, "fine-tuning", step, devices.rank_and_world()[0])
         if streamed:
             x = next(streamed)[0]
         else:
@@ -215,7 +215,7 @@ def mixing(recipe: Recipe, classes: int) -> Callable[..., Any] | None:
 
 def build_classifier(args: argparse.Namespace, recipe: Recipe, state: dict[str, Tensor], data: Data) -> Classifier:
     """A Classifier on the data's device that starts from a ViT's `state`."""
-    with draws.forked(args.seed, "classifier"):
+    with seeding.forked(args.seed, "classifier"):
         shape = NETWORKS[args.network]
         model = Classifier(args.size, *shape, args.layer_scale, args.positions, data.classes, recipe["drop_path"])
     checkpoints.fit(model, model.state_dict() | net.to_classifier(state), "the pre-trained network")
@@ -257,7 +257,7 @@ def fine_tune(
 
 def accuracy(model: Classifier, data: Data) -> float:
     """Test accuracy in percent."""
-    logits, truth = probes.represent([model], data, "test")
+    logits, truth = probes.extract_features([model], data, "test")
     return 100.0 * (logits.argmax(1) == truth).float().mean().item()
 
 
@@ -281,14 +281,14 @@ class Features(nn.Module):
 
 def frozen(args: argparse.Namespace, features: Features, data: Data, rows: Tensor) -> dict[str, float]:
     """kNN and linear accuracy in percent from the labelled training images `rows`, a linear one of the keys if any."""
-    if isinstance(data, folders.Streamed):
-        known, labels = probes.represent([features], data, "train")
+    if isinstance(data, image_folder.StreamedImages):
+        known, labels = probes.extract_features([features], data, "train")
     else:
         picked = rows.to(data.device)
         few = data._replace(train=data.train[picked], train_labels=data.train_labels[picked])
-        known, labels = probes.represent([features], few, "train")
-    asked, truth = probes.represent([features], data, "test")
-    parts, width = draws.held_out(len(known), data.device), NETWORKS[args.network].width
+        known, labels = probes.extract_features([features], few, "train")
+    asked, truth = probes.extract_features([features], data, "test")
+    parts, width = seeding.held_out_split(len(known), data.device), NETWORKS[args.network].width
 
     def linear(part: slice) -> float:
         train_set, test_set = probes.Labelled(known[:, part], labels), probes.Labelled(asked[:, part], truth)
@@ -313,7 +313,7 @@ def similarity(args: argparse.Namespace, model: ConMIM, data: Data) -> dict[str,
         q, k = model(x, x, mask, args.keys, 0.0)
     other = min(1, len(x) - 1)
     own, cross = train.similarities(q[[0, 0]], k[[0, other]])
-    picture = (x[0] * data.deviation + data.mean).clamp(0, 1)
+    picture = (x[0] * data.std + data.mean).clamp(0, 1)
     found = {"own": own, "other": cross, "mask": mask[0], "picture": (255 * picture).round().byte()}
     return {name: value.cpu().numpy() for name, value in found.items()}
 
@@ -337,8 +337,8 @@ class Progress:
             state = checkpoints.load(path, device)
         except FileNotFoundError:
             state = {}
-        except files.Damaged as error:
-            stop(f"{error}: remove it to begin the evaluation again")
+        except files.DamagedFile as error:
+            fail(f"{error}: remove it to begin the evaluation again")
         self.state = state if state.get("identity") == identity else {}
         self.done: dict[str, float] = dict(self.state.get("done", {}))
 
@@ -353,7 +353,7 @@ class Progress:
 
     def save(self, **state: Any) -> None:
         """Save what is done, and the `state` of the fine-tuning under way."""
-        if devices.ranks()[0] == 0:
+        if devices.rank_and_world()[0] == 0:
             checkpoints.save(self.path, {"identity": self.identity, "done": self.done, "name": self.name, **state})
 
 
@@ -372,7 +372,9 @@ def evaluate(
     """
     if held_out:
         data = tenth_as_test(data)
-    labels = torch.tensor(data.train.targets) if isinstance(data, folders.Streamed) else data.train_labels.cpu()
+    labels = (
+        torch.tensor(data.train.targets) if isinstance(data, image_folder.StreamedImages) else data.train_labels.cpu()
+    )
     rows, bank = (labelled(labels, recipe[key], data.classes) for key in ("labels", "bank"))
     subset = Subset(rows, labels.to(data.device))
     progress = Progress(folder / "eval_state.pt", identity_of(networks, [*recipe.items(), held_out]), data.device)
@@ -402,7 +404,7 @@ def evaluate_run(
     model = build_model(args, data.device)
     checkpoints.fit(model, weights, folder / "model.pt")
     averaged = args.keys == "ema" or not args.epochs
-    networks = {"": Features(model.average.vit, model.average.projector if averaged else None)}
+    networks = {"": Features(model.ema.vit, model.ema.projector if averaged else None)}
     if args.epochs:
         networks["_online"] = Features(model.online.vit, None if averaged else model.online.projector)
         networks[UNTRAINED] = Features(build_model(args, data.device).average.vit)
@@ -410,7 +412,7 @@ def evaluate_run(
     if not args.epochs:
         found |= {f"{name}_online": found[name] for name in ACCURACIES}
         found["untrained_linear_accuracy"] = found["linear_accuracy"]
-    if not held_out and devices.ranks()[0] == 0:
+    if not held_out and devices.rank_and_world()[0] == 0:
         write_similarity(folder / "similarity.npz", similarity(args, model, data))
     return found
 
@@ -429,7 +431,7 @@ def training_facts(folder: Path) -> dict[str, float | None]:
             "peak_memory": last["peak_memory"],
         }
     except (ValueError, KeyError) as error:
-        stop(f"{folder / 'train.jsonl'} is damaged or empty ({error}): move {folder} away and train this run again")
+        fail(f"{folder / 'train.jsonl'} is damaged or empty ({error}): move {folder} away and train this run again")
 
 
 def official_weights(path: Path) -> dict[str, Tensor]:
@@ -438,12 +440,12 @@ def official_weights(path: Path) -> dict[str, Tensor]:
     try:
         state = checkpoints.load(path)
     except FileNotFoundError:
-        stop(f"--weights {path}: no such file")
-    except files.Damaged as error:
-        stop(f"--weights: {error}")
+        fail(f"--weights {path}: no such file")
+    except files.DamagedFile as error:
+        fail(f"--weights: {error}")
     state = state.get("model", state.get("module", state))
     if "patch_embed.proj.weight" not in state:
-        stop(f"--weights {path}: no patch_embed.proj.weight in it; the first name is {next(iter(state), None)}")
+        fail(f"--weights {path}: no patch_embed.proj.weight in it; the first name is {next(iter(state), None)}")
     return state
 
 
@@ -473,29 +475,32 @@ def main(argv: list[str] | None = None) -> None:
     if args.weights:
         run_args, saved, facts = train.parse_args(["--scale", "paper"]), None, {}
     else:
-        arguments, facts, saved = finished(args.folder, "conmim/train.py")
+        arguments, facts, saved = load_finished(args.folder, "conmim/train.py")
         run_args, facts = argparse.Namespace(**arguments), {**training_facts(args.folder), **facts}
     torch.set_num_threads(args.threads or run_args.threads)
     name = args.device or run_args.device
-    device = devices.choose(name, run_args.scale)
+    device = devices.select_device(name, run_args.scale)
     rank, _ = devices.start_ranks(name, device)
     started, folder = time.perf_counter(), args.data or Path(run_args.data)
     recipe = {name: row[cli.SCALES.index(run_args.scale)] for name, row in RECIPES.items()}
     now = f"batches of 500 images, {recipe['batch']} in fine-tuning"
-    with held(args.folder, rank), devices.memory_for(device, now, "A --device with more memory gives the same metrics"):
+    with (
+        run_lock(args.folder, rank),
+        devices.memory_for(device, now, "A --device with more memory gives the same metrics"),
+    ):
         data = images.load_or_stream(run_args.data_set, folder, run_args.size, device, run_args.workers)
         if data.digest != facts.get("data", data.digest):
-            stop(f"--data {folder} is not what {args.folder} was trained on (digest {data.digest[:12]}): give that")
-        if args.held_out and isinstance(data, folders.Streamed):
-            stop("--held-out is for data that live on the device: up to 64 pixels")
+            fail(f"--data {folder} is not what {args.folder} was trained on (digest {data.digest[:12]}): give that")
+        if args.held_out and isinstance(data, image_folder.StreamedImages):
+            fail("--held-out is for data that live on the device: up to 64 pixels")
         if run_args.rehearse:
-            data, recipe = data.few(run_args.rehearse * run_args.batch), recipe | {"epochs": 1, "warm_up": 0}
+            data, recipe = data.subset(run_args.rehearse * run_args.batch), recipe | {"epochs": 1, "warm_up": 0}
         metrics: dict[str, Any] = {**facts, "diverged": bool(saved and saved["diverged"])}
         if args.weights:
             metrics |= official(args.weights, args.network, data, recipe, args.folder, args.held_out)
             metrics["weights"] = args.weights.name
         elif metrics["diverged"]:
-            metrics |= dict.fromkeys(CLAIMS)
+            metrics |= dict.fromkeys(METRICS_IF_FINITE)
         else:
             metrics |= evaluate_run(run_args, recipe, saved["model"], data, args.folder, args.held_out)
         if saved:
@@ -504,7 +509,7 @@ def main(argv: list[str] | None = None) -> None:
         if rank == 0:
             files.write_json(args.folder / ("held_out.json" if args.held_out else "metrics.json"), metrics)
             (args.folder / "eval_state.pt").unlink(missing_ok=True)
-            shown = (f"{name} {metrics[name]:.4g}" for name in CLAIMS if metrics.get(name) is not None)
+            shown = (f"{name} {metrics[name]:.4g}" for name in METRICS_IF_FINITE if metrics.get(name) is not None)
             print(f"{args.folder}: {'  '.join(shown)}")
 
 

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 if not __package__:  # a script takes its own clone, whatever is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import PLACES
+from common.cli import NON_METHOD_FLAGS
 from common.study import figures, plotting, results, statistics, tables
 from common.study.analysis import WORDS
 from common.study.design import MustBeat
@@ -109,7 +109,7 @@ def cells(runs: results.Runs, base: str) -> dict[Cell, str]:
     factors, found = {"keys", "views", "gradient_leak"}, {}
 
     def rest(arguments: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: one for key, one in arguments.items() if key not in factors | PLACES | {"seed"}}
+        return {key: one for key, one in arguments.items() if key not in factors | NON_METHOD_FLAGS | {"seed"}}
 
     shared = rest(arguments_of(runs[base]))
     places = {key: place for place, key in enumerate(KEYS.values())}

@@ -52,10 +52,10 @@ from tqdm import tqdm
 if not __package__:  # a script takes its own clone, whatever is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import augment, cli, devices, draws, folders, images, probes, schedules
-from common.cli import stop
-from common.hold import held
+from common import augment, cli, devices, image_folder, images, probes, schedules, seeding
+from common.cli import fail
 from common.images import Data
+from common.lock import run_lock
 from common.run import Run
 from conmim.net import NETWORKS, POSITIONS, Projector, ViT
 
@@ -98,47 +98,47 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(__doc__, SCALES)
     data = cli.run_flags(parser)
     data.add_argument("--data-set", choices=images.NAMES, help="folder: --data holds train/CLASS/*, val/CLASS/*")
-    data.add_argument("--size", type=cli.whole(16), help="of a folder's images; above 64 pixels workers decode")
-    data.add_argument("--workers", type=cli.whole(0), help="processes that decode a folder's images")
+    data.add_argument("--size", type=cli.int_min(16), help="of a folder's images; above 64 pixels workers decode")
+    data.add_argument("--workers", type=cli.int_min(0), help="processes that decode a folder's images")
     optimisation = parser.add_argument_group("optimisation")
-    optimisation.add_argument("--epochs", type=cli.whole(0), help="0: initial weights; paper: 300, 800 (table 1)")
-    optimisation.add_argument("--warm-up", type=cli.number(0), help="epochs of rising rate; official recipe: 10")
-    optimisation.add_argument("--batch", type=cli.whole(2), help="global batch; official recipe: 2048")
-    optimisation.add_argument("--lr", type=cli.number(0), help="peak rate, not scaled by the batch")
-    optimisation.add_argument("--lr-factor", type=cli.number(0), default=1.0, help="times --lr (robustness)")
+    optimisation.add_argument("--epochs", type=cli.int_min(0), help="0: initial weights; paper: 300, 800 (table 1)")
+    optimisation.add_argument("--warm-up", type=cli.float_in(0), help="epochs of rising rate; official recipe: 10")
+    optimisation.add_argument("--batch", type=cli.int_min(2), help="global batch; official recipe: 2048")
+    optimisation.add_argument("--lr", type=cli.float_in(0), help="peak rate, not scaled by the batch")
+    optimisation.add_argument("--lr-factor", type=cli.float_in(0), default=1.0, help="times --lr (robustness)")
     precisions = ("auto", "float32", "bfloat16")
     optimisation.add_argument("--precision", choices=precisions, default="auto", help="auto: bfloat16 on CUDA alone")
     optimisation.add_argument("--compile", action="store_true", help="torch.compile; for long runs on a GPU")
     optimisation.add_argument("--sync-batch-norm", action="store_true", help="batch statistics over all CUDA ranks")
     method = parser.add_argument_group("method (defaults: the paper's)")
     method.add_argument("--network", choices=tuple(NETWORKS), help="paper: vit_small_16, vit_base_16 (section 4)")
-    method.add_argument("--layer-scale", type=cli.number(0), help="LayerScale at the start; official: 0.1")
+    method.add_argument("--layer-scale", type=cli.float_in(0), help="LayerScale at the start; official: 0.1")
     method.add_argument("--positions", choices=POSITIONS, help="official: relative; absolute ones are learned")
-    method.add_argument("--hidden", type=cli.whole(1), help="width of the projector; official: 4096")
-    method.add_argument("--dim", type=cli.whole(2), help="of queries and keys; official: 256")
+    method.add_argument("--hidden", type=cli.int_min(1), help="width of the projector; official: 4096")
+    method.add_argument("--dim", type=cli.int_min(2), help="of queries and keys; official: 256")
     method.add_argument("--keys", choices=("ema", "online"), default="ema", help="network that makes them (table 8)")
     method.add_argument("--views", choices=("asymmetric", "basic"), default="asymmetric", help="basic: keys see the "
                         "queries' own view (table 8)")  # fmt: skip
-    method.add_argument("--gradient-leak", type=cli.number(0, 1), help="share of the keys' gradient, default 0")
+    method.add_argument("--gradient-leak", type=cli.float_in(0, 1), help="share of the keys' gradient, default 0")
     method.add_argument("--no-stop-gradient", action="store_true", help="--gradient-leak 1 (equation 3)")
-    method.add_argument("--mask-ratio", type=cli.number(0, 1), default=0.75, help="of squares of 2 x 2 patches")
-    method.add_argument("--temperature", type=cli.number(1e-3), default=0.1, help="tau; official: 0.1")
-    method.add_argument("--momentum", type=cli.number(0, 1), help="m at the start; a cosine leads to 1")
+    method.add_argument("--mask-ratio", type=cli.float_in(0, 1), default=0.75, help="of squares of 2 x 2 patches")
+    method.add_argument("--temperature", type=cli.float_in(1e-3), default=0.1, help="tau; official: 0.1")
+    method.add_argument("--momentum", type=cli.float_in(0, 1), help="m at the start; a cosine leads to 1")
     args = cli.parse(parser, SCALES, argv)
 
     if args.no_stop_gradient and args.gradient_leak not in (None, 1.0):
-        stop(f"--no-stop-gradient is --gradient-leak 1, but --gradient-leak {args.gradient_leak} was given: drop one")
+        fail(f"--no-stop-gradient is --gradient-leak 1, but --gradient-leak {args.gradient_leak} was given: drop one")
     args.gradient_leak = 1.0 if args.no_stop_gradient else args.gradient_leak or 0.0
     args.lr *= args.lr_factor
     del args.no_stop_gradient, args.lr_factor
     if args.data_set != "folder" and args.size != 32:
-        stop(f"--size {args.size} is for --data-set folder alone: {args.data_set} has 32 pixels")
+        fail(f"--size {args.size} is for --data-set folder alone: {args.data_set} has 32 pixels")
     patch = NETWORKS[args.network].patch
     if args.size % (CELL * patch):
-        stop(f"--size {args.size} must be a multiple of {CELL * patch}: --network {args.network} has patches of "
+        fail(f"--size {args.size} must be a multiple of {CELL * patch}: --network {args.network} has patches of "
              f"{patch} pixels, masked in squares of {CELL} x {CELL}")  # fmt: skip
     if args.mask_ratio == 0:
-        stop("--mask-ratio 0 masks nothing, and only masked patches have a loss: give more than 0")
+        fail("--mask-ratio 0 masks nothing, and only masked patches have a loss: give more than 0")
     return args
 
 
@@ -152,9 +152,9 @@ class Branch(nn.Module):
         self, network: str, size: int, positions: str, layer_scale: float, hidden: int, dim: int, seed: int
     ):  # fmt: skip
         super().__init__()
-        with draws.forked(seed, "vit"):
+        with seeding.forked(seed, "vit"):
             self.vit = ViT(size, *NETWORKS[network], layer_scale, positions)
-        with draws.forked(seed, "projector"):
+        with seeding.forked(seed, "projector"):
             self.projector = Projector(NETWORKS[network].width, hidden, dim)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -168,7 +168,7 @@ class ConMIM(nn.Module):
     def __init__(self, **settings: Any):
         super().__init__()
         self.online = Branch(**settings)
-        self.average = Branch(**settings).requires_grad_(False)
+        self.ema = Branch(**settings).requires_grad_(False)
 
     def forward(self, query: Tensor, key: Tensor, mask: Tensor, keys: str, leak: float) -> tuple[Tensor, Tensor]:
         """q and k, (B, N, dim) each, from two views (B, 3, S, S); mask (B, N) bool for the queries.
@@ -177,7 +177,7 @@ class ConMIM(nn.Module):
         weights that autocast converted without a graph are not to be taken for theirs.
         """
         q = self.online(query, mask)
-        network = self.average if keys == "ema" else self.online  # ABLATION (momentum encoder)
+        network = self.ema if keys == "ema" else self.online  # ABLATION (momentum encoder)
         with torch.set_grad_enabled(torch.is_grad_enabled() and leak > 0):
             k = network(key, None)
         return q, leak * k + (1 - leak) * k.detach()  # ABLATION (stop-gradient): 0 is the paper's sg
@@ -236,7 +236,7 @@ def solarize(pixels: Tensor, chosen: Tensor) -> Tensor:
     return torch.lerp(pixels, 1 - pixels, (chosen[:, None, None, None] & (pixels >= 128 / 255)).float())
 
 
-def strong_view(crop: Tensor, numbers: draws.Draws, blur: float) -> Tensor:
+def strong_view(crop: Tensor, numbers: seeding.SampleRNG, blur: float) -> Tensor:
     """Jitter, grey, blur, solarise: (B, 3, S, S) in [0, 1]."""
     view = augment.random_color_jitter(crop, numbers, 0.4, 0.4, 0.2, 0.1, probability=0.8)
     view = augment.random_grayscale(view, numbers, 0.2)
@@ -279,7 +279,7 @@ def spread_cells(order: Tensor, ratio: float) -> Tensor:
     return squares.reshape(len(order), cells * CELL * CELL)
 
 
-def random_masks(numbers: draws.Draws, patches: int, ratio: float) -> Tensor:
+def random_masks(numbers: seeding.SampleRNG, patches: int, ratio: float) -> Tensor:
     """CPU masks (B, patches) bool, all with the same number of masked patches: 148 of 196 and 48 of 64 at 0.75."""
     return spread_cells(numbers.uniform(shape=(patches // CELL**2,)).argsort(1), ratio)
 
@@ -296,11 +296,11 @@ def batches(args: argparse.Namespace, data: Data, epoch: int, rows: slice) -> It
     they have in common; the last incomplete batch is dropped.
     """
     aug, patches, steps = augmentation(args.data_set), patch_count(args), data.examples // args.batch
-    order = draws.permutation(args.seed, "order", epoch, data.examples, data.device)
+    order = seeding.permutation(args.seed, "order", epoch, data.examples, data.device)
     order = order[: steps * args.batch].view(steps, args.batch)
     coloured = args.views == "asymmetric"  # ABLATION (views): otherwise the keys see the queries' own view
     streamed = None
-    if isinstance(data, folders.Streamed):
+    if isinstance(data, image_folder.StreamedImages):
         transform = WorkerViews(args.size, coloured, **aug)
         streamed = data.views(transform, 1, order[:, rows].tolist(), args.seed, epoch)
 
@@ -308,14 +308,14 @@ def batches(args: argparse.Namespace, data: Data, epoch: int, rows: slice) -> It
         if streamed:
             crop, *strong = next(streamed)[0].unbind(1)
         else:
-            rng = draws.Draws(args.seed, "geometry", step, args.batch, rows)
+            rng = seeding.SampleRNG(args.seed, "geometry", step, args.batch, rows)
             source = data.train[picked[rows]]
             crop, strong = augment.random_resized_crop(source, rng, aug["crop"], size=args.size, flip=aug["flip"]), []
             if coloured:
-                rng = draws.Draws(args.seed, "colours", step, args.batch, rows)
+                rng = seeding.SampleRNG(args.seed, "colours", step, args.batch, rows)
                 strong = [strong_view(crop, rng, aug["blur"])]
         query, *key = (data.normalise(view) for view in (crop, *strong))
-        rng = draws.Draws(args.seed, "mask", step, args.batch, rows)
+        rng = seeding.SampleRNG(args.seed, "mask", step, args.batch, rows)
         mask = devices.upload(random_masks(rng, patches, args.mask_ratio), data.device)
         yield query, (key or [query])[0], mask
 
@@ -327,7 +327,7 @@ def fixed_batch(data: Data, patches: int, ratio: float) -> tuple[Tensor, Tensor]
     """What all arms and seeds are diagnosed on: plain test images (256, 3, S, S), evenly spread, and masks (256, N)."""
     x, _ = next(data.batches("test", 0, max(1, len(data.test) // MEASURED)))
     x = x[:MEASURED]
-    mask = random_masks(draws.Draws(draws.DATA_SEED, "diagnosed mask", 0, len(x)), patches, ratio)
+    mask = random_masks(seeding.SampleRNG(seeding.DATA_SEED, "diagnosed mask", 0, len(x)), patches, ratio)
     return x, devices.upload(mask, x.device)
 
 
@@ -407,7 +407,7 @@ def train(args: argparse.Namespace, run: Run, model: ConMIM, data: Data, optimiz
     rows, fixed = devices.rows_of_rank(args.batch), fixed_batch(data, patch_count(args), args.mask_ratio)
     forward = devices.distribute(model, data.device, args.sync_batch_norm)
     online: list[Tensor] = [*model.online.parameters()]
-    ema: list[Tensor] = [*model.average.parameters()]
+    ema: list[Tensor] = [*model.ema.parameters()]
     first = run.resume(model, optimizer)
     if first is None:
         first, started = 0, time.perf_counter()
@@ -454,7 +454,7 @@ def train(args: argparse.Namespace, run: Run, model: ConMIM, data: Data, optimiz
             "peak_memory": devices.peak_memory(data.device),
         }
         run.end_epoch(epoch + 1, last, record)
-    run.finish({"model": model.state_dict(), "epoch": last, "diverged": False})
+    run.save_model({"model": model.state_dict(), "epoch": last, "diverged": False})
 
 
 # ------------------------------------------------------------------------------------------------- main
@@ -463,22 +463,24 @@ def train(args: argparse.Namespace, run: Run, model: ConMIM, data: Data, optimiz
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
-    device = devices.choose(args.device, args.scale)
+    device = devices.select_device(args.device, args.scale)
     rank, world = devices.start_ranks(args.device, device)
     if args.batch % world:
-        stop(f"--batch {args.batch} is the global batch: {world} processes do not divide it")
+        fail(f"--batch {args.batch} is the global batch: {world} processes do not divide it")
     smaller = f"--precision bfloat16 needs less than float32; --batch {args.batch // 2} about half, but is another run"
-    with held(args.out, rank), devices.memory_for(device, f"--batch {args.batch} on {world} processes", smaller):
+    with run_lock(args.out, rank), devices.memory_for(device, f"--batch {args.batch} on {world} processes", smaller):
         run = Run(args.out, vars(args), __file__, args.replace, rank)
         if run.finished:
             return
         data = images.load_or_stream(args.data_set, args.data, args.size, device, args.workers)
         if args.batch > data.examples:
-            stop(f"--batch {args.batch} is more than the {data.examples} training images")
+            fail(f"--batch {args.batch} is more than the {data.examples} training images")
         steps = args.epochs * (data.examples // args.batch)
-        run.begin(f"{args.data_set}, {args.network}", devices.facts(device) | {"data": data.digest, "steps": steps})
+        run.write_config(
+            f"{args.data_set}, {args.network}", devices.environment(device) | {"data": data.digest, "steps": steps}
+        )
         if args.rehearse:
-            data = data.few(args.rehearse * args.batch)
+            data = data.subset(args.rehearse * args.batch)
         model = build_model(args, device)
         train(args, run, model, data, build_optimizer(args, model))
 

@@ -28,9 +28,9 @@ if not __package__:  # a script takes its own clone, whatever is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import checkpoints, cli, devices, files
-from common.cli import stop
-from common.hold import held
-from common.run import finished
+from common.cli import fail
+from common.lock import run_lock
+from common.run import load_finished
 from seqvcr import tasks
 from seqvcr.net import GPT
 from seqvcr.train import ETA, SeqVCR, build_model, encode, token_correct, variance_covariance, vocabulary
@@ -38,7 +38,7 @@ from seqvcr.train import ETA, SeqVCR, build_model, encode, token_correct, varian
 SOLVED = 90.0  # percent of exact match
 TOGETHER = 256  # sequences that entropy_batch is taken over
 PROBED = 1024  # test rows that entropies and the regulariser are measured on
-CLAIMS = (  # of a diverged run they are null
+METRICS_IF_FINITE = (  # of a diverged run they are null
     *(
         "exact_match",
         "solved",
@@ -59,10 +59,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("folder", type=Path, help="folder of a finished run")
     parser.add_argument("--data", type=Path, help="taken and ignored: tasks are generated")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:1; default: as in training")
-    parser.add_argument("--threads", type=cli.whole(1), help="default: as in training")
+    parser.add_argument("--threads", type=cli.int_min(1), help="default: as in training")
     parser.add_argument("--held-out", action="store_true", help="measure on validation rows: for tuning")
-    parser.add_argument("--alpha", type=cli.number(0), default=1.0, help="order of the entropies; paper: 1")
-    parser.add_argument("--show", type=cli.whole(1), metavar="COUNT", help="print so many answers; writes nothing")
+    parser.add_argument("--alpha", type=cli.float_in(0), default=1.0, help="order of the entropies; paper: 1")
+    parser.add_argument("--show", type=cli.int_min(1), metavar="COUNT", help="print so many answers; writes nothing")
     return parser.parse_args(argv)
 
 
@@ -205,25 +205,25 @@ def show(gpt: GPT, task: tasks.Task, raw: Tensor, rows: Tensor, gpt2: bool) -> N
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    arguments, facts, saved = finished(args.folder, "seqvcr/train.py")
+    arguments, facts, saved = load_finished(args.folder, "seqvcr/train.py")
     try:
         epochs = [line for line in files.read_lines(args.folder / "train.jsonl") if line["epoch"]]
         if not epochs and not saved["diverged"]:
-            raise files.Damaged("it is empty")
-    except (files.Damaged, KeyError) as error:
-        stop(f"{args.folder / 'train.jsonl'} is damaged ({error}): move {args.folder} away and train this run again")
+            raise files.DamagedFile("it is empty")
+    except (files.DamagedFile, KeyError) as error:
+        fail(f"{args.folder / 'train.jsonl'} is damaged ({error}): move {args.folder} away and train this run again")
     torch.set_num_threads(args.threads or arguments["threads"])
-    device = devices.choose(args.device or arguments["device"], arguments["scale"])
+    device = devices.select_device(args.device or arguments["device"], arguments["scale"])
     started = time.perf_counter()
     elsewhere = "A --device with more memory, or --device cpu, gives the same metrics"
-    with held(args.folder), devices.memory_for(device, f"{PROBED} sequences at every level", elsewhere):
+    with run_lock(args.folder), devices.memory_for(device, f"{PROBED} sequences at every level", elsewhere):
         task, count = tasks.choose(arguments["task"], arguments["size"]), arguments["train_size"]
         if arguments["rehearse"]:
             count, task.measured = min(count, 100 * arguments["batch"]), arguments["batch"]
         file = Path(arguments["data_file"]) if arguments["data_file"] else None
         data = tasks.load(task, count, file, device)
         if checkpoints.sha256(*(part.cpu() for part in data)) != facts["data"]:
-            stop(f"{args.folder} was trained on other rows than are made now: evaluate it with the code, and with the "
+            fail(f"{args.folder} was trained on other rows than are made now: evaluate it with the code, and with the "
                  "--data-file, of its training")  # fmt: skip
         trained = argparse.Namespace(**arguments)
         model = build_model(trained, task, device).eval()
@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
         known = data.train if len(data.train) else data.validation
         metrics["chance_exact_match"] = best_constant(known[:, task.question :], raw[:, task.question :])
         if saved["diverged"]:
-            metrics |= dict.fromkeys(CLAIMS)
+            metrics |= dict.fromkeys(METRICS_IF_FINITE)
         else:
             hits = token_correct(model.gpt, rows, task.answer).float()
             metrics["exact_match"] = 100 * hits.prod(1).mean().item()
@@ -259,7 +259,7 @@ def main(argv: list[str] | None = None) -> None:
             "seconds": sum(line["seconds"] for line in epochs) + time.perf_counter() - started,
         }
         files.write_json(args.folder / ("held_out.json" if args.held_out else "metrics.json"), metrics)
-        shown = (f"{name} {metrics[name]:.4g}" for name in CLAIMS if isinstance(metrics.get(name), float))
+        shown = (f"{name} {metrics[name]:.4g}" for name in METRICS_IF_FINITE if isinstance(metrics.get(name), float))
         print(f"{args.folder}: {'  '.join(shown)}")
 
 

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import checkpoints, draws
-from common.cli import stop
-from common.files import Damaged
+from common import checkpoints, seeding
+from common.cli import fail
+from common.files import DamagedFile
 
 GPT2_TOKENS = {  # of its byte-pair vocabulary, each with the blank before it; "=" is the end of the question: eos
     **{str(digit): token for digit, token in enumerate((657, 352, 362, 513, 604, 642, 718, 767, 807, 860))},
@@ -68,16 +68,16 @@ class GPT(nn.Module):
 
     def __init__(self, vocabulary: int, length: int, layers: int, heads: int, width: int, dropout: float, seed: int):
         super().__init__()
-        with draws.forked(seed, "tokens"):
+        with seeding.forked(seed, "tokens"):
             self.wte = nn.Embedding(vocabulary, width)
             nn.init.normal_(self.wte.weight, std=DEVIATION)
-        with draws.forked(seed, "positions"):
+        with seeding.forked(seed, "positions"):
             self.wpe = nn.Embedding(length, width)
             nn.init.normal_(self.wpe.weight, std=DEVIATION)
         self.drop = nn.Dropout(dropout)
         self.h = nn.ModuleList()
         for number in range(layers):
-            with draws.forked(seed, f"block {number}"):
+            with seeding.forked(seed, f"block {number}"):
                 self.h.append(started(Block(width, heads, dropout), layers))
         self.ln_f = nn.LayerNorm(width)
 
@@ -123,15 +123,15 @@ def load_gpt2(path: Path) -> dict[str, Tensor]:
         weights = {name.removeprefix("transformer."): tensor for name, tensor in found.items()}
         head = weights.pop("lm_head.weight", weights["wte.weight"])
     except FileNotFoundError:
-        stop(f"--init-from {path}: no such file")
+        fail(f"--init-from {path}: no such file")
     except KeyError:
-        stop(f"--init-from {path} holds no wte.weight: it is no GPT-2")
-    except Damaged as error:
-        stop(f"--init-from {error}")
+        fail(f"--init-from {path} holds no wte.weight: it is no GPT-2")
+    except DamagedFile as error:
+        fail(f"--init-from {error}")
     except Exception as error:  # torch raises many kinds for a cut or hostile file
-        stop(f"--init-from {path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})")
+        fail(f"--init-from {path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})")
     if not torch.equal(head, weights["wte.weight"]):
-        stop(f"--init-from {path}: its lm_head.weight is not its wte.weight, but GPT-2's head is tied")
+        fail(f"--init-from {path}: its lm_head.weight is not its wte.weight, but GPT-2's head is tied")
     kept = {name: tensor.float() for name, tensor in weights.items() if not name.endswith(MASKS)}
     return {name: tensor.T.contiguous() if name.endswith(TRANSPOSED) else tensor for name, tensor in kept.items()}
 
@@ -143,7 +143,7 @@ def fill_gpt2(model: GPT, path: Path) -> None:
     own = {name: tensor.cpu() for name, tensor in model.state_dict().items() if name in ("wte.weight", "wpe.weight")}
     known = len(weights["wte.weight"])
     if known > len(own["wte.weight"]):
-        stop(f"--init-from {path} has {known} tokens, more than the {len(own['wte.weight'])} of GPT-2 and pauses")
+        fail(f"--init-from {path} has {known} tokens, more than the {len(own['wte.weight'])} of GPT-2 and pauses")
     weights["wte.weight"] = torch.cat([weights["wte.weight"], own["wte.weight"][known:]])
     weights["wpe.weight"] = weights.get("wpe.weight", own["wpe.weight"])[: len(own["wpe.weight"])]
     checkpoints.fit(model, weights, f"--init-from {path}")

@@ -23,8 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from common import cli, draws
-from common.cli import stop
+from common import cli, seeding
+from common.cli import fail
 from common.devices import upload
 
 PAUSES = ("</pause_start>", "<pause>", "</pause_end>")  # the last three tokens of every task
@@ -144,9 +144,9 @@ def read_published(path: Path, size: int) -> Tensor:
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        stop(f"--data-file {path} cannot be read ({getattr(error, 'strerror', None) or error})")
+        fail(f"--data-file {path} cannot be read ({getattr(error, 'strerror', None) or error})")
     if lines and lines[0].startswith("version https://git-lfs"):
-        stop(f"--data-file {path} is a Git-LFS pointer, not the data: fetch the file itself (git lfs pull)")
+        fail(f"--data-file {path} is a Git-LFS pointer, not the data: fetch the file itself (git lfs pull)")
     factor, product = (rf"(\d(?: \d){{{count - 1}}})" for count in (size, 2 * size))
     pattern = re.compile(rf"{factor} \* {factor}\|\|.*#### {product}")
     pairs = []
@@ -155,10 +155,10 @@ def read_published(path: Path, size: int) -> Tensor:
         a, b, answer = (int(text.replace(" ", "")[::-1]) for text in found.groups()) if found else (0, 0, -1)
         if a * b != answer:
             wrong = f"says {a} * {b} = {answer}" if found else f"is not `a * b||... #### product` with {size} digits"
-            stop(f"--data-file {path}, line {number} {wrong} (digits least significant first): {line[:60]!r}")
+            fail(f"--data-file {path}, line {number} {wrong} (digits least significant first): {line[:60]!r}")
         pairs.append((a, b))
     if not pairs:
-        stop(f"--data-file {path} is empty")
+        fail(f"--data-file {path} is empty")
     factors = torch.tensor(list(dict.fromkeys(pairs)))
     return product_rows(factors[:, 0], factors[:, 1], size)
 
@@ -267,7 +267,7 @@ def choose(name: str, size: int) -> Task:
     task = {"multiplication": Multiplication, "arithmetic": Arithmetic, "lis": LIS}[name]
     least, most = task.sizes
     if not least <= size <= most:
-        stop(f"--size {size} is no size of --task {name}: give {least} to {most}")
+        fail(f"--size {size} is no size of --task {name}: give {least} to {most}")
     return task(size)
 
 
@@ -289,7 +289,7 @@ def question_key(rows: Tensor) -> Tensor:
 
 def part_of(task: Task, rows: Tensor) -> Tensor:
     """0 for rows of training, 1 of validation, 2 of test; (n,) int64."""
-    bucket = (mixed(task.key(rows) + draws.DATA_SEED) >> 1 & (1 << 62) - 1) % 1000
+    bucket = (mixed(task.key(rows) + seeding.DATA_SEED) >> 1 & (1 << 62) - 1) % 1000
     return (bucket < 2 * task.held).long() + (bucket < task.held).long()
 
 
@@ -307,7 +307,9 @@ def load(task: Task, count: int, file: Path | None, device: torch.device | str) 
     if every is not None:
         rows = every.to(device)
         parts = [rows[part_of(task, rows) == part] for part in range(3)]
-        orders = [draws.permutation(draws.DATA_SEED, "examples", part, len(parts[part]), device) for part in range(3)]
+        orders = [
+            seeding.permutation(seeding.DATA_SEED, "examples", part, len(parts[part]), device) for part in range(3)
+        ]
         train, validation, test = (rows[order] for rows, order in zip(parts, orders, strict=True))
     else:
         train = distinct(task, 0, 0 if file else count, device)
@@ -328,7 +330,7 @@ def distinct(task: Task, part: int, count: int, device: torch.device | str) -> T
     drawn = 0
     while len(rows) < count:
         before = len(rows)
-        generator = draws.generator(draws.DATA_SEED, f"{task.name} of part {part}", drawn)
+        generator = seeding.generator(seeding.DATA_SEED, f"{task.name} of part {part}", drawn)
         fresh = task.draw(generator, ROWS, device, part == 0 and drawn < count)
         rows = torch.cat([rows, fresh[part_of(task, fresh) == part]])
         drawn += ROWS
@@ -344,7 +346,7 @@ def distinct(task: Task, part: int, count: int, device: torch.device | str) -> T
 
 def stream(task: Task, seed: int, step: int, count: int, device: torch.device | str) -> Tensor:
     """`count` fresh training rows of this step, whatever was drawn before. No host-device synchronisation."""
-    generator = draws.generator(seed, f"stream of {task.name}", step)
+    generator = seeding.generator(seed, f"stream of {task.name}", step)
     rows = task.draw(generator, 2 * count + 64, device, True)  # 4 in 5 are kept at least
     kept = (part_of(task, rows) == 0).int()
     return rows[kept.argsort(descending=True, stable=True)[:count]]
@@ -377,8 +379,8 @@ def readable(task: Task, row: Tensor) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(__doc__)
-    parser.add_argument("--size", type=cli.whole(1), default=4, help="digits of a factor")
-    parser.add_argument("--lines", type=cli.whole(1), default=10)
+    parser.add_argument("--size", type=cli.int_min(1), default=4, help="digits of a factor")
+    parser.add_argument("--lines", type=cli.int_min(1), default=10)
     args = parser.parse_args(argv)
     rows = load(choose("multiplication", args.size), args.lines, None, "cpu").train
     for a, b in zip(*(one.tolist() for one in factors_of(rows, args.size)), strict=True):

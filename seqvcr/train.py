@@ -48,10 +48,10 @@ from tqdm import tqdm
 if not __package__:  # a script takes its own clone, whatever is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import checkpoints, cli, devices, draws, schedules
-from common.cli import stop
+from common import checkpoints, cli, devices, schedules, seeding
+from common.cli import fail
 from common.devices import upload
-from common.hold import held
+from common.lock import run_lock
 from common.run import Run
 from seqvcr import tasks
 from seqvcr.net import GPT, GPT2_TOKENS, fill_gpt2
@@ -92,41 +92,41 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(__doc__, SCALES)
     data = cli.run_flags(parser)
     data.add_argument("--task", choices=NAMES)
-    data.add_argument("--size", type=cli.whole(1), help="digits of a factor (4; demo 2), operators (5), or numbers "
+    data.add_argument("--size", type=cli.int_min(1), help="digits of a factor (4; demo 2), operators (5), or numbers "
                       "whose longest increasing subsequence is asked for (50)")  # fmt: skip
     data.add_argument("--train-size", type=examples, help="distinct training rows at most (paper: 808,000, other tasks "
                       "1,000,000), or `stream`: fresh ones at every step")  # fmt: skip
     data.add_argument("--data-file", type=Path, help="training rows from a file of the published multiplication data")
     network = parser.add_argument_group("network")
-    network.add_argument("--layers", type=cli.whole(1), help="blocks")
-    network.add_argument("--heads", type=cli.whole(1))
-    network.add_argument("--width", type=cli.whole(1), help="D")
-    network.add_argument("--dropout", type=cli.number(0, 0.99), help="paper: 0.1 in its small networks")
+    network.add_argument("--layers", type=cli.int_min(1), help="blocks")
+    network.add_argument("--heads", type=cli.int_min(1))
+    network.add_argument("--width", type=cli.int_min(1), help="D")
+    network.add_argument("--dropout", type=cli.float_in(0, 0.99), help="paper: 0.1 in its small networks")
     network.add_argument("--init-from", type=Path, help="weights of GPT-2, model.safetensors or pytorch_model.bin, "
                          "for multiplication; `none` at paper scale: from scratch (table 7)")  # fmt: skip
     optimisation = parser.add_argument_group("optimisation")
-    optimisation.add_argument("--steps", type=cli.whole(1), help=f"in {EPOCHS} epochs of equal length; paper: 40 "
+    optimisation.add_argument("--steps", type=cli.int_min(1), help=f"in {EPOCHS} epochs of equal length; paper: 40 "
                               "passes over 808,000 rows at batch 32")  # fmt: skip
-    optimisation.add_argument("--batch", type=cli.whole(2), help="sequences a step; paper: 32, other tasks 128")
-    optimisation.add_argument("--lr", type=cli.number(0), help="at its peak; paper: 5e-4, small networks 1e-4")
-    optimisation.add_argument("--lr-factor", type=cli.number(0), default=1.0, help="times --lr (robustness)")
+    optimisation.add_argument("--batch", type=cli.int_min(2), help="sequences a step; paper: 32, other tasks 128")
+    optimisation.add_argument("--lr", type=cli.float_in(0), help="at its peak; paper: 5e-4, small networks 1e-4")
+    optimisation.add_argument("--lr-factor", type=cli.float_in(0), default=1.0, help="times --lr (robustness)")
     precisions = ("auto", "float32", "bfloat16")
     optimisation.add_argument("--precision", choices=precisions, default="auto", help="of the network; the regulariser "
                               "is float32")  # fmt: skip
     optimisation.add_argument("--compile", action="store_true", help="torch.compile; for long runs on a GPU")
     method = parser.add_argument_group("method")
-    method.add_argument("--lambda1", type=cli.number(0), help="of the variance; paper: 1 in multiplication, else "
+    method.add_argument("--lambda1", type=cli.float_in(0), help="of the variance; paper: 1 in multiplication, else "
                         "0.1 (appendix A)")  # fmt: skip
-    method.add_argument("--lambda2", type=cli.number(0), help="of the covariance; paper: 0.004 in multiplication, "
+    method.add_argument("--lambda2", type=cli.float_in(0), help="of the covariance; paper: 0.004 in multiplication, "
                         "else 0.5 (appendix A)")  # fmt: skip
-    method.add_argument("--projection-width", type=cli.whole(1), default=2048, help="d; paper: 2048 (section 3.4)")
+    method.add_argument("--projection-width", type=cli.int_min(1), default=2048, help="d; paper: 2048 (section 3.4)")
     method.add_argument("--layer", help="level that is regularised: 0 (embeddings), 1, ... or last; paper: last")
     axes = ("batch", "batch+length")
     method.add_argument("--covariance-axis", choices=axes, default="batch", help="a covariance for each position, or "
                         "one over all (appendix F)")  # fmt: skip
-    method.add_argument("--covariance-batch", type=cli.whole(2), help="N, sequences a covariance is taken over; "
+    method.add_argument("--covariance-batch", type=cli.int_min(2), help="N, sequences a covariance is taken over; "
                         "paper: its batch, 32 in multiplication, else 128")  # fmt: skip
-    method.add_argument("--pause", type=cli.whole(0), default=2, help="pause tokens between their two markers, 0: "
+    method.add_argument("--pause", type=cli.int_min(0), default=2, help="pause tokens between their two markers, 0: "
                         "no markers either; paper: 2 (section 3.5)")  # fmt: skip
     args = cli.parse(parser, SCALES, argv)
 
@@ -137,18 +137,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, row[NAMES.index(args.task)])
     if args.layer not in ("last", *map(str, range(args.layers + 1))):
-        stop(f"--layer {args.layer} is no level of {args.layers} blocks: give 0 to {args.layers}, or last")
+        fail(f"--layer {args.layer} is no level of {args.layers} blocks: give 0 to {args.layers}, or last")
     args.layer = args.layers if args.layer == "last" else int(args.layer)
     if args.width % args.heads:
-        stop(f"--width {args.width} must be a multiple of --heads {args.heads}")
+        fail(f"--width {args.width} must be a multiple of --heads {args.heads}")
     if args.batch % args.covariance_batch:
-        stop(f"--batch {args.batch} must be a multiple of --covariance-batch {args.covariance_batch}")
+        fail(f"--batch {args.batch} must be a multiple of --covariance-batch {args.covariance_batch}")
     if (args.data_file or args.init_from) and args.task != "multiplication":
-        stop(f"--data-file and --init-from are for --task multiplication, not for {args.task}")
+        fail(f"--data-file and --init-from are for --task multiplication, not for {args.task}")
     if args.data_file and args.train_size == STREAM:
-        stop("--data-file has a number of rows: --train-size stream has none")
+        fail("--data-file has a number of rows: --train-size stream has none")
     if args.scale == "paper" and args.task == "multiplication" and not args.init_from:
-        stop("--scale paper goes on from GPT-2: give --init-from model.safetensors, or --init-from none for its shape "
+        fail("--scale paper goes on from GPT-2: give --init-from model.safetensors, or --init-from none for its shape "
              "from scratch")  # fmt: skip
     if str(args.init_from) == "none":
         args.init_from = None
@@ -157,7 +157,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def examples(text: str) -> int:
     """A type for add_argument: a number of rows, or STREAM for `stream`."""
-    return STREAM if text == "stream" else cli.whole(1)(text)
+    return STREAM if text == "stream" else cli.int_min(1)(text)
 
 
 # ------------------------------------------------------------------------------------------------- model
@@ -169,7 +169,7 @@ class SeqVCR(nn.Module):
     def __init__(self, gpt: GPT, projection_width: int, seed: int):
         super().__init__()
         self.gpt = gpt
-        with draws.forked(seed, "projection"):
+        with seeding.forked(seed, "projection"):
             self.projection = nn.Linear(gpt.wte.embedding_dim, projection_width, bias=False)
             nn.init.xavier_uniform_(self.projection.weight)
 
@@ -278,7 +278,7 @@ def batches(args: argparse.Namespace, task: tasks.Task, rows: Tensor, steps: ran
     for step in steps:
         number, place = divmod(step, steps_per_pass)
         if place == 0 or step == steps.start:
-            order = draws.permutation(args.seed, "order", number, len(rows), rows.device)
+            order = seeding.permutation(args.seed, "order", number, len(rows), rows.device)
         yield rows[order[place * args.batch : (place + 1) * args.batch]].long()
 
 
@@ -337,7 +337,7 @@ def train(
                 group["lr"] = args.lr * rate_factor((step + 0.5) / steps)
             # A resumed run must draw the same dropout masks.
             if args.dropout:
-                draws.reseed(args.seed, "dropout", step)
+                seeding.reseed(args.seed, "dropout", step)
             loss, parts = loss_fn(
                 model, tokens, answer=task.answer, lambda1=args.lambda1, lambda2=args.lambda2, layer=args.layer,
                 axis=args.covariance_axis, covariance_batch=args.covariance_batch, precision=args.precision,
@@ -363,7 +363,7 @@ def train(
         }
         positions = {f"accuracy_{place}": 100 * share for place, share in enumerate(correct.mean(0).tolist())}
         run.end_epoch(epoch + 1, last, record, details=positions)
-    run.finish({"model": model.state_dict(), "epoch": last, "diverged": False})
+    run.save_model({"model": model.state_dict(), "epoch": last, "diverged": False})
 
 
 # ------------------------------------------------------------------------------------------------- main
@@ -372,9 +372,9 @@ def train(
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
-    device = devices.choose(args.device, args.scale)
+    device = devices.select_device(args.device, args.scale)
     smaller = f"--batch {args.batch // 2} or a smaller --width needs less, but is another run"
-    with held(args.out), devices.memory_for(device, f"--width {args.width} --batch {args.batch}", smaller):
+    with run_lock(args.out), devices.memory_for(device, f"--width {args.width} --batch {args.batch}", smaller):
         run = Run(args.out, vars(args), __file__, args.replace)
         if run.finished:
             return
@@ -386,10 +386,11 @@ def main(argv: list[str] | None = None) -> None:
             fill_gpt2(model.gpt, args.init_from)
         data = tasks.load(task, count, args.data_file, device)
         if args.train_size != STREAM and args.batch > len(data.train):
-            stop(f"--batch {args.batch} is more than the {len(data.train)} training rows")
+            fail(f"--batch {args.batch} is more than the {len(data.train)} training rows")
         setting = f"{args.task} of size {args.size}, GPT of {args.layers} blocks of width {args.width}"
-        run.begin(
-            setting, devices.facts(device) | {"data": checkpoints.sha256(*(x.cpu() for x in data)), "steps": args.steps}
+        run.write_config(
+            setting,
+            devices.environment(device) | {"data": checkpoints.sha256(*(x.cpu() for x in data)), "steps": args.steps},
         )
         data = tasks.Examples(*(encode(args, task, rows) for rows in data))
         train(args, run, model, task, data, build_optimizer(args, model))

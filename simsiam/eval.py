@@ -25,16 +25,16 @@ from torchvision.transforms import v2
 if not __package__:  # a script takes its own clone, whatever is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import checkpoints, cli, devices, draws, files, folders, images, probes, schedules
-from common.cli import stop
-from common.hold import held
+from common import checkpoints, cli, devices, files, image_folder, images, probes, schedules, seeding
+from common.cli import fail
 from common.images import Data
-from common.run import finished
+from common.lock import run_lock
+from common.run import load_finished
 from simsiam import train
 from simsiam.train import SimSiam, build_model, measure, represent
 
 PREFIXES = ("module.encoder.", "encoder.", "module.backbone.", "backbone.")
-CLAIMS = (  # of a diverged run they are null
+METRICS_IF_FINITE = (  # of a diverged run they are null
     *("linear_accuracy", "knn_accuracy", "knn_accuracy_z", "train_loss", "std_ratio", "std_ratio_train_mode"),
     *("mean_cosine", "effective_rank"),
 )
@@ -47,7 +47,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--weights", type=Path, help="an official checkpoint (ResNet-50) instead of the folder's model")
     parser.add_argument("--data", type=Path, help="where the data lie; default: as in training")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:1; default: as in training")
-    parser.add_argument("--threads", type=cli.whole(1), help="default: as in training")
+    parser.add_argument("--threads", type=cli.int_min(1), help="default: as in training")
     parser.add_argument(
         "--held-out", action="store_true", help="measure on the training set's held-out tenth: for tuning"
     )
@@ -63,9 +63,9 @@ def official_weights(path: Path) -> dict[str, dict[str, Tensor]]:
     try:
         state = checkpoints.load(path)
     except FileNotFoundError:
-        stop(f"--weights {path}: no such file")
-    except files.Damaged as error:
-        stop(f"--weights: {error}")
+        fail(f"--weights {path}: no such file")
+    except files.DamagedFile as error:
+        fail(f"--weights: {error}")
     state = state.get("state_dict", state)
     found: dict[str, dict[str, Tensor]] = {"backbone": {}, "projector": {}}
     for name, tensor in state.items():
@@ -75,7 +75,7 @@ def official_weights(path: Path) -> dict[str, dict[str, Tensor]]:
             part, short = ("projector", short[3:]) if short.startswith("fc.") else ("backbone", short)
             found[part][short] = tensor
     if not found["backbone"]:
-        stop(f"--weights {path}: no name begins with {', '.join(PREFIXES)}; the first is {next(iter(state), None)}")
+        fail(f"--weights {path}: no name begins with {', '.join(PREFIXES)}; the first is {next(iter(state), None)}")
     return found
 
 
@@ -97,17 +97,19 @@ def scale_gradients_by_layer(parameters: list[nn.Parameter], trust: float = 0.00
         weight.grad.mul_(torch.where((size > 0) & (slope > 0), factor, torch.ones_like(factor)))
 
 
-def probe_at_full_size(model: SimSiam, data: folders.Streamed, folder: Path, seed: int, probe: dict[str, Any]) -> float:
+def probe_at_full_size(
+    model: SimSiam, data: image_folder.StreamedImages, folder: Path, seed: int, probe: dict[str, Any]
+) -> float:
     """The paper's linear evaluation: test accuracy in percent after the last epoch. Goes on from eval_state.pt.
 
     `probe` has the keys of PROBE. Its batch is cut to what a small training set has, in whole rows for each rank.
     """
-    device, (rank, world) = data.device, devices.ranks()
+    device, (rank, world) = data.device, devices.rank_and_world()
     epochs, batch = probe["epochs"], min(probe["batch"], data.examples // world * world)
     lr, steps = probe["lr"] * batch / 256, data.examples // batch
     rows, labels = devices.rows_of_rank(batch), torch.tensor(data.train.targets)
     transform = v2.Compose([v2.RandomResizedCrop(data.size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
-    with draws.forked(seed, "linear probe"):
+    with seeding.forked(seed, "linear probe"):
         head = nn.Linear(model.width, data.classes)
         nn.init.normal_(head.weight, std=0.01)
         nn.init.zeros_(head.bias)
@@ -119,8 +121,8 @@ def probe_at_full_size(model: SimSiam, data: folders.Streamed, folder: Path, see
         state = checkpoints.load(path, device)
     except FileNotFoundError:
         state = {}
-    except files.Damaged as error:
-        stop(f"{error}: remove it to begin the probe again")
+    except files.DamagedFile as error:
+        fail(f"{error}: remove it to begin the probe again")
     if state.get("features") == identity:  # else it is the probe of other weights
         checkpoints.fit(head, state["head"], path)
         optimizer.load_state_dict(state["optimizer"])
@@ -128,7 +130,7 @@ def probe_at_full_size(model: SimSiam, data: folders.Streamed, folder: Path, see
     model.eval()  # the batch norms' statistics stay as trained
     for epoch in range(first, epochs):
         optimizer.param_groups[0]["lr"] = lr * schedules.cosine(epoch / epochs)
-        order = draws.permutation(seed, "linear probe order", epoch, data.examples, "cpu")
+        order = seeding.permutation(seed, "linear probe order", epoch, data.examples, "cpu")
         order = order[: steps * batch].view(steps, batch)[:, rows]
         for picked, (x,) in zip(order, data.views(transform, 1, order.tolist(), seed, epoch), strict=True):
             with torch.no_grad():
@@ -152,15 +154,15 @@ def evaluate(model: SimSiam, data: Data, settings: dict[str, Any], held_out: boo
     seed, classes = settings["seed"], data.classes
     bank = represent(model, data, "train")
     if held_out:
-        rest, tenth = draws.held_out(len(bank[0]), data.device)
+        rest, tenth = seeding.held_out_split(len(bank[0]), data.device)
         bank, queries = [rows[rest] for rows in bank], [rows[tenth] for rows in bank]
     else:
         queries = represent(model, data, "test")
-    if isinstance(data, folders.Streamed):
+    if isinstance(data, image_folder.StreamedImages):
         probe = PROBE | ({"epochs": 1} if settings["rehearse"] else {})
         linear = probe_at_full_size(model, data, folder, seed, probe)
     else:
-        parts = draws.held_out(len(bank[0]), data.device)
+        parts = seeding.held_out_split(len(bank[0]), data.device)
         train_set, test_set = (probes.Labelled(features, labels) for features, _, labels in (bank, queries))
         linear = probes.linear_accuracy(train_set, test_set, classes, parts, seed)
     return {"linear_accuracy": linear, **measure(bank, queries, classes, settings["neighbours"])}
@@ -171,7 +173,7 @@ def training_facts(folder: Path) -> dict[str, float | None]:
     try:
         first, *epochs = files.read_lines(folder / "train.jsonl")
     except ValueError as error:
-        stop(f"{folder / 'train.jsonl'} is damaged or empty ({error}): move {folder} away and train this run again")
+        fail(f"{folder / 'train.jsonl'} is damaged or empty ({error}): move {folder} away and train this run again")
     last = epochs[-1] if epochs else {}
     return {
         "train_loss": last.get("loss"),
@@ -189,22 +191,22 @@ def main(argv: list[str] | None = None) -> None:
     if args.weights:
         arguments, saved, facts = vars(train.parse_args(["--scale", "paper"])), None, {}
     else:
-        arguments, facts, saved = finished(args.folder, "simsiam/train.py")
+        arguments, facts, saved = load_finished(args.folder, "simsiam/train.py")
         facts = {**training_facts(args.folder), **facts}
     torch.set_num_threads(args.threads or arguments["threads"])
     name = args.device or arguments["device"]
-    device = devices.choose(name, arguments["scale"])
+    device = devices.select_device(name, arguments["scale"])
     rank, _ = devices.start_ranks(name, device)
     started, folder = time.perf_counter(), args.data or Path(arguments["data"])
     elsewhere = "A --device with more memory, or --device cpu, gives the same metrics"
-    with held(args.folder, rank), devices.memory_for(device, "batches of 500 images", elsewhere):
+    with run_lock(args.folder, rank), devices.memory_for(device, "batches of 500 images", elsewhere):
         data = images.load_or_stream(arguments["data_set"], folder, arguments["size"], device, arguments["workers"])
         if data.digest != facts.get("data", data.digest):
-            stop(f"--data {folder} is not what {args.folder} was trained on (digest {data.digest[:12]}): give that")
-        if args.held_out and isinstance(data, folders.Streamed):
-            stop("--held-out is for data that live on the device: up to 64 pixels")
+            fail(f"--data {folder} is not what {args.folder} was trained on (digest {data.digest[:12]}): give that")
+        if args.held_out and isinstance(data, image_folder.StreamedImages):
+            fail("--held-out is for data that live on the device: up to 64 pixels")
         if arguments["rehearse"]:
-            data = data.few(arguments["rehearse"] * arguments["batch"])
+            data = data.subset(arguments["rehearse"] * arguments["batch"])
         model = build_model(argparse.Namespace(**arguments), device)
         if saved:
             checkpoints.fit(model, saved["model"], args.folder / "model.pt")
@@ -213,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
                 checkpoints.fit(getattr(model, part), state, args.weights)
         metrics: dict[str, Any] = {**facts, "diverged": bool(saved and saved["diverged"])}
         if metrics["diverged"]:
-            metrics |= dict.fromkeys(CLAIMS)
+            metrics |= dict.fromkeys(METRICS_IF_FINITE)
         else:
             metrics |= evaluate(model, data, arguments, args.held_out, args.folder)
         if args.weights:
@@ -222,7 +224,7 @@ def main(argv: list[str] | None = None) -> None:
         if rank == 0:
             files.write_json(args.folder / ("held_out.json" if args.held_out else "metrics.json"), metrics)
             (args.folder / "eval_state.pt").unlink(missing_ok=True)
-            shown = (f"{name} {metrics[name]:.4g}" for name in CLAIMS if metrics.get(name) is not None)
+            shown = (f"{name} {metrics[name]:.4g}" for name in METRICS_IF_FINITE if metrics.get(name) is not None)
             print(f"{args.folder}: {'  '.join(shown)}")
 
 

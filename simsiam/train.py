@@ -47,10 +47,10 @@ from tqdm import tqdm
 if not __package__:  # a script takes its own clone, whatever is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import augment, cli, devices, draws, folders, images, probes, schedules
-from common.cli import stop
-from common.hold import held
+from common import augment, cli, devices, image_folder, images, probes, schedules, seeding
+from common.cli import fail
 from common.images import Data
+from common.lock import run_lock
 from common.run import Run
 from simsiam.net import NETWORKS, build_backbone
 
@@ -86,16 +86,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(__doc__, SCALES)
     data = cli.run_flags(parser)
     data.add_argument("--data-set", choices=images.NAMES, help="folder: --data holds train/CLASS/*, val/CLASS/*")
-    data.add_argument("--size", type=cli.whole(16), help="of a folder's images; above 64 pixels workers decode")
-    data.add_argument("--workers", type=cli.whole(0), help="processes that decode a folder's images")
-    data.add_argument("--neighbours", type=cli.whole(1), help="k of the kNN monitor; the paper gives none")
-    data.add_argument("--monitor-every", type=cli.whole(1), help="epochs between kNN and collapse measures")
+    data.add_argument("--size", type=cli.int_min(16), help="of a folder's images; above 64 pixels workers decode")
+    data.add_argument("--workers", type=cli.int_min(0), help="processes that decode a folder's images")
+    data.add_argument("--neighbours", type=cli.int_min(1), help="k of the kNN monitor; the paper gives none")
+    data.add_argument("--monitor-every", type=cli.int_min(1), help="epochs between kNN and collapse measures")
     optimisation = parser.add_argument_group("optimisation")
-    optimisation.add_argument("--epochs", type=cli.whole(1), help="paper: 100 on ImageNet, 800 on CIFAR-10")
-    optimisation.add_argument("--batch", type=cli.whole(2), help="global batch; paper: 512")
-    optimisation.add_argument("--lr", type=cli.number(0), help="base rate, times batch / 256 (section 3)")
-    optimisation.add_argument("--lr-factor", type=cli.number(0), default=1.0, help="times --lr (robustness)")
-    optimisation.add_argument("--weight-decay", type=cli.number(0), help="on every parameter (appendix A)")
+    optimisation.add_argument("--epochs", type=cli.int_min(1), help="paper: 100 on ImageNet, 800 on CIFAR-10")
+    optimisation.add_argument("--batch", type=cli.int_min(2), help="global batch; paper: 512")
+    optimisation.add_argument("--lr", type=cli.float_in(0), help="base rate, times batch / 256 (section 3)")
+    optimisation.add_argument("--lr-factor", type=cli.float_in(0), default=1.0, help="times --lr (robustness)")
+    optimisation.add_argument("--weight-decay", type=cli.float_in(0), help="on every parameter (appendix A)")
     precisions = ("auto", "float32", "bfloat16")
     optimisation.add_argument("--precision", choices=precisions, default="auto", help="auto: bfloat16 on CUDA alone")
     toggle = argparse.BooleanOptionalAction
@@ -103,7 +103,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optimisation.add_argument("--compile", action="store_true", help="torch.compile; for long runs on a GPU")
     method = parser.add_argument_group("method (defaults: the paper's)")
     method.add_argument("--network", choices=tuple(NETWORKS), help="backbone; paper: resnet50, on CIFAR resnet18")
-    method.add_argument("--gradient-leak", type=cli.number(0, 1), help="share of the target's gradient, default 0")
+    method.add_argument("--gradient-leak", type=cli.float_in(0, 1), help="share of the target's gradient, default 0")
     method.add_argument("--no-stop-gradient", action="store_true", help="--gradient-leak 1 (figure 2)")
     method.add_argument("--predictor", choices=("mlp", "frozen", "none"), default="mlp", help="table 1")
     method.add_argument("--projector", choices=("mlp", "bn", "none"), default="mlp", help="bn: affine-free batch norm")
@@ -114,21 +114,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = cli.parse(parser, SCALES, argv)
 
     if args.no_stop_gradient and args.gradient_leak not in (None, 1.0):
-        stop(f"--no-stop-gradient is --gradient-leak 1, but --gradient-leak {args.gradient_leak} was given: drop one")
+        fail(f"--no-stop-gradient is --gradient-leak 1, but --gradient-leak {args.gradient_leak} was given: drop one")
     args.gradient_leak = 1.0 if args.no_stop_gradient else args.gradient_leak or 0.0
     args.lr *= args.lr_factor
     del args.no_stop_gradient, args.lr_factor
     if args.data_set != "folder" and args.size != 32:
-        stop(f"--size {args.size} is for --data-set folder alone: {args.data_set} has 32 pixels")
+        fail(f"--size {args.size} is for --data-set folder alone: {args.data_set} has 32 pixels")
     width, dim = NETWORKS[args.network]
     if args.projector != "mlp" and args.dim not in (None, "backbone", str(width)):
-        stop(f"--dim {args.dim}: with --projector {args.projector} the width is the backbone's, {width}; drop --dim")
+        fail(f"--dim {args.dim}: with --projector {args.projector} the width is the backbone's, {width}; drop --dim")
     if args.dim == "backbone" or args.projector != "mlp":
         dim = width
     elif args.dim is not None:
         dim = int(args.dim) if args.dim.isdecimal() else 0
     if dim < 4 or dim % 4:
-        stop(f"--dim {args.dim} is neither `backbone` nor a multiple of 4 (the predictor's bottleneck is dim / 4)")
+        fail(f"--dim {args.dim} is neither `backbone` nor a multiple of 4 (the predictor's bottleneck is dim / 4)")
     args.dim = dim
     return args
 
@@ -179,11 +179,11 @@ class SimSiam(nn.Module):
     ):
         super().__init__()
         self.width, hidden = NETWORKS[network]
-        with draws.forked(seed, "backbone"):
+        with seeding.forked(seed, "backbone"):
             self.backbone = build_backbone(network, size)
-        with draws.forked(seed, "projector"):
+        with seeding.forked(seed, "projector"):
             self.projector = build_projector(projector, projector_layers, self.width, hidden, dim)
-        with draws.forked(seed, "predictor"):
+        with seeding.forked(seed, "predictor"):
             self.predictor = build_predictor(predictor, dim)
 
     def forward(self, views: list[Tensor], pairs: Pairs, leak: float) -> tuple[dict[int, Tensor], list[Tensor]]:
@@ -235,7 +235,7 @@ def simsiam_loss(p: dict[int, Tensor], z: list[Tensor], pairs: Pairs, leak: floa
 # ------------------------------------------------------------------------------------------------- data
 
 
-def one_view(source: Tensor, rng: draws.Draws, aug: Augmentation) -> Tensor:
+def one_view(source: Tensor, rng: seeding.SampleRNG, aug: Augmentation) -> Tensor:
     """Crop, flip, jitter, grey, blur (appendix A): (B, 3, S, S) uint8 to (B, 3, pixels, pixels) float32 in [0, 1]."""
     view = augment.random_resized_crop(source, rng, scale=aug["crop"], size=aug["pixels"], flip=aug["flip"])
     view = augment.random_color_jitter(view, rng, 0.4, 0.4, 0.4, aug["hue"], probability=0.8)
@@ -270,15 +270,15 @@ def batches(args: argparse.Namespace, data: Data, epoch: int, rows: slice) -> It
     """
     aug, views = augmentation(args), 1 + max(view for pair in PAIRS[args.loss] for view in pair)
     steps = data.examples // args.batch
-    order = draws.permutation(args.seed, "order", epoch, data.examples, data.device)
+    order = seeding.permutation(args.seed, "order", epoch, data.examples, data.device)
     order = order[: steps * args.batch].view(steps, args.batch)
-    if isinstance(data, folders.Streamed):
+    if isinstance(data, image_folder.StreamedImages):
         for loaded in data.views(worker_view(aug), views, order[:, rows].tolist(), args.seed, epoch):
             yield [data.normalise(view) for view in loaded]
         return
     for step, picked in enumerate(order, epoch * steps):
         source = data.train[picked[rows]]
-        rngs = [draws.Draws(args.seed, f"view {view}", step, args.batch, rows) for view in range(views)]
+        rngs = [seeding.SampleRNG(args.seed, f"view {view}", step, args.batch, rows) for view in range(views)]
         yield [data.normalise(one_view(source, rng, aug)) for rng in rngs]
 
 
@@ -287,7 +287,7 @@ def batches(args: argparse.Namespace, data: Data, epoch: int, rows: slice) -> It
 
 def represent(model: SimSiam, data: Data, part: str) -> list[Tensor]:
     """Backbone features (N, width), projections (N, dim) and labels (N,) of `part` ("train", "test"), in eval mode."""
-    return probes.represent([model.backbone, model.projector], data, part)
+    return probes.extract_features([model.backbone, model.projector], data, part)
 
 
 def measure(bank: Sequence[Tensor], queries: Sequence[Tensor], classes: int, k: int) -> dict[str, float]:
@@ -377,7 +377,7 @@ def train(args: argparse.Namespace, run: Run, model: SimSiam, data: Data, optimi
         if (epoch + 1) % args.monitor_every == 0 or epoch + 1 == last:
             record |= monitor(model, data, args.neighbours)
         run.end_epoch(epoch + 1, last, record)
-    run.finish({"model": model.state_dict(), "epoch": last, "diverged": False})
+    run.save_model({"model": model.state_dict(), "epoch": last, "diverged": False})
 
 
 # ------------------------------------------------------------------------------------------------- main
@@ -386,22 +386,24 @@ def train(args: argparse.Namespace, run: Run, model: SimSiam, data: Data, optimi
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
-    device = devices.choose(args.device, args.scale)
+    device = devices.select_device(args.device, args.scale)
     rank, world = devices.start_ranks(args.device, device)
     if args.batch % world:
-        stop(f"--batch {args.batch} is the global batch: {world} processes do not divide it")
+        fail(f"--batch {args.batch} is the global batch: {world} processes do not divide it")
     smaller = f"--precision bfloat16 needs less than float32; --batch {args.batch // 2} about half, but is another run"
-    with held(args.out, rank), devices.memory_for(device, f"--batch {args.batch} on {world} processes", smaller):
+    with run_lock(args.out, rank), devices.memory_for(device, f"--batch {args.batch} on {world} processes", smaller):
         run = Run(args.out, vars(args), __file__, args.replace, rank)
         if run.finished:
             return
         data = images.load_or_stream(args.data_set, args.data, args.size, device, args.workers)
         if args.batch > data.examples:
-            stop(f"--batch {args.batch} is more than the {data.examples} training images")
+            fail(f"--batch {args.batch} is more than the {data.examples} training images")
         steps = args.epochs * (data.examples // args.batch)
-        run.begin(f"{args.data_set}, {args.network}", devices.facts(device) | {"data": data.digest, "steps": steps})
+        run.write_config(
+            f"{args.data_set}, {args.network}", devices.environment(device) | {"data": data.digest, "steps": steps}
+        )
         if args.rehearse:
-            data = data.few(args.rehearse * args.batch)
+            data = data.subset(args.rehearse * args.batch)
         model = build_model(args, device)
         train(args, run, model, data, build_optimizer(args, model))
 

@@ -72,7 +72,7 @@ class Plain:
             group["lr"] = train.learning_rate(self.seen, 100, self.length, 1e-3)
         with devices.autocast("auto", self.device):
             with torch.no_grad():
-                k = F.normalize(self.model.average(key, None), dim=-1)
+                k = F.normalize(self.model.ema(key, None), dim=-1)
             q = F.normalize(self.model.online(query, mask), dim=-1)
             scores = torch.einsum("bnc,bmc->bnm", [q, k]) / 0.1
             places = torch.arange(PATCHES, device=self.device).repeat(len(q), 1)
@@ -87,7 +87,7 @@ class Plain:
         self.optimizer.step()
         momentum = train.momentum_at(self.seen, self.length, 0.996)
         with torch.no_grad():
-            for slow, fast in zip(self.model.average.parameters(), online, strict=True):
+            for slow, fast in zip(self.model.ema.parameters(), online, strict=True):
                 slow.data = slow.data * momentum + fast.data * (1.0 - momentum)
         synchronise(self.device)
         self.meters |= {"accuracy": (scores[mask].argmax(-1) == places[mask]).float().mean().item()}
@@ -108,7 +108,7 @@ def main(device: torch.device, rounds: int) -> None:
     data = images.Images(pixels, labels, pixels[:8], labels[:8], 10, half, half, "")  # 8: diagnostics are not timed
 
     model = train.build_model(args, device)
-    ema, online = (list(branch.parameters()) for branch in (model.average, model.online))
+    ema, online = (list(branch.parameters()) for branch in (model.ema, model.online))
     optimizer = train.build_optimizer(args, model)
     plain, pillow = Plain(args, device), iter(DataLoader(Pillow(pixels[:2000], 10_000 * size), size, num_workers=2))
     q, k = torch.randn(2, size, PATCHES, 256, device=device)

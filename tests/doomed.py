@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from forked import SERVER
 
-from common import files, folders
+from common import files, image_folder
 from simsiam import plot, train
 
 
@@ -66,7 +66,7 @@ def die(worker: int) -> None:
 
 
 def training_with_dying_workers(argv: list[str]) -> None:
-    folders.leave_interrupts_to_the_parent = die
+    image_folder.leave_interrupts_to_the_parent = die
     train.main(argv)
 
 

@@ -50,7 +50,7 @@ from gpu_tools import PAPERS, Case, Check, Failed, NotApplicable
 from plan import ROOT
 
 from common import cli, devices, files
-from common.cli import stop
+from common.cli import fail
 
 PARTS: dict[str, Callable[[Check], Iterator[Case]]] = {
     "agreement": gpu_parts.agreement, "exchange": gpu_parts.exchange, "arms": gpu_parts.arms,
@@ -165,7 +165,7 @@ def elsewhere(job: Job, check: Check, folder: Path, left: Callable[[], float]) -
     try:
         report = files.read_json(folder / "report.json")
         return [Row(**row) for row in report["rows"]], report["numbers"], (folder / "log.txt").read_text()
-    except (OSError, files.Damaged, KeyError) as error:
+    except (OSError, files.DamagedFile, KeyError) as error:
         last = (done.stderr.strip().splitlines() or [str(error)])[-1]
         return [Row(part, ", ".join(papers), "failed", 0.0, f"ended with {done.returncode}: {last}")], {}, done.stderr
 
@@ -177,9 +177,9 @@ def parse_args(argv: list[str] | None = None) -> Any:
     parser.add_argument("--papers", nargs="+", choices=tuple(PAPERS), default=list(PAPERS))
     parser.add_argument("--data", type=Path, default=ROOT / "data", help="where data sets lie, if there are any")
     parser.add_argument("--report", type=Path, default=ROOT / "runs/gpu-check", help="folder of the report")
-    parser.add_argument("--jobs", type=cli.whole(1), help="processes side by side; default: 1 on a CPU, on a GPU "
+    parser.add_argument("--jobs", type=cli.int_min(1), help="processes side by side; default: 1 on a CPU, on a GPU "
                         "one for two cores and 12 GiB of memory")  # fmt: skip
-    parser.add_argument("--minutes", type=cli.number(0), default=math.inf, help="cases that would begin later are "
+    parser.add_argument("--minutes", type=cli.float_in(0), default=math.inf, help="cases that would begin later are "
                         "not run")  # fmt: skip
     return parser.parse_args(argv)
 
@@ -188,8 +188,8 @@ def main(argv: list[str] | None = None) -> int:
     """The exit code: 1 if a case failed or was not run."""
     args = parse_args(argv)
     if args.device != "cpu" and not torch.cuda.is_available():
-        stop("no CUDA GPU was found (make doctor says more): make gpu-check DEVICE=cpu is a dry run without one")
-    device = devices.choose(args.device, "gpu")
+        fail("no CUDA GPU was found (make doctor says more): make gpu-check DEVICE=cpu is a dry run without one")
+    device = devices.select_device(args.device, "gpu")
     began, rows = time.perf_counter(), []
     args.report.mkdir(parents=True, exist_ok=True)
     log = args.report / "log.txt"

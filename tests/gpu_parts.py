@@ -42,7 +42,7 @@ import cocord.train
 import conmim.train
 import seqvcr.eval
 import simsiam.train
-from common import checkpoints, devices, draws, files, images, probes
+from common import checkpoints, devices, files, images, probes, seeding
 from common.run import Run
 from seqvcr import tasks
 
@@ -113,7 +113,7 @@ def agree_on_optimiser(check: Check, paper: str) -> str:
         for step in range(3):
             for number, (_, weight) in enumerate(problem.model.named_parameters()):
                 if weight.requires_grad:
-                    generator = draws.generator(number, "gradient", step)
+                    generator = seeding.generator(number, "gradient", step)
                     weight.grad = (0.01 * torch.randn(weight.shape, generator=generator)).to(device)
             problem.optimizer.step()
             problem.follow()
@@ -164,7 +164,7 @@ def agree_on_measurements(check: Check) -> str:
     found = []
     for device in (CPU, check.device):
         x, y, levels = rows.to(device), labels.to(device), h.to(device)
-        parts = draws.held_out(400, device)
+        parts = seeding.held_out_split(400, device)
         known, unknown = probes.Labelled(x[:400], y[:400]), probes.Labelled(x[400:], y[400:])
         found.append({
             "knn": probes.knn_accuracy(known, unknown, 10, 20),
@@ -193,8 +193,8 @@ def measure_a_small_spread(check: Check) -> str:
     norm.running_var.fill_(1e-6)
     norm.eps = 1e-12
     data = random_images(200, 32, 10, check.device)
-    data = data._replace(deviation=data.deviation * 2 / 3**0.5)  # unit variance
-    measured = probes.std_ratio(probes.represent([stage.to(check.device)], data, "test")[0])
+    data = data._replace(deviation=data.std * 2 / 3**0.5)  # unit variance
+    measured = probes.std_ratio(probes.extract_features([stage.to(check.device)], data, "test")[0])
     expect(0.97 <= measured <= 1.03, f"std ratio {measured:.3f} where 1 is right")
     return f"std ratio {measured:.3f}"
 

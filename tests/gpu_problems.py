@@ -12,7 +12,7 @@ import conmim.train
 import seqvcr.train
 import simsiam.train
 from cocord import net
-from common import devices, draws, images
+from common import devices, images, seeding
 from common.devices import upload
 from seqvcr import tasks
 
@@ -75,7 +75,7 @@ def conmim_problem(scale: str, rows: int, device: torch.device) -> Problem:
     loader = conmim.train.batches(args, random_images(rows, args.size, 10, CPU), 0, slice(0, rows))
     query, key, mask = (upload(one, device) for one in next(loader))
     model = conmim.train.build_model(args, device)
-    ema, online = list(model.average.parameters()), list(model.online.parameters())
+    ema, online = list(model.ema.parameters()), list(model.online.parameters())
 
     def loss(precision: str) -> Tensor:
         with devices.autocast(precision, device):
@@ -92,12 +92,12 @@ def cocord_problem(scale: str, rows: int, device: torch.device) -> Problem:
     args = cocord.train.parse_args(["--scale", scale, *pair, "--queue", str(max(rows, 512)), "--batch", str(rows)])
     views, labels = next(cocord.train.batches(args, random_images(rows, 32, 36, CPU), 0))
     (x, swapped_x, teacher_x), labels = [upload(view, device) for view in views], upload(labels, device)
-    with draws.forked(0, "teacher"):
+    with seeding.forked(0, "teacher"):
         teacher = net.build(args.teacher, 36).eval().requires_grad_(False)
     teacher = net.fold(teacher.to(memory_format=torch.channels_last).to(device))
     model = cocord.train.build_model(args, 36, device)
     optimizer = cocord.train.build_optimizer(args, [model.student, model.head, model.predictor])
-    (slow, fast), (slow_head, fast_head) = model.followers()
+    (slow, fast), (slow_head, fast_head) = model.ema_pairs()
 
     def loss(precision: str) -> Tensor:
         """As in the loop of train.py: the EMA updates come between the student and the targets."""
@@ -127,7 +127,7 @@ def bsa_problem(scale: str, rows: int, device: torch.device) -> Problem:
     width = {"demo": 128, "gpu": 384, "paper": 768}[scale]
     model = bsa.train.build_model(args, width, device)
     x = bsa.train.BSA(width, 2, 1, "torch", 0).normalise(
-        torch.randn(8 * rows, width, generator=draws.generator(0, "x", 0))
+        torch.randn(8 * rows, width, generator=seeding.generator(0, "x", 0))
     )
     if scale != "paper":
         h = bsa.train.build_model(args, width, CPU).encoder(x).detach()
@@ -152,7 +152,7 @@ def seqvcr_problem(scale: str, rows: int, device: torch.device) -> Problem:
     init = ["--init-from", "none"] if scale == "paper" else []
     args = seqvcr.train.parse_args(["--scale", scale, *init, "--dropout", "0", "--batch", str(rows)])
     task = tasks.choose(args.task, args.size)
-    raw = task.draw(draws.generator(0, "rows", 0), rows, CPU, True)
+    raw = task.draw(seeding.generator(0, "rows", 0), rows, CPU, True)
     tokens = upload(seqvcr.train.encode(args, task, raw).long(), device)
     model = seqvcr.train.build_model(args, task, device)
 

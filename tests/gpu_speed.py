@@ -162,14 +162,14 @@ def switch(check: Check, paper: str, name: str, on: list[str], off: list[str]) -
 
 def switch_benchmark(check: Check) -> str:
     """With another batch on either side: cuDNN keeps what it once chose for a shape, whatever the mode is then."""
-    real, rates = devices.choose, []
+    real, rates = devices.select_device, []
 
     def choose(name: str, scale: str) -> torch.device:
         device = real(name, scale)
         torch.backends.cudnn.benchmark = not rates
         return device
 
-    devices.choose = choose
+    devices.select_device = choose
     try:
         with data_or_random(check) as matrix:
             for word, batch in (("on", 12), ("off", 10)) if check.dry else (("on", 500), ("off", 508)):
@@ -177,7 +177,7 @@ def switch_benchmark(check: Check) -> str:
                 ms, _ = short_run(check, "simsiam", f"switches/benchmark-{word}/0", more, matrix)
                 rates.append(1000 * batch / ms)
     finally:
-        devices.choose = real
+        devices.select_device = real
         torch.backends.cudnn.benchmark = True
     return f"{rates[0]:,.0f} examples/s, without {rates[1]:,.0f} ({rates[0] / rates[1]:.2f} times)"
 

@@ -12,7 +12,7 @@ import torchvision.transforms.functional as TF
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 from common import augment
-from common.draws import Draws
+from common.seeding import SampleRNG
 
 torch.set_num_threads(1)
 
@@ -54,7 +54,7 @@ def close(result: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> None:
 )
 def test_resized_crop_equals_torchvision(shape, size, antialias):
     images = pictures(24, *shape)
-    boxes = augment.random_boxes(Draws(0, "boxes", 0, 24), *shape, (0.1, 1.0), (3 / 4, 4 / 3))
+    boxes = augment.random_boxes(SampleRNG(0, "boxes", 0, 24), *shape, (0.1, 1.0), (3 / 4, 4 / 3))
     boxes[:3] = torch.tensor([[0, 0, *shape], [5, 7, 1, 1], [shape[0] - 2, shape[1] - 3, 2, 3]])
     flip = torch.arange(24) % 2 == 1
 
@@ -71,7 +71,7 @@ def test_resized_crop_equals_torchvision(shape, size, antialias):
 
 def test_uint8_is_scaled():
     images = (pictures() * 255).byte()
-    boxes = augment.random_boxes(Draws(0, "boxes", 0, 24), 32, 32, (0.1, 1.0), (3 / 4, 4 / 3))
+    boxes = augment.random_boxes(SampleRNG(0, "boxes", 0, 24), 32, 32, (0.1, 1.0), (3 / 4, 4 / 3))
     wanted = augment.resized_crop(images.float() / 255, boxes, (32, 32))
     close(augment.resized_crop(images, boxes, (32, 32)), wanted, 1e-6)
 
@@ -150,7 +150,7 @@ def test_gaussian_blur_equals_torchvision(height, width, given, used):
 def test_boxes_follow_torchvisions_distribution():
     """Means and mean squares of area, log aspect and place agree within five standard errors of their difference."""
     shape, settings = (32, 40), ((0.2, 1.0), (0.6, 1.4))
-    own = augment.random_boxes(Draws(0, "boxes", 0, 40_000), *shape, *settings).double()
+    own = augment.random_boxes(SampleRNG(0, "boxes", 0, 40_000), *shape, *settings).double()
     with torch.random.fork_rng():
         torch.manual_seed(0)
         image = torch.empty(3, *shape)
@@ -177,7 +177,7 @@ def test_boxes_follow_torchvisions_distribution():
 )
 def test_where_no_try_fits_the_box_is_torchvisions_centre(shape, scale, ratio):
     wanted = T.RandomResizedCrop.get_params(torch.empty(3, *shape), list(scale), list(ratio))
-    boxes = augment.random_boxes(Draws(0, "boxes", 0, 8), *shape, scale, ratio)
+    boxes = augment.random_boxes(SampleRNG(0, "boxes", 0, 8), *shape, scale, ratio)
     assert boxes.tolist() == [list(wanted)] * 8
 
 
@@ -188,7 +188,7 @@ def test_jitter_strengths_reach_their_operation(name):
     image[:, 0] -= 0.1
     images = image.expand(4000, 3, 2, 2)
     strengths = dict.fromkeys(["brightness", "contrast", "saturation", "hue"], 0.0) | {name: 0.15}
-    result = augment.random_color_jitter(images, Draws(0, "jitter", 0, 4000), **strengths, probability=1.0)
+    result = augment.random_color_jitter(images, SampleRNG(0, "jitter", 0, 4000), **strengths, probability=1.0)
     factor = {
         "brightness": result.mean((1, 2, 3)) / image.mean() - 1,
         "contrast": (result[:, :, 1] - result[:, :, 0]).mean((1, 2)) / 0.1 - 1,
@@ -198,7 +198,7 @@ def test_jitter_strengths_reach_their_operation(name):
     assert -0.15 - 1e-4 < factor.min() < -0.149 and 0.149 < factor.max() < 0.15 + 1e-4
     assert factor.mean().abs() < 5 * 0.15 / math.sqrt(3 * 4000)
     if name == "brightness":
-        low = augment.random_color_jitter(images, Draws(0, "jitter", 0, 4000), 2.0, 0, 0, 0, probability=1.0)
+        low = augment.random_color_jitter(images, SampleRNG(0, "jitter", 0, 4000), 2.0, 0, 0, 0, probability=1.0)
         assert low.amax((1, 2, 3)).min() < 1e-3 and (low == 0).all((1, 2, 3)).float().mean() < 0.01
 
 
@@ -212,16 +212,16 @@ def test_jitter_strengths_reach_their_operation(name):
 )
 def test_share_of_changed_images(operation, share):
     images = uniform(0, 1, 1, 3, 20, 20).expand(2000, 3, 20, 20)
-    changed = (operation(images, Draws(0, "view", 0, 2000)) != images).any((1, 2, 3))
+    changed = (operation(images, SampleRNG(0, "view", 0, 2000)) != images).any((1, 2, 3))
     assert abs(changed.float().mean() - share) < 5 * math.sqrt(share * (1 - share) / 2000)
     for probability in 0.0, 1.0:
-        result = operation(images[:50], Draws(0, "view", 0, 50), probability=probability)
+        result = operation(images[:50], SampleRNG(0, "view", 0, 50), probability=probability)
         assert (result != images[:50]).any((1, 2, 3)).float().mean() == probability
 
 
 def test_flips_are_half_of_the_images():
     image = torch.linspace(0, 1, 32).expand(2000, 3, 32, 32)
-    result = augment.random_resized_crop(image, Draws(0, "view", 0, 2000))[:, 0, 16]
+    result = augment.random_resized_crop(image, SampleRNG(0, "view", 0, 2000))[:, 0, 16]
     flipped = result[:, 8] > result[:, 24]
     assert abs(flipped.float().mean() - 0.5) < 5 * 0.5 / math.sqrt(2000)
 
@@ -229,7 +229,7 @@ def test_flips_are_half_of_the_images():
 @every_random
 def test_every_image_gets_its_own_parameters(operation):
     images = uniform(0, 1, 1, 3, 32, 32).expand(32, 3, 32, 32)
-    different = len(operation(images, Draws(0, "view", 0, 32)).flatten(1).unique(dim=0))
+    different = len(operation(images, SampleRNG(0, "view", 0, 32)).flatten(1).unique(dim=0))
     assert different == 2 if operation is RANDOM["gray"] else different > 10
 
 
@@ -237,32 +237,32 @@ def test_every_image_gets_its_own_parameters(operation):
 def test_result_is_a_function_of_the_key_and_leaves_its_input(operation):
     images = pictures()
     before = images.clone()
-    first = operation(images, Draws(0, "view", 7, 24))
-    close(operation(images, Draws(0, "view", 7, 24)), first, 0)
+    first = operation(images, SampleRNG(0, "view", 7, 24))
+    close(operation(images, SampleRNG(0, "view", 7, 24)), first, 0)
     assert images.equal(before) and first.data_ptr() != images.data_ptr()
-    for other in (Draws(0, "view", 8, 24), Draws(0, "second view", 7, 24), Draws(1, "view", 7, 24)):
+    for other in (SampleRNG(0, "view", 8, 24), SampleRNG(0, "second view", 7, 24), SampleRNG(1, "view", 7, 24)):
         assert not operation(images, other).equal(first)
 
 
 @every_random
 def test_half_batches_by_rows_equal_the_whole(operation):
     images = pictures()
-    whole = operation(images, Draws(0, "view", 7, 24))
-    halves = [operation(images[rows], Draws(0, "view", 7, 24, rows)) for rows in (slice(0, 12), slice(12, 24))]
+    whole = operation(images, SampleRNG(0, "view", 7, 24))
+    halves = [operation(images[rows], SampleRNG(0, "view", 7, 24, rows)) for rows in (slice(0, 12), slice(12, 24))]
     close(torch.cat(halves), whole, 1e-6)
 
 
 @every_random
 def test_runs_on_cuda_without_asking_it(fake_gpu, operation):
     images = torch.empty(6, 3, 32, 32, device="cuda")
-    result = operation(images, Draws(0, "view", 0, 6))
+    result = operation(images, SampleRNG(0, "view", 0, 6))
     assert result.device.type == "cuda" and result.dtype == torch.float32 and result.shape[:2] == (6, 3)
 
 
 @pytest.mark.parametrize("name", ["crop"])
 def test_uint8_on_cuda(fake_gpu, name):
     images = torch.empty(6, 3, 32, 32, dtype=torch.uint8, device="cuda")
-    assert RANDOM[name](images, Draws(0, "view", 0, 6)).dtype == torch.float32
+    assert RANDOM[name](images, SampleRNG(0, "view", 0, 6)).dtype == torch.float32
 
 
 def test_fake_gpu_catches_a_mask_that_asks_the_device(fake_gpu):

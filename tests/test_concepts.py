@@ -228,7 +228,7 @@ def test_a_damaged_safetensors_file_is_named(content, said, tmp_path):
     path.write_bytes(header() + bytes(8))
     assert read_safetensors(path)["a"].tolist() == [0, 0]
     path.write_bytes(content)
-    with pytest.raises(files.Damaged, match=said) as raised:
+    with pytest.raises(files.DamagedFile, match=said) as raised:
         read_safetensors(path)
     assert str(path) in str(raised.value)
 
@@ -346,7 +346,7 @@ def test_files_of_a_package_that_do_not_fit_each_other_end_in_one_sentence(chang
 def test_a_table_without_names_is_damaged(table, tmp_path):
     path = tmp_path / "a.csv"
     path.write_bytes(table.encode("utf-8", "surrogateescape"))
-    with pytest.raises(files.Damaged, match=str(path)):
+    with pytest.raises(files.DamagedFile, match=str(path)):
         read_names(path)
 
 

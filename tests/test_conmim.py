@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.transforms.v2 import functional as tv
 
-from common import augment, checkpoints, draws, images
+from common import augment, checkpoints, images, seeding
 from common.run import Run
 from conmim import net, train
 from conmim.train import ConMIM, denoising_contrast, loss_floor
@@ -49,7 +49,7 @@ def small(*flags: str) -> ConMIM:
 def batch(rows: int = 6) -> train.Batch:
     numbers = torch.Generator().manual_seed(1)
     query, key = torch.randn(2, rows, 3, 32, 32, generator=numbers)
-    return query, key, train.random_masks(draws.Draws(0, "mask", 0, rows), 64, 0.75)
+    return query, key, train.random_masks(seeding.SampleRNG(0, "mask", 0, rows), 64, 0.75)
 
 
 class Recorded(Unwritten):
@@ -127,7 +127,7 @@ class Official(nn.Module):
 def golden(keys: str) -> ConMIM:
     model = ConMIM.__new__(ConMIM)
     nn.Module.__init__(model)
-    model.online, model.average = Official(0), Official(0.5).requires_grad_(False)
+    model.online, model.ema = Official(0), Official(0.5).requires_grad_(False)
     return model
 
 
@@ -146,7 +146,7 @@ def norm(found: dict[str, torch.Tensor]) -> float:
 
 def test_the_network_gives_the_official_tokens_and_projections():
     model, (query, key, mask) = golden("ema"), golden_batch()
-    tokens, full = model.online.vit(query, mask), model.average.vit(key)
+    tokens, full = model.online.vit(query, mask), model.ema.vit(key)
     assert tokens.sum().item() == pytest.approx(23.461480, rel=1e-4)
     assert tokens.square().sum().item() == pytest.approx(10.488291, rel=1e-4)
     torch.testing.assert_close(tokens[1, 5, :4], torch.tensor([0.156751, -0.007613, 0.122201, 0.121561]), rtol=1e-4,
@@ -255,11 +255,11 @@ def test_with_the_averages_keys_the_stop_gradient_changes_no_bit():
     """
     model, made = small(), batch()
     with_stop = gradients(model, made, "ema", 0.0)
-    model.average.requires_grad_(True)
+    model.ema.requires_grad_(True)
     q, k = model(*made, "ema", 1.0)
     assert k.requires_grad
     denoising_contrast(q, k, made[2], 0.1).backward()
-    reached = {name: weight.grad is not None for name, weight in model.average.named_parameters()}
+    reached = {name: weight.grad is not None for name, weight in model.ema.named_parameters()}
     assert reached.pop("vit.mask_token") is False and all(reached.values())  # keys are of full pictures
     assert equal(with_stop[1], {name: weight.grad for name, weight in model.online.named_parameters()})
 
@@ -293,7 +293,7 @@ def test_every_online_parameter_has_a_gradient_in_every_cell(arm, precision):
     _, found = gradients(model, batch(), args.keys, args.gradient_leak, precision)
     for name, slope in found.items():
         assert slope is not None and slope.abs().max() > 0, name
-    assert all(weight.grad is None and not weight.requires_grad for weight in model.average.parameters())
+    assert all(weight.grad is None and not weight.requires_grad for weight in model.ema.parameters())
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -320,7 +320,7 @@ def test_queries_and_keys_have_batch_statistics_of_their_own():
     for keys, online, average in (("ema", 1, 1), ("online", 2, 0)):
         model = small()
         model(query, key, mask, keys, 0.0)
-        tracked = [branch.projector[1].num_batches_tracked.item() for branch in (model.online, model.average)]
+        tracked = [branch.projector[1].num_batches_tracked.item() for branch in (model.online, model.ema)]
         assert tracked == [online, average]
 
 
@@ -337,21 +337,21 @@ def test_nothing_random_is_in_the_network():
 
 def test_the_average_starts_as_the_equal_and_no_alias():
     model = small()
-    assert equal(state(model.online), state(model.average))
-    pairs = zip(model.online.parameters(), model.average.parameters(), strict=True)
+    assert equal(state(model.online), state(model.ema))
+    pairs = zip(model.online.parameters(), model.ema.parameters(), strict=True)
     assert all(a.data_ptr() != b.data_ptr() for a, b in pairs)
 
 
 @pytest.mark.parametrize("arm", CELLS)
 def test_the_average_follows_after_the_step_in_every_cell(arm):
     model = small()
-    start = {name: one.clone() for name, one in model.average.named_parameters()}
+    start = {name: one.clone() for name, one in model.ema.named_parameters()}
     step(model, batch(), arm, momentum=0.9)
-    for name, one in model.average.named_parameters():
+    for name, one in model.ema.named_parameters():
         now = model.online.get_parameter(name)
         torch.testing.assert_close(one, 0.9 * start[name] + 0.1 * now)
     assert not torch.equal(model.online.vit.mask_token, start["vit.mask_token"])
-    buffers = dict(model.average.projector.named_buffers())
+    buffers = dict(model.ema.projector.named_buffers())
     moved = buffers["1.num_batches_tracked"].item() == 1
     assert moved == (arguments(*ARMS[arm]).keys == "ema")  # its own batches, never an average of statistics
 
@@ -359,10 +359,10 @@ def test_the_average_follows_after_the_step_in_every_cell(arm):
 def test_momentum_is_exact_at_its_ends():
     for momentum, whose in ((1.0, "average"), (0.0, "online")):
         model = small()
-        before = {name: one.clone() for name, one in model.average.named_parameters()}
+        before = {name: one.clone() for name, one in model.ema.named_parameters()}
         step(model, batch(), momentum=momentum)
         expected = before if whose == "average" else dict(model.online.named_parameters())
-        assert all(torch.equal(one, expected[name]) for name, one in model.average.named_parameters())
+        assert all(torch.equal(one, expected[name]) for name, one in model.ema.named_parameters())
 
 
 def test_the_gradient_is_clipped_and_counted(monkeypatch):
@@ -527,7 +527,7 @@ def tensors(count: int, device: str = "cpu") -> images.Images:
 
 @pytest.mark.parametrize(("patches", "ratio", "masked"), [(196, 0.75, 148), (64, 0.75, 48), (64, 0.5, 32), (64, 1, 64)])
 def test_every_image_has_squares_of_its_own_and_the_same_number(patches, ratio, masked):
-    found = train.random_masks(draws.Draws(0, "mask", 0, 500), patches, ratio)
+    found = train.random_masks(seeding.SampleRNG(0, "mask", 0, 500), patches, ratio)
     side = round(patches**0.5)
     assert found.shape == (500, patches) and (found.sum(1) == masked).all()
     squares = found.view(500, side // 2, 2, side // 2, 2)
@@ -557,13 +557,13 @@ def test_arms_see_equal_queries_and_masks_and_basic_keys_are_the_queries():
 
 
 def test_every_kind_of_draw_has_a_purpose_and_every_step_its_own(monkeypatch):
-    asked, real = [], draws.Draws
+    asked, real = [], seeding.SampleRNG
 
     def recorded(seed, purpose, step, *rest):
         asked.append((purpose, step))
         return real(seed, purpose, step, *rest)
 
-    monkeypatch.setattr(draws, "Draws", recorded)
+    monkeypatch.setattr(seeding, "SampleRNG", recorded)
     made(epoch=2)
     assert sorted(asked) == sorted(itertools.product(("geometry", "colours", "mask"), range(10, 15)))
     asked.clear()
@@ -607,7 +607,7 @@ def test_the_strong_view_uses_the_papers_shares(monkeypatch):
     monkeypatch.setattr(augment, "random_color_jitter", jitter)
     for name in ("random_grayscale", "random_gaussian_blur"):
         monkeypatch.setattr(augment, name, lambda view, _, *rest, name=name: seen.update({name: rest}) or view)
-    view = train.strong_view(torch.full((4000, 3, 2, 2), 0.75), draws.Draws(0, "colours", 0, 4000), 0.1)
+    view = train.strong_view(torch.full((4000, 3, 2, 2), 0.75), seeding.SampleRNG(0, "colours", 0, 4000), 0.1)
     assert seen == {"jitter": (0.4, 0.4, 0.2, 0.1, 0.8), "random_grayscale": (0.2,),
                     "random_gaussian_blur": ((0.1, 2.0), 0.1)}  # fmt: skip
     assert (view[:, 0, 0, 0] < 0.5).float().mean().item() == pytest.approx(0.2, abs=0.02)
@@ -887,9 +887,9 @@ def test_every_cell_of_a_scale_takes_two_real_steps(scale, network, pictures, mo
     monkeypatch.setattr(train, "MEASURED", 4)
     flags += ["--batch", "4", "--epochs", "1"]
     args = train.parse_args(flags)
-    data = images.load_or_stream(args.data_set, args.data, size, CPU, 0).few(2 * args.batch)
+    data = images.load_or_stream(args.data_set, args.data, size, CPU, 0).subset(2 * args.batch)
     model, arms = train.build_model(args, CPU), design("conmim", scale)[0]
-    slow, fast = (list(branch.parameters()) for branch in (model.average, model.online))
+    slow, fast = (list(branch.parameters()) for branch in (model.ema, model.online))
     start = [one.detach().clone() for one in fast]
     for arm in CELLS if network in ("vit_tiny_4", "vit_small_16") else ("base", "symmetric-no-stop-gradient"):
         with torch.no_grad():

@@ -15,7 +15,7 @@ from conftest import FakeGPU
 from torch import nn
 from torch.nn.functional import normalize
 
-from common import checkpoints, devices, draws, images, probes
+from common import checkpoints, devices, images, probes, seeding
 from conmim import eval as evaluate
 from conmim import net, train
 from conmim.net import Classifier, Shape, ViT
@@ -198,7 +198,7 @@ def test_mixed_labels_are_shares_of_two(monkeypatch):
 
 def test_erased_boxes_hold_noise_and_nothing_else_moves():
     x = torch.full((400, 3, 32, 32), 5.0)
-    found = evaluate.erased(x, draws.Draws(0, "erase", 0, 400), 0.25)
+    found = evaluate.erased(x, seeding.SampleRNG(0, "erase", 0, 400), 0.25)
     changed = found != x
     hit = changed.flatten(1).any(1)
     assert 0.18 < hit.float().mean() < 0.32 and torch.equal(changed[:, 0], changed[:, 1])
@@ -208,7 +208,7 @@ def test_erased_boxes_hold_noise_and_nothing_else_moves():
         assert 0.01 < one.float().mean() < 0.36
     noise = found[changed]
     assert abs(noise.mean()) < 0.02 and noise.std() == pytest.approx(1, abs=0.02)
-    assert torch.equal(evaluate.erased(x, draws.Draws(0, "erase", 0, 400), 0.0), x)
+    assert torch.equal(evaluate.erased(x, seeding.SampleRNG(0, "erase", 0, 400), 0.0), x)
 
 
 def test_batches_are_labelled_rows_of_their_epoch_alone(monkeypatch):
@@ -220,7 +220,7 @@ def test_batches_are_labelled_rows_of_their_epoch_alone(monkeypatch):
         monkeypatch.setattr(devices, "ranks", lambda: (rank, world))
         subset = evaluate.Subset(rows, data.train_labels)
         made = evaluate.labelled_batches(parsed("--data-set", "glyphs36"), own, data, subset, epoch)
-        found = [((x * data.deviation + data.mean).mean((1, 2, 3)) * 255, y) for x, y in made]
+        found = [((x * data.std + data.mean).mean((1, 2, 3)) * 255, y) for x, y in made]
         return torch.cat([x for x, _ in found]).round().int(), torch.cat([y for _, y in found])
 
     first, labels = seen(0)
@@ -430,7 +430,7 @@ def test_a_diverged_run_has_no_claims(finished, tmp_path):
     checkpoints.save(tmp_path / "run/model.pt", saved | {"diverged": True})
     evaluate.main([str(tmp_path / "run")])
     found = metrics_of(tmp_path / "run")
-    assert found["diverged"] is True and all(found[name] is None for name in evaluate.CLAIMS)
+    assert found["diverged"] is True and all(found[name] is None for name in evaluate.METRICS_IF_FINITE)
 
 
 @pytest.mark.parametrize("content", ["", "{\n{}\n", '{"loss": 1}\n'])
@@ -460,7 +460,7 @@ evaluate.RECIPES["crop"] = ((1.0, 1.0),) * 3
 accuracy = evaluate.accuracy
 def watched(model, *rest):
     from pathlib import Path
-    checkpoints.save(Path(sys.argv[1]) / f"{{devices.ranks()[0]}}.pt", model.state_dict())
+    checkpoints.save(Path(sys.argv[1]) / f"{{devices.rank_and_world()[0]}}.pt", model.state_dict())
     return accuracy(model, *rest)
 evaluate.accuracy = watched
 torch.set_num_threads(1)
@@ -514,7 +514,7 @@ def test_official_files_are_read_by_name(fine_tuned, pictures, tmp_path, monkeyp
     """Files as the authors write them, their flags pickled within; a name too few is told."""
     monkeypatch.setitem(net.NETWORKS, "vit_small_16", Shape(16, 24, 2, 2))
     monkeypatch.setitem(train.SCALES, "size", (32, 32, 96))
-    with draws.forked(0, "official"):
+    with seeding.forked(0, "official"):
         if fine_tuned:
             model = Classifier(96, 16, 24, 2, 2, 0.1, "relative", 2)
             nn.init.normal_(model.head.weight)
@@ -538,7 +538,7 @@ def test_official_files_are_read_by_name(fine_tuned, pictures, tmp_path, monkeyp
         assert "linear_accuracy" not in found
     else:
         features = evaluate.Features(model)
-        known, asked = (probes.represent([features], data, part) for part in ("train", "test"))
+        known, asked = (probes.extract_features([features], data, part) for part in ("train", "test"))
         assert found["knn_accuracy"] == probes.knn_accuracy(
             probes.Labelled(*known), probes.Labelled(*asked), 2, 20, 0.07
         )
@@ -567,7 +567,7 @@ def test_evaluation_stays_on_a_fake_gpu(scale, fake_gpu: FakeGPU, tmp_path, monk
     data = some_images(40, device="cuda")
     with torch.device("cuda"):
         model = train.build_model(parsed(), torch.device("cuda"))
-    networks = {"": evaluate.Features(model.average.vit, model.average.projector)}
+    networks = {"": evaluate.Features(model.ema.vit, model.ema.projector)}
     asked = []
     for epochs in (1, 2):
         fake_gpu.asked = 0

@@ -22,7 +22,7 @@ from doomed import child, drawing, outcome, training, training_with_dying_worker
 from torch import nn
 
 from common import checkpoints, files
-from common.hold import held
+from common.lock import run_lock
 from simsiam import eval as evaluate
 from simsiam import plot, train
 from simsiam.train import simsiam_loss
@@ -147,7 +147,7 @@ def test_a_write_error_that_passes_costs_nothing(straight, pictures, tmp_path, m
 
 
 def test_a_folder_in_use_and_one_that_cannot_be_written(half, pictures, tmp_path, capsys):
-    with held(half):
+    with run_lock(half):
         argv = tiny(half, pictures, "--epochs", str(EPOCHS))
         assert outcome(child(training, argv, printed=tmp_path / "printed")) == 2
     assert f"is in use by pid {os.getpid()}" in (tmp_path / "printed").read_text()

@@ -13,9 +13,9 @@ import torch
 from conftest import ROOT
 
 from common import checkpoints, files
-from common.cli import INTERRUPTED
-from common.hold import held
-from common.run import imported_files, script_facts
+from common.cli import EXIT_INTERRUPTED
+from common.lock import run_lock
+from common.run import imported_files, script_provenance
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
@@ -66,13 +66,13 @@ def test_damage_is_noticed_wherever_it_is(tmp_path):
     assert checkpoints.load(path)["epoch"] == 3
     for share in (0.0, 0.01, 0.5, 0.99):
         path.write_bytes(whole[: int(len(whole) * share)])
-        with pytest.raises(files.Damaged, match=r"state\.pt"):
+        with pytest.raises(files.DamagedFile, match=r"state\.pt"):
             checkpoints.load(path)
     start = whole.index(torch.arange(5000.0).numpy().tobytes()[:400])
     flipped = bytearray(whole)
     flipped[start + 800] ^= 4
     path.write_bytes(flipped)
-    with pytest.raises(files.Damaged, match="checksum"):
+    with pytest.raises(files.DamagedFile, match="checksum"):
         checkpoints.load(path)
     with pytest.raises(FileNotFoundError):
         checkpoints.load(tmp_path / "absent.pt")
@@ -88,32 +88,32 @@ class Malicious:
 
 def test_a_malicious_checkpoint_is_refused_and_not_run(tmp_path):
     torch.save({"model": Malicious(tmp_path / "marker")}, tmp_path / "model.pt")
-    with pytest.raises(files.Damaged):
+    with pytest.raises(files.DamagedFile):
         checkpoints.load(tmp_path / "model.pt")
     assert not (tmp_path / "marker").exists()
 
 
 def test_only_one_process_holds_a_folder(tmp_path, capsys):
     folder = tmp_path / "run"
-    code = "import sys, time\nfrom common.hold import held\n"
-    code += "with held(sys.argv[1]):\n print('held', flush=True)\n time.sleep(60)"
+    code = "import sys, time\nfrom common.lock import run_lock\n"
+    code += "with run_lock(sys.argv[1]):\n print('held', flush=True)\n time.sleep(60)"
     owner = subprocess.Popen(
         [sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True, env={"PYTHONPATH": str(ROOT)}
     )
     assert owner.stdout.readline() == "held\n"
-    with pytest.raises(SystemExit) as end, held(folder):
+    with pytest.raises(SystemExit) as end, run_lock(folder):
         pass
     assert end.value.code == 2 and f"pid {owner.pid}" in capsys.readouterr().err
     owner.terminate()
-    assert owner.wait() == INTERRUPTED
-    with held(folder):  # the lock died with its owner
+    assert owner.wait() == EXIT_INTERRUPTED
+    with run_lock(folder):  # the lock died with its owner
         assert folder.is_dir()
 
 
 def test_a_lock_dies_with_its_owner_though_a_worker_lives_on(tmp_path):
     folder = tmp_path / "run"
-    code = "import os, sys, time\nfrom common.hold import held\n"
-    code += "with held(sys.argv[1]):\n worker = os.fork()\n"
+    code = "import os, sys, time\nfrom common.lock import run_lock\n"
+    code += "with run_lock(sys.argv[1]):\n worker = os.fork()\n"
     code += " print(worker, flush=True) if worker else None\n time.sleep(60)"
     command = [sys.executable, "-c", code, str(folder)]
     owner = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={"PYTHONPATH": str(ROOT)})
@@ -123,14 +123,14 @@ def test_a_lock_dies_with_its_owner_though_a_worker_lives_on(tmp_path):
     try:
         os.kill(worker, 0)  # it is there
         (folder / ".state.pt.1.part").write_text("half")
-        with held(folder):
+        with run_lock(folder):
             assert os.listdir(folder) == []  # what the dead process had half-written is gone
     finally:
         os.kill(worker, signal.SIGKILL)
 
 
 def test_a_full_disk_ends_with_its_own_code(tmp_path, capsys):
-    with pytest.raises(SystemExit) as end, held(tmp_path / "run"):
+    with pytest.raises(SystemExit) as end, run_lock(tmp_path / "run"):
         raise OSError(28, "No space left on device")
     assert end.value.code == 4 and "No space left" in capsys.readouterr().err
 
@@ -140,7 +140,7 @@ def test_a_half_line_of_the_log_is_left_out_and_any_other_damage_named(tmp_path)
     path.write_text('{"epoch": 0}\n{"epoch": 1}\n{"epo')
     assert [line["epoch"] for line in files.read_lines(path)] == [0, 1]
     path.write_text('{"epoch": 0}\n{"epo\n{"epoch": 2}\n')
-    with pytest.raises(files.Damaged, match=r"train\.jsonl"):
+    with pytest.raises(files.DamagedFile, match=r"train\.jsonl"):
         files.read_lines(path)
 
 
@@ -153,14 +153,16 @@ def test_nothing_in_the_tree_loads_or_runs_unsafely():
 
 
 def test_a_tree_is_dirty_by_its_code_and_not_by_what_was_drawn_meanwhile(tmp_path):
-    assert script_facts(Path(__file__))["source"] and script_facts(new(tmp_path, "x/train.py"))["dirty"] is None
+    assert (
+        script_provenance(Path(__file__))["source"] and script_provenance(new(tmp_path, "x/train.py"))["dirty"] is None
+    )
     new(tmp_path, "results/demo/page.md"), new(tmp_path, "common/run.py")
     who = ["-c", "user.name=x", "-c", "user.email=x"]
     for words in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "x"]):
         subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
     for name, dirty in (("x/other.py", False), ("results/demo/page.md", False), ("common/run.py", True)):
         new(tmp_path, name, "changed")
-        found = script_facts(tmp_path / "x/train.py")
+        found = script_provenance(tmp_path / "x/train.py")
         assert found["dirty"] is dirty and len(found["commit"]) == 40, name
 
 
@@ -201,11 +203,11 @@ def test_another_clone_that_is_installed_is_not_used(script, tmp_path):
 
 def test_the_source_of_a_run_is_the_script_and_what_it_imports(tmp_path):
     files_of = {path.relative_to(ROOT).as_posix() for path in imported_files(ROOT / "simsiam/train.py")}
-    assert {"simsiam/train.py", "simsiam/net.py", "common/run.py", "common/draws.py", "common/files.py"} <= files_of
+    assert {"simsiam/train.py", "simsiam/net.py", "common/run.py", "common/seeding.py", "common/files.py"} <= files_of
     assert not any(path.startswith(("common/study", "simsiam/eval", "bsa")) for path in files_of)
     script = new(tmp_path, "x/train.py")
     script.write_text("from common import part")
     new(tmp_path, "common/part.py")
-    before = script_facts(script)["source"]
+    before = script_provenance(script)["source"]
     (tmp_path / "common/part.py").write_text("changed = 1")
-    assert script_facts(script)["source"] != before
+    assert script_provenance(script)["source"] != before

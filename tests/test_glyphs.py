@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import glyphs
-from common.draws import Draws
+from common.seeding import SampleRNG
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -110,7 +110,7 @@ def test_every_face_has_every_character() -> None:
 
 
 def test_contrast_of_the_colours() -> None:
-    background, foreground = glyphs._colours(Draws(0, "test", 0, 20_000))
+    background, foreground = glyphs._colours(SampleRNG(0, "test", 0, 20_000))
     for colour in (background, foreground):
         assert colour.shape == (20_000, 3) and colour.min() >= 0 and colour.max() <= 1
     luma = torch.tensor([0.299, 0.587, 0.114])
@@ -125,7 +125,7 @@ def test_scale_and_place() -> None:
     zero = torch.zeros(500, dtype=torch.int64)
     centre = torch.tensor([[0.4, -0.2]]).expand(500, 2)
     setting = glyphs.PRESETS["glyphs10-hard"]
-    drawn = glyphs._warp(masks, zero, centre, setting, Draws(0, "test", 0, 500))[:, 0]
+    drawn = glyphs._warp(masks, zero, centre, setting, SampleRNG(0, "test", 0, 500))[:, 0]
     side = drawn.sum((1, 2)).sqrt() / 8
     assert 0.98 < side.min() < 1.05 and 1.3 < side.max() < 1.37
     pixels = (torch.arange(32) + 0.5) / 16 - 1
@@ -141,7 +141,7 @@ def test_rotation_and_shear() -> None:
 
     def lean(rotation: float, shear: float) -> Tensor:
         setting = glyphs.PRESETS["glyphs10"]._replace(rotation=rotation, shear=shear)
-        drawn = glyphs._warp(masks, zero, centre, setting, Draws(0, "test", 0, 500))[:, 0]
+        drawn = glyphs._warp(masks, zero, centre, setting, SampleRNG(0, "test", 0, 500))[:, 0]
         across, down = pixels[None, None, :], pixels[None, :, None]
         return (drawn * across * down).sum((1, 2)) / (drawn * down**2).sum((1, 2))
 

@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from common import folders, images
+from common import image_folder, images
 
 CPU = torch.device("cpu")
 
@@ -27,17 +27,17 @@ def test_a_folder_is_decoded_once_and_equals_its_pictures(pictures, tmp_path, mo
     found = images.load("folder", data, 32, CPU)
     assert found.train.shape == (48, 3, 32, 32) and found.train.dtype == torch.uint8 and found.classes == 2
     assert sorted(found.train_labels.tolist()) == [0] * 24 + [1] * 24 and len(found.test) == 16
-    folder = folders.open_folder(data / "train")
+    folder = image_folder.open_folder(data / "train")
     transform = v2.Compose([v2.Resize(32), v2.CenterCrop(32), v2.PILToTensor()])
     for i in (0, 30):
         assert torch.equal(found.train[i], transform(folder[i][0]))
-    monkeypatch.setattr(folders, "Decoded", None)  # a second load must not decode
+    monkeypatch.setattr(image_folder, "Decoded", None)  # a second load must not decode
     again = images.load("folder", data, 32, CPU)
     assert torch.equal(again.train, found.train) and again.digest == found.digest
     scaled = found.train.double() / 255
     torch.testing.assert_close(found.mean.flatten().double(), scaled.mean((0, 2, 3)), atol=1e-6, rtol=0)
     torch.testing.assert_close(
-        found.deviation.flatten().double(), scaled.std((0, 2, 3), correction=0), atol=1e-6, rtol=0
+        found.std.flatten().double(), scaled.std((0, 2, 3), correction=0), atol=1e-6, rtol=0
     )
     normalised = found.normalise(found.train)
     assert normalised.mean().abs() < 1e-5 and (normalised.std() - 1).abs() < 1e-3
@@ -47,15 +47,15 @@ def test_an_interrupted_decoding_goes_on_where_its_file_ends(pictures, tmp_path,
     data = copy_of(pictures, tmp_path)
     for number in range(300):
         shutil.copy(data / "train/red/0.png", data / f"train/red/more{number}.png")
-    whole, _ = folders.resident(data / "train", 32, data, 0, "a")
+    whole, _ = image_folder.resident(data / "train", 32, data, 0, "a")
     path, bytes_before = data / "train-32-a.npy", (data / "train-32-a.npy").read_bytes()
     path.unlink()
     path.with_suffix(".part").write_bytes(bytes_before[: 128 + 280 * 3072 + 7])  # 280 pictures and a bit
     read = []
     monkeypatch.setattr(
-        folders, "read", lambda folder, index, old=folders.read: read.append(index) or old(folder, index)
+        image_folder, "read", lambda folder, index, old=image_folder.read: read.append(index) or old(folder, index)
     )
-    again, _ = folders.resident(data / "train", 32, data, 0, "a")
+    again, _ = image_folder.resident(data / "train", 32, data, 0, "a")
     assert torch.equal(again, whole) and read == list(range(256, 348))
     assert path.read_bytes() == bytes_before and not path.with_suffix(".part").exists()
 
@@ -70,9 +70,9 @@ def test_train_and_val_must_hold_the_same_classes(pictures, tmp_path, capsys):
 
 def test_a_changed_folder_has_another_digest(pictures, tmp_path):
     data = copy_of(pictures, tmp_path)
-    before = folders.digest(data)
+    before = image_folder.digest(data)
     Image.new("RGB", (40, 36)).save(data / "train/red/new.png")
-    assert folders.digest(data) != before
+    assert image_folder.digest(data) != before
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -102,7 +102,7 @@ def test_the_views_of_workers_follow_from_seed_epoch_and_index_alone(pictures):
     orders = [[3, 1], [0, 40]]
 
     def views(workers, seed=0, epoch=0, order=orders):
-        data = folders.Streamed(pictures, 24, workers, CPU)
+        data = image_folder.StreamedImages(pictures, 24, workers, CPU)
         return list(data.views(transform, 2, order, seed, epoch))
 
     alone, shared = views(0), views(2)
@@ -119,14 +119,14 @@ def test_the_views_of_workers_follow_from_seed_epoch_and_index_alone(pictures):
 
 def test_a_damaged_decoded_file_is_named_and_an_unwritable_cache_too(pictures, tmp_path, capsys):
     data = copy_of(pictures, tmp_path)
-    folders.resident(data / "train", 32, data, 0, "a")
+    image_folder.resident(data / "train", 32, data, 0, "a")
     path = data / "train-32-a.npy"
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(SystemExit) as end:
-        folders.resident(data / "train", 32, data, 0, "a")
+        image_folder.resident(data / "train", 32, data, 0, "a")
     assert end.value.code == 2 and "remove it, and it is decoded again" in capsys.readouterr().err
     with pytest.raises(SystemExit) as end:
-        folders.resident(data / "train", 32, Path("/proc/none"), 0, "a")
+        image_folder.resident(data / "train", 32, Path("/proc/none"), 0, "a")
     assert end.value.code == 2 and "cannot be written to /proc/none" in capsys.readouterr().err
 
 
@@ -165,9 +165,9 @@ def test_a_download_that_fails_says_which_file_to_put_where(served, tmp_path, mo
 def test_few_pictures_are_a_fixed_draw_of_them(pictures, tmp_path):
     data = copy_of(pictures, tmp_path)
     whole = images.load("folder", data, 32, CPU)
-    some, again = whole.few(10), images.load("folder", data, 32, CPU).few(10)
+    some, again = whole.subset(10), images.load("folder", data, 32, CPU).subset(10)
     assert some.examples == 10 and len(some.test) == 10 and torch.equal(some.train, again.train)
-    assert set(some.train_labels.tolist()) == {0, 1} and whole.few(1000).examples == 48
-    streamed = folders.Streamed(data, 32, 0, CPU).few(10)
+    assert set(some.train_labels.tolist()) == {0, 1} and whole.subset(1000).examples == 48
+    streamed = image_folder.StreamedImages(data, 32, 0, CPU).subset(10)
     pixels, labels = next(streamed.batches("train"))
     assert streamed.examples == len(pixels) == 10 and torch.equal(labels, some.train_labels)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import draws, probes
+from common import probes, seeding
 
 
 def clusters(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,7 +40,7 @@ def test_linear_probe_takes_the_steps_of_autograd_and_sgd_at_every_rate():
         nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
         optimizer = torch.optim.SGD(layer.parameters(), rate, momentum=0.9)
         for epoch in range(2):
-            order = draws.permutation(4, "linear probe", epoch, 32, "cpu")
+            order = seeding.permutation(4, "linear probe", epoch, 32, "cpu")
             for step, rows in enumerate(order.view(2, 16)):
                 optimizer.param_groups[0]["lr"] = rate * probes.cosine((epoch + step / 2) / 2)
                 optimizer.zero_grad()
@@ -52,7 +52,7 @@ def test_linear_probe_takes_the_steps_of_autograd_and_sgd_at_every_rate():
 
 def test_the_rate_is_chosen_on_the_held_out_tenth_and_never_on_the_test_set(monkeypatch):
     train_set, test_set = probes.Labelled(*clusters(200)), probes.Labelled(*clusters(50, 1))
-    parts = draws.held_out(200, "cpu")
+    parts = seeding.held_out_split(200, "cpu")
     seen = []
     monkeypatch.setattr(probes, "correct_share", lambda x, y, w: seen.append(len(x)) or torch.tensor([0.2, 0.9, 0.1]))
     fits = []
@@ -65,7 +65,7 @@ def test_the_rate_is_chosen_on_the_held_out_tenth_and_never_on_the_test_set(monk
 
 def test_linear_probe_does_not_favour_a_feature_scale():
     (features, labels), (test, test_labels) = clusters(200), clusters(100, 1)
-    parts = draws.held_out(200, "cpu")
+    parts = seeding.held_out_split(200, "cpu")
     found = [
         probes.linear_accuracy(
             probes.Labelled(scale * features, labels), probes.Labelled(scale * test, test_labels), 3, parts, 0
@@ -76,7 +76,7 @@ def test_linear_probe_does_not_favour_a_feature_scale():
 
 
 def test_held_out_tenth_is_fixed_and_a_tenth():
-    rest, tenth = draws.held_out(5000, "cpu")
-    assert len(tenth) == 500 and torch.equal(tenth, draws.held_out(5000, "cpu")[1])
+    rest, tenth = seeding.held_out_split(5000, "cpu")
+    assert len(tenth) == 500 and torch.equal(tenth, seeding.held_out_split(5000, "cpu")[1])
     assert torch.equal(torch.cat([rest, tenth]).sort().values, torch.arange(5000))
     assert (rest.diff() > 0).all() and (tenth.diff() > 0).all() and 150 < (tenth < 2500).sum() < 350

@@ -198,7 +198,7 @@ def test_every_arm_of_a_sweep_is_another_run(paper, scale, tmp_path):
     def arguments(name: str) -> dict:
         flags = design.arm(name).flags.split()
         given = vars(train.parse_args(["--scale", scale, "--out", str(tmp_path / "x" / "0"), *extra, *flags]))
-        return {key: value for key, value in given.items() if key not in cli.PLACES}
+        return {key: value for key, value in given.items() if key not in cli.NON_METHOD_FLAGS}
 
     found = [study for study in design.studies if study.sweep]
     assert found[0].name == f"{paper}-robustness" and len(found) > 1

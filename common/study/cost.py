@@ -14,7 +14,7 @@ from statistics import mean
 from typing import NamedTuple
 
 from common import files
-from common.cli import stop
+from common.cli import fail
 from common.study.design import Design, DesignError, Study
 from common.study.request import Request, read
 
@@ -58,7 +58,7 @@ def of_rehearsal(folder: Path) -> Cost | None:
         examples = facts["provenance"]["steps"] * facts["arguments"]["batch"]
         rate = last["examples_per_second"]
         return Cost(examples / rate / 3600, rate, last["peak_memory"], "rehearsal")
-    except (files.Damaged, KeyError, IndexError, TypeError, ZeroDivisionError):
+    except (files.DamagedFile, KeyError, IndexError, TypeError, ZeroDivisionError):
         return None
 
 
@@ -126,7 +126,7 @@ def main(words: Sequence[str]) -> None:
     try:
         request = Request.parse(word for word in words if word != "--unknown")
     except DesignError as error:
-        stop(str(error))
+        fail(str(error))
     studies: dict[str, Arms] = {}
     every: Arms = {}
     costs: dict[str, Cost] = {}

@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from common.cli import Parser, stop
+from common.cli import Parser, fail
 from common.files import read_json, write_text
 from common.study import tables
 from common.study.statistics import counts
@@ -222,11 +222,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = [*args.studies, *args.extras]
     for study in names:
         if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", study) or names.count(study) > 1:
-            stop(f"{study}: a study is a make target's name, given once")
+            fail(f"{study}: a study is a make target's name, given once")
     try:
         args.results.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        stop(f"--results {args.results} cannot be made ({error.strerror}): choose another folder")
+        fail(f"--results {args.results} cannot be made ({error.strerror}): choose another folder")
     lines = write_pages(args.results, args.scale, args.studies, args.extras, args.command)
     print("\n".join([*lines, f"the page: {args.results / 'index.html'}"]))
 

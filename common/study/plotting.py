@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from common.cli import SCALES, Parser, stop, whole
+from common.cli import SCALES, Parser, fail, int_min
 from common.study import figures, page, sweeps, tables
 from common.study.analysis import Rule, summarise
 from common.study.design import Design, DesignError, Metric, Settings, Study
@@ -20,7 +20,7 @@ def parse_args(description: str | None, argv: Sequence[str] | None) -> Any:
     parser.add_argument("study", help="name of a study in studies.py")
     parser.add_argument("--scale", choices=SCALES, default="demo")
     parser.add_argument("--runs", type=Path, help="folder of the arms (default: runs/SCALE/PAPER)")
-    parser.add_argument("--seeds", type=whole(0), nargs="+", help="default: the study's own")
+    parser.add_argument("--seeds", type=int_min(0), nargs="+", help="default: the study's own")
     parser.add_argument("--results", type=Path, help="where figures and tables go (default: runs/SCALE/report)")
     parser.add_argument("--reproduce", default="", help="the command that the page gives for this study")
     parser.add_argument("--pairs", nargs="+", default=[], help="CoCoRD's pairs of networks, where make was given PAIRS")
@@ -72,7 +72,7 @@ def draw(
         found = design(args.scale, Settings(tuple(args.pairs), tuple(args.tasks)))
         study = found.study(args.study)
     except DesignError as error:
-        stop(str(error))
+        fail(str(error))
     args.runs = args.runs or Path("runs", args.scale, found.paper)
     args.seeds = args.seeds or list(study.seeds)
     args.results = args.results or Path("runs", args.scale, "report")

@@ -3,7 +3,7 @@
     python -m common.study.publish PAPERS="simsiam bsa" SCALE=demo simsiam-predictor
     python -m common.study.publish page PAPERS="simsiam bsa" SCALE=demo
 
-Draws studies anew from their runs, as studies.py declares them, and puts JSON, CSV and PNG into results/SCALE, with
+SampleRNG studies anew from their runs, as studies.py declares them, and puts JSON, CSV and PNG into results/SCALE, with
 README.md and extras.md. It refuses a study with holes, with other flags or data than declared, of several versions of
 the code or of a changed tree, and then nothing is changed.
 """
@@ -16,9 +16,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.cli import stop
+from common.cli import fail
 from common.files import read_json, write_text
-from common.run import script_facts
+from common.run import script_provenance
 from common.study import page
 from common.study.design import Design, DesignError, Study
 from common.study.request import Request, read
@@ -75,17 +75,17 @@ def publish(request: Request, names: Sequence[str], folder: Path) -> None:
     """Check the studies, draw them, put them into `folder`. Stops (exit 2) with a sentence for each problem."""
     for name in FREE:
         if request.given.get(name, "").strip():
-            stop(f"{name} is set: only what studies.py declares can be published")
+            fail(f"{name} is set: only what studies.py declares can be published")
     if request.own_matrix:
-        stop(f"DATA={request.data}: only results on the data that studies.py declares can be published")
+        fail(f"DATA={request.data}: only results on the data that studies.py declares can be published")
     known = {study.name: (design, study) for design, study in request.studies}
     if unknown := [name for name in names if name not in known]:
-        stop(f"there is no study '{unknown[0]}'")
+        fail(f"there is no study '{unknown[0]}'")
     chosen = list(names) or [name for name in known if (request.results / f"{name}.json").exists()]
     if not chosen:
-        stop(f"{request.results} holds no study: make STUDY SCALE={request.scale}")
+        fail(f"{request.results} holds no study: make STUDY SCALE={request.scale}")
     found = [sentence for name in chosen for sentence in problems(request, *known[name])]
-    if script_facts(Path(next(iter(request.designs)), "train.py"))["dirty"] is not False:
+    if script_provenance(Path(next(iter(request.designs)), "train.py"))["dirty"] is not False:
         found.insert(0, "the tree has uncommitted changes, or is not a clone: commit first")
     if found:
         print("\n".join(f"error: {sentence}" for sentence in found), file=sys.stderr)
@@ -95,7 +95,7 @@ def publish(request: Request, names: Sequence[str], folder: Path) -> None:
             paper = known[name][0].paper
             where = ["--scale", request.scale, "--runs", str(request.runs / paper), "--results", drawn]
             if subprocess.run([sys.executable, f"{paper}/plot.py", name, *where]).returncode:
-                stop(f"{name} cannot be drawn: nothing is published")
+                fail(f"{name} cannot be drawn: nothing is published")
         folder.mkdir(parents=True, exist_ok=True)
         there = page.pictures(folder, chosen)
         for old in (figure for name in chosen for figure in there[name]):
@@ -129,13 +129,13 @@ def main(words: Sequence[str]) -> None:
     try:
         request = Request.parse(word for word in words if "=" in word)
     except DesignError as error:
-        stop(str(error))
+        fail(str(error))
     folder = Path("results", request.scale)
     if names[:1] != ["page"]:
         publish(request, names, folder)
         return
     if not folder.is_dir():
-        stop(f"{folder} is not there: make publish SCALE={request.scale} fills it")
+        fail(f"{folder} is not there: make publish SCALE={request.scale} fills it")
     plan, extras = _plan_and_extras(request, folder)
     print("\n".join(page.write_pages(folder, request.scale, plan, extras, f"make {{}} SCALE={request.scale}")))
     print(f"the page: {folder / 'index.html'}")

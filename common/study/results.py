@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.cli import PLACES
+from common.cli import NON_METHOD_FLAGS
 from common.files import read_json
 from common.study.design import Study
 
@@ -135,7 +135,7 @@ def notes(runs: Runs, metrics: Iterable[str]) -> list[str]:
                 result.append(f"{arm}: {len(seeds)} of {len(by_seed)} {what} (seed {listed}).")
         result += [note for run in by_seed.values() for note in run.notes]
         arguments = [run.args["arguments"] for run in by_seed.values() if run.args.get("arguments")]
-        for name in sorted({name for one in arguments for name in one} - PLACES - {"seed"}):
+        for name in sorted({name for one in arguments for name in one} - NON_METHOD_FLAGS - {"seed"}):
             if len(told := sorted({str(one.get(name)) for one in arguments})) > 1:
                 result.append(f"{arm}: its seeds differ in --{name.replace('_', '-')} ({', '.join(told)}).")
     packed = [run.args.get("provenance", {}).get("runs_on_this_gpu", 1) for by in runs.values() for run in by.values()]

@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from common.cli import USER, stop
+from common.cli import EXIT_USER, fail
 from common.files import write_text
 from common.study.design import Arm, Design, DesignError, Study
 from common.study.request import Request, read
@@ -224,9 +224,9 @@ def main(words: Sequence[str]) -> None:
             print(str(write(request)).replace(" ", "\\ "))  # as make's include reads it
     except DesignError as error:
         if words[:1] == ["help"]:
-            stop(str(error))
+            fail(str(error))
         print(error)  # make says it
-        sys.exit(USER)
+        sys.exit(EXIT_USER)
 
 
 if __name__ == "__main__":

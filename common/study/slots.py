@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from common.cli import INTERRUPTED, SHARED, stop
+from common.cli import EXIT_INTERRUPTED, SHARED, fail
 
 FOLDER = Path("runs/.slots")
 
@@ -39,17 +39,17 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command; does not return. Stops (exit 2) where there is no slot, no command, or no such program."""
     slots, *command = (sys.argv[1:] if argv is None else argv) or [""]
     if not slots.split() or not command:
-        stop('a list of GPUs and a command are needed: python -m common.study.slots "0 1" COMMAND ...')
+        fail('a list of GPUs and a command are needed: python -m common.study.slots "0 1" COMMAND ...')
     try:
         slot = take(slots.split(), FOLDER)
     except KeyboardInterrupt:
-        stop("interrupted while waiting for a free GPU", INTERRUPTED)
+        fail("interrupted while waiting for a free GPU", EXIT_INTERRUPTED)
     os.environ["CUDA_VISIBLE_DEVICES"] = slot
     os.environ[SHARED] = str(slots.split().count(slot))
     try:
         os.execvp(command[0], command)
     except OSError as error:
-        stop(f"{command[0]} cannot be started ({error.strerror})")
+        fail(f"{command[0]} cannot be started ({error.strerror})")
 
 
 if __name__ == "__main__":

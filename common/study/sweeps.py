@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from common.cli import PLACES
+from common.cli import NON_METHOD_FLAGS
 from common.study import analysis, figures, results, tables
 from common.study.design import Sweep
 
@@ -29,7 +29,7 @@ SOME, TURNS = "holds at base's rate and one other", "is the reverse at another r
 def doses(runs: results.Runs, reference: str, sweep: Sweep) -> dict[str, float]:
     """By arm its dose, rising: the arms that differ from `reference` in the dose alone, and have a run."""
     found = {arm: next((run.args["arguments"] for run in by.values() if run.args), None) for arm, by in runs.items()}
-    apart = {sweep.argument, *sweep.moving, "seed", *PLACES}
+    apart = {sweep.argument, *sweep.moving, "seed", *NON_METHOD_FLAGS}
 
     def rest(arguments: Mapping[str, Any]) -> dict[str, Any]:
         return {key: one for key, one in arguments.items() if key not in apart}

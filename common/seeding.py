@@ -42,7 +42,7 @@ def reseed(seed: int, purpose: str, step: int, rank: int = 0) -> None:
     torch.manual_seed(key(seed, f"{purpose} of rank {rank}", step))
 
 
-class Draws:
+class SampleRNG:
     """Per-sample random numbers of one step, on the CPU.
 
     They are drawn for the `count` rows of the global batch and cut to `rows`, so every rank of a
@@ -76,7 +76,7 @@ def permutation(seed: int, purpose: str, step: int, length: int, device: torch.d
     return upload(torch.randperm(length, generator=generator(seed, purpose, step)), device)
 
 
-def held_out(count: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+def held_out_split(count: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """Row numbers, in order, of nine tenths of a training set and of a fixed tenth for choices, int64 on the device.
 
     A test split never makes a choice.

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from common import draws
-from common.cli import DISK, USER, stop
+from common import seeding
+from common.cli import EXIT_DISK, EXIT_USER, fail
 from common.files import FULL
 
 if TYPE_CHECKING:  # imported where it is used: it takes 2 s, and a demo without it starts a hundred processes
@@ -31,14 +31,14 @@ def open_folder(root: Path) -> "datasets.ImageFolder":
     try:
         return datasets.ImageFolder(str(root))
     except (FileNotFoundError, OSError) as error:
-        stop(f"--data: {root} is no folder of class folders with images ({error})")
+        fail(f"--data: {root} is no folder of class folders with images ({error})")
 
 
 def open_parts(data: Path) -> "tuple[datasets.ImageFolder, datasets.ImageFolder]":
     """`train` and `val` of `data`. Stops (exit 2) where they do not hold the same classes."""
     train, test = open_folder(data / "train"), open_folder(data / "val")
     if differing := set(train.classes) ^ set(test.classes):
-        stop(f"--data {data}: train and val must hold the same classes; only one has {sorted(differing)[:3]}")
+        fail(f"--data {data}: train and val must hold the same classes; only one has {sorted(differing)[:3]}")
     return train, test
 
 
@@ -67,7 +67,7 @@ class Decoded(Dataset):
 
 
 class Views(Dataset):
-    """Random views of the pictures; each draws from (seed, epoch, index, view), whichever worker makes it.
+    """Random views of the pictures; each seeding from (seed, epoch, index, view), whichever worker makes it.
 
     Item i is the list of its views, (3, S, S) uint8 each.
     """
@@ -79,7 +79,7 @@ class Views(Dataset):
         picture, _ = read(self.folder, index)
         views = []
         for view in range(self.views):
-            with draws.forked(self.seed, f"view {view} of epoch {self.epoch} of image {index}"):
+            with seeding.forked(self.seed, f"view {view} of epoch {self.epoch} of image {index}"):
                 views.append(self.transform(picture))
         return views
 
@@ -99,13 +99,13 @@ def loaded(pictures: Dataset, order: list[list[int]], workers: int, device: torc
         batch_sampler=order,
         num_workers=workers,
         pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # the loader draws from it; the default generator is not its business
+        generator=torch.Generator(),  # the loader seeding from it; the default generator is not its business
         worker_init_fn=leave_interrupts_to_the_parent,
     )
     try:
         yield from loader
     except Undecodable as error:  # a worker's comes with its traceback before the message
-        stop(f"{str(error).strip().splitlines()[-1].split('Undecodable: ')[-1]}: restore or remove that file")
+        fail(f"{str(error).strip().splitlines()[-1].split('Undecodable: ')[-1]}: restore or remove that file")
 
 
 def leave_interrupts_to_the_parent(worker: int) -> None:
@@ -113,7 +113,7 @@ def leave_interrupts_to_the_parent(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-class Streamed:
+class StreamedImages:
     """An image folder that workers decode, batch by batch: for pictures too many or too large for the device."""
 
     def __init__(self, data: Path, size: int, workers: int, device: torch.device):
@@ -121,19 +121,19 @@ class Streamed:
         self.size, self.workers, self.device = size, workers, device
         self.examples, self.classes, self.digest = len(self.train), len(self.train.classes), digest(data)
         self.mean = torch.tensor([0.485, 0.456, 0.406], device=device).view(3, 1, 1)  # of ImageNet
-        self.deviation = torch.tensor([0.229, 0.224, 0.225], device=device).view(3, 1, 1)
+        self.std = torch.tensor([0.229, 0.224, 0.225], device=device).view(3, 1, 1)
 
-    def few(self, count: int) -> "Streamed":
+    def subset(self, count: int) -> "StreamedImages":
         """The same with at most `count` training and test pictures, drawn from the data seed."""
         for part in (self.train, self.test):
-            rows = draws.permutation(draws.DATA_SEED, "few", 0, len(part), "cpu")[:count].tolist()
+            rows = seeding.permutation(seeding.DATA_SEED, "few", 0, len(part), "cpu")[:count].tolist()
             part.samples, part.targets = [part.samples[row] for row in rows], [part.targets[row] for row in rows]
         self.examples = len(self.train)
         return self
 
     def normalise(self, images: Tensor) -> Tensor:
         """Scale uint8 images (..., 3, S, S) to [0, 1] and normalise them by ImageNet's channel statistics."""
-        return (images / 255 - self.mean) / self.deviation
+        return (images / 255 - self.mean) / self.std
 
     def views(
         self, transform: Callable, views: int, order: list[list[int]], seed: int, epoch: int
@@ -174,12 +174,12 @@ def resident(root: Path, size: int, cache: Path, workers: int, fingerprint: str)
                     decode(folder, path.with_suffix(".part"), shape, workers)
                     os.replace(path.with_suffix(".part"), path)
         except OSError as error:
-            stop(f"--data: the decoded pictures cannot be written to {cache} ({error.strerror}): free or writable "
-                 "space is needed there", DISK if error.errno in FULL - {errno.EROFS} else USER)  # fmt: skip
+            fail(f"--data: the decoded pictures cannot be written to {cache} ({error.strerror}): free or writable "
+                 "space is needed there", EXIT_DISK if error.errno in FULL - {errno.EROFS} else EXIT_USER)  # fmt: skip
     try:
         pixels = np.load(path)
     except ValueError as error:
-        stop(f"{path} is damaged ({error}): remove it, and it is decoded again")
+        fail(f"{path} is damaged ({error}): remove it, and it is decoded again")
     return torch.from_numpy(pixels), torch.tensor(folder.targets)
 
 

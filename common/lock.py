@@ -12,15 +12,15 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from common.cli import DISK, INTERRUPTED, stop
+from common.cli import EXIT_DISK, EXIT_INTERRUPTED, fail
 from common.files import FULL
 
 # What a disk or its owner can do to a run that has begun, too many open files included.
-TROUBLE = FULL | {errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE}
+STORAGE_ERRORS = FULL | {errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE}
 
 
 @contextmanager
-def held(folder: Path, rank: int = 0) -> Iterator[None]:
+def run_lock(folder: Path, rank: int = 0) -> Iterator[None]:
     """Hold `folder` alone; turn signals, the disk's errors and the death of a worker into exit codes meanwhile.
 
     The lock is a file beside the folder and dies with its process, whatever becomes of that process's workers.
@@ -28,19 +28,23 @@ def held(folder: Path, rank: int = 0) -> Iterator[None]:
     """
     folder = Path(folder).absolute()
     handlers = {number: signal.signal(number, interrupted) for number in (signal.SIGTERM, signal.SIGINT)}
-    file = lock(folder) if rank == 0 else None
+    file = lock_folder(folder) if rank == 0 else None
     try:
         yield
     except OSError as error:
-        if error.errno not in TROUBLE:
+        if error.errno not in STORAGE_ERRORS:
             raise
         named = error.filename or folder
-        stop(f"{named}: {error.strerror}; what was saved stands: mend that, and the same command goes on", DISK)
+        fail(f"{named}: {error.strerror}; mend that and run the same command again, it resumes", EXIT_DISK)
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):  # torch raises it from a signal handler, wherever we are
             raise
-        stop(f"a process that decodes pictures died ({str(error).splitlines()[0]}): too little memory or /dev/shm? "
-             "Fewer --workers need less; what was saved stands, the same command goes on", INTERRUPTED)  # fmt: skip
+        reason = str(error).splitlines()[0]
+        fail(
+            f"a data loader worker died ({reason}): too little memory or /dev/shm? Use fewer --workers and run the "
+            "same command again, it resumes",
+            EXIT_INTERRUPTED,
+        )
     finally:
         if file:
             file.close()
@@ -51,23 +55,23 @@ def held(folder: Path, rank: int = 0) -> Iterator[None]:
 def interrupted(number: int, frame: FrameType | None) -> None:
     """Signal handler: end at once; the last epoch's state stands. That workers die of the same signal is no error."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    stop(f"interrupted by {signal.Signals(number).name}; the same command goes on", INTERRUPTED)
+    fail(f"interrupted by {signal.Signals(number).name}; the same command goes on", EXIT_INTERRUPTED)
 
 
-def lock(folder: Path) -> IO[str]:
+def lock_folder(folder: Path) -> IO[str]:
     """The open, locked file `<folder>.lock`, with its owner's name in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder.with_name(f"{folder.name}.lock"), "a+", encoding="utf-8")  # noqa: SIM115 (kept open)
     except OSError as error:
-        stop(f"--out {folder} cannot be written ({error.strerror}): choose another folder")
+        fail(f"--out {folder} cannot be written ({error.strerror}): choose another folder")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             raise
         file.seek(0)
-        stop(f"{folder} is in use by {file.read().strip() or 'another process'}: wait for it or choose another folder")
+        fail(f"{folder} is in use by {file.read().strip() or 'another process'}: wait for it or choose another folder")
     for part in folder.glob(".*.part"):
         part.unlink()
     file.truncate(0)
