@@ -1,13 +1,13 @@
-"""What a BSA run's codes are worth, written to metrics.json; and its codes, neighbours and features to look at.
+"""Evaluate a BSA run: write metrics.json, or export its codes and print nearest neighbours and features.
 
     python bsa/eval.py runs/scratch                                # a finished run of train.py
     python bsa/eval.py runs/mesh --export codes.npz                # bit-packed codes of all rows
-    python bsa/eval.py runs/mesh --neighbours "Lung Neoplasms"     # nearest by code, beside nearest by embedding
+    python bsa/eval.py runs/mesh --neighbours "Lung Neoplasms"     # nearest by code and nearest by embedding
     python bsa/eval.py runs/mesh --features 10                     # top concepts of the most used features
 
-Losses are means over test rows: `reconstruction_loss` is 1 - cos of the row and what the decoder makes of its code z,
-`fixed_topk_reconstruction_loss` the same from zK, exactly K features on, whatever the arm was trained with. Shares of
-features (dead, rare, always on) are over all training rows.
+Losses are means over test rows. `reconstruction_loss` is 1 - cos(decoder(z), x). `fixed_topk_reconstruction_loss` is
+1 - cos(decoder(zK), x), where zK has exactly K features on in every arm. The shares of dead, rare and always-on
+features are computed over all training rows.
 """
 
 import argparse
@@ -21,41 +21,43 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-if not __package__:  # a script takes its own clone, whatever is installed
+if not __package__:  # run as a script: import from this clone, not from an installed copy
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bsa.planted import plant
-from bsa.train import BSA, Rows, build_model, encode, load_rows, reconstruction_loss, topk_code
+from bsa.planted import planted_concepts
+from bsa.train import BSA, Splits, build_model, encode, load_splits, reconstruction_loss, topk_code
 from common import checkpoints, cli, devices, files
 from common.cli import fail
 from common.lock import run_lock
 from common.run import load_finished
 
-PROBED = 1000  # test rows whose neighbours are compared
-NEAREST = 10
-METRICS_IF_FINITE = (  # of a diverged run they are null
-    *("reconstruction_loss", "fixed_topk_reconstruction_loss", "reconstruction_mse", "fixed_topk_reconstruction_mse"),
-    *("active_mean", "active_std", "active_median", "active_min", "active_max", "empty_fraction", "dead_fraction"),
-    *("always_on_fraction", "rare_fraction", "knn_overlap", "bits_per_row", "entropy_bits_per_row", "distinct_codes"),
-    *("open_fraction", "atom_recovery_f1", "depth_correlation", "atom_count_correlation", "train_loss"),
-    *("loss_moved", "reconstruction_loss_moved", "active_mean_moved", "settled_step"),
-)
+N_QUERIES = 1000  # test rows whose nearest neighbours are compared
+KNN_K = 10
+CHUNK_ROWS = 1024  # rows that are encoded at once, to limit memory
+METRICS_IF_FINITE = (  # null if the run diverged
+    "reconstruction_loss", "fixed_topk_reconstruction_loss", "reconstruction_mse", "fixed_topk_reconstruction_mse",
+    "active_mean", "active_std", "active_median", "active_min", "active_max", "empty_fraction", "dead_fraction",
+    "always_on_fraction", "rare_fraction", "knn_overlap", "bits_per_row", "entropy_bits_per_row", "distinct_codes",
+    "open_fraction", "atom_recovery_f1", "depth_correlation", "atom_count_correlation", "train_loss",
+    "loss_moved", "reconstruction_loss_moved", "active_mean_moved", "settled_step",
+)  # fmt: skip
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     parser.add_argument("folder", type=Path, help="folder of a finished run")
-    parser.add_argument("--data", type=Path, help="folder of the data, or the matrix; default: as in training")
-    parser.add_argument("--device", help="auto, cpu, cuda or cuda:1; default: as in training")
-    parser.add_argument("--threads", type=cli.int_min(1), help="default: as in training")
-    parser.add_argument("--held-out", action="store_true", help="measure on the held-out tenth: for tuning")
-    use = parser.add_argument_group("use of the codes (metrics.json stays as it is)")
-    use.add_argument("--names", type=Path, help="one name a line, as many as rows; default: beside the matrix, .txt")
-    use.add_argument("--export", type=Path, metavar="FILE.npz", help="write all rows' codes, eight features a byte")
-    use.add_argument("--neighbours", metavar="NAME", help=f"{NEAREST} nearest concepts by Jaccard index and by cosine")
-    use.add_argument("--features", type=cli.int_min(1), metavar="COUNT", help="the most used features' top concepts")
+    parser.add_argument("--data", type=Path, help="folder of the data, or the matrix file; default: as in training")
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N; default: as in training")
+    parser.add_argument("--threads", type=cli.int_min(1), help="CPU threads; default: as in training")
+    parser.add_argument("--held-out", action="store_true", help="evaluate on the held-out tenth, for tuning")
+    use = parser.add_argument_group("use of the codes (these flags leave metrics.json unchanged)")
+    use.add_argument("--names", type=Path, help="text file with one name per row; default: the matrix's path with .txt")
+    use.add_argument("--export", type=Path, metavar="FILE.npz", help="write the codes of all rows, 8 features per byte")
+    use.add_argument("--neighbours", metavar="NAME", help=f"{KNN_K} nearest concepts by Jaccard index and by cosine")
+    use.add_argument("--features", type=cli.int_min(1), metavar="COUNT", help="top concepts of the most used features")
     return parser.parse_args(argv)
 
 
@@ -63,235 +65,275 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 class Codes(NamedTuple):
-    """Of n rows: s and z (n, N), and zK (n, N); float32 on the device."""
+    """s, z and zK of n rows, each (n, N) float32 on the device."""
 
     s: Tensor
     z: Tensor
-    fixed: Tensor
+    zk: Tensor
 
 
 @torch.no_grad()
-def codes_of(model: BSA, x: Tensor, active: int, code: str) -> Codes:
-    """The codes of normalised rows x (n, d), in float32."""
+def compute_codes(model: BSA, x: Tensor, active: int, code: str) -> Codes:
+    """Return the codes of normalised rows x (n, d), computed in float32."""
     h = model.encoder(x)
     s, z = encode(h, active, code)
-    fixed = z if code == "topk-values" else topk_code(h, active)
-    return Codes(s, z, fixed)
-
-
-def blocks(rows: Tensor, size: int = 1024) -> tuple[Tensor, ...]:
-    """Rows (n, d) in pieces, so that their codes fit in memory."""
-    return rows.split(size)
+    return Codes(s, z, z if code == "topk-values" else topk_code(h, active))
 
 
 def jaccard(a: Tensor, b: Tensor) -> Tensor:
-    """|a and b| / |a or b| of the rows of two codes (n, N) and (m, N) of zeros and ones: (n, m); 0 for empty codes."""
-    both = a @ b.T
-    return both / (a.sum(1, keepdim=True) + b.sum(1) - both).clamp_min(1)
+    """Jaccard index |a and b| / |a or b| of each pair of rows of two 0/1 codes (n, N) and (m, N): (n, m).
+
+    The index of two empty codes is 0.
+    """
+    intersection = a @ b.T
+    return intersection / (a.sum(1, keepdim=True) + b.sum(1) - intersection).clamp_min(1)
 
 
-def packed(z: Tensor) -> np.ndarray:
-    """Codes (n, N) as bits, (n, ceil(N / 8)) uint8; numpy.unpackbits(..., axis=1, count=N) undoes it."""
+def pack_bits(z: Tensor) -> np.ndarray:
+    """Return codes (n, N) as bits, (n, ceil(N / 8)) uint8. numpy.unpackbits(..., axis=1, count=N) is the inverse."""
     return np.packbits(z.gt(0).cpu().numpy(), axis=1)
 
 
-# ------------------------------------------------------------------------------------------------- measures
+# ------------------------------------------------------------------------------------------------- metrics
 
 
-def rebuilding(model: BSA, x: Tensor, z: Tensor) -> Tensor:
-    """(1 - cos, squared error per channel) between rows x (n, d), whose channels have mean square 1, and their codes'
-    reconstruction: (2, n). Where a loss leaves the length open (the cosine), the squared error says little."""
-    rebuilt = model.decoder(z)
-    return torch.stack([reconstruction_loss(rebuilt, x, kind) for kind in ("cosine", "mse")])
+def reconstruction_losses(model: BSA, x: Tensor, z: Tensor) -> Tensor:
+    """Return 1 - cos and the squared error per channel of each row of x (n, d), reconstructed from codes z: (2, n).
+
+    The squared error says little about models trained with the cosine, which leaves the norm of a reconstruction free.
+    """
+    x_hat = model.decoder(z)
+    return torch.stack([reconstruction_loss(x_hat, x, distance) for distance in ("cosine", "mse")])
 
 
 def spearman(a: Tensor, b: Tensor) -> float:
-    """Rank correlation of two vectors, ties sharing their mean rank; 0 where one is constant."""
+    """Spearman rank correlation of two vectors (n,). Ties get their mean rank. 0 if a vector is constant."""
 
     def ranks(values: Tensor) -> Tensor:
         _, group, counts = values.unique(return_inverse=True, return_counts=True)
         last = counts.cumsum(0).double()
         return (last - (counts - 1) / 2)[group]
 
-    centred = [ranks(x) - ranks(x).mean() for x in (a, b)]
-    scale = (centred[0].norm() * centred[1].norm()).clamp_min(1e-12)
-    return float((centred[0] * centred[1]).sum() / scale)
+    a, b = ranks(a), ranks(b)
+    a, b = a - a.mean(), b - b.mean()
+    return float((a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-12))
 
 
 def best_match_f1(z: Tensor, atoms: Tensor) -> float:
-    """Mean over the true atoms (n, A) of the best F1 that any feature of the codes (n, N) reaches as its detector.
+    """Mean over true atoms (n, A) of the best F1 score that a single feature of the codes (n, N) has for the atom.
 
     Atoms in fewer than ten of the rows are left out.
     """
     atoms = atoms[:, atoms.sum(0) >= 10].float()
-    on = z.gt(0).float()
-    f1 = 2 * (atoms.T @ on) / (atoms.sum(0)[:, None] + on.sum(0)).clamp_min(1)
+    active = z.gt(0).float()
+    f1 = 2 * (atoms.T @ active) / (atoms.sum(0)[:, None] + active.sum(0)).clamp_min(1)
     return float(f1.max(1).values.mean())
 
 
 def knn_overlap(x: Tensor, z: Tensor, queries: int) -> float:
     """Share of the ten nearest rows by cosine of x (n, d) that are among the ten nearest by Jaccard index of z (n, N).
 
-    The first `queries` rows ask, all rows answer, a row itself left out. Of equal indices the lower row number wins.
+    The mean is over the first `queries` rows. Neighbours are searched among all other rows. Of rows with equal Jaccard
+    index the one with the lower row number is nearer.
     """
-    unit, on = torch.nn.functional.normalize(x, dim=1), z.gt(0).float()
-    shared = torch.zeros((), device=x.device)
-    # less than indices differ by, as long as codes are sparse
-    favour = torch.arange(len(x), 0, -1, device=x.device) / len(x) * 1e-5
-    for numbers in torch.arange(min(queries, len(x)), device=x.device).split(250):
-        near = []
-        for scores in (unit[numbers] @ unit.T, jaccard(on[numbers], on).double() + favour):
-            scores[torch.arange(len(numbers), device=x.device), numbers] = -2
-            near.append(scores.topk(min(NEAREST, len(x) - 1), dim=1).indices)
-        shared += (near[0][:, :, None] == near[1][:, None, :]).any(2).float().mean(1).sum()
-    return float(shared) / min(queries, len(x))
+    unit = F.normalize(x, dim=1)
+    active = z.gt(0).float()
+    n_queries, k = min(queries, len(x)), min(KNN_K, len(x) - 1)
+    overlap = torch.zeros((), device=x.device)
+    # Smaller than any difference between two Jaccard indices of sparse codes.
+    tie_break = torch.arange(len(x), 0, -1, device=x.device) / len(x) * 1e-5
+    for rows in torch.arange(n_queries, device=x.device).split(250):
+        neighbours = []
+        for scores in (unit[rows] @ unit.T, jaccard(active[rows], active).double() + tie_break):
+            scores[torch.arange(len(rows), device=x.device), rows] = -2  # a row is not its own neighbour
+            neighbours.append(scores.topk(k, dim=1).indices)
+        dense, sparse = neighbours
+        overlap += (dense[:, :, None] == sparse[:, None, :]).any(2).float().mean(1).sum()
+    return float(overlap) / n_queries
 
 
-def entropy_bits(share: Tensor) -> Tensor:
-    """Entropy in bits of features that are on with probability `share` (N,): what a code needs at least, if they are
-    independent."""
-    share = share.double()
-    return (torch.special.entr(share) + torch.special.entr(1 - share)).sum() / math.log(2)
+def entropy_bits(frequency: Tensor) -> Tensor:
+    """Entropy in bits of independent features that are on with probability `frequency` (N,).
+
+    A code takes at least this many bits on average if its features are independent.
+    """
+    frequency = frequency.double()
+    return (torch.special.entr(frequency) + torch.special.entr(1 - frequency)).sum() / math.log(2)
 
 
-def storage(active_mean: float, latent: int, share: Tensor, values: bool) -> dict[str, float]:
-    """Bits a row takes: as a bitmap or as a list of numbers of features, whichever is less (16 more for each value)."""
-    listed = active_mean * (math.ceil(math.log2(latent)) + 16 * values)
+def storage(active_mean: float, latent: int, frequency: Tensor, with_values: bool) -> dict[str, float]:
+    """Bits per row: the smaller of a bitmap and a list of feature indices, and the entropy.
+
+    `with_values`: the list only, with 16 bits more for the value of each active feature.
+    """
+    index_list = active_mean * (math.ceil(math.log2(latent)) + 16 * with_values)
     return {
-        "bits_per_row": listed if values else min(float(latent), listed),
-        "entropy_bits_per_row": float(entropy_bits(share)),
+        "bits_per_row": index_list if with_values else min(float(latent), index_list),
+        "entropy_bits_per_row": float(entropy_bits(frequency)),
     }
 
 
 @torch.no_grad()
 def evaluate(
-    model: BSA, data: Rows, part: str, active: int, code: str, truth: tuple[Tensor, Tensor] | None
+    model: BSA, data: Splits, split: str, active: int, code: str, truth: tuple[Tensor, Tensor] | None
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """(metrics, the distribution of activations). `truth`: atoms (n, A) bool and depth (n,) of the measured rows."""
+    """Return (metrics, activations) on `split`: test or held_out. `activations` is the content of activations.json.
+
+    `truth`: atoms (n, A) bool and depth (n,) of the rows of the split, None if the data are not planted.
+    """
     latent = model.encoder.out_features
-    x = model.normalise(data.held_out if part == "held_out" else data.test)
-    s, z, fixed = (
-        torch.cat(parts) for parts in zip(*(codes_of(model, b, active, code) for b in blocks(x)), strict=True)
-    )
+    x = model.normalise(getattr(data, split))
+    chunks = [compute_codes(model, chunk, active, code) for chunk in x.split(CHUNK_ROWS)]
+    s, z, zk = (torch.cat(tensors) for tensors in zip(*chunks, strict=True))
     counts = z.count_nonzero(1).float()
-    used = torch.zeros(latent, device=x.device)
-    for block in blocks(model.normalise(data.train)):
-        used += codes_of(model, block, active, code).z.count_nonzero(0)
-    share = used / len(data.train)
-    whole, cut = rebuilding(model, x, z).mean(1), rebuilding(model, x, fixed).mean(1)
-    metrics = {
-        "reconstruction_loss": whole[0], "fixed_topk_reconstruction_loss": cut[0], "reconstruction_mse": whole[1],
-        "fixed_topk_reconstruction_mse": cut[1], "active_mean": counts.mean(), "active_std": counts.std(),
-        "active_median": counts.median(), "active_min": counts.min(), "active_max": counts.max(),
-        "empty_fraction": (counts == 0).float().mean(), "dead_fraction": (share == 0).float().mean(),
-        "always_on_fraction": (share > 0.5).float().mean(), "open_fraction": ((s > 0.1) & (s < 0.9)).float().mean(),
-        "rare_fraction": (share < 0.1 * active / latent).float().mean(),
-    }  # fmt: skip
-    found = {name: float(value) for name, value in metrics.items()}
-    found |= storage(found["active_mean"], latent, share, code == "topk-values")
-    found["knn_overlap"] = knn_overlap(x, z, PROBED)
-    found["distinct_codes"] = len(np.unique(packed(z), axis=0)) / len(z)
+    uses = torch.zeros(latent, device=x.device)
+    for chunk in model.normalise(data.train).split(CHUNK_ROWS):
+        uses += compute_codes(model, chunk, active, code).z.count_nonzero(0)
+    frequency = uses / len(data.train)
+    cosine, mse = reconstruction_losses(model, x, z).mean(1)
+    topk_cosine, topk_mse = reconstruction_losses(model, x, zk).mean(1)
+    tensors = {
+        "reconstruction_loss": cosine,
+        "fixed_topk_reconstruction_loss": topk_cosine,
+        "reconstruction_mse": mse,
+        "fixed_topk_reconstruction_mse": topk_mse,
+        "active_mean": counts.mean(),
+        "active_std": counts.std(),
+        "active_median": counts.median(),
+        "active_min": counts.min(),
+        "active_max": counts.max(),
+        "empty_fraction": (counts == 0).float().mean(),
+        "dead_fraction": (frequency == 0).float().mean(),
+        "always_on_fraction": (frequency > 0.5).float().mean(),
+        "open_fraction": ((s > 0.1) & (s < 0.9)).float().mean(),
+        "rare_fraction": (frequency < 0.1 * active / latent).float().mean(),
+    }
+    metrics = {name: float(value) for name, value in tensors.items()}
+    metrics |= storage(metrics["active_mean"], latent, frequency, code == "topk-values")
+    metrics["knn_overlap"] = knn_overlap(x, z, N_QUERIES)
+    metrics["distinct_codes"] = len(np.unique(pack_bits(z), axis=0)) / len(z)
     if truth:
         atoms, depth = truth
-        found["atom_recovery_f1"] = best_match_f1(z, atoms)
-        found["depth_correlation"] = spearman(counts, depth.float())
-        found["atom_count_correlation"] = spearman(counts, atoms.sum(1).float())
+        metrics["atom_recovery_f1"] = best_match_f1(z, atoms)
+        metrics["depth_correlation"] = spearman(counts, depth.float())
+        metrics["atom_count_correlation"] = spearman(counts, atoms.sum(1).float())
     histogram = torch.bincount(counts.long(), minlength=1).tolist()
-    return found, {"feature_shares": sorted(share.tolist(), reverse=True), "rows_by_active_count": histogram}
+    return metrics, {"feature_shares": sorted(frequency.tolist(), reverse=True), "rows_by_active_count": histogram}
 
 
 @torch.no_grad()
-def references(model: BSA, data: Rows, part: str, active: int) -> dict[str, float]:
-    """What codes are worth that nobody trained, on the measured rows.
+def baselines(model: BSA, data: Splits, split: str, active: int) -> dict[str, float]:
+    """Return the metrics of two codes without training, on `split`: test or held_out. `model` must be untrained.
 
-    `untrained_*`: zK of the encoder at its start, with the best linear decoder for it (least squares on at most 20,000
-    training rows). `sign_*`: the sign of every channel, a bit each.
+    `untrained_*`: zK of the untrained encoder, with the linear decoder that fits it best (ridge regression on at most
+    20,000 training rows). `sign_*`: the sign of every channel, one bit each.
     """
-    train, x = model.normalise(data.train)[:20_000], model.normalise(data.held_out if part == "held_out" else data.test)
+    train = model.normalise(data.train)[:20_000]
+    x = model.normalise(getattr(data, split))
 
-    def code(rows: Tensor) -> Tensor:
-        fixed = torch.cat([topk_code(model.encoder(block), active) for block in blocks(rows)])
-        return torch.cat([fixed, rows.new_ones(len(rows), 1)], dim=1)
+    def codes_with_bias(rows: Tensor) -> Tensor:
+        zk = torch.cat([topk_code(model.encoder(chunk), active) for chunk in rows.split(CHUNK_ROWS)])
+        return torch.cat([zk, rows.new_ones(len(rows), 1)], dim=1)
 
-    known, asked = code(train), code(x)
-    if len(known) > known.shape[1]:  # ridge of 1, over features or over rows, whichever are fewer
-        gram = known.T @ known
-        rebuilt = asked @ torch.linalg.solve(gram + torch.eye(len(gram), device=x.device), known.T @ train)
+    train_codes, codes = codes_with_bias(train), codes_with_bias(x)
+    # Ridge regression with penalty 1; the primal and the dual form agree, and the smaller system is solved.
+    if len(train_codes) > train_codes.shape[1]:
+        gram = train_codes.T @ train_codes
+        x_hat = codes @ torch.linalg.solve(gram + torch.eye(len(gram), device=x.device), train_codes.T @ train)
     else:
-        gram = known @ known.T
-        rebuilt = asked @ (known.T @ torch.linalg.solve(gram + torch.eye(len(gram), device=x.device), train))
+        gram = train_codes @ train_codes.T
+        x_hat = codes @ (train_codes.T @ torch.linalg.solve(gram + torch.eye(len(gram), device=x.device), train))
     sign = x.gt(0).float()
     return {
-        "untrained_fixed_topk_reconstruction_loss": float(reconstruction_loss(rebuilt, x, "cosine").mean()),
+        "untrained_fixed_topk_reconstruction_loss": float(reconstruction_loss(x_hat, x, "cosine").mean()),
         "sign_reconstruction_loss": float(reconstruction_loss(2 * sign - 1, x, "cosine").mean()),
-        "sign_knn_overlap": knn_overlap(x, sign, PROBED),
+        "sign_knn_overlap": knn_overlap(x, sign, N_QUERIES),
         "sign_bits_per_row": float(x.shape[1]),
     }
 
 
-def movement(log: list[dict[str, Any]]) -> dict[str, float | None]:
-    """How much loss, reconstruction loss and active count moved over the last fifth, in percent of their last values;
-    and the step from which on loss and active count had moved by less than 1 % over the fifth before (None: never)."""
+def convergence(log: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Return how much a run still changed at its end, from the lines of train.jsonl.
+
+    `*_moved`: change over the last fifth of the epochs, in percent of the last value. `settled_step`: the step from
+    which on loss and active count changed by less than 1 % over the last fifth of the epochs so far; None if never.
+    """
     epochs = [line for line in log if line["epoch"]]
 
-    def moved(place: int, name: str) -> float:
-        before = epochs[max(0, round((place + 1) * 0.8) - 1)][name]
-        return 100 * abs(epochs[place][name] - before) / max(abs(epochs[place][name]), 1e-12)
+    def moved(index: int, name: str) -> float:
+        before = epochs[max(0, round((index + 1) * 0.8) - 1)][name]
+        return 100 * abs(epochs[index][name] - before) / max(abs(epochs[index][name]), 1e-12)
 
-    still = [max(moved(place, "loss"), moved(place, "active_mean")) < 1 for place in range(len(epochs))]
-    settled = next((place for place in range(4, len(epochs)) if all(still[place:])), None)
-    found = {f"{name}_moved": moved(len(epochs) - 1, name) for name in ("loss", "reconstruction_loss", "active_mean")}
-    return found | {"settled_step": None if settled is None else epochs[settled]["step"]}
+    settled = [max(moved(index, "loss"), moved(index, "active_mean")) < 1 for index in range(len(epochs))]
+    first = next((index for index in range(4, len(epochs)) if all(settled[index:])), None)
+    changes = {f"{name}_moved": moved(len(epochs) - 1, name) for name in ("loss", "reconstruction_loss", "active_mean")}
+    return changes | {"settled_step": None if first is None else epochs[first]["step"]}
 
 
 # ------------------------------------------------------------------------------------------------- use
 
 
-def read_names(given: Path | None, data_set: str, data: Path, count: int) -> list[str]:
-    """The rows' names, or their numbers where there is no file. Stops (exit 2) where there are not `count`."""
-    path = given or (data.with_suffix(".txt") if data_set == "file" else data / "mesh-minilm.txt")
-    if given is None and (data_set == "planted" or not path.exists()):
+def read_names(path: Path | None, data_set: str, data: Path, count: int) -> list[str]:
+    """Return the names of all `count` rows from `path` (--names), by default from the text file of the matrix.
+
+    Without a file the names are "row 0", "row 1" and so on. Exits with code 2 if the file has not `count` lines.
+    """
+    default = data.with_suffix(".txt") if data_set == "file" else data / "mesh-minilm.txt"
+    if path is None and (data_set == "planted" or not default.exists()):
         return [f"row {number}" for number in range(count)]
+    path = path or default
     try:
         names = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        fail(f"--names {path} cannot be read ({error.strerror})")
+        fail(f"--names {path} cannot be read ({error.strerror}): give a text file with one name per line")
     if len(names) != count:
-        fail(f"--names {path} has {len(names)} lines for {count} rows: one name a line is needed")
+        fail(f"--names {path} has {len(names)} lines for {count} rows: give one name per line and row")
     return names
 
 
 @torch.no_grad()
-def look(args: argparse.Namespace, model: BSA, raw: Tensor, names: list[str], active: int, code: str) -> None:
-    """Answer --export, --neighbours and --features for all rows, raw (n, d)."""
-    x = model.normalise(raw)
-    z = torch.cat([codes_of(model, block, active, code).z for block in blocks(x)]).gt(0).float()
+def use_codes(args: argparse.Namespace, model: BSA, rows: Tensor, names: list[str], active: int, code: str) -> None:
+    """Execute --export, --neighbours and --features on all rows (n, d), not normalised."""
+    x = model.normalise(rows)
+    z = torch.cat([compute_codes(model, chunk, active, code).z for chunk in x.split(CHUNK_ROWS)]).gt(0).float()
     if args.export:
-        whole = BytesIO()
-        np.savez_compressed(whole, codes=packed(z), latent=z.shape[1], names=np.array(names))
-        try:
-            files.write_bytes(args.export, whole.getvalue())
-        except OSError as error:
-            fail(f"--export {args.export} cannot be written ({error.strerror})")
-        print(f"{args.export}: {len(z)} codes of {z.shape[1]} features, names; numpy.unpackbits(codes, axis=1)")
+        export(args.export, z, names)
     if args.neighbours:
-        if args.neighbours not in names:
-            near = [name for name in names if args.neighbours.lower() in name.lower()][:5]
-            fail(f"--neighbours {args.neighbours!r} is no name of a row; near it: {', '.join(near) or 'none'}")
-        row = names.index(args.neighbours)
-        dense = torch.nn.functional.normalize(x, dim=1)
-        scores = {"by code (Jaccard)": jaccard(z[row : row + 1], z)[0], "by embedding (cosine)": dense @ dense[row]}
-        for title, score in scores.items():
-            score[row] = -2
-            best = score.topk(min(NEAREST, len(names) - 1))
-            print(f"{args.neighbours}, {title}: " + "; ".join(
-                f"{names[place]} {value:.2f}" for value, place in zip(*(part.tolist() for part in best), strict=True)
-            ))  # fmt: skip
+        print_neighbours(args.neighbours, x, z, names)
     if args.features:
         for feature in z.sum(0).topk(min(args.features, z.shape[1])).indices.tolist():
-            logits = torch.cat([model.encoder(block)[:, feature] for block in blocks(x)])
+            logits = torch.cat([model.encoder(chunk)[:, feature] for chunk in x.split(CHUNK_ROWS)])
             top = ", ".join(names[row] for row in logits.topk(min(8, len(names))).indices.tolist())
             print(f"feature {feature}, on in {100 * z[:, feature].mean().item():.1f} % of rows: {top}")
+
+
+def export(path: Path, z: Tensor, names: list[str]) -> None:
+    """Write 0/1 codes z (n, N) and names to an .npz file. Exits with code 2 if it cannot be written."""
+    buffer = BytesIO()
+    np.savez_compressed(buffer, codes=pack_bits(z), latent=z.shape[1], names=np.array(names))
+    try:
+        files.write_bytes(path, buffer.getvalue())
+    except OSError as error:
+        fail(f"--export {path} cannot be written ({error.strerror}): give another file")
+    print(f"{path}: {len(z)} codes of {z.shape[1]} features, with names; unpack with numpy.unpackbits(codes, axis=1)")
+
+
+def print_neighbours(name: str, x: Tensor, z: Tensor, names: list[str]) -> None:
+    """Print the nearest rows of the row `name`, by 0/1 codes z (n, N) and by embeddings x (n, d).
+
+    Exits with code 2 if no row has this name.
+    """
+    if name not in names:
+        similar = [other for other in names if name.lower() in other.lower()][:5]
+        fail(f"--neighbours {name!r} not found: give the name of a row; similar names: {', '.join(similar) or 'none'}")
+    row = names.index(name)
+    dense = F.normalize(x, dim=1)
+    scores = {"by code (Jaccard)": jaccard(z[row : row + 1], z)[0], "by embedding (cosine)": dense @ dense[row]}
+    for title, score in scores.items():
+        score[row] = -2  # a row is not its own neighbour
+        best = score.topk(min(KNN_K, len(names) - 1))
+        pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        print(f"{name}, {title}: " + "; ".join(f"{names[other]} {value:.2f}" for value, other in pairs))
 
 
 # ------------------------------------------------------------------------------------------------- main
@@ -299,7 +341,7 @@ def look(args: argparse.Namespace, model: BSA, raw: Tensor, names: list[str], ac
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    arguments, facts, saved = load_finished(args.folder, "bsa/train.py")
+    arguments, provenance, saved = load_finished(args.folder, "bsa/train.py")
     try:
         log = files.read_lines(args.folder / "train.jsonl")
         epochs = [line for line in log if line["epoch"]]
@@ -309,40 +351,44 @@ def main(argv: list[str] | None = None) -> None:
         fail(f"{args.folder / 'train.jsonl'} is damaged ({error}): move {args.folder} away and train this run again")
     torch.set_num_threads(args.threads or arguments["threads"])
     device = devices.select_device(args.device or arguments["device"], arguments["scale"])
-    started, folder = time.perf_counter(), args.data or Path(arguments["data"])
-    elsewhere = "A --device with more memory, or --device cpu, gives the same metrics"
-    with (
-        run_lock(args.folder),
-        devices.memory_for(device, f"{arguments['latent']} features of all test rows", elsewhere),
-    ):
-        data = load_rows(arguments["data_set"], folder, device)
-        if data.digest != facts["data"]:
-            fail(f"--data {folder} is not what {args.folder} was trained on (digest {data.digest[:12]}): give that")
+    started = time.perf_counter()
+    data_path = args.data or Path(arguments["data"])
+    setting = f"{arguments['latent']} features of all test rows"
+    remedy = "Give a --device with more memory, or --device cpu; the metrics are the same"
+    with run_lock(args.folder), devices.report_oom(device, setting, remedy):
+        data = load_splits(arguments["data_set"], data_path, device)
+        if data.digest != provenance["data"]:
+            digest = data.digest[:12]
+            fail(f"--data {data_path} (digest {digest}) differs from the training data of {args.folder}: give that")
         model = build_model(argparse.Namespace(**arguments), data.train.shape[1], device)
         model.mean.copy_(data.train.mean(0))
         active, code = arguments["active"], arguments["code"]
-        part, numbers = ("held_out", data.numbers[1]) if args.held_out else ("test", data.numbers[2])
-        looking = args.export or args.neighbours or args.features
-        untrained = {} if looking else references(model, data, part, active)
-        checkpoints.fit(model, saved["model"], args.folder / "model.pt")
-        if looking:
-            order = torch.cat(data.numbers).argsort().to(device)
-            count = 1 + max(int(rows.max()) for rows in data.numbers)
-            names = read_names(args.names, arguments["data_set"], folder, count)
-            kept = torch.cat(data.numbers).sort().values.tolist()
-            raw = torch.cat([data.train, data.held_out, data.test])[order]
-            look(args, model, raw, [names[row] for row in kept], active, code)
+        split = "held_out" if args.held_out else "test"
+        uses_codes = args.export or args.neighbours or args.features
+        untrained = {} if uses_codes else baselines(model, data, split, active)
+        checkpoints.load_weights(model, saved["model"], args.folder / "model.pt")
+
+        if uses_codes:
+            indices = torch.cat(data.indices)
+            names = read_names(args.names, arguments["data_set"], data_path, int(indices.max()) + 1)
+            # Names are in the order of the source; rows that were dropped as duplicates have no code.
+            order = indices.argsort()
+            rows = torch.cat([data.train, data.held_out, data.test])[order.to(device)]
+            use_codes(args, model, rows, [names[index] for index in indices[order].tolist()], active, code)
             return
-        metrics: dict[str, Any] = {**facts, **untrained, "diverged": saved["diverged"], "rows": len(data.train)}
+
+        metrics: dict[str, Any] = {**provenance, **untrained, "diverged": saved["diverged"], "rows": len(data.train)}
         if saved["diverged"]:
             metrics |= dict.fromkeys(METRICS_IF_FINITE)
         else:
             truth = None
             if arguments["data_set"] == "planted":
-                planted = plant()
-                truth = tuple(torch.from_numpy(one)[numbers].to(device) for one in (planted.atoms, planted.depth))
-            found, activations = evaluate(model, data, part, active, code, truth)
-            metrics |= found | movement(log) | {"train_loss": epochs[-1]["loss"]}
+                planted = planted_concepts()
+                indices = data.indices[1] if args.held_out else data.indices[2]
+                atoms, depth = torch.from_numpy(planted.atoms), torch.from_numpy(planted.depth)
+                truth = (atoms[indices].to(device), depth[indices].to(device))
+            results, activations = evaluate(model, data, split, active, code, truth)
+            metrics |= results | convergence(log) | {"train_loss": epochs[-1]["loss"]}
             files.write_json(args.folder / "activations.json", activations)
         metrics |= {
             "examples_per_second": median(line["examples_per_second"] for line in epochs) if epochs else None,

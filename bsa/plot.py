@@ -1,9 +1,9 @@
-"""Figures, tables and finding of one BSA study.
+"""Draw the figures and write the tables and the finding of one BSA study.
 
     python bsa/plot.py bsa-alignment-loss --scale demo --seeds 0 1 2
 
-Reads the runs' metrics.json, train.jsonl and activations.json, and draws what there is; missing runs are holes. Trains
-nothing; the one number it makes itself is the loss at equal activity (`at_activity`), for the study on alpha.
+Reads metrics.json, train.jsonl and activations.json of the runs. Missing runs are left out and named. Nothing is
+computed here except the loss at equal activity (`loss_at_activity`), for the study bsa-alpha.
 """
 
 import math
@@ -19,17 +19,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-if not __package__:  # a script takes its own clone, whatever is installed
+if not __package__:  # run as a script: import from this clone, not from an installed copy
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bsa.studies import METRICS, design
 from common.files import read_json
 from common.study import figures, plotting, results, statistics, tables
 
-PRIMARY = "fixed_topk_reconstruction_loss"
-UNTRAINED = {PRIMARY: "untrained_fixed_topk_reconstruction_loss"}
-MANY = 8  # arms; above it a figure has fewer panels, or groups of arms
-FAMILIES = {  # (alignment, reconstruction): how a family of arms that differ in alpha is called
+PRIMARY_METRIC = "fixed_topk_reconstruction_loss"
+BASELINE_METRICS = {PRIMARY_METRIC: "untrained_fixed_topk_reconstruction_loss"}
+MANY_ARMS = 8  # with more arms a figure has fewer panels, or one row of panels per family
+FAMILIES = {  # (alignment, reconstruction): name of the family of arms that differ only in alpha
     ("cosine", "cosine"): "cosine alignment",
     ("mse", "cosine"): "mse alignment",
     ("mse", "mse"): "mse alignment and reconstruction",
@@ -37,28 +37,31 @@ FAMILIES = {  # (alignment, reconstruction): how a family of arms that differ in
     ("l1", "cosine"): "l1",
     ("l1", "mse"): "l1, mse reconstruction",
 }
-Which = Literal["x", "y"]
 
 
 class Point(NamedTuple):
-    """A run on the way of its family: mean number of active features a row, and reconstruction loss."""
+    """Mean number of active features per row, and reconstruction loss, of one run."""
 
     active: float
     loss: float
 
 
 class Activations(NamedTuple):
-    """Of one run: shares of rows (N,) in which each feature is on, falling; shares of rows (n,) by active count."""
+    """Activation statistics of one run.
+
+    features: share of rows in which each feature is on, (N,), in descending order. rows: share of rows with 0, 1, 2 ...
+    active features, (n,).
+    """
 
     features: np.ndarray
     rows: np.ndarray
 
 
-# ------------------------------------------------------------------------------------------------- what the runs say
+# ------------------------------------------------------------------------------------------------- text
 
 
 def describe(runs: results.Runs) -> str:
-    """Data and recipe in words, of the first run that is there; "" where there is none."""
+    """Return a description of data and training settings, taken from the first run; "" without any run."""
     first = results.first_arguments(runs)
     if not first:
         return ""
@@ -68,344 +71,389 @@ def describe(runs: results.Runs) -> str:
     return f"{data}, {recipe}"
 
 
-def holes(summary: Mapping[str, Any]) -> dict[str, str]:
-    """By arm, how many of its seeds diverged and how many are missing; nothing for an arm that is whole."""
-    told = {
-        row["arm"]: ", ".join(f"{len(row[what])} {what}" for what in ("diverged", "missing") if row[what])
-        for row in summary["rows"]
-    }
-    return {arm: text for arm, text in told.items() if text}
+def incomplete_arms(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Return the numbers of diverged and missing seeds as text, for each arm that has any."""
+    remarks = {}
+    for row in summary["rows"]:
+        parts = [f"{len(row[problem])} {problem}" for problem in ("diverged", "missing") if row[problem]]
+        if parts:
+            remarks[row["arm"]] = ", ".join(parts)
+    return remarks
 
 
-def unsettled(runs: results.Runs) -> list[str]:
-    """A sentence for each arm with seeds that still moved at the end: they are not in the mean of `settled_step`."""
-    result = []
+def unsettled_notes(runs: results.Runs) -> list[str]:
+    """Return a sentence for each arm with seeds that had not settled; the mean of `settled_step` leaves them out."""
+    notes = []
     for arm, by_seed in runs.items():
         finished = {s: run.metrics for s, run in by_seed.items() if run.metrics and not run.metrics.get("diverged")}
-        asked = [seed for seed, metrics in finished.items() if "settled_step" in metrics]
-        if moving := [seed for seed in asked if finished[seed]["settled_step"] is None]:
-            listed = ", ".join(map(str, moving))
-            result.append(
-                f"{arm}: in {len(moving)} of {len(asked)} loss or active count still moved by 1 % or more over the "
-                f"last fifth of the steps (seed {listed})."
+        steps = {seed: metrics["settled_step"] for seed, metrics in finished.items() if "settled_step" in metrics}
+        moving = [seed for seed, step in steps.items() if step is None]
+        if moving:
+            notes.append(
+                f"{arm}: in {len(moving)} of {len(steps)} runs loss or active count changed by 1 % or more over the "
+                f"last fifth of the steps (seed {', '.join(map(str, moving))})."
             )
-    return result
+    return notes
 
 
 def family(arguments: Mapping[str, Any]) -> str:
-    """How a run is called apart from its alpha: by the arguments of args.json, never by the arm's name."""
+    """Return the name of a run's settings without alpha. It depends on its arguments only, not on the arm's name."""
     if arguments["code"] != "round":
         return f"{arguments['code']} code"
-    pair = (arguments["alignment"], arguments["reconstruction"])
-    name = FAMILIES.get(pair, f"{pair[0]} alignment, {pair[1]} reconstruction")
-    apart = {"init": "sparse", "target": "binary", "mse_reduction": "mean"}
-    others = [f"{arguments[key]} {key.split('_')[-1]}" for key, usual in apart.items() if arguments[key] != usual]
+    alignment, reconstruction = arguments["alignment"], arguments["reconstruction"]
+    name = FAMILIES.get((alignment, reconstruction), f"{alignment} alignment, {reconstruction} reconstruction")
+    defaults = {"init": "sparse", "target": "binary", "mse_reduction": "mean"}
+    changed = [key for key, default in defaults.items() if arguments[key] != default]
+    others = [f"{arguments[key]} {key.split('_')[-1]}" for key in changed]
     return ", ".join([name, *others])
 
 
 def families(runs: results.Runs) -> dict[str, dict[str, float]]:
-    """By family its arms with their alpha, rising; an arm without a run belongs to none."""
-    result: dict[str, dict[str, float]] = {}
+    """Return the alpha of each arm, grouped by family and in ascending order. Arms without a run are left out."""
+    groups: dict[str, dict[str, float]] = {}
     for arm, by_seed in runs.items():
-        if found := [run.args["arguments"] for run in by_seed.values() if run.args]:
-            result.setdefault(family(found[0]), {})[arm] = float(found[0]["alpha"])
-    return {name: dict(sorted(arms.items(), key=lambda item: item[1])) for name, arms in result.items()}
+        arguments = next((run.args["arguments"] for run in by_seed.values() if run.args), None)
+        if arguments:
+            groups.setdefault(family(arguments), {})[arm] = float(arguments["alpha"])
+    return {name: dict(sorted(alphas.items(), key=lambda item: item[1])) for name, alphas in groups.items()}
 
 
 def interpolate(points: Sequence[Point | None], active: float) -> float | None:
-    """The loss at `active` features, linear in log(active) between neighbours in the order of alpha.
+    """Return the loss at `active` features, linear in log(active) between neighbouring points.
 
-    A None is a run that is missing: nothing is interpolated across it. None where no two neighbours enclose `active`;
-    the lowest loss where the way crosses it more often, since alpha may be chosen.
+    `points` are in the order of alpha. None is a missing run; nothing is interpolated across it. If several pairs of
+    neighbours enclose `active`, the lowest loss counts, since alpha may be chosen. Returns None if no pair does.
     """
-    found = []
-    for one, other in zip(points, [*points[1:], *points[-1:]], strict=True):  # the last with itself: it may be alone
-        if one is None or other is None or min(one.active, other.active) <= 0:
+    losses = []
+    neighbours = zip(points, [*points[1:], *points[-1:]], strict=True)  # the last point also forms a pair with itself
+    for point, neighbour in neighbours:
+        if point is None or neighbour is None or min(point.active, neighbour.active) <= 0:
             continue
-        low, high = sorted((one, other))
+        low, high = sorted((point, neighbour))
         if low.active <= active <= high.active:
             width = math.log(high.active / low.active)
             share = math.log(active / low.active) / width if width else 0.0
-            found.append(low.loss + share * (high.loss - low.loss))
-    return min(found, default=None)
+            losses.append(low.loss + share * (high.loss - low.loss))
+    return min(losses, default=None)
 
 
-def at_activity(runs: results.Runs, arms: Sequence[str], active: float) -> dict[int, float | None]:
-    """By seed, the reconstruction loss at `active` features of arms in the order of alpha; None outside their range.
+def loss_at_activity(runs: results.Runs, arms: Sequence[str], active: float) -> dict[int, float | None]:
+    """Return for each seed the reconstruction loss at `active` features, interpolated between arms.
 
-    A seed without any value of these arms is left out.
+    `arms` are in the order of alpha. The loss is None if `active` is outside their range. Seeds without any run of
+    these arms are left out.
     """
     counts = [results.values(runs, arm, "active_mean") for arm in arms]
     losses = [results.values(runs, arm, "reconstruction_loss") for arm in arms]
     result = {}
-    for seed in sorted({seed for found in counts for seed in found}):
-        ways = zip(counts, losses, strict=True)
-        points = [Point(count[seed], loss[seed]) if seed in count and seed in loss else None for count, loss in ways]
+    for seed in sorted({seed for by_seed in counts for seed in by_seed}):
+        points = [
+            Point(count[seed], loss[seed]) if seed in count and seed in loss else None
+            for count, loss in zip(counts, losses, strict=True)
+        ]
         result[seed] = interpolate(points, active)
     return result
 
 
-def matched(runs: results.Runs, reference: str) -> list[str]:
-    """What each family loses at the reference's mean active count, and by how much it differs from the reference.
+def matched_activity_finding(runs: results.Runs, reference: str) -> list[str]:
+    """Return a sentence: each family's loss at the mean active count of the reference, and its difference to it.
 
-    The reference's own loss is measured, not interpolated: where the count hardly answers to alpha that would tell
-    nothing.
+    The list is empty if the reference has no run. The loss of the reference itself is measured, not interpolated:
+    where the active count hardly depends on alpha, an interpolated loss would be arbitrary.
     """
-    ways, metric = families(runs), vars(METRICS["reconstruction_loss"])
-    own = next((name for name, arms in ways.items() if reference in arms), None)
+    groups, metric = families(runs), vars(METRICS["reconstruction_loss"])
+    own = next((name for name, alphas in groups.items() if reference in alphas), None)
     counts = list(results.values(runs, reference, "active_mean").values())
     if own is None or not counts:
         return []
     active = mean(counts)
-    found = {name: at_activity(runs, list(ways[name]), active) for name in sorted(ways, key=lambda name: name != own)}
-    kept = {name: [loss for loss in losses.values() if loss is not None] for name, losses in found.items()}
-    kept[own] = list(results.values(runs, reference, "reconstruction_loss").values())
+    reference_losses = list(results.values(runs, reference, "reconstruction_loss").values())
     parts = []
-    for name, losses in kept.items():
+    for name in sorted(groups, key=lambda name: name != own):  # the reference's family comes first
+        by_seed = loss_at_activity(runs, list(groups[name]), active)
+        losses = [loss for loss in by_seed.values() if loss is not None] if name != own else reference_losses
         if not losses:
             parts.append(f"{name}: outside its range")
             continue
-        whole = statistics.summary(losses)
-        facts = [f"95 % interval {tables.interval(vars(whole), metric)}"] if whole.low is not None else []
-        outside = len(found[name]) - whole.n if name != own else 0
-        facts.append(f"n = {whole.n}" + (f", {outside} more outside its range" if outside else ""))
-        if name != own and kept[own]:
-            apart = statistics.welch(losses, kept[own])
-            bounds = "" if apart.low is None else f", {tables.interval(vars(apart), metric)}"
-            facts.append(f"minus {reference} {tables.number(apart.mean, metric)}{bounds}")
-        parts.append(f"{reference if name == own else name}: {tables.number(whole.mean, metric)} ({'; '.join(facts)})")
+        summary = statistics.summary(losses)
+        details = [f"95 % interval {tables.interval(vars(summary), metric)}"] if summary.low is not None else []
+        outside = len(by_seed) - summary.n if name != own else 0
+        details.append(f"n = {summary.n}" + (f", {outside} more outside its range" if outside else ""))
+        if name != own and reference_losses:
+            difference = statistics.welch(losses, reference_losses)
+            bounds = "" if difference.low is None else f", {tables.interval(vars(difference), metric)}"
+            details.append(f"minus {reference} {tables.number(difference.mean, metric)}{bounds}")
+        label = reference if name == own else name
+        parts.append(f"{label}: {tables.number(summary.mean, metric)} ({'; '.join(details)})")
     return [
-        f"Reconstruction loss at the {active:.1f} active features of {reference}, the others' interpolated in "
-        f"log(active) between neighbouring alphas, descriptive: {'; '.join(parts)}."
+        f"Reconstruction loss at the {active:.1f} active features of {reference} (descriptive; other families are "
+        f"interpolated in log(active) between neighbouring alphas): {'; '.join(parts)}."
     ]
 
 
 def read_activations(folder: Path, runs: results.Runs) -> tuple[dict[str, list[Activations]], list[str]]:
-    """(by arm the activations of its finished seeds, sentences on those that cannot be read)."""
-    found: dict[str, list[Activations]] = {arm: [] for arm in runs}
+    """Return the activations of the finished seeds of each arm, and a sentence for each file that cannot be read."""
+    by_arm: dict[str, list[Activations]] = {arm: [] for arm in runs}
     notes = []
     for arm, by_seed in runs.items():
         for seed, run in by_seed.items():
             if not run.metrics or run.metrics.get("diverged"):
                 continue
             try:
-                read = read_json(folder / arm / str(seed) / "activations.json")
-                parts = [np.array(read[key], float) for key in ("feature_shares", "rows_by_active_count")]
-                if any(part.ndim != 1 or not part.sum() > 0 for part in parts):
+                content = read_json(folder / arm / str(seed) / "activations.json")
+                features = np.array(content["feature_shares"], float)
+                rows = np.array(content["rows_by_active_count"], float)
+                if any(values.ndim != 1 or not values.sum() > 0 for values in (features, rows)):
                     raise ValueError
-                found[arm].append(Activations(parts[0], parts[1] / parts[1].sum()))
+                by_arm[arm].append(Activations(features, rows / rows.sum()))
             except (ValueError, TypeError, KeyError, OSError):
                 notes.append(f"{arm}, seed {seed}: activations.json is missing or cannot be read; not in that figure.")
-    return found, notes
+    return by_arm, notes
 
 
-# ------------------------------------------------------------------------------------------------- figures
+# ------------------------------------------------------------------------------------------------- axes
 
 
-def is_wide(found: Sequence[float], ratio: float = 10) -> bool:
-    """Whether positive values differ so much that they need a log axis."""
-    positive = [value for value in found if value > 0]
+def needs_log_axis(values: Sequence[float], ratio: float = 10) -> bool:
+    """Return whether the largest positive value is more than `ratio` times the smallest positive one."""
+    positive = [value for value in values if value > 0]
     return bool(positive) and max(positive) > ratio * min(positive)
 
 
-def log_axis(axis: Axes, which: Which) -> None:
-    """A log axis of at least a factor of 2.5, labelled with plain numbers."""
-    axis.set(**{f"{which}scale": "log"})
-    low, high = getattr(axis, f"get_{which}lim")()
+def set_log_axis(axes: Axes, which: Literal["x", "y"]) -> None:
+    """Make an axis logarithmic, over at least a factor of 2.5, with plain numbers as tick labels."""
+    axes.set(**{f"{which}scale": "log"})
+    low, high = getattr(axes, f"get_{which}lim")()
     if high < 2.5 * low:
         low, high = (math.sqrt(low * high * ratio) for ratio in (1 / 2.5, 2.5))
+    # The wider the range, the fewer ticks per decade.
     decades = math.log10(high / low)
-    steps = [1, 1.5, 2, 3, 4, 5, 6, 8] if decades < 0.8 else [1, 2, 3, 5] if decades < 1.3 else [1, 3]
-    steps = steps if decades < 2.6 else [1]
+    if decades < 0.8:
+        steps = [1, 1.5, 2, 3, 4, 5, 6, 8]
+    elif decades < 1.3:
+        steps = [1, 2, 3, 5]
+    elif decades < 2.6:
+        steps = [1, 3]
+    else:
+        steps = [1]
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [step * 10.0**power for power in powers for step in steps if low <= step * 10.0**power <= high]
-    own = getattr(axis, f"{which}axis")
-    own.set_minor_locator(NullLocator())
-    own.set_major_locator(FixedLocator(ticks))
-    own.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.set(**{f"{which}lim": (low, high)})
+    axis = getattr(axes, f"{which}axis")
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set(**{f"{which}lim": (low, high)})
+
+
+def mark_target(axes: Axes, active: int) -> None:
+    """Draw K as a dotted vertical line, labelled above the panel."""
+    axes.axvline(active, color=figures.GREY, linewidth=1, linestyle=":", zorder=1)
+    axes.annotate(
+        f"K = {active}", (active, 1), xycoords=("data", "axes fraction"), xytext=(0, 3), textcoords="offset points",
+        ha="center", **figures.SMALL,
+    )  # fmt: skip
+
+
+def panel_grid(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[list[Axes]]]:
+    """Return an empty figure of rows x columns panels, each `width` x `height` inches."""
+    figure = Figure(figsize=(columns * width, rows * height + 1.1), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False).tolist()
+
+
+# ------------------------------------------------------------------------------------------------- curves and dots
 
 
 def curve_panels(runs: results.Runs, active: int) -> list[figures.Curves]:
-    """Loss, its two parts and the active count over the steps. An arm whose alpha is 0 has no alignment loss.
+    """Return panels of training loss, reconstruction loss, alignment loss and active count over the steps.
 
-    Of many arms reconstruction loss and active count alone, a pair of panels for each family.
+    Arms with alpha 0 have no alignment loss. With many arms there are only two panels per family: reconstruction loss
+    and active count.
     """
     target = {f"K = {active}": float(active)}
-    if len(runs) > MANY:
-        parts = {name: {arm: runs[arm] for arm in arms} for name, arms in families(runs).items()}
-        return [
-            figures.Curves(f"{label}\n{name}", results.series(part, key, x="step"), lines, "step", y_scale=scale)
-            for name, part in parts.items()
-            for label, key, lines, scale in (
-                ("reconstruction loss, as trained", "reconstruction_loss", {}, "linear"),
-                ("active features", "active_mean", target, "log"),
-            )
-        ]
+    panels = []
+    if len(runs) > MANY_ARMS:
+        for name, alphas in families(runs).items():
+            members = {arm: runs[arm] for arm in alphas}
+            losses = results.series(members, "reconstruction_loss", x="step")
+            counts = results.series(members, "active_mean", x="step")
+            panels.append(figures.Curves(f"reconstruction loss, as trained\n{name}", losses, {}, "step"))
+            panels.append(figures.Curves(f"active features\n{name}", counts, target, "step", y_scale="log"))
+        return panels
     aligned = {
         arm: by_seed
         for arm, by_seed in runs.items()
         if any(run.args["arguments"]["alpha"] for run in by_seed.values() if run.args)
     }
-    titles: dict[str, tuple[str, results.Runs, dict[str, float]]] = {
+    contents: dict[str, tuple[str, results.Runs, dict[str, float]]] = {
         "loss": ("training loss, each in its own unit", runs, {}),
         "reconstruction_loss": ("reconstruction loss, as trained", runs, {}),
         "alignment_loss": ("alignment loss, before × α", aligned, {}),
         "active_mean": ("active features", runs, target),
     }
-    panels = []
-    for key, (title, shown, lines) in titles.items():
-        found = results.series(shown, key, x="step")
-        heights = [y for curves in found.values() for _, ys in curves for y in ys]
-        scale = "log" if key == "active_mean" or is_wide(heights) else "linear"
-        panels.append(figures.Curves(title, found, lines, x_label="step", y_scale=scale))
+    for key, (title, shown, lines) in contents.items():
+        series = results.series(shown, key, x="step")
+        values = [y for curves in series.values() for _, ys in curves for y in ys]
+        scale = "log" if key == "active_mean" or needs_log_axis(values) else "linear"
+        panels.append(figures.Curves(title, series, lines, x_label="step", y_scale=scale))
     return panels
 
 
 def dot_panels(runs: results.Runs, active: int) -> list[figures.Dots]:
-    """The plan's metrics and the kNN overlap, with the untrained code as hollow marks; three panels of many arms."""
-    keys = ["reconstruction_loss", PRIMARY, "active_mean"]
-    keys += ["active_std", "knn_overlap", "dead_fraction"] if len(runs) <= MANY else []
+    """Return panels of the main metrics and the kNN overlap, three panels if there are many arms.
+
+    Hollow marks show the untrained code.
+    """
+    keys = ["reconstruction_loss", PRIMARY_METRIC, "active_mean"]
+    if len(runs) <= MANY_ARMS:
+        keys += ["active_std", "knn_overlap", "dead_fraction"]
+
+    def by_arm(key: str) -> dict[str, list[float]]:
+        return {arm: list(results.values(runs, arm, key).values()) for arm in runs}
+
     return [
         figures.Dots(
             METRICS[key].title,
-            {arm: list(results.values(runs, arm, key).values()) for arm in runs},
-            {arm: list(results.values(runs, arm, UNTRAINED[key]).values()) for arm in runs} if key in UNTRAINED else {},
+            by_arm(key),
+            by_arm(BASELINE_METRICS[key]) if key in BASELINE_METRICS else {},
             {f"K = {active}": float(active)} if key == "active_mean" else {},
         )
         for key in keys
     ]
 
 
-def plain_logs(figure: Figure, panels: Sequence[figures.Curves], arms: int) -> Figure:
-    """Plain numbers on the log axes of `figures.curves`, and room for the legend of many arms."""
-    figure.set_figheight(figure.get_figheight() + (0.1 * arms if arms > MANY else 0))
-    for axis, panel in zip(figure.axes, panels, strict=True):
+def format_curves(figure: Figure, panels: Sequence[figures.Curves], arms: int) -> Figure:
+    """Set plain numbers on the log axes of a figure of `figures.curves`, and make room for the legend of many arms."""
+    if arms > MANY_ARMS:
+        figure.set_figheight(figure.get_figheight() + 0.1 * arms)
+    for axes, panel in zip(figure.axes, panels, strict=True):
         if panel.y_scale == "log":
-            log_axis(axis, "y")
+            set_log_axis(axes, "y")
     return figure
 
 
-def wide_dots(figure: Figure, panels: Sequence[figures.Dots]) -> Figure:
-    """Room for the titles of `figures.dots`, and log axes for active features that differ widely."""
+def format_dots(figure: Figure, panels: Sequence[figures.Dots]) -> Figure:
+    """Widen a figure of `figures.dots` for its titles, and set log axes for active counts that differ widely."""
     figure.set_figwidth(figure.get_figwidth() + 1)
-    for axis, panel in zip(figure.axes, panels, strict=True):
-        counts = [value for found in panel.values.values() for value in found]
-        if "active" in panel.title and is_wide(counts, 4):
-            axis.set_xlim(min(value for value in counts if value > 0) / 1.3, max(counts) * 1.3)
-            log_axis(axis, "x")
+    for axes, panel in zip(figure.axes, panels, strict=True):
+        counts = [value for by_seed in panel.values.values() for value in by_seed]
+        if "active" in panel.title and needs_log_axis(counts, 4):
+            axes.set_xlim(min(value for value in counts if value > 0) / 1.3, max(counts) * 1.3)
+            set_log_axis(axes, "x")
     return figure
 
 
-def framed(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[list[Axes]]]:
-    """An empty figure of rows x columns panels, width and height of one in inches."""
-    figure = Figure(figsize=(columns * width, rows * height + 1.1), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False).tolist()
+# ------------------------------------------------------------------------------------------------- trade-offs
 
 
-def target_line(axis: Axes, active: int) -> None:
-    """K as a dotted vertical line, labelled above the panel."""
-    axis.axvline(active, color=figures.GREY, linewidth=1, linestyle=":", zorder=1)
-    axis.annotate(
-        f"K = {active}", (active, 1), xycoords=("data", "axes fraction"), xytext=(0, 3), textcoords="offset points",
-        ha="center", **figures.SMALL,
-    )  # fmt: skip
-
-
-def pairs(runs: results.Runs, arm: str, x: str, y: str) -> tuple[list[float], list[float]]:
-    """Two metrics of an arm's seeds that have both."""
+def metric_pairs(runs: results.Runs, arm: str, x: str, y: str) -> tuple[list[float], list[float]]:
+    """Return the values of two metrics for the seeds of an arm that have both."""
     xs, ys = results.values(runs, arm, x), results.values(runs, arm, y)
     both = sorted(xs.keys() & ys.keys())
     return [xs[seed] for seed in both], [ys[seed] for seed in both]
 
 
-def frame(axis: Axes, x: str, y: str, active: int) -> None:
-    """Title, axes and target line of one panel of a trade-off."""
-    labels = {"active_mean": "active features a row (mean, log scale)", "bits_per_row": "bits a row (log scale)"}
-    axis.set_title(METRICS[y].label, pad=18)
-    axis.set(xlabel=labels[x], xscale="log")
-    axis.grid(color="#EEEEEE", linewidth=0.8)
-    axis.set_axisbelow(True)
-    axis.margins(0.1)
+def format_tradeoff(axes: Axes, x: str, y: str, active: int) -> None:
+    """Set title, labels, grid and target line of one trade-off panel."""
+    labels = {"active_mean": "active features per row (mean, log scale)", "bits_per_row": "bits per row (log scale)"}
+    axes.set_title(METRICS[y].label, pad=18)
+    axes.set(xlabel=labels[x], xscale="log")
+    axes.grid(color="#EEEEEE", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.margins(0.1)
     if x == "active_mean":
-        target_line(axis, active)
+        mark_target(axes, active)
 
 
-def tradeoff(
+def tradeoff_figure(
     runs: results.Runs, reference: str, active: int, caption: str, sign: Mapping[str, float] | None = None
 ) -> Figure:
-    """Losses against active features, a dot a run. With the metrics of the `sign` code also what the bits are worth."""
-    panels = [("active_mean", "reconstruction_loss"), ("active_mean", PRIMARY)]
-    panels += [("bits_per_row", "reconstruction_loss"), ("bits_per_row", "knn_overlap")] if sign else []
-    looks = figures.looks(list(runs), reference)
-    marks = dict(zip(runs, ("os^Dv<>P" * len(runs)), strict=False))
-    with matplotlib.rc_context(figures.STYLE):
-        figure, axes = framed(len(panels) // 2, 2, 4.6, 3.3)
-        for axis, (x, y) in zip([axis for row in axes for axis in row], panels, strict=True):
-            frame(axis, x, y, active)
-            for arm in runs:
-                axis.plot(*pairs(runs, arm, x, y), marks[arm], ms=6, alpha=0.75, mec="white", mew=0.5,
-                          color=looks[arm]["color"])  # fmt: skip
-            if sign and x == "bits_per_row":
-                place = sign["sign_bits_per_row"], sign[f"sign_{y}"]
-                axis.plot(*place, "o", ms=8, mfc="none", mec=figures.REFERENCE)
-                axis.annotate("signs", place, xytext=(-8, -3), textcoords="offset points", ha="right", **figures.SMALL)
-            log_axis(axis, "x")
-        shown = {arm: {"color": looks[arm]["color"], "marker": marks[arm], "linestyle": ""} for arm in runs}
-        if sign:
-            caption = (
-                f"Hollow: the sign of every channel, {sign['sign_bits_per_row']:.0f} bits a row, reconstruction loss "
-                f"{sign['sign_reconstruction_loss']:.3f}, kNN overlap {sign['sign_knn_overlap']:.2f}. {caption}"
-            )
-        return figures.finish(figure, shown, f"A mark for each run (training seed). {caption}")
+    """Return a scatter plot of losses against active features, one mark per run.
 
-
-def alpha_tradeoff(runs: results.Runs, reference: str, active: int, caption: str) -> Figure:
-    """Losses against active features: means over seeds, a family's joined in the order of alpha; a faint dot a run.
-
-    The ways may lie on one another, so each alpha stands below, over its family's name and its own active count.
+    `sign`: metrics of the sign code. If given, two panels against bits per row are added, with the sign code as a
+    hollow mark.
     """
-    ways = families(runs)
-    own = next((name for name, arms in ways.items() if reference in arms), "")
-    looks = figures.looks(list(ways), own)
+    panels = [("active_mean", "reconstruction_loss"), ("active_mean", PRIMARY_METRIC)]
+    if sign:
+        panels += [("bits_per_row", "reconstruction_loss"), ("bits_per_row", "knn_overlap")]
+        caption = (
+            f"Hollow: the sign of every channel, {sign['sign_bits_per_row']:.0f} bits per row, reconstruction loss "
+            f"{sign['sign_reconstruction_loss']:.3f}, kNN overlap {sign['sign_knn_overlap']:.2f}. {caption}"
+        )
+    styles = figures.arm_styles(list(runs), reference)
+    markers = dict(zip(runs, "os^Dv<>P" * len(runs), strict=False))
     with matplotlib.rc_context(figures.STYLE):
-        figure = Figure(figsize=(11.2, 5.4 + 0.4 * len(ways)), layout="constrained")
-        heights = [3.6, 0.42 * len(ways)]
-        axes = figure.subplots(2, 2, sharex=True, height_ratios=heights).T
-        for (axis, rail), y in zip(axes, ("reconstruction_loss", PRIMARY), strict=True):
-            frame(axis, "active_mean", y, active)
-            for row, (name, arms) in enumerate(ways.items()):
-                colour = looks[name]["color"]
-                found = {alpha: pairs(runs, arm, "active_mean", y) for arm, alpha in arms.items()}
-                way = [(mean(xs), mean(ys), alpha) for alpha, (xs, ys) in found.items() if xs]
-                for xs, ys in found.values():
-                    axis.plot(xs, ys, "o", ms=4, alpha=0.35, mec="none", color=colour)
-                axis.plot([x for x, _, _ in way], [loss for _, loss, _ in way], marker="o", ms=5, **looks[name])
-                rail.plot([x for x, _, _ in way], [row] * len(way), "o", ms=4, color=colour)
-                for place, (x, _, alpha) in enumerate(sorted(way)):
-                    rail.annotate(
-                        f"{alpha:.3g}", (x, row), xytext=(0, -4 if place % 2 else 4), textcoords="offset points",
-                        color=colour, fontsize=8, ha="center", va="top" if place % 2 else "bottom",
+        figure, rows = panel_grid(len(panels) // 2, 2, 4.6, 3.3)
+        for axes, (x, y) in zip([axes for row in rows for axes in row], panels, strict=True):
+            format_tradeoff(axes, x, y, active)
+            for arm in runs:
+                xs, ys = metric_pairs(runs, arm, x, y)
+                colour = styles[arm]["color"]
+                axes.plot(xs, ys, markers[arm], ms=6, alpha=0.75, mec="white", mew=0.5, color=colour)
+            if sign and x == "bits_per_row":
+                point = sign["sign_bits_per_row"], sign[f"sign_{y}"]
+                axes.plot(*point, "o", ms=8, mfc="none", mec=figures.REFERENCE)
+                axes.annotate("signs", point, xytext=(-8, -3), textcoords="offset points", ha="right", **figures.SMALL)
+            set_log_axis(axes, "x")
+        legend = {arm: {"color": styles[arm]["color"], "marker": markers[arm], "linestyle": ""} for arm in runs}
+        return figures.finish(figure, legend, f"A mark for each run (training seed). {caption}")
+
+
+def alpha_figure(runs: results.Runs, reference: str, active: int, caption: str) -> Figure:
+    """Return losses against active features, with the arms of a family joined in the order of alpha.
+
+    Joined marks are means over seeds; faint dots are runs. The curves may overlap, so a second row of panels shows for
+    each family which alpha leads to which active count.
+    """
+    groups = families(runs)
+    own = next((name for name, alphas in groups.items() if reference in alphas), "")
+    styles = figures.arm_styles(list(groups), own)
+    with matplotlib.rc_context(figures.STYLE):
+        figure = Figure(figsize=(11.2, 5.4 + 0.4 * len(groups)), layout="constrained")
+        columns = figure.subplots(2, 2, sharex=True, height_ratios=[3.6, 0.42 * len(groups)]).T
+        for (axes, alpha_axes), y in zip(columns, ("reconstruction_loss", PRIMARY_METRIC), strict=True):
+            format_tradeoff(axes, "active_mean", y, active)
+            for row, (name, alphas) in enumerate(groups.items()):
+                colour = styles[name]["color"]
+                means = []
+                for arm, alpha in alphas.items():
+                    xs, ys = metric_pairs(runs, arm, "active_mean", y)
+                    axes.plot(xs, ys, "o", ms=4, alpha=0.35, mec="none", color=colour)
+                    if xs:
+                        means.append((mean(xs), mean(ys), alpha))
+                axes.plot([x for x, _, _ in means], [loss for _, loss, _ in means], marker="o", ms=5, **styles[name])
+                alpha_axes.plot([x for x, _, _ in means], [row] * len(means), "o", ms=4, color=colour)
+                for place, (x, _, alpha) in enumerate(sorted(means)):
+                    # Labels alternate above and below, so that neighbours do not overlap.
+                    offset, anchor = (-4, "top") if place % 2 else (4, "bottom")
+                    alpha_axes.annotate(
+                        f"{alpha:.3g}", (x, row), xytext=(0, offset), textcoords="offset points", color=colour,
+                        fontsize=8, ha="center", va=anchor,
                     )  # fmt: skip
             if counts := results.values(runs, reference, "active_mean"):
-                axis.axvline(mean(counts.values()), color=looks[own]["color"], linewidth=0.6, zorder=1)
-            log_axis(axis, "x")
-            axis.tick_params(labelbottom=True)
-            rail.set(yticks=[], ylim=(len(ways) - 0.4, -0.6), xlabel="α at these active features")
-            rail.tick_params(axis="x", length=0, labelbottom=False)
-            rail.spines[["left", "bottom"]].set_visible(False)
-        text = "Joined: means over seeds in the order of α; faint: runs; below: the α of each mean. "
-        return figures.finish(figure, looks, f"{text}Thin line: active features of {reference}. {caption}")
+                axes.axvline(mean(counts.values()), color=styles[own]["color"], linewidth=0.6, zorder=1)
+            set_log_axis(axes, "x")
+            axes.tick_params(labelbottom=True)
+            alpha_axes.set(yticks=[], ylim=(len(groups) - 0.4, -0.6), xlabel="α at these active features")
+            alpha_axes.tick_params(axis="x", length=0, labelbottom=False)
+            alpha_axes.spines[["left", "bottom"]].set_visible(False)
+        text = "Joined marks: means over seeds, in the order of α. Faint: runs. Below: the α of each mean. "
+        return figures.finish(figure, styles, f"{text}Thin line: active features of {reference}. {caption}")
 
 
-def mean_of(found: Sequence[np.ndarray]) -> np.ndarray:
-    """Mean of vectors (n,), shorter ones filled up with zeros."""
-    length = max(len(one) for one in found)
-    return np.mean([np.pad(one, (0, length - len(one))) for one in found], axis=0)
+# ------------------------------------------------------------------------------------------------- activations
 
 
-def count_edges(largest: int) -> np.ndarray:
-    """Edges of bins for counts from 1 to `largest`: halfway between whole numbers, about a tenth of the count wide."""
+def padded_mean(vectors: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the mean of vectors (n,); shorter ones are padded with zeros at the end."""
+    length = max(len(vector) for vector in vectors)
+    return np.mean([np.pad(vector, (0, length - len(vector))) for vector in vectors], axis=0)
+
+
+def count_bin_edges(largest: int) -> np.ndarray:
+    """Return bin edges for counts from 1 to `largest`.
+
+    Edges lie halfway between integers. A bin is about as wide as a tenth of its count, and at least 1.
+    """
     edges = [0.5]
     while edges[-1] < largest:
         edges.append(edges[-1] + max(1, round(edges[-1] * 0.1)))
@@ -413,90 +461,99 @@ def count_edges(largest: int) -> np.ndarray:
 
 
 def rows_per_doubling(rows: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Shares of rows by active count (n,) in bins, divided by the bin's width in log2: equal areas on a log axis."""
+    """Return the share of rows in each bin of the active count, divided by the bin's width in log2.
+
+    `rows` (n,) is the share of rows by active count. On a log axis equal areas are equal shares.
+    """
     shares, _ = np.histogram(np.arange(len(rows)), edges, weights=rows)
     return shares / np.diff(np.log2(edges))
 
 
-def activations(
-    found: Mapping[str, Sequence[Activations]], reference: str, active: int, caption: str,
+def activation_figure(
+    by_arm: Mapping[str, Sequence[Activations]], reference: str, active: int, caption: str,
     groups: Mapping[str, Sequence[str]] | None = None,
 ) -> Figure:  # fmt: skip
-    """Which features are on how often, and how many in a row: means over seeds. A row of panels for each group."""
-    looks = figures.looks(list(found), reference)
-    there = {arm: runs for arm, runs in found.items() if runs}
-    features = {arm: mean_of([run.features for run in runs]) for arm, runs in there.items()}
-    rows = {arm: mean_of([run.rows for run in runs]) for arm, runs in there.items()}
-    smallest = min((run.features[run.features > 0].min() for runs in there.values() for run in runs), default=0.01)
-    floor = min(math.floor(2 * math.log10(smallest)) / 2, -1.0)
-    bins, dead = np.linspace(floor, 0, round(-4 * floor) + 1), 1.24 * floor
-    seen = [active, *(int(n) for shares in rows.values() for n in np.flatnonzero(shares > 1e-4) if n)]
-    edges = count_edges(max(seen))
-    groups = groups or {"": list(found)}
+    """Return the distributions of feature frequencies and of active counts, means over seeds.
+
+    The three panels are: frequency by rank, histogram of frequencies with dead features apart, and rows by active
+    count. `groups` of arms get a row of panels each.
+    """
+    styles = figures.arm_styles(list(by_arm), reference)
+    by_arm = {arm: seeds for arm, seeds in by_arm.items() if seeds}
+    features = {arm: padded_mean([run.features for run in seeds]) for arm, seeds in by_arm.items()}
+    rows = {arm: padded_mean([run.rows for run in seeds]) for arm, seeds in by_arm.items()}
+    smallest = min((run.features[run.features > 0].min() for seeds in by_arm.values() for run in seeds), default=0.01)
+    floor = min(math.floor(2 * math.log10(smallest)) / 2, -1.0)  # left end of the axis of log10(frequency)
+    bins = np.linspace(floor, 0, round(-4 * floor) + 1)
+    dead = 1.24 * floor  # dead features have no logarithm: their bar is left of the axis
+    counts = [active, *(int(n) for shares in rows.values() for n in np.flatnonzero(shares > 1e-4) if n)]
+    edges = count_bin_edges(max(counts))
+    groups = groups or {"": list(styles)}
     with matplotlib.rc_context(figures.STYLE):
-        figure, axes = framed(len(groups), 3, 3.5, 2.9)
-        for (group, arms), (by_rank, by_share, by_row) in zip(groups.items(), axes, strict=True):
-            shown = sorted((arm for arm in arms if arm in there), key=lambda arm: arm == reference)
-            slot = -0.22 * floor / max(len(shown), 1)
+        figure, panels = panel_grid(len(groups), 3, 3.5, 2.9)
+        for (group, arms), (by_rank, by_frequency, by_count) in zip(groups.items(), panels, strict=True):
+            shown = sorted((arm for arm in arms if arm in by_arm), key=lambda arm: arm == reference)  # reference on top
+            bar_width = -0.22 * floor / max(len(shown), 1)
             for place, arm in enumerate(shown):
-                line = features[arm][: np.count_nonzero(features[arm])]
-                by_rank.plot(np.arange(1, len(line) + 1), line, **looks[arm])
+                alive = features[arm][: np.count_nonzero(features[arm])]
+                by_rank.plot(np.arange(1, len(alive) + 1), alive, **styles[arm])
                 shares = [
                     np.histogram(np.log10(run.features[run.features > 0]), bins)[0] / len(run.features)
-                    for run in there[arm]
+                    for run in by_arm[arm]
                 ]
-                by_share.stairs(np.mean(shares, axis=0), bins, linewidth=1.5, **looks[arm])
-                none = mean(float((run.features == 0).mean()) for run in there[arm])
-                by_share.bar(dead + (place - (len(shown) - 1) / 2) * slot, none, slot, color=looks[arm]["color"])
-                by_row.stairs(rows_per_doubling(rows[arm], edges), edges, linewidth=1.5, **looks[arm])
+                by_frequency.stairs(np.mean(shares, axis=0), bins, linewidth=1.5, **styles[arm])
+                dead_share = mean(float((run.features == 0).mean()) for run in by_arm[arm])
+                x = dead + (place - (len(shown) - 1) / 2) * bar_width
+                by_frequency.bar(x, dead_share, bar_width, color=styles[arm]["color"])
+                by_count.stairs(rows_per_doubling(rows[arm], edges), edges, linewidth=1.5, **styles[arm])
             by_rank.set_title(group or "how often features are on", pad=18)
             by_rank.set(xlabel="feature, most used first", ylabel="share of rows", yscale="log")
-            log_axis(by_rank, "y")
-            by_share.set_title("" if group else "features by how often", pad=18)
-            by_share.set(xlabel="share of rows (log scale)", ylabel="share of features")
-            step = 1 if floor >= -4 else 2
-            whole = list(range(0, math.ceil(floor) - 1, -step))  # powers of ten
-            by_share.set_xticks([dead, *whole], ["dead", *(f"{10.0**power:g}" for power in whole)])
-            by_share.axvline(1.08 * floor, color="#BBBBBB", linewidth=0.8)
-            by_row.set_title("" if group else "rows by active features", pad=18)
-            by_row.set(xlabel="active features (log scale)", ylabel="share of rows per doubling", xscale="log")
-            target_line(by_row, active)
-            by_row.set_xlim(max(min(seen) / 1.3, 0.5), edges[-1])
-            log_axis(by_row, "x")
+            set_log_axis(by_rank, "y")
+            by_frequency.set_title("" if group else "features by how often", pad=18)
+            by_frequency.set(xlabel="share of rows (log scale)", ylabel="share of features")
+            powers = list(range(0, math.ceil(floor) - 1, -1 if floor >= -4 else -2))
+            by_frequency.set_xticks([dead, *powers], ["dead", *(f"{10.0**power:g}" for power in powers)])
+            by_frequency.axvline(1.08 * floor, color="#BBBBBB", linewidth=0.8)
+            by_count.set_title("" if group else "rows by active features", pad=18)
+            by_count.set(xlabel="active features (log scale)", ylabel="share of rows per doubling", xscale="log")
+            mark_target(by_count, active)
+            by_count.set_xlim(max(min(counts) / 1.3, 0.5), edges[-1])
+            set_log_axis(by_count, "x")
         text = "Means over seeds. Dead: on in no training row. "
-        if empty := {arm: shares[0] for arm, shares in rows.items() if shares[0] >= 0.0005}:
-            told = ", ".join(f"{arm} {100 * share:.1f} %" for arm, share in empty.items())
-            text += f"Not in the right panel, rows without an active feature: {told}. "
-        return figures.finish(figure, looks, text + caption)
+        empty = [f"{arm} {100 * shares[0]:.1f} %" for arm, shares in rows.items() if shares[0] >= 0.0005]
+        if empty:
+            text += f"Rows without an active feature are not in the right panel: {', '.join(empty)}. "
+        return figures.finish(figure, styles, text + caption)
 
 
 # ------------------------------------------------------------------------------------------------- main
 
 
 def draw(view: results.View) -> dict[str, Figure]:
-    """The figures of a study, and notes on what had not settled or cannot be read."""
+    """Return the figures of a study. Adds notes on unsettled runs and unreadable files to the summary."""
     runs, study, reference, summary = view.runs, view.study, view.reference, view.summary
-    found, unread = read_activations(view.args.runs, runs)
-    summary["notes"] += unsettled(runs) + unread
-    active, remarks = results.first_arguments(runs)["active"], holes(summary)
+    by_arm, unread = read_activations(view.args.runs, runs)
+    summary["notes"] += unsettled_notes(runs) + unread
+    active = results.first_arguments(runs)["active"]
+    remarks = incomplete_arms(summary)
     caption = view.caption + "".join(f"{arm}: {text}. " for arm, text in remarks.items())
-    lines, marks, groups = curve_panels(runs, active), dot_panels(runs, active), None
-    curves = figures.curves(lines, study.arms, reference, caption)
-    dots = figures.dots(marks, study.arms, reference, remarks, "the untrained code", view.caption)
+    lines, dots, groups = curve_panels(runs, active), dot_panels(runs, active), None
+    curve_figure = figures.curves(lines, study.arms, reference, caption)
+    dot_figure = figures.dots(dots, study.arms, reference, remarks, "the untrained code", view.caption)
     if study.name == "bsa-alpha":
-        summary["finding"] = " ".join([summary["finding"], *matched(runs, reference)])
-        trade = alpha_tradeoff(runs, reference, active, caption)
-        groups = {name: list(arms) for name, arms in families(runs).items()}
+        summary["finding"] = " ".join([summary["finding"], *matched_activity_finding(runs, reference)])
+        tradeoff = alpha_figure(runs, reference, active, caption)
+        groups = {name: list(alphas) for name, alphas in families(runs).items()}
     else:
         keys = ("sign_reconstruction_loss", "sign_knn_overlap", "sign_bits_per_row")
         sign = {key: mean(values.values()) for key in keys if (values := results.values(runs, reference, key))}
-        whole = study.name == "bsa-baselines" and len(sign) == len(keys)
-        trade = tradeoff(runs, reference, active, caption, sign if whole else None)
+        shows_sign = study.name == "bsa-baselines" and len(sign) == len(keys)
+        tradeoff = tradeoff_figure(runs, reference, active, caption, sign if shows_sign else None)
     return {
-        "curves": plain_logs(curves, lines, len(study.arms)),
-        "metrics": wide_dots(dots, marks),
-        "tradeoff": trade,
-        "activations": activations(found, reference, active, caption, groups),
+        "curves": format_curves(curve_figure, lines, len(study.arms)),
+        "metrics": format_dots(dot_figure, dots),
+        "tradeoff": tradeoff,
+        "activations": activation_figure(by_arm, reference, active, caption, groups),
     }
 
 

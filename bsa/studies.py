@@ -1,10 +1,10 @@
-"""The experimental design of BSA: arms, contrasts and studies. Read by make, plot.py, the page and the tests."""
+"""Experimental design of BSA: metrics, arms, contrasts and studies. Read by make, plot.py, the page and the tests."""
 
 from functools import partial
 
 from common.study.design import Arm, Design, Metric, MustBeat, Robustness, Settings, Study, Sweep
 
-METRICS = {  # the first five are the plan's, the others diagnostics
+METRICS = {  # the first five are the main metrics, the others diagnostics
     "reconstruction_loss": Metric("reconstruction loss", "", 3, "lower"),
     "fixed_topk_reconstruction_loss": Metric("fixed top-K reconstruction loss", "", 3, "lower"),
     "active_mean": Metric("active features, mean", "", 1),
@@ -13,8 +13,8 @@ METRICS = {  # the first five are the plan's, the others diagnostics
     "always_on_fraction": Metric("share of features on in over half the rows", "", 3),
     "rare_fraction": Metric("share of features on in under K/(10 N) of the rows", "", 3),
     "knn_overlap": Metric("kNN overlap", "", 3, "higher"),
-    "bits_per_row": Metric("code size", "bits a row", 0),
-    "entropy_bits_per_row": Metric("entropy of the features", "bits a row", 0),
+    "bits_per_row": Metric("code size", "bits per row", 0),
+    "entropy_bits_per_row": Metric("entropy of the features", "bits per row", 0),
     "distinct_codes": Metric("distinct codes per row", "", 3),
     "reconstruction_mse": Metric("squared error per channel", "", 3, judged=False),
     "fixed_topk_reconstruction_mse": Metric("fixed top-K squared error per channel", "", 3, judged=False),
@@ -26,16 +26,16 @@ METRICS = {  # the first five are the plan's, the others diagnostics
     "depth_correlation": Metric("correlation of active features with depth", "", 2),
     "atom_count_correlation": Metric("correlation of active features with true atoms", "", 2),
 }
-PUBLISHED = "none published (no table of the paper could be had; it claims 14 times smaller codes)"
+PUBLISHED = "none available (the paper's tables are not public; it claims 14 times smaller codes)"
 
 
 def beats_untrained(arm: str) -> MustBeat:
-    """The baseline: the code of K features from the arm's own encoder at the start, with the best linear decoder."""
+    """Return the baseline that `arm` must beat: zK of its untrained encoder, with the best linear decoder for it."""
     metric = "fixed_topk_reconstruction_loss"
     return MustBeat(arm, "the untrained code", metric, baseline_metric=f"untrained_{metric}")
 
 
-# Margin: of the fixed top-K reconstruction loss, within which arms count as alike.
+# Arms whose fixed top-K reconstruction losses differ by at most the margin count as equal.
 study = partial(
     Study,
     metric="fixed_topk_reconstruction_loss",
@@ -49,7 +49,7 @@ L1 = [Arm(f"l1-{a}", f"--alignment l1 --alpha {a}", against="base") for a in (0.
 
 
 def mse(name: str, flags: str, alphas: tuple[str, ...]) -> list[Arm]:
-    """A family of arms with a squared error; `alphas` in units of the matched weight N/(2K)."""
+    """Return arms with a squared error, one per weight. `alphas` are in units of the matched weight N/(2K)."""
     return [Arm(f"{name}-{a}", f"{flags} --alpha {a}matched", against="base") for a in alphas]
 
 
@@ -61,7 +61,7 @@ def design(scale: str, settings: Settings) -> Design:
         [
             study(
                 "bsa-alignment-loss",
-                "What does the alignment loss contribute, and how much of it does the sparse start do?",
+                "What does the alignment loss contribute, and how much of that comes from the sparse initialisation?",
                 [
                     Arm("no-alignment", "--alpha 0", against="base"),
                     Arm("no-alignment-stock-init", "--alpha 0 --init torch", against="base-stock-init"),
@@ -70,7 +70,7 @@ def design(scale: str, settings: Settings) -> Design:
             ),
             study(
                 "bsa-distance",
-                "Is the cosine better than the squared error as a distance, as given and at matched activity?",
+                "Is the cosine a better distance than the squared error, with equal weights and with matched weights?",
                 [
                     Arm("mse", "--reconstruction mse --alignment mse", against="base"),
                     Arm("mse-matched", "--reconstruction mse --alignment mse --alpha matched", against="base"),
@@ -80,7 +80,7 @@ def design(scale: str, settings: Settings) -> Design:
             ),
             extra(
                 "bsa-alignment-weight",
-                "How much alignment is enough?",
+                "How large must the alignment weight be?",
                 ["no-alignment:base", *(f"{arm.name}:base" for arm in COSINE)],
                 sweep=Sweep(
                     ["fixed_topk_reconstruction_loss", "reconstruction_loss", "active_mean", "dead_fraction"],
@@ -90,7 +90,7 @@ def design(scale: str, settings: Settings) -> Design:
             ),
             extra(
                 "bsa-baselines",
-                "What do other ways to a sparse code give?",
+                "How do other sparse codes compare?",
                 [
                     Arm("topk", "--code topk --alpha 0", against="base"),
                     Arm("topk-values", "--code topk-values --alpha 0", against="base"),
@@ -99,7 +99,7 @@ def design(scale: str, settings: Settings) -> Design:
             ),
             extra(
                 "bsa-alpha",
-                "How does reconstruction trade against activity over the alignment loss's weight?",
+                "What is the trade-off between reconstruction and active features over the alignment weight?",
                 [
                     *COSINE,
                     "mse:base",

@@ -1,12 +1,12 @@
-"""BSA: binary codes of about K features for given embeddings; a linear autoencoder whose code is rounded.
+"""BSA: sparse binary codes with about K active features for given embeddings; a linear autoencoder with a rounded code.
 
 "Sparsity beyond TopK: A Novel Cosine Loss for Sparse Binary Representations", ICLR 2025 submission UbLvSPMvMA,
-withdrawn. Re-implemented from secondary sources: the abstract, three reviews and five ablation plans; the paper's text
-and code could not be had. README.md lists what is therefore not known.
+withdrawn. Re-implemented from secondary sources: the abstract, three reviews and five ablation plans. The paper's text
+and code are not available; README.md lists what is unknown for this reason.
 
-A linear encoder and a sigmoid give every feature a number between 0 and 1; rounded, those are the code, and the
-gradient passes through the rounding unchanged. The alignment loss pulls the numbers towards the code that has exactly
-the K largest features on:
+A linear encoder and a sigmoid give each feature a value between 0 and 1. Rounding these values gives the code, and the
+gradient passes through the rounding unchanged (straight-through estimator). The alignment loss pulls the values towards
+the code in which exactly the K largest features are on:
 
     s  = sigmoid(W_enc x + b_enc)     z  = round(s), dz/ds := 1     x^ = W_dec z + b_dec
     zK = one on the K largest entries of s, zero elsewhere
@@ -15,17 +15,18 @@ the K largest features on:
     x  embedding, centred, |x|^2 = d   (B, d)      s  pre-rounding code   (B, N)      N, K  --latent, --active
     z  code                            (B, N)      x^ reconstruction      (B, d)      alpha --alpha, 1 in the paper
 
-    python bsa/train.py                                     # demo: planted concepts, about 15 s of one core
+    python bsa/train.py                                     # demo: planted concepts, about 15 s on one core
     python bsa/train.py --alpha 0 --out runs/scratch2       # an ablation
-    python bsa/train.py --scale gpu --device cpu            # 30,532 MeSH terms, about 80 s of one core
+    python bsa/train.py --scale gpu --device cpu            # 30,532 MeSH terms, about 80 s on one core
     python bsa/train.py --data my.npy --latent 4096 --active 64 --out runs/mine
 
-Ours, not the paper's:
- 1. Everything about training: Adam and its constant rate, the batch, the number of steps, the split, N and K.
+Our choices, not the paper's:
+ 1. All training settings: Adam with a constant learning rate, the batch size, the number of steps, the split, N and K.
  2. Rows are centred by the training mean and scaled to norm sqrt(d).
- 3. The sparse start (--init sparse): encoder weights three times as large, and a bias that lets K features begin on.
-    It does part of the alignment loss's work, so the study on that loss is run from both starts.
- 4. The alignment target is zK itself (--target binary); two other readings of the sources are flags.
+ 3. The sparse initialisation (--init sparse): encoder weights three times as large, and a bias with which about K
+    features are on at the first step. It does part of the alignment loss's work, so the study of that loss is run
+    from both initialisations.
+ 4. The alignment target is zK itself (--target binary). The sources allow two other readings, which are flags.
 """
 
 import argparse
@@ -43,10 +44,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-if not __package__:  # a script takes its own clone, whatever is installed
+if not __package__:  # run as a script: import from this clone, not from an installed copy
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bsa.planted import plant
+from bsa.planted import planted_concepts
 from common import checkpoints, cli, devices, files, seeding
 from common.cli import fail
 from common.lock import run_lock
@@ -63,37 +64,38 @@ SCALES = {  #          demo         gpu      paper
     "lr":       (0.01,         0.01,    0.001),
 }  # fmt: skip
 FORMATS = (".npy", ".npz", ".safetensors")
-EPOCHS = 20  # a run is logged and saved so often
+EPOCHS = 20  # metrics are logged and the state is saved once per epoch
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """All flags, resolved: contradictions stop (exit 2), and `alpha` is a number."""
+    """Parse all flags and resolve `alpha` to a number. Exits with code 2 if flags contradict each other."""
     parser = cli.Parser(__doc__, SCALES)
     data = cli.run_flags(parser)
-    data.add_argument("--data-set", choices=("planted", "mesh", "file"), help="file: --data names a matrix")
+    data.add_argument("--data-set", choices=("planted", "mesh", "file"), help="file: --data is a matrix file")
     optimisation = parser.add_argument_group("optimisation (unknown in the paper)")
-    optimisation.add_argument("--steps", type=cli.int_min(1), help=f"in {EPOCHS} epochs of equal length")
-    optimisation.add_argument("--batch", type=cli.int_min(2), help="rows a step")
-    optimisation.add_argument("--lr", type=cli.float_in(0), help="of Adam, constant")
-    optimisation.add_argument("--lr-factor", type=cli.float_in(0), default=1.0, help="times --lr (robustness)")
+    optimisation.add_argument("--steps", type=cli.int_min(1), help=f"optimiser steps, in {EPOCHS} equal epochs")
+    optimisation.add_argument("--batch", type=cli.int_min(2), help="rows per step")
+    optimisation.add_argument("--lr", type=cli.float_in(0), help="learning rate of Adam, constant")
+    optimisation.add_argument("--lr-factor", type=cli.float_in(0), default=1.0, help="multiplies --lr (robustness)")
     precisions = ("auto", "float32", "bfloat16")
-    optimisation.add_argument("--precision", choices=precisions, default="auto", help="of the matrix products alone")
+    optimisation.add_argument("--precision", choices=precisions, default="auto", help="of the two matrix products only")
     optimisation.add_argument("--compile", action="store_true", help="torch.compile; for long runs on a GPU")
     method = parser.add_argument_group("method")
-    method.add_argument("--latent", type=cli.int_min(2), help="N, features of the code")
-    method.add_argument("--active", type=cli.int_min(1), help="K, features that should be on")
-    method.add_argument("--alpha", default="1", help="weight of the alignment loss; `matched`, `4matched` ...: times "
-                        "what makes the mse alignment equal the cosine's near the solution; paper: 1")  # fmt: skip
-    method.add_argument("--reconstruction", choices=("cosine", "mse"), default="cosine")
-    method.add_argument("--alignment", choices=("cosine", "mse", "l1"), default="cosine", help="l1: sum of s instead")
+    method.add_argument("--latent", type=cli.int_min(2), help="N, number of features of the code")
+    method.add_argument("--active", type=cli.int_min(1), help="K, target number of active features")
+    method.add_argument("--alpha", default="1", help="weight of the alignment loss; paper: 1. `matched`: the weight at "
+                        "which mse equals the cosine near the solution; `4matched`: 4 times that")  # fmt: skip
+    distances = ("cosine", "mse")
+    method.add_argument("--reconstruction", choices=distances, default="cosine", help="distance between x^ and x")
+    method.add_argument("--alignment", choices=(*distances, "l1"), default="cosine", help="or l1: the sum of s")
     targets = ("binary", "value", "rounded")
-    method.add_argument("--target", choices=targets, default="binary", help="what is aligned: s with zK, s with its "
-                        "own K largest values, or the rounded z with zK")  # fmt: skip
+    method.add_argument("--target", choices=targets, default="binary", help="what the alignment loss compares: s with "
+                        "zK, s with its own K largest values, or round(s) with zK")  # fmt: skip
     method.add_argument("--mse-reduction", choices=("mean", "sum"), default="mean", help="over channels or features")
-    method.add_argument("--init", choices=("sparse", "torch"), default="sparse", help="torch: as nn.Linear starts")
+    method.add_argument("--init", choices=("sparse", "torch"), default="sparse", help="torch: nn.Linear's default")
     codes = ("round", "topk", "topk-values")
-    method.add_argument("--code", choices=codes, default="round", help="baselines: exactly the K largest features on, "
-                        "or their values (a TopK autoencoder); take --alpha 0")  # fmt: skip
+    method.add_argument("--code", choices=codes, default="round", help="baselines, with --alpha 0: topk: exactly the K "
+                        "largest features on; topk-values: their values (a TopK autoencoder)")  # fmt: skip
     args = cli.parse(parser, SCALES, argv)
 
     args.lr *= args.lr_factor
@@ -101,124 +103,131 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.data.suffix in FORMATS:
         args.data_set = "file"
     elif args.data_set == "file":
-        fail(f"--data-set file wants a matrix, --data FILE ending in {', '.join(FORMATS)}; --data is {args.data}")
+        fail(f"invalid --data {args.data}: --data-set file needs a matrix, a file ending in {', '.join(FORMATS)}")
     if args.active >= args.latent:
-        fail(f"--active {args.active} must be less than --latent {args.latent}: else all features are on")
+        fail(f"--active {args.active} must be less than --latent {args.latent}: otherwise all features are on")
     factor, matched, rest = args.alpha.partition("matched")
     if matched and args.alignment != "mse":
-        fail(f"--alpha {args.alpha} is for --alignment mse: for {args.alignment} give a number")
+        fail(f"--alpha {args.alpha} needs --alignment mse: with --alignment {args.alignment} give a number")
     try:
         args.alpha = 1.0 if matched and not factor else cli.float_in(0)(factor + rest)
     except (ValueError, argparse.ArgumentTypeError):
-        fail(f"--alpha {args.alpha} is neither `matched` nor a number of at least 0")
+        fail(f"invalid --alpha {args.alpha!r}: give a number of at least 0, `matched` or for example `4matched`")
     if matched:
         args.alpha *= (args.latent if args.mse_reduction == "mean" else 1) / (2 * args.active)
     if args.code != "round" and args.alpha:
-        fail(f"--code {args.code} has its K features without an alignment loss: give --alpha 0")
+        fail(f"--code {args.code} has K active features without an alignment loss: give --alpha 0")
     return args
 
 
 # ------------------------------------------------------------------------------------------------- model
 
 
-class PassThrough(torch.autograd.Function):
-    """`code` in the forward pass; in the backward pass its gradient goes to `s` unchanged."""
+class StraightThrough(torch.autograd.Function):
+    """Return `code` in the forward pass; pass its gradient to `s` unchanged in the backward pass."""
 
     @staticmethod
-    def forward(context: Any, s: Tensor, code: Tensor) -> Tensor:
+    def forward(ctx: Any, s: Tensor, code: Tensor) -> Tensor:
         return code
 
     @staticmethod
-    def backward(context: Any, slope: Tensor) -> tuple[Tensor, None]:
-        return slope, None
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        return grad_output, None
 
 
-def rounded(s: Tensor) -> Tensor:
-    """round(s) for s in (0, 1), one half going to zero as in torch.round; the gradient passes through."""
-    return PassThrough.apply(s, (s.detach() > 0.5).to(s.dtype))
+def round_ste(s: Tensor) -> Tensor:
+    """Return round(s) for s in (0, 1) with a straight-through gradient. 0.5 is rounded to 0, as by torch.round."""
+    return StraightThrough.apply(s, (s.detach() > 0.5).to(s.dtype))
 
 
 def topk_code(h: Tensor, active: int) -> Tensor:
-    """zK: one on the `active` largest entries of every row of h (B, N), zero elsewhere; exactly as many under ties."""
+    """Return zK: one on the `active` largest entries of each row of h (B, N), zero elsewhere.
+
+    Each row has exactly `active` ones, also if entries are equal.
+    """
     return torch.zeros_like(h).scatter_(1, h.topk(active, dim=1).indices, 1.0)
 
 
 class BSA(nn.Module):
-    """Encoder and decoder, both linear with bias, untied. `mean` (d,) is that of the training rows."""
+    """Linear encoder and linear decoder, both with bias, weights not tied. `mean` (d,) is the training mean."""
 
     mean: Tensor
 
-    def __init__(self, width: int, latent: int, active: int, init: str, seed: int):
+    def __init__(self, dim: int, latent: int, active: int, init: str, seed: int):
         super().__init__()
         with seeding.forked(seed, "encoder"):
-            self.encoder = nn.Linear(width, latent)
+            self.encoder = nn.Linear(dim, latent)
         with seeding.forked(seed, "decoder"):
-            self.decoder = nn.Linear(latent, width)
-        self.register_buffer("mean", torch.zeros(width))
-        if init == "sparse":  # rows of |x|^2 = d give logits of deviation sqrt(3), so that about K exceed the bias
+            self.decoder = nn.Linear(latent, dim)
+        self.register_buffer("mean", torch.zeros(dim))
+        # Rows with |x|^2 = d give logits of std sqrt(3), so this bias leaves about K of them positive.
+        if init == "sparse":
             with torch.no_grad():
                 self.encoder.weight.mul_(3)
                 self.encoder.bias.fill_(-NormalDist().inv_cdf(1 - active / latent) * math.sqrt(3))
 
     def normalise(self, rows: Tensor) -> Tensor:
-        """Centre rows (n, d) and scale each to norm sqrt(d)."""
+        """Centre rows (n, d) by `mean` and scale each to norm sqrt(d)."""
         centred = rows - self.mean
         return centred * (rows.shape[1] ** 0.5 / centred.norm(dim=1, keepdim=True).clamp_min(1e-12))
 
 
 def encode(h: Tensor, active: int, code: str) -> tuple[Tensor, Tensor]:
-    """(s, z) from logits h (B, N): the pre-rounding code and the code, float32."""
+    """Return (s, z) for logits h (B, N): the pre-rounding code and the code, both (B, N) float32."""
     s = h.float().sigmoid()
     if code == "round":
-        return s, rounded(s)
-    largest = topk_code(h.detach().float(), active)
-    return s, PassThrough.apply(s, largest) if code == "topk" else h.float().relu() * largest
+        return s, round_ste(s)
+    zk = topk_code(h.detach().float(), active)
+    if code == "topk":
+        return s, StraightThrough.apply(s, zk)
+    return s, h.float().relu() * zk
 
 
-def build_model(args: argparse.Namespace, width: int, device: torch.device) -> BSA:
-    """Return the network of a run for rows of `width` channels, on `device`. Its `mean` is still zero."""
-    return BSA(width, args.latent, args.active, args.init, args.seed).to(device)
+def build_model(args: argparse.Namespace, dim: int, device: torch.device) -> BSA:
+    """Return the network of a run for rows of `dim` channels, on `device`. Its `mean` is still zero."""
+    return BSA(dim, args.latent, args.active, args.init, args.seed).to(device)
 
 
 # ------------------------------------------------------------------------------------------------- loss
 
 
-def reconstruction_loss(rebuilt: Tensor, x: Tensor, kind: str, reduction: str = "mean") -> Tensor:
-    """ABLATION (distance): 1 - cos(x^, x) of each row, or its squared error; (B,) from (B, d), float32.
+def reconstruction_loss(x_hat: Tensor, x: Tensor, distance: str, reduction: str = "mean") -> Tensor:
+    """ABLATION (distance): 1 - cos(x^, x) of each row, or its squared error: (B,) float32 from (B, d).
 
-    An empty code without bias would rebuild 0, where the cosine's gradient has no bound: lengths below 1e-4 |x| count
-    as that much. `reduction` of the squared error is over the channels.
+    `reduction` of the squared error is over the channels. The norm of x^ is clamped to at least 1e-4 |x|, because the
+    gradient of the cosine is unbounded at x^ = 0 (an empty code without a decoder bias).
     """
-    rebuilt = rebuilt.float()
-    if kind == "mse":
-        return getattr((rebuilt - x).square(), reduction)(1)
-    length = x.norm(dim=1)
-    return 1 - (rebuilt * x).sum(1) / (length * rebuilt.norm(dim=1).clamp_min(1e-4 * length))
+    x_hat = x_hat.float()
+    if distance == "mse":
+        return getattr((x_hat - x).square(), reduction)(1)
+    norm = x.norm(dim=1)
+    return 1 - (x_hat * x).sum(1) / (norm * x_hat.norm(dim=1).clamp_min(1e-4 * norm))
 
 
 def alignment_loss(
-    s: Tensor, h: Tensor, active: int, kind: str, target: str = "binary", reduction: str = "mean"
+    s: Tensor, h: Tensor, active: int, distance: str, target: str = "binary", reduction: str = "mean"
 ) -> Tensor:
-    """ABLATION (distance): how far the code of each row is from having exactly its K largest features on; (B,).
+    """ABLATION (distance): distance of each row's code from a code with exactly its K largest features on: (B,).
 
-    s (B, N) is compared with a target t: zK (`binary`) or s where zK is one (`value`); `rounded` compares round(s)
-    with zK. In closed form, without t: with S2 = sum s^2, and V1 = sum v, V2 = sum v^2 over the K largest v of s,
+    s (B, N) is compared with a target t: zK (`binary`), or s where zK is one (`value`). `rounded` compares round(s)
+    with zK. The closed forms need no t. With S2 = sum s^2, and V1 = sum v, V2 = sum v^2 over the K largest values v
+    of s:
 
         cosine  1 - V1 / sqrt(K S2)    or, for `value`,  1 - sqrt(V2 / S2)
         mse     (S2 - 2 V1 + K) / N                      (S2 - V2) / N
 
-    `l1` is the sum of s. The K largest are looked for among the logits h, which do not tie where s saturates.
+    `l1` is the sum of s. The K largest are selected by the logits h (B, N), because s has ties where it saturates.
     """
-    if kind == "l1":
+    if distance == "l1":
         return s.sum(1)
-    code = rounded(s) if target == "rounded" else s
-    largest = code.gather(1, h.topk(active, dim=1).indices)
-    energy, inside = code.square().sum(1), largest.sum(1)
-    if kind == "cosine":
+    code = round_ste(s) if target == "rounded" else s
+    v = code.gather(1, h.topk(active, dim=1).indices)
+    s2, v1 = code.square().sum(1), v.sum(1)
+    if distance == "cosine":
         if target == "value":
-            return 1 - ((largest.square().sum(1) + 1e-12) / (energy + 1e-12)).sqrt()
-        return 1 - inside / (active * energy.clamp_min(1e-4)).sqrt()
-    error = energy - largest.square().sum(1) if target == "value" else energy - 2 * inside + active
+            return 1 - ((v.square().sum(1) + 1e-12) / (s2 + 1e-12)).sqrt()
+        return 1 - v1 / (active * s2.clamp_min(1e-4)).sqrt()
+    error = s2 - v.square().sum(1) if target == "value" else s2 - 2 * v1 + active
     return error / s.shape[1] if reduction == "mean" else error
 
 
@@ -226,100 +235,111 @@ def bsa_loss(
     model: BSA, x: Tensor, *, active: int, alpha: float, reconstruction: str, alignment: str, target: str,
     reduction: str, code: str, precision: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The loss of normalised rows x (B, d); and (5,) for the log: loss, its two parts, active features, empty rows.
+    """Return the loss of normalised rows x (B, d) and a tensor (5,) of metrics for the log.
 
-    ABLATION (alignment loss): `alpha`; at 0 the K largest are not even looked for.
+    The metrics are the loss, the reconstruction loss, the alignment loss, the mean number of active features and the
+    share of rows without an active feature.
+    ABLATION (alignment loss): `alpha`. At 0 the top-K selection is skipped.
     """
     with devices.autocast(precision, x.device):
         h = model.encoder(x)
     s, z = encode(h, active, code)
     with devices.autocast(precision, x.device):
-        rebuilt = model.decoder(z)
-    rebuilding = reconstruction_loss(rebuilt, x, reconstruction, reduction).mean()
-    loss, aligning = rebuilding, torch.zeros_like(rebuilding)
+        x_hat = model.decoder(z)
+    rec_loss = reconstruction_loss(x_hat, x, reconstruction, reduction).mean()
+    loss, align_loss = rec_loss, torch.zeros_like(rec_loss)
     if alpha:
-        aligning = alignment_loss(s, h.float(), active, alignment, target, reduction).mean()
-        loss = loss + alpha * aligning
-    on = z.detach().count_nonzero(1).float()
-    return loss, torch.stack([loss, rebuilding, aligning, on.mean(), (on == 0).float().mean()]).detach()
+        align_loss = alignment_loss(s, h.float(), active, alignment, target, reduction).mean()
+        loss = loss + alpha * align_loss
+    counts = z.detach().count_nonzero(1).float()
+    return loss, torch.stack([loss, rec_loss, align_loss, counts.mean(), (counts == 0).float().mean()]).detach()
 
 
 # ------------------------------------------------------------------------------------------------- data
 
 
-class Rows(NamedTuple):
-    """Embeddings as they are, float32 on the device: the distinct rows in three parts. `held_out` is for our choices.
+class Splits(NamedTuple):
+    """The distinct embeddings, not normalised, float32 on the device, in three splits.
 
-    `numbers`: which row of the source each is, (train, held_out, test).
+    `held_out` is for choosing hyper-parameters. `indices` are the row numbers in the source, (train, held_out, test).
+    `digest` is the SHA-256 of the whole matrix.
     """
 
     train: Tensor
     held_out: Tensor
     test: Tensor
-    numbers: tuple[Tensor, Tensor, Tensor]
+    indices: tuple[Tensor, Tensor, Tensor]
     digest: str
 
 
 def read_matrix(path: Path) -> np.ndarray:
-    """The one matrix (rows, channels) of a file, float32. Stops (exit 2) where it is not there, not one, or damaged."""
+    """Return the only matrix (rows, channels) of a file, float32.
+
+    Exits with code 2 if the file is missing or damaged, or has no matrix or several.
+    """
     try:
         if path.suffix == ".safetensors":
-            found = checkpoints.read_safetensors(path)
+            arrays = checkpoints.read_safetensors(path)
         else:
             loaded = np.load(path, allow_pickle=False)
-            found = dict(loaded) if path.suffix == ".npz" else {"": loaded}
+            arrays = dict(loaded) if path.suffix == ".npz" else {"": loaded}
     except FileNotFoundError:
         fail(f"--data {path}: no such file")
     except (OSError, EOFError, ValueError, files.DamagedFile, zipfile.BadZipFile) as error:
         fail(f"--data {path} cannot be read as {path.suffix} ({error})")
-    matrices = {name: one for name, one in found.items() if one.ndim == 2 and one.dtype.kind in "fiu"}
+    matrices = [array for array in arrays.values() if array.ndim == 2 and array.dtype.kind in "fiu"]
     if len(matrices) != 1:
-        fail(f"--data {path} must hold one matrix of numbers, one row a concept; it holds {len(matrices)}")
-    return next(iter(matrices.values())).astype(np.float32)
+        fail(f"--data {path} has {len(matrices)} numeric matrices: give a file with one, one row per concept")
+    return matrices[0].astype(np.float32)
 
 
-def load_rows(data_set: str, data: Path, device: torch.device) -> Rows:
-    """The rows of a data set, split 8 : 1 : 1 by the data seed after duplicates are dropped.
+def load_splits(data_set: str, data: Path, device: torch.device) -> Splits:
+    """Return a data set without duplicate rows, split 8 : 1 : 1 by the data seed.
 
-    Stops (exit 2) at rows that are not finite or have norm 0, named by their numbers (the first is 0).
+    Exits with code 2 if rows are not finite or have norm 0; the message gives their indices, counted from 0.
     """
     path = data if data_set == "file" else data / "mesh-minilm.npy"
     if data_set == "mesh" and not path.exists():
-        fail(f"{path} is not there: python -m bsa.concepts --data {data} makes it")
-    matrix = plant().rows if data_set == "planted" else read_matrix(path)
-    for what, bad in {
-        "are not finite": ~np.isfinite(matrix).all(1),
-        "have norm 0": ~matrix.any(1),
-    }.items():
+        fail(f"{path} not found: create it with `python -m bsa.concepts --data {data}`")
+    matrix = planted_concepts().rows if data_set == "planted" else read_matrix(path)
+    checks = {"are not finite": ~np.isfinite(matrix).all(1), "have norm 0": ~matrix.any(1)}
+    for problem, bad in checks.items():
         if bad.any():
             listed = ", ".join(map(str, np.flatnonzero(bad)[:5]))
-            fail(f"--data {path}: {bad.sum()} of {len(matrix)} rows {what} (rows {listed}): remove them")
+            fail(f"--data {path}: {bad.sum()} of {len(matrix)} rows {problem} (rows {listed}): remove them")
     _, distinct = np.unique(matrix, axis=0, return_index=True)
-    if dropped := len(matrix) - len(distinct):
-        print(f"{data_set}: {dropped} rows that stand twice are dropped", flush=True)
+    if duplicates := len(matrix) - len(distinct):
+        print(f"{data_set}: {duplicates} duplicate rows dropped", flush=True)
     if len(distinct) < 20:
-        fail(f"--data {path} has {len(distinct)} different rows: at least 20 are needed")
-    order = torch.from_numpy(np.sort(distinct))[
-        seeding.permutation(seeding.DATA_SEED, "split", 0, len(distinct), "cpu")
-    ]
+        fail(f"--data {path} has {len(distinct)} distinct rows: at least 20 are needed")
+    permutation = seeding.permutation(seeding.DATA_SEED, "split", 0, len(distinct), "cpu")
+    order = torch.from_numpy(np.sort(distinct))[permutation]
     tenth = len(order) // 10
-    train, held_out, test = (x.sort().values for x in (order[2 * tenth :], order[tenth : 2 * tenth], order[:tenth]))
-    whole = torch.from_numpy(matrix)
-    parts = (whole[train].to(device), whole[held_out].to(device), whole[test].to(device))
-    return Rows(*parts, (train, held_out, test), checkpoints.sha256(whole))
+    test, held_out, train = (x.sort().values for x in order.tensor_split([tenth, 2 * tenth]))
+    rows = torch.from_numpy(matrix)
+    return Splits(
+        train=rows[train].to(device),
+        held_out=rows[held_out].to(device),
+        test=rows[test].to(device),
+        indices=(train, held_out, test),
+        digest=checkpoints.sha256(rows),
+    )
 
 
-def schedule(args: argparse.Namespace) -> list[range]:
+def epoch_steps(args: argparse.Namespace) -> list[range]:
     """Return the steps of each epoch. All epochs are equally long, except that the last one may be shorter."""
     steps, steps_per_epoch = args.steps, -(-args.steps // EPOCHS)
     if args.rehearse:
         steps, steps_per_epoch = 2 * args.rehearse, args.rehearse
-    return [range(steps)[first : first + steps_per_epoch] for first in range(0, steps, steps_per_epoch)]
+    return [range(steps)[start : start + steps_per_epoch] for start in range(0, steps, steps_per_epoch)]
 
 
-def batches(args: argparse.Namespace, rows: Tensor, epoch: int) -> Iterator[Tensor]:
-    """Yield the batches (B, d) of one epoch. Each pass over rows (n, d) has a new order and drops the remainder."""
-    steps, steps_per_pass = schedule(args)[epoch], len(rows) // args.batch
+def batches(args: argparse.Namespace, rows: Tensor, steps: range) -> Iterator[Tensor]:
+    """Yield the batches (B, d) of the consecutive `steps` of one epoch.
+
+    Each pass over rows (n, d) has a new order and drops the last incomplete batch.
+    """
+    steps_per_pass = len(rows) // args.batch
     for step in steps:
         number, place = divmod(step, steps_per_pass)
         if place == 0 or step == steps.start:  # an epoch may begin in the middle of a pass
@@ -332,19 +352,21 @@ def batches(args: argparse.Namespace, rows: Tensor, epoch: int) -> Iterator[Tens
 
 def train(args: argparse.Namespace, run: Run, model: BSA, rows: Tensor, optimizer: torch.optim.Optimizer) -> None:
     """Train on normalised rows (n, d). Saves after each epoch; the same command resumes from there."""
-    loss_function = torch.compile(bsa_loss) if args.compile else bsa_loss
-    epochs = schedule(args)
-    last = len(epochs)
-    first = run.resume(model, optimizer)
-    if first is None:
-        first = 0
-        run.end_epoch(0, last, {})
+    loss_fn = torch.compile(bsa_loss) if args.compile else bsa_loss
+    epochs = epoch_steps(args)
+    final_epoch = len(epochs)
+    start_epoch = run.resume(model, optimizer)
+    if start_epoch is None:
+        start_epoch = 0
+        run.end_epoch(0, final_epoch, {})
 
-    for epoch in tqdm(range(first, last), run.name, last, initial=first, disable=None, leave=False):
-        started, totals = time.perf_counter(), torch.zeros(5, device=rows.device)
+    bar = tqdm(range(start_epoch, final_epoch), run.name, final_epoch, initial=start_epoch, disable=None, leave=False)
+    for epoch in bar:
+        started, sums = time.perf_counter(), torch.zeros(5, device=rows.device)
+        steps = epochs[epoch]
 
-        for x in batches(args, rows, epoch):
-            loss, parts = loss_function(
+        for x in batches(args, rows, steps):
+            loss, batch_metrics = loss_fn(
                 model,
                 x,
                 active=args.active,
@@ -359,24 +381,23 @@ def train(args: argparse.Namespace, run: Run, model: BSA, rows: Tensor, optimize
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            totals += parts  # stays on the device: reading it here would synchronise at every step
+            sums += batch_metrics  # stays on the device: no host-device synchronisation per step
 
-        steps = epochs[epoch]
-        means = (totals / len(steps)).tolist()  # waits for the device, so `seconds` covers its work
+        means = (sums / len(steps)).tolist()  # synchronises, so `seconds` includes the work of the device
         seconds = time.perf_counter() - started
-        if run.diverged(epoch + 1, totals):
+        if run.diverged(epoch + 1, sums):
             return
         names = ("loss", "reconstruction_loss", "alignment_loss", "active_mean", "empty_share")
-        record = dict(zip(names, means, strict=True)) | {
+        metrics = dict(zip(names, means, strict=True)) | {
             "step": steps.stop,
             "lr": optimizer.param_groups[0]["lr"],
             "examples_per_second": len(steps) * args.batch / seconds,
             "seconds": seconds,
             "peak_memory": devices.peak_memory(rows.device),
         }
-        run.end_epoch(epoch + 1, last, record)
+        run.end_epoch(epoch + 1, final_epoch, metrics)
 
-    run.save_model({"model": model.state_dict(), "epoch": last, "diverged": False})
+    run.save_model({"model": model.state_dict(), "epoch": final_epoch, "diverged": False})
 
 
 # ------------------------------------------------------------------------------------------------- main
@@ -386,14 +407,15 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
     device = devices.select_device(args.device, args.scale)
-    smaller = f"--batch {args.batch // 2} or a smaller --latent needs less, but is another run"
-    with run_lock(args.out), devices.memory_for(device, f"--latent {args.latent} --batch {args.batch}", smaller):
+    sizes = f"--latent {args.latent} --batch {args.batch}"
+    remedy = f"Give a smaller --latent, or --batch {args.batch // 2}; the results then differ"
+    with run_lock(args.out), devices.report_oom(device, sizes, remedy):
         run = Run(args.out, vars(args), __file__, args.replace)
         if run.finished:
             return
-        data = load_rows(args.data_set, args.data, device)
+        data = load_splits(args.data_set, args.data, device)
         if args.batch > len(data.train):
-            fail(f"--batch {args.batch} is more than the {len(data.train)} training rows")
+            fail(f"--batch {args.batch} is larger than the training split: give at most {len(data.train)}")
         run.write_config(
             f"{args.data_set}, code of {args.latent} features",
             devices.environment(device) | {"data": data.digest, "steps": args.steps},

@@ -1,1 +1,1 @@
-"""CoCoRD: contrastive consistent representation distillation."""
+"""CoCoRD: Contrastive Consistent Representation Distillation."""

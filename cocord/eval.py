@@ -1,10 +1,10 @@
-"""What a CoCoRD run has learnt: accuracies of the student and of the slow student, written to metrics.json.
+"""Evaluate a finished CoCoRD run: test accuracy of the student and of the slow student, written to metrics.json.
 
     python cocord/eval.py runs/scratch                                 # a finished run of train.py
 
-`accuracy` is the last epoch's, on the test split, in eval mode; `accuracy_best_epoch` is chosen on that split and
-therefore optimistic. What only training sees (cosines, contrastive accuracy: means over the last epoch's batches; key
-consistency: mean over the epochs) comes from train.jsonl.
+`accuracy` is the test accuracy after the last epoch. `accuracy_best_epoch` is the best epoch on the test split, and
+therefore optimistic. Metrics of the training come from train.jsonl: cosines and contrastive accuracy are means over the
+batches of the last epoch, key consistency is the mean over all epochs.
 """
 
 import argparse
@@ -16,41 +16,54 @@ from typing import Any
 
 import torch
 
-if not __package__:  # a script takes its own clone, whatever is installed
+if not __package__:  # run as a script: import from this clone, not from an installed copy
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cocord.train import accuracy, build_model, kept, load_data
+from cocord.train import accuracy, build_model, load_data, student_weights
 from common import checkpoints, cli, devices, files
 from common.cli import fail
 from common.lock import run_lock
 from common.run import load_finished
 
-METRICS_IF_FINITE = (  # of a diverged run they are null
-    *("accuracy", "accuracy_best_epoch", "accuracy_slow_student", "contrastive_accuracy", "positive_cosine"),
-    *("negative_cosine", "key_consistency", "teacher_head_shift", "train_loss", "train_accuracy"),
+METRICS_IF_FINITE = (  # null in metrics.json of a diverged run
+    "accuracy",
+    "accuracy_best_epoch",
+    "accuracy_slow_student",
+    "contrastive_accuracy",
+    "positive_cosine",
+    "negative_cosine",
+    "key_consistency",
+    "teacher_head_shift",
+    "train_loss",
+    "train_accuracy",
 )
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     parser.add_argument("folder", type=Path, help="folder of a finished run")
-    parser.add_argument("--data", type=Path, help="where the data lie; default: as in training")
-    parser.add_argument("--device", help="auto, cpu, cuda or cuda:1; default: as in training")
+    parser.add_argument("--data", type=Path, help="folder of the data sets; default: as in training")
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N; default: as in training")
     parser.add_argument("--threads", type=cli.int_min(1), help="default: as in training")
     return parser.parse_args(argv)
 
 
-def training_facts(log: list[dict[str, Any]], arguments: dict[str, Any]) -> dict[str, Any]:
-    """The keys that only training knows, from the lines of train.jsonl; None where an arm has no such part."""
-    first, epochs = log[0], log[1:]
+def training_metrics(log: list[dict[str, Any]], arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the metrics that are measured during training, from the lines of train.jsonl.
+
+    Metrics of the keys are None if the run has no contrastive loss.
+    """
+    start, epochs = log[0], log[1:]
     last = epochs[-1] if epochs else {}
-    contrasted = ("contrastive_accuracy", "positive_cosine", "negative_cosine", "teacher_head_shift")
-    found = {name: last.get(name) if arguments["lambda_contrast"] else None for name in contrasted}
-    consistent = [line["key_consistency"] for line in epochs] if arguments["lambda_contrast"] else []
+    key_metrics: dict[str, Any] = dict.fromkeys(
+        ("contrastive_accuracy", "positive_cosine", "negative_cosine", "teacher_head_shift", "key_consistency")
+    )
+    if arguments["lambda_contrast"] and epochs:
+        key_metrics = {name: last.get(name) for name in key_metrics}
+        key_metrics["key_consistency"] = mean(line["key_consistency"] for line in epochs)
     return {
-        **found,
-        "key_consistency": mean(consistent) if consistent else None,
-        "teacher_accuracy": first["teacher_accuracy"],
+        **key_metrics,
+        "teacher_accuracy": start["teacher_accuracy"],
         "accuracy_best_epoch": max((line["test_accuracy"] for line in epochs), default=None),
         "train_loss": last.get("loss"),
         "train_accuracy": 100 * last["train_accuracy"] if last else None,
@@ -62,34 +75,35 @@ def training_facts(log: list[dict[str, Any]], arguments: dict[str, Any]) -> dict
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    arguments, facts, saved = load_finished(args.folder, "cocord/train.py")
+    arguments, provenance, saved = load_finished(args.folder, "cocord/train.py")
     try:
-        told = training_facts(files.read_lines(args.folder / "train.jsonl"), arguments)
+        from_log = training_metrics(files.read_lines(args.folder / "train.jsonl"), arguments)
     except (files.DamagedFile, IndexError, KeyError) as error:
         fail(f"{args.folder / 'train.jsonl'} is damaged ({error}): move {args.folder} away and train this run again")
     torch.set_num_threads(args.threads or arguments["threads"])
     device = devices.select_device(args.device or arguments["device"], arguments["scale"])
-    started, folder = time.perf_counter(), args.data or Path(arguments["data"])
-    elsewhere = "A --device with more memory, or --device cpu, gives the same metrics"
-    with run_lock(args.folder), devices.memory_for(device, "batches of 500 images", elsewhere):
-        metrics: dict[str, Any] = {**told, **facts, "diverged": saved["diverged"]}
+    start_time = time.perf_counter()
+    data_folder = args.data or Path(arguments["data"])
+    remedy = "Use --device cpu or a device with more memory (the same metrics)"
+    with run_lock(args.folder), devices.report_oom(device, "batches of 500 images", remedy):
+        metrics: dict[str, Any] = {**from_log, **provenance, "diverged": saved["diverged"]}
         if metrics["diverged"]:
             metrics |= dict.fromkeys(METRICS_IF_FINITE)
         else:
-            data = load_data(arguments["data_set"], folder, arguments["held_out"], device)
-            if data.digest != facts["data"]:
-                fail(f"--data {folder} is not what {args.folder} was trained on (digest {data.digest[:12]}): give that")
+            data = load_data(arguments["data_set"], data_folder, arguments["held_out"], device)
+            if data.digest != provenance["data"]:
+                fail(f"--data {data_folder} differs from the data that {args.folder} was trained on: give that folder")
             if arguments["rehearse"]:
                 data = data.subset(arguments["rehearse"] * arguments["batch"])
             model = build_model(argparse.Namespace(**arguments), data.classes, device)
             networks = torch.nn.ModuleDict({"student": model.student, "slow_student": model.slow_student})
-            checkpoints.fit(networks, kept(saved["model"]), args.folder / "model.pt")
-            followed = arguments["forward_weight"] or arguments["swapped_weight"]
+            checkpoints.load_weights(networks, student_weights(saved["model"]), args.folder / "model.pt")
+            has_slow_student = arguments["forward_weight"] or arguments["swapped_weight"]
             metrics |= {
                 "accuracy": accuracy(model.student, data),
-                "accuracy_slow_student": accuracy(model.slow_student, data) if followed else None,
+                "accuracy_slow_student": accuracy(model.slow_student, data) if has_slow_student else None,
             }
-        metrics["seconds"] = told["train_seconds"] + time.perf_counter() - started
+        metrics["seconds"] = from_log["train_seconds"] + time.perf_counter() - start_time
         files.write_json(args.folder / "metrics.json", metrics)
         shown = (f"{name} {metrics[name]:.4g}" for name in METRICS_IF_FINITE if metrics.get(name) is not None)
         print(f"{args.folder}: {'  '.join(shown)}")

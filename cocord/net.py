@@ -1,8 +1,9 @@
-"""The networks of CoCoRD's pairs for small pictures, small ones for the demo, and the reader of published weights.
+"""Teacher and student networks for small images, and the reader of published checkpoints.
 
-Every network maps (B, 3, S, S) to its feature (B, width), the input of its last layer, and its logits (B, classes).
-Names of parameters and buffers are those of RepDistiller's released teachers, which therefore load as they are. All
-pool adaptively: equal to the fixed windows of 8 and 4 pixels at 32 pixels, and any larger multiple of 4 will do.
+Every network maps images (B, 3, S, S) to (feature (B, width), logits (B, classes)); the feature is the input of the
+last layer. Parameters and buffers have the names of RepDistiller's released teachers, so those checkpoints load
+directly. All networks end in global average pooling. At S = 32 this equals RepDistiller's fixed windows of 8 and 4
+pixels. S may also be a larger multiple of 4.
 """
 
 import itertools
@@ -20,35 +21,38 @@ from common.cli import fail
 from common.files import DamagedFile
 
 Output = tuple[Tensor, Tensor]  # feature (B, width), logits (B, classes)
-PREFIXES = ("module.student.", "module.")  # of parameters that were saved inside other modules
-WRAPPERS = ("model", "s_model_dict", "state_dict")  # keys under which others keep the weights in a checkpoint
+PREFIXES = ("module.student.", "module.")  # of parameter names that were saved from a wrapping module
+STATE_DICT_KEYS = ("model", "s_model_dict", "state_dict")  # keys of the state dict in published checkpoints
 
 
-def pooled(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, C): the mean over the picture."""
+def global_avg_pool(x: Tensor) -> Tensor:
+    """Mean over height and width: (B, C, H, W) -> (B, C)."""
     return x.mean((2, 3))
 
 
 def convolution(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    """Without bias, padded to keep the size at stride 1."""
+    """Return a convolution without bias, padded to keep the image size at stride 1."""
     return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
 
 
-def kaiming(module: nn.Module) -> None:
-    """Every convolution as normal(0, sqrt(2 / (k k outputs))), which is Kaiming's rule for fan-out."""
-    for part in module.modules():
-        if isinstance(part, nn.Conv2d):
-            height, across = part.kernel_size
-            nn.init.normal_(part.weight, 0, (2 / (height * across * part.out_channels)) ** 0.5)
-            if part.bias is not None:
-                nn.init.zeros_(part.bias)
+def kaiming_init(network: nn.Module) -> None:
+    """Draw the weights of all convolutions from normal(0, sqrt(2 / fan_out)) and set their biases to 0.
+
+    fan_out = kernel height * kernel width * output channels, also for grouped convolutions (RepDistiller's rule).
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            height, width = module.kernel_size
+            nn.init.normal_(module.weight, 0, (2 / (height * width * module.out_channels)) ** 0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 # ------------------------------------------------------------------------------------------------- resnet, 6n + 2
 
 
-class Basic(nn.Module):
-    """Two 3x3 convolutions and a shortcut."""
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a residual connection."""
 
     def __init__(self, inputs: int, outputs: int, stride: int):
         super().__init__()
@@ -65,30 +69,36 @@ class Basic(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Three stages of n basic blocks; `widths` are those of the stem and of the stages, `stride` that of both first."""
+    """CIFAR ResNet of depth 6n + 2: three stages of n basic blocks.
+
+    `widths` are the channels of the stem and of the three stages. `stride` is the stride of the stem and of stage 1.
+    """
 
     def __init__(self, n: int, widths: tuple[int, int, int, int], classes: int, stride: int = 1):
         super().__init__()
         self.conv1, self.bn1 = convolution(3, widths[0], 3, stride), nn.BatchNorm2d(widths[0])
         for stage in (1, 2, 3):
             inputs, outputs = widths[stage - 1 : stage + 1]
-            blocks = [Basic(inputs, outputs, stride if stage == 1 else 2)]
-            blocks += [Basic(outputs, outputs, 1) for _ in range(n - 1)]
+            blocks = [BasicBlock(inputs, outputs, stride if stage == 1 else 2)]
+            blocks += [BasicBlock(outputs, outputs, 1) for _ in range(n - 1)]
             setattr(self, f"layer{stage}", nn.Sequential(*blocks))
         self.fc = nn.Linear(widths[3], classes)
-        kaiming(self)
+        kaiming_init(self)
 
     def forward(self, x: Tensor) -> Output:
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        feature = pooled(self.layer3(self.layer2(self.layer1(x))))
+        feature = global_avg_pool(self.layer3(self.layer2(self.layer1(x))))
         return feature, self.fc(feature)
 
 
 # ------------------------------------------------------------------------------------------------- wide resnet
 
 
-class PreActivated(nn.Module):
-    """Batch norm and ReLU before each convolution; where the widths differ the shortcut, too, sees them applied."""
+class PreActBlock(nn.Module):
+    """Pre-activation block: batch norm and ReLU come before each convolution.
+
+    If the widths differ, the shortcut convolution also receives the activated input.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int):
         super().__init__()
@@ -97,40 +107,40 @@ class PreActivated(nn.Module):
         self.convShortcut = None if inputs == outputs else convolution(inputs, outputs, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        active = F.relu(self.bn1(x), inplace=True)
-        shortcut = x if self.convShortcut is None else self.convShortcut(active)
-        return self.conv2(F.relu(self.bn2(self.conv1(active)), inplace=True)) + shortcut
+        activated = F.relu(self.bn1(x), inplace=True)
+        shortcut = x if self.convShortcut is None else self.convShortcut(activated)
+        return self.conv2(F.relu(self.bn2(self.conv1(activated)), inplace=True)) + shortcut
 
 
 class Stage(nn.Module):
-    """Blocks under the name `layer`."""
+    """A sequence of n pre-activation blocks named `layer`, as in RepDistiller's checkpoints."""
 
     def __init__(self, n: int, inputs: int, outputs: int, stride: int):
         super().__init__()
-        self.layer = nn.Sequential(
-            PreActivated(inputs, outputs, stride), *[PreActivated(outputs, outputs, 1) for _ in range(n - 1)]
-        )
+        blocks = [PreActBlock(inputs, outputs, stride)]
+        blocks += [PreActBlock(outputs, outputs, 1) for _ in range(n - 1)]
+        self.layer = nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x)
 
 
 class WideResNet(nn.Module):
-    """wrn_<depth>_<factor>, depth = 6n + 4; without dropout."""
+    """Wide ResNet wrn_<depth>_<factor> with depth = 6n + 4, without dropout."""
 
     def __init__(self, n: int, factor: int, classes: int):
         super().__init__()
         widths = (16, 16 * factor, 32 * factor, 64 * factor)
         self.conv1 = convolution(3, 16)
-        for number in (1, 2, 3):
-            setattr(self, f"block{number}", Stage(n, widths[number - 1], widths[number], 1 if number == 1 else 2))
+        for stage in (1, 2, 3):
+            setattr(self, f"block{stage}", Stage(n, widths[stage - 1], widths[stage], 1 if stage == 1 else 2))
         self.bn1 = nn.BatchNorm2d(widths[3])
         self.fc = nn.Linear(widths[3], classes)
-        kaiming(self)
+        kaiming_init(self)
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, x: Tensor) -> Output:
-        feature = pooled(F.relu(self.bn1(self.block3(self.block2(self.block1(self.conv1(x))))), inplace=True))
+        feature = global_avg_pool(F.relu(self.bn1(self.block3(self.block2(self.block1(self.conv1(x))))), inplace=True))
         return feature, self.fc(feature)
 
 
@@ -138,49 +148,50 @@ class WideResNet(nn.Module):
 
 
 class VGG(nn.Module):
-    """Five blocks of biased convolutions with batch norm; the first three end in a max-pool.
+    """Five blocks of convolutions (with bias) and batch norm; the first three are followed by max pooling.
 
-    A block's last ReLU is not in its Sequential, so the numbers in the names are the published ones.
+    The last ReLU of a block is not in its Sequential, so that the layer indices match the published checkpoints.
     """
 
     def __init__(self, convolutions: int, widths: tuple[int, ...], classes: int, stride: int = 1):
         super().__init__()
         inputs = 3
-        for number, outputs in enumerate(widths):
-            parts: list[nn.Module] = []
-            for place in range(convolutions):
-                first = number == place == 0
-                parts += [nn.Conv2d(inputs, outputs, 3, stride if first else 1, 1), nn.BatchNorm2d(outputs)]
-                parts += [nn.ReLU(inplace=True)]
+        for block, outputs in enumerate(widths):
+            layers: list[nn.Module] = []
+            for index in range(convolutions):
+                is_stem = block == 0 and index == 0
+                layers.append(nn.Conv2d(inputs, outputs, 3, stride if is_stem else 1, 1))
+                layers += [nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
                 inputs = outputs
-            setattr(self, f"block{number}", nn.Sequential(*parts[:-1]))
+            setattr(self, f"block{block}", nn.Sequential(*layers[:-1]))
         self.blocks = len(widths)
         self.classifier = nn.Linear(inputs, classes)
-        kaiming(self)
+        kaiming_init(self)
         nn.init.normal_(self.classifier.weight, 0, 0.01)
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, x: Tensor) -> Output:
-        for number in range(self.blocks):
-            x = F.relu(getattr(self, f"block{number}")(x), inplace=True)
-            x = F.max_pool2d(x, 2) if number < 3 else x
-        feature = pooled(x)
+        for block in range(self.blocks):
+            x = F.relu(getattr(self, f"block{block}")(x), inplace=True)
+            if block < 3:
+                x = F.max_pool2d(x, 2)
+        feature = global_avg_pool(x)
         return feature, self.classifier(feature)
 
 
 # ------------------------------------------------------------------------------------------------- mobilenet v2
 
 
-class Inverted(nn.Module):
-    """1x1 up, depthwise 3x3, 1x1 down without ReLU; a shortcut where input and output have one shape."""
+class InvertedResidual(nn.Module):
+    """1x1 expansion, depthwise 3x3, linear 1x1 projection; residual connection if the shape does not change."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, expansion: int):
         super().__init__()
-        inner = inputs * expansion
+        hidden = inputs * expansion
         self.conv = nn.Sequential(
-            convolution(inputs, inner, 1), nn.BatchNorm2d(inner), nn.ReLU(inplace=True),
-            convolution(inner, inner, 3, stride, inner), nn.BatchNorm2d(inner), nn.ReLU(inplace=True),
-            convolution(inner, outputs, 1), nn.BatchNorm2d(outputs),
+            convolution(inputs, hidden, 1), nn.BatchNorm2d(hidden), nn.ReLU(inplace=True),
+            convolution(hidden, hidden, 3, stride, hidden), nn.BatchNorm2d(hidden), nn.ReLU(inplace=True),
+            convolution(hidden, outputs, 1), nn.BatchNorm2d(outputs),
         )  # fmt: skip
         self.shortcut = stride == 1 and inputs == outputs
 
@@ -189,89 +200,97 @@ class Inverted(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """Width 0.5, expansion 6, ReLU; 2x2 positions are left of 32 pixels before pooling."""
+    """MobileNetV2 with width factor 0.5, expansion 6 and ReLU. Images of 32 pixels are pooled from 2x2 positions."""
 
+    # (expansion, width at factor 1, blocks, stride) of each stage
     LAYOUT = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 
     def __init__(self, classes: int):
         super().__init__()
-        self.conv1 = self._unit(3, 16, 3, 2)
+        self.conv1 = self._conv_bn_relu(3, 16, 3, 2)
         inputs, blocks = 16, []
         for expansion, width, repeats, stride in self.LAYOUT:
             layers = []
-            for place in range(repeats):
-                layers.append(Inverted(inputs, width // 2, stride if place == 0 else 1, expansion))
+            for index in range(repeats):
+                layers.append(InvertedResidual(inputs, width // 2, stride if index == 0 else 1, expansion))
                 inputs = width // 2
             blocks.append(nn.Sequential(*layers))
         self.blocks = nn.Sequential(*blocks)
-        self.conv2 = self._unit(inputs, 1280, 1, 1)
+        self.conv2 = self._conv_bn_relu(inputs, 1280, 1, 1)
         self.classifier = nn.Sequential(nn.Linear(1280, classes))
-        kaiming(self)
+        kaiming_init(self)
         nn.init.normal_(self.classifier[0].weight, 0, 0.01)
         nn.init.zeros_(self.classifier[0].bias)
 
     @staticmethod
-    def _unit(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Sequential:
+    def _conv_bn_relu(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Sequential:
         return nn.Sequential(
             convolution(inputs, outputs, kernel, stride), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
         )
 
     def forward(self, x: Tensor) -> Output:
-        feature = pooled(self.conv2(self.blocks(self.conv1(x))))
+        feature = global_avg_pool(self.conv2(self.blocks(self.conv1(x))))
         return feature, self.classifier(feature)
 
 
 # ------------------------------------------------------------------------------------------------- shufflenets
 
 
-def shuffle(x: Tensor, groups: int) -> Tensor:
-    """Channel c of group g becomes channel c * groups + g, (B, C, H, W). The result is channels-last."""
+def channel_shuffle(x: Tensor, groups: int) -> Tensor:
+    """Interleave the channel groups of x (B, C, H, W); the result has channels-last memory format.
+
+    Channel c of group g becomes channel c * groups + g.
+    """
     return x.permute(0, 2, 3, 1).unflatten(3, (groups, -1)).transpose(3, 4).flatten(3).permute(0, 3, 1, 2)
 
 
-class ShuffledV1(nn.Module):
-    """Grouped 1x1, shuffle, depthwise 3x3, grouped 1x1; at stride 2 the shortcut is pooled and put beside."""
+class ShuffleV1Block(nn.Module):
+    """Grouped 1x1, channel shuffle, depthwise 3x3, grouped 1x1.
+
+    The residual is added at stride 1. At stride 2 it is average-pooled and concatenated.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int, groups: int):
         super().__init__()
-        made = outputs - inputs if stride == 2 else outputs
-        inner, self.stride = made // 4, stride
-        self.groups = 1 if inputs == 24 else groups
-        self.conv1, self.bn1 = convolution(inputs, inner, 1, 1, self.groups), nn.BatchNorm2d(inner)
-        self.conv2, self.bn2 = convolution(inner, inner, 3, stride, inner), nn.BatchNorm2d(inner)
-        self.conv3, self.bn3 = convolution(inner, made, 1, 1, groups), nn.BatchNorm2d(made)
+        self.stride = stride
+        self.groups = 1 if inputs == 24 else groups  # of the first convolution; 24 is the width of the stem
+        width = outputs - inputs if stride == 2 else outputs
+        hidden = width // 4
+        self.conv1, self.bn1 = convolution(inputs, hidden, 1, 1, self.groups), nn.BatchNorm2d(hidden)
+        self.conv2, self.bn2 = convolution(hidden, hidden, 3, stride, hidden), nn.BatchNorm2d(hidden)
+        self.conv3, self.bn3 = convolution(hidden, width, 1, 1, groups), nn.BatchNorm2d(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        new = shuffle(F.relu(self.bn1(self.conv1(x)), inplace=True), self.groups)
-        new = F.relu(self.bn2(self.conv2(new)), inplace=True)
-        new = self.bn3(self.conv3(new))
+        out = channel_shuffle(F.relu(self.bn1(self.conv1(x)), inplace=True), self.groups)
+        out = F.relu(self.bn2(self.conv2(out)), inplace=True)
+        out = self.bn3(self.conv3(out))
         if self.stride == 1:
-            return F.relu(new + x, inplace=True)
-        return F.relu(torch.cat([new, F.avg_pool2d(x, 3, 2, 1)], 1), inplace=True)
+            return F.relu(out + x, inplace=True)
+        return F.relu(torch.cat([out, F.avg_pool2d(x, 3, 2, 1)], 1), inplace=True)
 
 
 class ShuffleV1(nn.Module):
-    """Three groups; stages of 4, 8 and 4 blocks, 240, 480 and 960 wide, behind a 1x1 stem of 24."""
+    """ShuffleNet V1 with 3 groups: a 1x1 stem of width 24, then 4, 8 and 4 blocks of width 240, 480 and 960."""
 
     def __init__(self, classes: int):
         super().__init__()
         self.conv1, self.bn1 = convolution(3, 24, 1), nn.BatchNorm2d(24)
         inputs = 24
         for stage, (outputs, blocks) in enumerate(((240, 4), (480, 8), (960, 4)), 1):
-            layers = [ShuffledV1(inputs, outputs, 2, 3)]
-            layers += [ShuffledV1(outputs, outputs, 1, 3) for _ in range(blocks - 1)]
+            layers = [ShuffleV1Block(inputs, outputs, 2, 3)]
+            layers += [ShuffleV1Block(outputs, outputs, 1, 3) for _ in range(blocks - 1)]
             setattr(self, f"layer{stage}", nn.Sequential(*layers))
             inputs = outputs
         self.linear = nn.Linear(inputs, classes)
 
     def forward(self, x: Tensor) -> Output:
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        feature = pooled(self.layer3(self.layer2(self.layer1(x))))
+        feature = global_avg_pool(self.layer3(self.layer2(self.layer1(x))))
         return feature, self.linear(feature)
 
 
-class ShuffledV2(nn.Module):
-    """Half of the channels pass, the other half goes through 1x1, depthwise 3x3, 1x1; then both are shuffled."""
+class ShuffleV2Block(nn.Module):
+    """Channel split: one half is unchanged, the other goes through 1x1, depthwise 3x3, 1x1; then channel shuffle."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -281,15 +300,18 @@ class ShuffledV2(nn.Module):
         self.conv3, self.bn3 = convolution(half, half, 1), nn.BatchNorm2d(half)
 
     def forward(self, x: Tensor) -> Tensor:
-        kept, new = x.chunk(2, 1)
-        new = F.relu(self.bn1(self.conv1(new)), inplace=True)
-        new = self.bn2(self.conv2(new))
-        new = F.relu(self.bn3(self.conv3(new)), inplace=True)
-        return shuffle(torch.cat([kept, new], 1), 2)
+        unchanged, out = x.chunk(2, 1)
+        out = F.relu(self.bn1(self.conv1(out)), inplace=True)
+        out = self.bn2(self.conv2(out))
+        out = F.relu(self.bn3(self.conv3(out)), inplace=True)
+        return channel_shuffle(torch.cat([unchanged, out], 1), 2)
 
 
-class DownV2(nn.Module):
-    """Both halves are made anew at stride 2: depthwise 3x3 and 1x1; 1x1, depthwise 3x3 and 1x1."""
+class ShuffleV2DownBlock(nn.Module):
+    """Downsampling by two branches of stride 2, then channel shuffle.
+
+    Left: depthwise 3x3 and 1x1. Right: 1x1, depthwise 3x3 and 1x1.
+    """
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
@@ -304,18 +326,22 @@ class DownV2(nn.Module):
         left = F.relu(self.bn2(self.conv2(self.bn1(self.conv1(x)))), inplace=True)
         right = F.relu(self.bn3(self.conv3(x)), inplace=True)
         right = F.relu(self.bn5(self.conv5(self.bn4(self.conv4(right)))), inplace=True)
-        return shuffle(torch.cat([left, right], 1), 2)
+        return channel_shuffle(torch.cat([left, right], 1), 2)
 
 
 class ShuffleV2(nn.Module):
-    """Stages of 1 + 3, 1 + 7 and 1 + 3 blocks, 116, 232 and 464 wide, a 1x1 stem of 24, a last 1x1 to 1024."""
+    """ShuffleNet V2: a 1x1 stem of width 24, three stages of width 116, 232 and 464, a last 1x1 of width 1024.
+
+    Each stage is a downsampling block followed by 3, 7 and 3 blocks.
+    """
 
     def __init__(self, classes: int):
         super().__init__()
         self.conv1, self.bn1 = convolution(3, 24, 1), nn.BatchNorm2d(24)
         inputs = 24
         for stage, (outputs, blocks) in enumerate(((116, 3), (232, 7), (464, 3)), 1):
-            layers = [DownV2(inputs, outputs), *[ShuffledV2(outputs) for _ in range(blocks)]]
+            layers: list[nn.Module] = [ShuffleV2DownBlock(inputs, outputs)]
+            layers += [ShuffleV2Block(outputs) for _ in range(blocks)]
             setattr(self, f"layer{stage}", nn.Sequential(*layers))
             inputs = outputs
         self.conv2, self.bn2 = convolution(inputs, 1024, 1), nn.BatchNorm2d(1024)
@@ -324,15 +350,15 @@ class ShuffleV2(nn.Module):
     def forward(self, x: Tensor) -> Output:
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         x = self.layer3(self.layer2(self.layer1(x)))
-        feature = pooled(F.relu(self.bn2(self.conv2(x)), inplace=True))
+        feature = global_avg_pool(F.relu(self.bn2(self.conv2(x)), inplace=True))
         return feature, self.linear(feature)
 
 
 # ------------------------------------------------------------------------------------------------- resnet 18 and 50
 
 
-class Plain(nn.Module):
-    """As `Basic`, under the names of the larger ResNets."""
+class LargeBasicBlock(nn.Module):
+    """Like `BasicBlock`, with the parameter names of the larger ResNets."""
 
     expansion = 1
 
@@ -343,12 +369,12 @@ class Plain(nn.Module):
         self.shortcut = shortcut(inputs, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        new = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        return F.relu(self.bn2(self.conv2(new)).add_(self.shortcut(x)), inplace=True)
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return F.relu(self.bn2(self.conv2(out)).add_(self.shortcut(x)), inplace=True)
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1, the last four times as wide."""
+    """1x1, 3x3 and 1x1 convolutions and a residual connection; the last 1x1 has 4 * width channels."""
 
     expansion = 4
 
@@ -360,43 +386,44 @@ class Bottleneck(nn.Module):
         self.shortcut = shortcut(inputs, 4 * width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        new = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        new = F.relu(self.bn2(self.conv2(new)), inplace=True)
-        return F.relu(self.bn3(self.conv3(new)).add_(self.shortcut(x)), inplace=True)
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = F.relu(self.bn2(self.conv2(out)), inplace=True)
+        return F.relu(self.bn3(self.conv3(out)).add_(self.shortcut(x)), inplace=True)
 
 
 def shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-    """Empty, hence the identity, where the shape does not change."""
+    """Return a 1x1 convolution with batch norm, or the identity (an empty Sequential) if the shape does not change."""
     if stride == 1 and inputs == outputs:
         return nn.Sequential()
     return nn.Sequential(convolution(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
 
 
 class LargeResNet(nn.Module):
-    """Four stages behind a 3x3 stem of 64 without max-pool."""
+    """ResNet-18 or -50 for CIFAR: a 3x3 stem of width 64 without max pooling, then four stages."""
 
-    def __init__(self, block: type[Plain] | type[Bottleneck], blocks: tuple[int, ...], classes: int):
+    def __init__(self, block: type[LargeBasicBlock] | type[Bottleneck], blocks: tuple[int, ...], classes: int):
         super().__init__()
         self.conv1, self.bn1 = convolution(3, 64), nn.BatchNorm2d(64)
         inputs = 64
         for stage, count in enumerate(blocks, 1):
-            width, layers = 32 * 2**stage, []
-            for place in range(count):
-                layers.append(block(inputs, width, 2 if stage > 1 and place == 0 else 1))
+            width = 32 * 2**stage
+            layers: list[nn.Module] = []
+            for index in range(count):
+                layers.append(block(inputs, width, 2 if stage > 1 and index == 0 else 1))
                 inputs = width * block.expansion
             setattr(self, f"layer{stage}", nn.Sequential(*layers))
         self.linear = nn.Linear(inputs, classes)
-        for part in self.modules():
-            if isinstance(part, nn.Conv2d):
-                nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Output:
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        feature = pooled(self.layer4(self.layer3(self.layer2(self.layer1(x)))))
+        feature = global_avg_pool(self.layer4(self.layer3(self.layer2(self.layer1(x)))))
         return feature, self.linear(feature)
 
 
-# ------------------------------------------------------------------------------------------------- by name
+# ------------------------------------------------------------------------------------------------- all networks
 
 NETWORKS: dict[str, tuple[int, Callable[[int], nn.Module]]] = {  # name: (feature width, classes -> network)
     **{f"resnet{6 * n + 2}": (64, partial(ResNet, n, (16, 16, 32, 64))) for n in (1, 2, 3, 5, 7, 9, 18)},
@@ -411,17 +438,16 @@ NETWORKS: dict[str, tuple[int, Callable[[int], nn.Module]]] = {  # name: (featur
     "MobileNetV2": (1280, MobileNetV2),
     "ShuffleV1": (960, ShuffleV1),
     "ShuffleV2": (1024, ShuffleV2),
-    "ResNet18": (512, partial(LargeResNet, Plain, (2, 2, 2, 2))),
+    "ResNet18": (512, partial(LargeResNet, LargeBasicBlock, (2, 2, 2, 2))),
     "ResNet50": (2048, partial(LargeResNet, Bottleneck, (3, 4, 6, 3))),
-    # The demo's: a stem of stride 2, few channels.
+    # networks of the demo: stem of stride 2, few channels
     "vgg_s": (32, partial(VGG, 1, (8, 16, 24, 24, 32), stride=2)),
     "resnet_s32": (32, partial(ResNet, 1, (16, 32, 64, 32), stride=2)),
     "resnet_s64": (64, partial(ResNet, 1, (16, 32, 64, 64), stride=2)),
     "vgg_s32": (32, partial(VGG, 1, (24, 32, 48, 48, 32), stride=2)),
     "vgg_s64": (64, partial(VGG, 1, (24, 32, 48, 64, 64), stride=2)),
 }
-MOBILE = ("MobileNetV2", "ShuffleV1", "ShuffleV2")  # trained at a fifth of the others' learning rate
-EXPECTED = {  # top-1 of RepDistiller's single runs on CIFAR-100, percent
+EXPECTED_ACCURACY = {  # top-1 in percent of RepDistiller's single runs on CIFAR-100
     "resnet20": 69.06, "resnet32": 71.14, "resnet56": 72.34, "resnet110": 74.31, "resnet8x4": 72.50,
     "resnet32x4": 79.42, "wrn_16_2": 73.26, "wrn_40_1": 71.98, "wrn_40_2": 75.61, "vgg8": 70.36, "vgg13": 74.64,
     "MobileNetV2": 64.60, "ShuffleV1": 70.50, "ShuffleV2": 71.82, "ResNet50": 79.34,
@@ -429,41 +455,49 @@ EXPECTED = {  # top-1 of RepDistiller's single runs on CIFAR-100, percent
 
 
 def build(name: str, classes: int) -> nn.Module:
-    """The network `name`, freshly initialised."""
+    """Return the network `name` with random initial weights."""
     return NETWORKS[name][1](classes)
 
 
-def width(name: str) -> int:
-    """Channels of the feature."""
+def feature_width(name: str) -> int:
+    """Number of channels of the network's feature."""
     return NETWORKS[name][0]
 
 
-def fold(network: nn.Module) -> nn.Module:
-    """A network in eval mode, with every batch norm that follows a convolution of its own block folded into it.
+def default_lr(name: str) -> float:
+    """Learning rate of RepDistiller for the network `name`."""
+    return 0.01 if name in ("MobileNetV2", "ShuffleV1", "ShuffleV2") else 0.05
 
-    Equal up to rounding, in place, and for inference alone: a frozen teacher then dispatches a third fewer operations.
+
+def fold_batch_norms(network: nn.Module) -> nn.Module:
+    """Fold each batch norm into the convolution before it, in place; return the network.
+
+    For inference only: the network must be in eval mode. Its outputs stay equal up to rounding. A frozen teacher then
+    dispatches a third fewer operations.
     """
     for module in network.modules():
-        parts = dict(module.named_children())
-        follows = [(name, name.replace("conv", "bn")) for name in parts if name.startswith("conv")]
+        children = dict(module.named_children())
         if isinstance(module, nn.Sequential):
-            names = list(parts)
-            follows = list(itertools.pairwise(names))
-        elif isinstance(module, PreActivated | WideResNet):  # here a batch norm comes before its convolution
-            follows = [("conv1", "bn2")] if isinstance(module, PreActivated) else []
-        for first, second in follows:
-            one, other = parts.get(first), parts.get(second)
-            if isinstance(one, nn.Conv2d) and isinstance(other, nn.BatchNorm2d):
-                setattr(module, first, nn.utils.fuse_conv_bn_eval(one, other))
-                setattr(module, second, nn.Identity())
+            pairs = list(itertools.pairwise(children))
+        elif isinstance(module, PreActBlock):  # bn1 comes before its convolution, so it cannot be folded
+            pairs = [("conv1", "bn2")]
+        elif isinstance(module, WideResNet):  # conv1 is not followed by bn1
+            pairs = []
+        else:
+            pairs = [(name, name.replace("conv", "bn")) for name in children if name.startswith("conv")]
+        for conv_name, norm_name in pairs:
+            conv, norm = children.get(conv_name), children.get(norm_name)
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(module, conv_name, nn.utils.fuse_conv_bn_eval(conv, norm))
+                setattr(module, norm_name, nn.Identity())
     return network
 
 
-def round_weights(network: nn.Module) -> None:
-    """Keep the weights of convolutions and linear layers in bfloat16, in place; for a frozen network.
+def weights_to_bfloat16(network: nn.Module) -> None:
+    """Convert convolutions and linear layers of a frozen network to bfloat16, in place.
 
-    Equal in every bit to what autocast makes of them. It would do so at every step: it caches the casts of trained
-    weights alone.
+    Under autocast the outputs are bit-identical. Autocast caches its weight casts for trained weights only, so it
+    would convert the weights of a frozen network again in every step.
     """
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -474,49 +508,54 @@ def round_weights(network: nn.Module) -> None:
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], float | None]:
-    """(weights, the accuracy that stands beside them if one does) of a run of teacher.py or a published checkpoint.
+    """Read the weights of a run of teacher.py (a folder) or of a published checkpoint (a file).
 
-    Weights may stand bare or under WRAPPERS, their names behind PREFIXES; tensors come to the CPU, and nothing from
-    the file is executed. Stops (exit 2) where there is nothing of the kind.
+    Returns (state dict on the CPU, accuracy recorded in the file or None). The state dict may be bare or under one of
+    STATE_DICT_KEYS; one of PREFIXES is removed from its names. Nothing from the file is executed.
+    Exits with code 2 if the file is absent or unreadable, has no weights, or comes from a diverged run.
     """
     path = path / "model.pt" if path.is_dir() else path
     try:
-        old = path.exists() and not zipfile.is_zipfile(path)  # the format of before torch 1.6 has no checksums
-        found = torch.load(path, map_location="cpu", weights_only=True) if old else checkpoints.load(path)
+        if path.exists() and not zipfile.is_zipfile(path):  # the format before torch 1.6, which has no checksums
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            checkpoint = checkpoints.load(path)
     except FileNotFoundError:
         fail(
-            f"{path}: no such weights; make cocord-teachers (into runs/SCALE/cocord/) or cocord/teacher.py "
-            "--network NAME makes them, --weights names them"
+            f"teacher weights {path} do not exist: train them with make cocord-teachers (into runs/SCALE/cocord/) or "
+            "cocord/teacher.py --network NAME, or give --weights PATH"
         )
-    except DamagedFile as error:
-        fail(f"{error}; a file that holds more than tensors and numbers (RepDistiller's *_last.pth) is never loaded")
-    except Exception as error:  # torch raises many kinds for a cut or hostile file
-        fail(f"{path} cannot be read ({type(error).__name__}); a file that holds more than tensors and numbers "
-             "(RepDistiller's *_last.pth) is never loaded")  # fmt: skip
-    accuracy = found.get("accuracy") if isinstance(found, dict) else None
-    if isinstance(found, dict) and found.get("diverged"):
-        fail(f"{path}: the training of this teacher diverged; train another, with a smaller --lr")
-    for name in WRAPPERS:
-        if isinstance(found, dict) and isinstance(found.get(name), dict):
-            found = found[name]
-            break
-    if not isinstance(found, dict) or not any(isinstance(one, Tensor) for one in found.values()):
-        fail(f"{path} holds no weights, neither bare nor under {', '.join(WRAPPERS)}")
+    except Exception as error:  # torch raises many exception types for a truncated or hostile file
+        reason = error if isinstance(error, DamagedFile) else f"{path} cannot be read ({type(error).__name__})"
+        fail(f"{reason}; only tensors and numbers are loaded, so RepDistiller's *_last.pth files are refused")
+    if not isinstance(checkpoint, dict):
+        checkpoint = {}
+    if checkpoint.get("diverged"):
+        fail(f"{path}: the training of this teacher diverged; train it again with a smaller --lr")
+    accuracy = checkpoint.get("accuracy")
+    nested = [checkpoint[key] for key in STATE_DICT_KEYS if isinstance(checkpoint.get(key), dict)]
+    state = nested[0] if nested else checkpoint
+    if not any(isinstance(value, Tensor) for value in state.values()):
+        fail(f"{path} contains no weights, neither at its top level nor under {', '.join(STATE_DICT_KEYS)}")
     for prefix in PREFIXES:
-        if all(name.startswith(prefix) for name in found):
-            found = {name[len(prefix) :]: tensor for name, tensor in found.items()}
-    return found, None if accuracy is None else float(accuracy)
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state, None if accuracy is None else float(accuracy)
 
 
 def load(name: str, classes: int, path: Path) -> tuple[nn.Module, float | None]:
-    """The network `name` with the weights of `path`, and their recorded accuracy. Stops (exit 2) where they misfit."""
+    """Return the network `name` with the weights from `path`, and the accuracy recorded there or None.
+
+    Exits with code 2 if the weights do not fit the network.
+    """
     state, accuracy = read_weights(path)
     network = build(name, classes)
-    own = network.state_dict()
-    for missing in [one for one in own if one.endswith("num_batches_tracked") and one not in state]:
-        state[missing] = own[missing]  # old files lack it
-    for part in ("weight", "bias"):  # CoCoRD's authors name MobileNetV2's last layer without the 0
-        if f"classifier.0.{part}" in own and f"classifier.{part}" in state:
-            state[f"classifier.0.{part}"] = state.pop(f"classifier.{part}")
-    checkpoints.fit(network, state, path)
+    initial = network.state_dict()
+    for key, value in initial.items():
+        if key.endswith("num_batches_tracked"):  # absent in old files
+            state.setdefault(key, value)
+    for suffix in ("weight", "bias"):  # CoCoRD's authors name MobileNetV2's last layer `classifier`
+        if f"classifier.0.{suffix}" in initial and f"classifier.{suffix}" in state:
+            state[f"classifier.0.{suffix}"] = state.pop(f"classifier.{suffix}")
+    checkpoints.load_weights(network, state, path)
     return network, accuracy

@@ -1,15 +1,16 @@
-"""A teacher for CoCoRD: one network, trained by cross-entropy alone, measured, and kept for all students and seeds.
+"""Train a teacher for CoCoRD by cross-entropy. All students and seeds use the same teacher.
 
-    python cocord/teacher.py --out runs/teacher                                    # the demo's, about 15 s of one core
+    python cocord/teacher.py --out runs/teacher                                    # demo, about 15 s on a CPU core
     python cocord/teacher.py --scale gpu --network vgg13 --out runs/vgg13          # CIFAR-100, 240 epochs
-    make cocord-teachers SCALE=gpu                                                 # all that the studies need
+    make cocord-teachers SCALE=gpu                                                 # all teachers of the studies
 
-The recipe is the students': SGD, one crop of every image, and the rate of the papers that share these networks. A run
-like any other (args.json, train.jsonl, exact resume), which also writes its own metrics.json. The host of the published
-teachers answers no more; whoever has their files gives them to train.py as --weights.
+The recipe is that of the students: SGD, one random crop per image, and RepDistiller's learning rates. The run folder is
+the usual one (args.json, train.jsonl, exact resume) and also gets metrics.json. The download server of the published
+teachers is offline; if you have their checkpoints, give them to train.py as --weights.
 """
 
 import argparse
+import math
 import sys
 import time
 from pathlib import Path
@@ -20,11 +21,11 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-if not __package__:  # a script takes its own clone, whatever is installed
+if not __package__:  # run as a script: import from this clone, not from an installed copy
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cocord import net
-from cocord.train import accuracy, batches, build_optimizer, load_data, optimisation_flags, rate_factor
+from cocord.train import accuracy, batches, build_optimizer, load_data, lr_multiplier, optimisation_flags
 from common import cli, devices, files, images, seeding
 from common.lock import run_lock
 from common.run import Run
@@ -38,81 +39,85 @@ SCALES = {  #    demo        gpu         paper
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """All flags, resolved: `lr` is a number."""
+    """Parse the flags and resolve them: `lr` becomes a number."""
     parser = cli.Parser(__doc__, SCALES)
     data = cli.run_flags(parser)
-    data.add_argument("--data-set", choices=images.NAMES)
-    data.add_argument("--held-out", action="store_true", help="train on nine tenths, measure on the tenth: for tuning")
+    data.add_argument("--data-set", choices=images.DATA_SETS)
+    data.add_argument("--held-out", action="store_true", help="train on 9/10 of the training set, test on 1/10")
     optimisation_flags(parser)
     parser.add_argument("--network", choices=tuple(net.NETWORKS))
     args = cli.parse(parser, SCALES, argv)
-    args.lr = (0.01 if args.network in net.MOBILE else 0.05) if args.lr is None else args.lr
+    if args.lr is None:
+        args.lr = net.default_lr(args.network)
     return args
 
 
 def train(
     args: argparse.Namespace, run: Run, network: nn.Module, data: images.Images, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Train, or go on after the last saved epoch; save after each epoch."""
-    last = min(2, args.epochs) if args.rehearse else args.epochs
-    steps_per_epoch = -(-data.examples // args.batch)
-    first = run.resume(network, optimizer)
-    if first is None:
-        run.end_epoch(0, last, {})
+    """Train to the last epoch. Saves the state after each epoch, and resumes from it."""
+    final_epoch = min(2, args.epochs) if args.rehearse else args.epochs
+    steps_per_epoch = math.ceil(data.examples / args.batch)
+    start_epoch = run.resume(network, optimizer)
+    if start_epoch is None:
+        start_epoch = 0
+        run.end_epoch(0, final_epoch, {})
 
-    for epoch in tqdm(range(first or 0, last), run.name, disable=None, leave=False):
-        started, seen, total = time.perf_counter(), 0, torch.zeros((), device=data.device)
+    for epoch in tqdm(range(start_epoch, final_epoch), run.name, disable=None, leave=False):
+        start_time = time.perf_counter()
+        samples = 0
+        loss_sum = torch.zeros((), device=data.device)
         for step, ((x,), labels) in enumerate(batches(args, data, epoch, views=1)):
-            optimizer.param_groups[0]["lr"] = args.lr * rate_factor((epoch + step / steps_per_epoch) / args.epochs)
+            progress = (epoch + step / steps_per_epoch) / args.epochs
+            optimizer.param_groups[0]["lr"] = args.lr * lr_multiplier(progress)
             with devices.autocast(args.precision, data.device):
                 logits = network(x)[1]
             loss = F.cross_entropy(logits.float(), labels)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            total.add_(loss.detach(), alpha=len(labels))
-            seen += len(labels)
-        mean_loss = (total / seen).item()  # the epoch's only host-device synchronisation
-        seconds = time.perf_counter() - started
-        if run.diverged(epoch + 1, total):
+            loss_sum.add_(loss.detach(), alpha=len(labels))
+            samples += len(labels)
+        mean_loss = (loss_sum / samples).item()  # the only host-device synchronisation of the epoch
+        seconds = time.perf_counter() - start_time
+        if run.diverged(epoch + 1, loss_sum):
             return
-        record = {
+        epoch_metrics = {
             "loss": mean_loss,
             "test_accuracy": accuracy(network, data),
             "lr": optimizer.param_groups[0]["lr"],
-            "examples_per_second": seen / seconds,
+            "examples_per_second": samples / seconds,
             "seconds": seconds,
             "peak_memory": devices.peak_memory(data.device),
         }
-        run.end_epoch(epoch + 1, last, record)
-    measured = accuracy(network, data)
-    lines = files.read_lines(run.folder / "train.jsonl")[1:]
+        run.end_epoch(epoch + 1, final_epoch, epoch_metrics)
+    final_accuracy = accuracy(network, data)
+    log = files.read_lines(run.folder / "train.jsonl")[1:]
     metrics = {
-        "accuracy": measured,
-        "accuracy_best_epoch": max(line["test_accuracy"] for line in lines),
-        "examples_per_second": median(line["examples_per_second"] for line in lines),
-        "seconds": sum(line["seconds"] for line in lines),
-        "peak_memory": lines[-1]["peak_memory"],
+        "accuracy": final_accuracy,
+        "accuracy_best_epoch": max(line["test_accuracy"] for line in log),
+        "examples_per_second": median(line["examples_per_second"] for line in log),
+        "seconds": sum(line["seconds"] for line in log),
+        "peak_memory": log[-1]["peak_memory"],
         "diverged": False,
     }
     files.write_json(run.folder / "metrics.json", metrics)
-    run.save_model({"model": network.state_dict(), "epoch": last, "diverged": False, "accuracy": measured})
+    run.save_model({"model": network.state_dict(), "epoch": final_epoch, "diverged": False, "accuracy": final_accuracy})
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
     device = devices.select_device(args.device, args.scale)
-    smaller = f"--batch {args.batch // 2} needs about half, but is another run"
-    with run_lock(args.out), devices.memory_for(device, f"--batch {args.batch}", smaller):
+    remedy = f"Use --batch {args.batch // 2} (half the memory, other results)"
+    with run_lock(args.out), devices.report_oom(device, f"--batch {args.batch}", remedy):
         run = Run(args.out, vars(args), __file__, args.replace)
         if run.finished:
             return
         data = load_data(args.data_set, args.data, args.held_out, device)
-        run.write_config(
-            f"{args.data_set}, {args.network}",
-            devices.environment(device) | {"data": data.digest, "steps": args.epochs * -(-data.examples // args.batch)},
-        )
+        steps = args.epochs * math.ceil(data.examples / args.batch)
+        provenance = devices.environment(device) | {"data": data.digest, "steps": steps}
+        run.write_config(f"{args.data_set}, {args.network}", provenance)
         if args.rehearse:
             data = data.subset(args.rehearse * args.batch)
         with seeding.forked(args.seed, "teacher"):

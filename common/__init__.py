@@ -1,1 +1,1 @@
-"""What all five papers share and none of them claims: run folders, data, augmentation, probes, statistics, page."""
+"""Code that all five papers share: run folders, data, augmentation, probes, statistics and the results page."""

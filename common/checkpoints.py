@@ -1,4 +1,7 @@
-"""Checkpoints: tensors and plain values in one file, written atomically, checked and never executed when read."""
+"""Checkpoints: tensors and plain values in one file, written atomically and verified when read.
+
+Reading never executes code from the file.
+"""
 
 import hashlib
 import io
@@ -15,83 +18,92 @@ from torch import Tensor, nn
 from common.cli import fail
 from common.files import DamagedFile, write_bytes
 
-TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
-         "U8": "u1", "BOOL": "?"}  # fmt: skip
-LONGEST = 100_000_000  # bytes of a header that is still believed
+SAFETENSORS_DTYPES = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2",
+    "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1", "BOOL": "?",
+}  # fmt: skip
+MAX_HEADER_BYTES = 100_000_000  # a longer safetensors header is taken for damage
 
 
 def save(path: Path, value: Any) -> None:
-    """torch.save, atomically. `value`: tensors, numbers, strings, lists and dicts only."""
+    """Write `value` with torch.save, atomically. It may hold tensors, numbers, strings, lists and dicts only."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     write_bytes(path, buffer.getvalue())
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> Any:
-    """torch.load that executes nothing from the file and checks each part's checksum first.
+    """Load a file written by `save`, with weights_only=True and after verifying the checksums.
 
-    Raises FileNotFoundError, or DamagedFile where the file is cut, altered or holds more than plain data.
+    Raises FileNotFoundError, or DamagedFile if the file is truncated, altered or holds other types of objects.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(path)
     try:
-        with zipfile.ZipFile(path) as archive:  # torch itself does not compare the checksums
+        with zipfile.ZipFile(path) as archive:  # torch.load does not verify the checksums
             if archive.testzip() is not None:
                 raise DamagedFile(f"{path} is damaged: a checksum does not match")
         return torch.load(path, map_location=device, weights_only=True)
     except DamagedFile:
         raise
-    except Exception as error:  # torch raises many kinds for a cut or hostile file
-        raise DamagedFile(
-            f"{path} cannot be read ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
-        ) from None
+    except Exception as error:  # torch raises many types of exception for a truncated or malicious file
+        reason = str(error).strip().partition("\n")[0]
+        raise DamagedFile(f"{path} cannot be read ({type(error).__name__}: {reason})") from None
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a .safetensors file by name; bfloat16 comes as float32. Raises OSError, or DamagedFile.
+    """Return the arrays of a .safetensors file by name; bfloat16 is converted to float32.
 
-    The file: 8 bytes with the header's length, a JSON header with type, shape and place of every array, the numbers.
+    File format: the header's length in 8 bytes, a JSON header with dtype, shape and byte offsets of each array, then
+    the data. Raises OSError, or DamagedFile if the file is truncated or its header is invalid.
     """
     with open(path, "rb") as file:
         size = file.seek(0, io.SEEK_END) - 8
         file.seek(0)
         length = int.from_bytes(file.read(8), "little")
-        if not 0 < length <= min(size, LONGEST):
-            raise DamagedFile(f"{path} is cut off, or no safetensors file: its header does not fit into it")
+        if not 0 < length <= min(size, MAX_HEADER_BYTES):
+            raise DamagedFile(f"{path} is cut off or not a safetensors file: its header does not fit into it")
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            parts = {name: (one["dtype"], tuple(one["shape"]), *one["data_offsets"]) for name, one in header.items()}
-            fits = max((end for *_, end in parts.values()), default=0) == size - length and all(
-                start >= 0 and np.dtype(TYPES[kind]).itemsize * math.prod(shape) == end - start
-                for kind, shape, start, end in parts.values()
-            )
+            entries, last, consistent = {}, 0, True
+            for name, entry in header.items():
+                dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+                array_bytes = np.dtype(SAFETENSORS_DTYPES[dtype]).itemsize * math.prod(shape)
+                consistent &= start >= 0 and array_bytes == end - start
+                entries[name], last = (dtype, shape, start), max(last, end)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DamagedFile(f"{path} has a header that cannot be read ({type(error).__name__}: {error})") from None
-        if not fits:
-            raise DamagedFile(f"{path} is cut off or damaged: its numbers do not fit its header")
+        if not consistent or last != size - length:
+            raise DamagedFile(f"{path} is cut off or damaged: its data do not fit its header")
         arrays = {}
-        for name, (kind, shape, start, _) in parts.items():
+        for name, (dtype, shape, start) in entries.items():
             file.seek(8 + length + start)
-            array = np.fromfile(file, TYPES[kind], math.prod(shape)).reshape(shape)
-            arrays[name] = (array.astype("<u4") << 16).view("<f4") if kind == "BF16" else array
+            array = np.fromfile(file, SAFETENSORS_DTYPES[dtype], math.prod(shape)).reshape(shape)
+            # A bfloat16 number is the upper half of a float32.
+            arrays[name] = (array.astype("<u4") << 16).view("<f4") if dtype == "BF16" else array
     return arrays
 
 
-def fit(model: nn.Module, state: dict[str, Tensor], source: Path | str) -> None:
-    """load_state_dict; stops (exit 2) with the first names that are missing, extra or of another shape."""
-    own = model.state_dict()
-    wrong = [name for name in own if name not in state or state[name].shape != own[name].shape]
-    wrong += [name for name in state if name not in own]
+def load_weights(model: nn.Module, state: dict[str, Tensor], source: Path | str) -> None:
+    """Call model.load_state_dict. Exits with code 2, naming the first missing, unexpected or misshaped tensors.
+
+    `source` names the origin of `state` in the message.
+    """
+    expected = model.state_dict()
+    wrong = [name for name in expected if name not in state or state[name].shape != expected[name].shape]
+    wrong += [name for name in state if name not in expected]
     if wrong:
-        fail(f"{source} does not fit this network: {len(wrong)} tensors missing, extra or of other shape, the first: "
-             f"{', '.join(wrong[:3])}")  # fmt: skip
+        fail(
+            f"{source} does not fit this network: {len(wrong)} tensors are missing, unexpected or of another shape, "
+            f"first {', '.join(wrong[:3])}"
+        )
     model.load_state_dict(state)
 
 
 def sha256(*tensors: Tensor) -> str:
-    """Hex digest of the tensors' bytes."""
+    """Return the hex digest of the tensors' bytes."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(np.ascontiguousarray(tensor.numpy()).data)

@@ -1,4 +1,4 @@
-"""What this machine has, and what to do about what is missing: `make doctor`."""
+"""Report on this machine: Python, torch, GPUs, data sets, and remedies for what is missing (`make doctor`)."""
 
 import os
 import platform
@@ -19,33 +19,35 @@ DATA = {
 
 
 def findings(data: Path) -> list[tuple[str, str]]:
-    """Pairs of (what was found, what to do about it or an empty string)."""
-    found = [
+    """Return pairs of (finding, remedy). The remedy is empty if nothing is missing."""
+    pairs = [
         (f"Python {platform.python_version()} at {sys.prefix}", ""),
         (f"torch {torch.__version__}, torchvision {torchvision.__version__}", ""),
-        (f"{os.cpu_count()} CPU cores, {shutil.disk_usage('.').free / 2**30:.0f} GiB of disk free", ""),
+        (f"{os.cpu_count()} CPU cores, {shutil.disk_usage('.').free / 2**30:.0f} GiB of free disk", ""),
     ]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
-            facts = torch.cuda.get_device_properties(index)
-            advice = "" if facts.major >= 8 else "it has no fast bfloat16: give EXTRA='--precision float32'"
-            found.append((f"cuda:{index} {facts.name}, {facts.total_memory / 2**30:.0f} GiB", advice))
+            gpu = torch.cuda.get_device_properties(index)
+            remedy = "" if gpu.major >= 8 else "no fast bfloat16: use EXTRA='--precision float32'"
+            pairs.append((f"cuda:{index} {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB", remedy))
     elif torch.version.cuda is None:
-        found.append(("a torch built without CUDA", "for a GPU install the CUDA build; make demo needs none"))
+        pairs.append(("torch was built without CUDA", "to use a GPU, install a CUDA build; make demo needs no GPU"))
     else:
-        advice = "check nvidia-smi and that the driver is as new as torch wants; make demo needs no GPU"
-        found.append((f"no CUDA GPU (torch was built for CUDA {torch.version.cuda})", advice))
+        remedy = "run nvidia-smi and check that the driver supports this CUDA version; make demo needs no GPU"
+        pairs.append((f"no CUDA GPU (torch was built for CUDA {torch.version.cuda})", remedy))
     for name, file in DATA.items():
-        there = (data / file).exists()
-        found.append((f"{name}: {'' if there else 'not '}in {data}", "" if there else "make data"))
-    return found
+        if (data / file).exists():
+            pairs.append((f"{name}: in {data}", ""))
+        else:
+            pairs.append((f"{name}: not in {data}", "run make data"))
+    return pairs
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("--data", type=Path, default=Path("data"))
-    for what, advice in findings(parser.parse_args(argv).data):
-        print(f"{what}: {advice}" if advice else what)
+    for finding, remedy in findings(parser.parse_args(argv).data):
+        print(f"{finding}: {remedy}" if remedy else finding)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: atomic writing, and reading that notices damage."""
+"""Atomic file writes, and reading of JSON that reports damaged files."""
 
 import errno
 import json
@@ -9,15 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # errors of a disk that waiting does not mend
+# Write errors that a retry does not cure: disk full, quota, file too large, read-only file system.
+PERMANENT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 class DamagedFile(ValueError):
-    """A file is there but cannot be trusted; the message names it."""
+    """A file exists but its content is damaged. The message names the file."""
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut."""
+    """fsync `folder`, so that renames inside it survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -26,19 +27,19 @@ def sync_folder(folder: Path) -> None:
 
 
 def retry_once(write: Callable[[], None]) -> None:
-    """Do it; after an error that may pass (a network disk's, not a full one's) wait a second and try again, once."""
+    """Call `write`. Retry once after 1 s if it fails with a temporary error, such as one of a network disk."""
     try:
         write()
     except OSError as error:
-        if error.errno in FULL:
+        if error.errno in PERMANENT_ERRORS:
             raise
-        print(f"warning: {error}; trying once more", file=sys.stderr)
+        print(f"warning: {error}; retrying once", file=sys.stderr)
         time.sleep(1)
         write()
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Replace `path` atomically: readers see the old content or the new, never a part. Raises OSError."""
+    """Replace `path` atomically: readers see either the old or the new content. Raises OSError."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
 
@@ -58,7 +59,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to `path`, flushed to the disk; a write that fails leaves no part of it. Raises OSError."""
+    """Append a line to `path` and fsync. A failed write leaves the file unchanged. Raises OSError."""
 
     def append() -> None:
         data = line.encode() + b"\n"
@@ -76,19 +77,20 @@ def append_line(path: Path, line: str) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Atomic, UTF-8."""
+    """Write `text` to `path` atomically, in UTF-8."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Atomic; NaN and infinity are refused with a ValueError, so that every reader can parse the file."""
+    """Write `value` to `path` atomically. Raises ValueError for NaN and infinity, which are not valid JSON."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file, [] where it is absent; a half last line (a kill in the write) is left out.
+    """Return the objects of a JSON Lines file, [] if there is no file.
 
-    Raises DamagedFile where any other line is no JSON object.
+    An incomplete last line, left by a killed process, is ignored. Raises DamagedFile if another line is not a JSON
+    object.
     """
     path = Path(path)
     lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
@@ -99,7 +101,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_json(path: Path) -> Any:
-    """Raises FileNotFoundError, or DamagedFile where the file is no JSON."""
+    """Return the content of a JSON file. Raises FileNotFoundError, or DamagedFile if it is not valid JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:

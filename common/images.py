@@ -1,4 +1,4 @@
-"""Image data sets as uint8 tensors that live on the device, and the fixed splits of them."""
+"""Image data sets as uint8 tensors that stay on the device, and fixed splits and subsets of them."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +11,10 @@ from torch import Tensor
 from common import checkpoints, cli, files, glyphs, image_folder, seeding
 from common.cli import fail
 
-GLYPHS = {"train": 5000, "test": 1000}
+GLYPH_COUNTS = {"train": 5000, "test": 1000}  # images per split of each glyphs preset
 CIFAR = ("cifar10", "cifar100")
-NAMES = (*glyphs.PRESETS, *CIFAR, "folder")
-SMALL = 64  # pixels: up to here a folder's images live on the device
+DATA_SETS = (*glyphs.PRESETS, *CIFAR, "folder")
+MAX_RESIDENT_SIZE = 64  # pixels: larger images of a folder are streamed instead of kept on the device
 
 
 class Images(NamedTuple):
@@ -27,7 +27,7 @@ class Images(NamedTuple):
     classes: int
     mean: Tensor  # (3, 1, 1), of the training images scaled to [0, 1]
     std: Tensor  # (3, 1, 1)
-    digest: str  # sha256; of an image folder: of its names and sizes
+    digest: str  # sha256 of the images and labels; for an image folder, of file names and sizes
 
     @property
     def examples(self) -> int:
@@ -39,56 +39,76 @@ class Images(NamedTuple):
         return self.train.device
 
     def subset(self, count: int) -> "Images":
-        """The same with at most `count` training and test images, drawn from the data seed."""
+        """Return a copy with at most `count` training and test images: a random subset fixed by DATA_SEED."""
 
-        def cut(*parts: Tensor) -> list[Tensor]:
-            rows = seeding.permutation(seeding.DATA_SEED, "few", 0, len(parts[0]), "cpu")[:count].to(self.device)
-            return [part[rows] for part in parts]
+        def select(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            rows = seeding.permutation(seeding.DATA_SEED, "few", 0, len(images), "cpu")[:count].to(self.device)
+            return images[rows], labels[rows]
 
-        (train, train_labels), (test, test_labels) = cut(*self[:2]), cut(*self[2:4])
+        train, train_labels = select(self.train, self.train_labels)
+        test, test_labels = select(self.test, self.test_labels)
         return self._replace(train=train, train_labels=train_labels, test=test, test_labels=test_labels)
 
-    def batches(self, part: str, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """Normalised images (B, 3, S, S) and labels (B,) of `part` ("train", "test"): every world-th row."""
-        pixels, labels = (self.train, self.train_labels) if part == "train" else (self.test, self.test_labels)
-        mine = slice(rank, None, world)
-        for x, y in zip(pixels[mine].split(500), labels[mine].split(500), strict=True):
+    def batches(self, split: str, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield normalised images (B, 3, S, S) and labels (B,) of `split` ("train", "test").
+
+        With several ranks, each gets the rows rank, rank + world, rank + 2 world, ...
+        """
+        images, labels = (self.train, self.train_labels) if split == "train" else (self.test, self.test_labels)
+        rows = slice(rank, None, world)
+        for x, y in zip(images[rows].split(500), labels[rows].split(500), strict=True):
             yield self.normalise(x), y
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Scale uint8 images to [0, 1], then subtract the channel means and divide by the deviations."""
+        """Scale uint8 images to [0, 1], then subtract the channel means and divide by the standard deviations."""
         images = images / 255 if images.dtype == torch.uint8 else images
         return (images - self.mean) / self.std
 
 
-def load(name: str, data: Path, size: int, device: torch.device, workers: int = 0) -> Images:
-    """The data set `name` from the folder `data`. Stops (exit 2) where it is absent or broken.
+Data = Images | image_folder.StreamedImages
 
-    `size` (pixels) counts for image folders only, which are decoded once into one file.
+
+def load(name: str, data: Path, size: int, device: torch.device, workers: int = 0) -> Images:
+    """Load the data set `name` from the folder `data`. Exits with code 2 if it is missing or damaged.
+
+    `size` (pixels) applies to image folders only. They are decoded once into a cache file.
     """
     if name == "folder":
         digest = image_folder.digest(data)
-        parts = [image_folder.resident(data / part, size, data, workers, digest) for part in ("train", "val")]
-        classes = int(parts[0][1].max()) + 1
+        splits = [image_folder.load_cached(data / split, size, data, workers, digest) for split in ("train", "val")]
+        classes = int(splits[0][1].max()) + 1
+    elif name in glyphs.PRESETS:
+        splits = [cached_glyphs(name, split, data) for split in GLYPH_COUNTS]
+        digest = checkpoints.sha256(*splits[0], *splits[1])
+        classes = glyphs.classes(name)
     else:
-        drawn = name in glyphs.PRESETS
-        parts = [cached_glyphs(name, part, data) if drawn else cifar(name, data, part == "train") for part in GLYPHS]
-        digest = checkpoints.sha256(*parts[0], *parts[1])
-        classes = glyphs.classes(name) if drawn else int(name[5:])
-    (train, train_labels), (test, test_labels) = parts
+        splits = [cifar(name, data, train) for train in (True, False)]
+        digest = checkpoints.sha256(*splits[0], *splits[1])
+        classes = int(name.removeprefix("cifar"))
+    (train, train_labels), (test, test_labels) = splits
     train, test = train.to(device), test.to(device)
-    mean, deviation = channel_statistics(train)
-    return Images(train, train_labels.to(device), test, test_labels.to(device), classes, mean, deviation, digest)
+    mean, std = channel_statistics(train)
+    return Images(train, train_labels.to(device), test, test_labels.to(device), classes, mean, std, digest)
 
 
-def cached_glyphs(name: str, part: str, data: Path) -> tuple[Tensor, Tensor]:
-    """Glyphs from the cache file, or drawn now; a folder that cannot be written only costs the drawing again."""
-    path = data / f"{name}-{part}-{GLYPHS[part]}.pt"
+def load_or_stream(name: str, data: Path, size: int, device: torch.device, workers: int) -> Data:
+    """Like `load`, but image folders above MAX_RESIDENT_SIZE are streamed by DataLoader workers."""
+    if name == "folder" and size > MAX_RESIDENT_SIZE:
+        return image_folder.StreamedImages(data, size, workers, device)
+    return load(name, data, size, device, workers)
+
+
+def cached_glyphs(name: str, split: str, data: Path) -> tuple[Tensor, Tensor]:
+    """Load glyphs from the cache file in `data`, or generate and cache them.
+
+    A missing, damaged or unwritable cache is no error: the glyphs are generated again.
+    """
+    path = data / f"{name}-{split}-{GLYPH_COUNTS[split]}.pt"
     try:
         cached = checkpoints.load(path)
         return cached["images"], cached["labels"]
     except (OSError, files.DamagedFile, KeyError, TypeError):
-        images, labels = glyphs.glyphs(name, GLYPHS[part], part)
+        images, labels = glyphs.generate(name, GLYPH_COUNTS[split], split)
     try:
         data.mkdir(parents=True, exist_ok=True)
         checkpoints.save(path, {"images": images, "labels": labels})
@@ -97,45 +117,39 @@ def cached_glyphs(name: str, part: str, data: Path) -> tuple[Tensor, Tensor]:
     return images, labels
 
 
-Data = Images | image_folder.StreamedImages
-
-
-def load_or_stream(name: str, data: Path, size: int, device: torch.device, workers: int) -> Data:
-    """The same; only a folder's images above 64 pixels are not resident: workers read them."""
-    if name == "folder" and size > SMALL:
-        return image_folder.StreamedImages(data, size, workers, device)
-    return load(name, data, size, device, workers)
-
-
 def torchvision_class(name: str) -> Any:
-    """torchvision's class of `name`, one of CIFAR."""
-    from torchvision import datasets  # here: it takes 2 s, and a demo without it starts a hundred processes
+    """Return torchvision's data set class for `name`, one of CIFAR."""
+    from torchvision import datasets  # imported here: it takes 2 s, and the demo starts a hundred processes
 
     return getattr(datasets, name.upper())
 
 
 def cifar(name: str, data: Path, train: bool) -> tuple[Tensor, Tensor]:
-    """CIFAR through torchvision, whose checksums stand before its unpickling: (N, 3, 32, 32) uint8 and labels."""
+    """Load CIFAR through torchvision: images (N, 3, 32, 32) uint8 and labels (N,) int64.
+
+    torchvision verifies the checksums before unpickling. Exits with code 2 if files are missing or damaged.
+    """
     try:
-        found = torchvision_class(name)(str(data), train=train)
+        data_set = torchvision_class(name)(str(data), train=train)
     except RuntimeError:
-        fail(f"{name} is not in {data}, or damaged: python -m common.images {name} --data {data} downloads it")
-    return torch.from_numpy(np.ascontiguousarray(found.data.transpose(0, 3, 1, 2))), torch.tensor(found.targets)
+        fail(f"{name} is missing or damaged in {data}: run python -m common.images {name} --data {data}")
+    pixels = np.ascontiguousarray(data_set.data.transpose(0, 3, 1, 2))
+    return torch.from_numpy(pixels), torch.tensor(data_set.targets)
 
 
 def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of every channel of uint8 images scaled to [0, 1], (3, 1, 1) each."""
+    """Return mean and standard deviation of each channel of uint8 images scaled to [0, 1], (3, 1, 1) each."""
     count = images.numel() // 3
     sums = torch.zeros(2, 3, dtype=torch.float64, device=images.device)
     for block in images.split(4096):
         scaled = block.double() / 255
         sums += torch.stack([scaled.sum((0, 2, 3)), scaled.square().sum((0, 2, 3))])
-    mean, square = sums / count
-    return mean.float().view(3, 1, 1), (square - mean**2).sqrt().float().view(3, 1, 1)
+    mean, mean_square = sums / count
+    return mean.float().view(3, 1, 1), (mean_square - mean**2).sqrt().float().view(3, 1, 1)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Download what can be downloaded: `python -m common.images cifar10 cifar100 --data data`."""
+    """Download CIFAR: `python -m common.images cifar10 cifar100 --data data`."""
     parser = cli.Parser(main.__doc__)
     parser.add_argument("names", nargs="+", choices=CIFAR)
     parser.add_argument("--data", type=Path, default=Path("data"))
@@ -145,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
             torchvision_class(name)(str(args.data), download=True)
         except (OSError, RuntimeError) as error:
             archive = torchvision_class(name).filename
-            fail(f"{name} could not be downloaded ({error}): put {archive} into {args.data} and run this again")
+            fail(f"download of {name} failed ({error}): put {archive} into {args.data} and run this command again")
         print(f"{name} is in {args.data}")
 
 

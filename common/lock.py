@@ -1,4 +1,4 @@
-"""One process alone on a folder, and how it is interrupted: the lock, the signals, the full disk."""
+"""Lock of a run folder, and exit codes for signals, disk errors and dead data loader workers."""
 
 import errno
 import fcntl
@@ -13,36 +13,36 @@ from types import FrameType
 from typing import IO
 
 from common.cli import EXIT_DISK, EXIT_INTERRUPTED, fail
-from common.files import FULL
+from common.files import PERMANENT_ERRORS
 
-# What a disk or its owner can do to a run that has begun, too many open files included.
-STORAGE_ERRORS = FULL | {errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE}
+# Errors of the disk or its permissions in a run that has started, and too many open files.
+STORAGE_ERRORS = PERMANENT_ERRORS | {errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE}
 
 
 @contextmanager
 def run_lock(folder: Path, rank: int = 0) -> Iterator[None]:
-    """Hold `folder` alone; turn signals, the disk's errors and the death of a worker into exit codes meanwhile.
+    """Lock `folder` for this process. Inside, signals, disk errors and dead loader workers become exit codes.
 
-    The lock is a file beside the folder and dies with its process, whatever becomes of that process's workers.
-    What a killed process left half-written is removed. Stops (exit 2) where another process has the lock.
+    The file lock `<folder>.lock` is released when this process ends, even if its workers survive. Temporary files of
+    a killed process are removed. Exits with code 2 if another process holds the lock.
     """
     folder = Path(folder).absolute()
-    handlers = {number: signal.signal(number, interrupted) for number in (signal.SIGTERM, signal.SIGINT)}
-    file = lock_folder(folder) if rank == 0 else None
+    handlers = {number: signal.signal(number, exit_on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    file = acquire_lock(folder) if rank == 0 else None
     try:
         yield
     except OSError as error:
         if error.errno not in STORAGE_ERRORS:
             raise
-        named = error.filename or folder
-        fail(f"{named}: {error.strerror}; mend that and run the same command again, it resumes", EXIT_DISK)
+        path = error.filename or folder
+        fail(f"{path}: {error.strerror}; fix this and run the same command again to resume", EXIT_DISK)
     except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):  # torch raises it from a signal handler, wherever we are
+        if not str(error).startswith("DataLoader worker"):  # torch raises it from a signal handler, at any statement
             raise
         reason = str(error).splitlines()[0]
         fail(
-            f"a data loader worker died ({reason}): too little memory or /dev/shm? Use fewer --workers and run the "
-            "same command again, it resumes",
+            f"a data loader worker died ({reason}): RAM or /dev/shm may be too small; use fewer --workers and run the "
+            "same command again to resume",
             EXIT_INTERRUPTED,
         )
     finally:
@@ -52,14 +52,14 @@ def run_lock(folder: Path, rank: int = 0) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def interrupted(number: int, frame: FrameType | None) -> None:
-    """Signal handler: end at once; the last epoch's state stands. That workers die of the same signal is no error."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    fail(f"interrupted by {signal.Signals(number).name}; the same command goes on", EXIT_INTERRUPTED)
+def exit_on_signal(number: int, frame: FrameType | None) -> None:
+    """Signal handler: exit with code 75. The run resumes from the state of its last epoch."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # loader workers get the same signal: their death is not an error
+    fail(f"interrupted by {signal.Signals(number).name}; run the same command again to resume", EXIT_INTERRUPTED)
 
 
-def lock_folder(folder: Path) -> IO[str]:
-    """The open, locked file `<folder>.lock`, with its owner's name in it."""
+def acquire_lock(folder: Path) -> IO[str]:
+    """Return the open and locked file `<folder>.lock`, which names its owner. Exits with code 2 if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder.with_name(f"{folder.name}.lock"), "a+", encoding="utf-8")  # noqa: SIM115 (kept open)
@@ -72,8 +72,8 @@ def lock_folder(folder: Path) -> IO[str]:
             raise
         file.seek(0)
         fail(f"{folder} is in use by {file.read().strip() or 'another process'}: wait for it or choose another folder")
-    for part in folder.glob(".*.part"):
-        part.unlink()
+    for temporary in folder.glob(".*.part"):
+        temporary.unlink()
     file.truncate(0)
     file.write(f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
     file.flush()

@@ -1,15 +1,15 @@
-"""One run's folder: its lock, arguments, log and state, and the exact way back in after a kill.
+"""A run folder: arguments, log, checkpoints, and exact resume after an interruption.
 
-with run_lock(out):                                  # locked; signals and a full disk become exit codes
-    run = Run(out, arguments, __file__)          # a run with other arguments is refused
-    run.write_config("glyphs10, resnet8", provenance)   # args.json, and the first line on the screen
-    first = run.resume(model, optimizer)         # the epoch to go on after, None at the start of a run
-    for epoch in range(first or 0, last):
+with run_lock(out):                              # file lock; signals and disk errors become exit codes
+    run = Run(out, arguments, __file__)          # fails if `out` holds a run with other flags
+    run.write_config("glyphs10, resnet8", environment)   # args.json; prints the first line
+    start_epoch = run.resume(model, optimizer)   # number of finished epochs, None in a new run
+    for epoch in range(start_epoch or 0, final_epoch):
         ...
-        if run.diverged(epoch + 1, losses):      # weights or losses are not finite: the run is finished here
+        if run.diverged(epoch + 1, losses):      # NaN or infinity in weights or losses: the run is finished
             return
-        run.end_epoch(epoch + 1, last, record)   # a line in train.jsonl, then state.pt; one line on the screen
-    run.save_model({"model": ...})                   # model.pt; the states go
+        run.end_epoch(epoch + 1, final_epoch, metrics)   # a line of train.jsonl, then state.pt
+    run.save_model({"model": ...})               # model.pt; deletes the states
 """
 
 import ast
@@ -28,105 +28,103 @@ from torch import nn
 from tqdm import tqdm
 
 from common import checkpoints, devices, files
-from common.cli import NON_METHOD_FLAGS, SHARED, fail
+from common.cli import NON_METHOD_FLAGS, RUNS_ON_THIS_GPU, fail
 
 
 class Run:
-    """A run folder that is held by this process. Of several ranks only rank 0 writes.
+    """A run folder. The caller holds its lock (`run_lock`). Only rank 0 writes.
 
-    `arguments` are the parsed flags, `source` the script whose hash is recorded. Stops (exit 2) where the
-    folder holds a run with other arguments (with `replace` that one is moved aside, never deleted).
+    `arguments` are the parsed flags, `source` is the script whose hash is recorded. Exits with code 2 if the folder
+    holds a run with other flags. With `replace` the old run is moved aside instead; it is never deleted.
     """
 
     def __init__(self, out: Path, arguments: Mapping[str, Any], source: str, replace: bool = False, rank: int = 0):
         self.folder, self.rank, self.source = Path(out), rank, Path(source)
         self.name = "/".join(self.folder.parts[-2:])
         self.arguments = json.loads(json.dumps(dict(arguments), default=str))
-        self.what = method_arguments(self.arguments)
+        self.method_arguments = method_arguments(self.arguments)
         if rank == 0:
-            self._make_room(replace)
+            self._check_existing(replace)
         devices.barrier()
         self.finished = (self.folder / "model.pt").exists()
         if self.finished and rank == 0:
-            self._drop_states()
+            self._delete_states()
             print(f"{self.folder} is finished: nothing to do", flush=True)
 
-    def _make_room(self, replace: bool) -> None:
-        differing = self._differing()
-        if not differing:
+    def _check_existing(self, replace: bool) -> None:
+        differences = self._differences()
+        if not differences:
             return
         if not replace:
             fail(
-                f"{self.folder} holds a run with other flags ({', '.join(differing)}): "
-                "choose another --out, or --replace to move that run aside"
+                f"{self.folder} holds a run with other flags ({', '.join(differences)}): "
+                "choose another --out, or use --replace to move that run aside"
             )
         number = 1
         while (aside := self.folder.with_name(f"{self.folder.name}.replaced-{number}")).exists():
             number += 1
         self.folder.rename(aside)
         self.folder.mkdir()
-        print(
-            f"{self.folder}: other flags ({', '.join(differing)}); the old run is now {aside.name}",
-            flush=True,
-        )
+        print(f"{self.folder}: other flags ({', '.join(differences)}); the old run is now {aside.name}", flush=True)
 
-    def _differing(self) -> list[str]:
-        """`--flag old -> new` for every flag in which the run in this folder differs."""
+    def _differences(self) -> list[str]:
+        """Return `--flag old -> new` for each flag in which the run in this folder differs."""
         if not (self.folder / "args.json").exists():
             return []
         old = method_arguments(read_arguments(self.folder)[0])
         return [
-            f"--{name.replace('_', '-')} {old.get(name)} -> {self.what.get(name)}"
-            for name in sorted({*old, *self.what})
-            if old.get(name) != self.what.get(name)
+            f"--{name.replace('_', '-')} {old.get(name)} -> {self.method_arguments.get(name)}"
+            for name in sorted({*old, *self.method_arguments})
+            if old.get(name) != self.method_arguments.get(name)
         ]
 
-    def write_config(self, setting: str, provenance: Mapping[str, Any]) -> None:
-        """Write args.json, or check that the run to go on with began on the same data, device and ranks.
+    def write_config(self, setting: str, environment: Mapping[str, Any]) -> None:
+        """Write args.json. In a resumed run, check that data, device and world size are those of args.json.
 
-        Prints the run's first line: its name, `setting` (data set and network) and device.
+        Prints the first line of the run: its name, `setting` (data set and network) and device.
         """
         if self.rank:
             return
-        print(f"{self.name}: {setting}, {provenance['device']}", flush=True)
-        path, facts = self.folder / "args.json", script_provenance(self.source)
+        print(f"{self.name}: {setting}, {environment['device']}", flush=True)
+        path, provenance = self.folder / "args.json", script_provenance(self.source)
         if not path.exists():
-            files.write_json(path, {"arguments": self.arguments, "provenance": {**provenance, **facts}})
+            files.write_json(path, {"arguments": self.arguments, "provenance": {**environment, **provenance}})
             return
         old = read_arguments(self.folder)[1]
-        for name, value in {**provenance, "script": facts["script"]}.items():
+        for name, value in {**environment, "script": provenance["script"]}.items():
             if old.get(name) != value:
-                fail(f"{self.folder} began with {name} {old.get(name)}, now it is {value}: go on as it began, "
-                     "or choose another --out")  # fmt: skip
-        if old.get("source") != facts["source"]:
-            print(
-                f"warning: {self.source.name} or what it imports has changed since {self.folder} began", file=sys.stderr
-            )
+                fail(
+                    f"{self.folder} began with {name} {old.get(name)}, now it is {value}: resume with the old value, "
+                    "or choose another --out"
+                )
+        if old.get("source") != provenance["source"]:
+            changed = f"{self.source.name} or an imported module has changed since {self.folder} began"
+            print(f"warning: {changed}", file=sys.stderr)
 
     def load_state(self, device: torch.device) -> dict[str, Any] | None:
-        """The last saved state, or None in a fresh run. The log is cut back to it.
+        """Return the last saved state, or None in a new run. Removes later epochs from the log.
 
-        Stops (exit 2) where a run has begun and none of its states can be used: it never begins again in silence.
+        Exits with code 2 if the run has begun but no state is usable: it never restarts from scratch silently.
         """
-        state, damaged = self._newest(device)
-        begun = self._log()
-        if state is None and (damaged or any(line["epoch"] > 0 for line in begun)):
-            fail(f"no state of {self.folder} can be used, though it has begun: move the folder away to start again")
+        state, damaged = self._newest_state(device)
+        log = self._read_log()
+        if state is None and (damaged or any(line["epoch"] > 0 for line in log)):
+            fail(f"{self.folder} has begun, but it has no usable state: move the folder away to start again")
         if self.rank == 0:
-            kept = [line for line in begun if state and line["epoch"] <= state["epoch"]]
+            kept = [line for line in log if state and line["epoch"] <= state["epoch"]]
             files.write_text(self.folder / "train.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
             if state:
-                print(f"{self.name}: going on after epoch {state['epoch']}", flush=True)
+                print(f"{self.name}: resuming after epoch {state['epoch']}", flush=True)
         return state
 
-    def _newest(self, device: torch.device) -> tuple[dict[str, Any] | None, bool]:
-        """(the newest state of this run that is whole, whether a damaged one was met)."""
+    def _newest_state(self, device: torch.device) -> tuple[dict[str, Any] | None, bool]:
+        """Return (newest intact state of this run or None, whether a damaged state was found)."""
         damaged = False
         for path in (self.folder / "state.pt", self.folder / "state.previous.pt"):
             try:
                 state = checkpoints.load(path, device)
-                if not isinstance(state, dict) or state.get("arguments") != self.what:
-                    raise files.DamagedFile(f"{path} is not of this run")
+                if not isinstance(state, dict) or state.get("arguments") != self.method_arguments:
+                    raise files.DamagedFile(f"{path} belongs to another run")
                 return state, damaged
             except FileNotFoundError:
                 continue
@@ -136,159 +134,169 @@ class Run:
                     print(f"warning: {error}", file=sys.stderr)
         return None, damaged
 
-    def _log(self) -> list[dict[str, Any]]:
+    def _read_log(self) -> list[dict[str, Any]]:
         try:
             return files.read_lines(self.folder / "train.jsonl")
         except files.DamagedFile as error:
             fail(f"{error}: move the folder away to start again")
 
     def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int | None:
-        """Load the last saved state into `model` and `optimizer`; `end_epoch` saves these two from now on.
+        """Load the last saved state into `model` and `optimizer`, which `end_epoch` will save.
 
-        Returns the epoch that it was saved after, None at the start of a run. `extra` holds what else was saved.
+        Returns the number of finished epochs, None in a new run. Sets `self.extra` to the other saved entries.
         """
         self.model, self.optimizer = model, optimizer
         saved = self.load_state(next(model.parameters()).device)
         if saved is None:
             return None
-        checkpoints.fit(model, saved["model"], self.folder)
+        checkpoints.load_weights(model, saved["model"], self.folder)
         optimizer.load_state_dict(saved["optimizer"])
-        self.extra = {
-            name: one for name, one in saved.items() if name not in ("epoch", "arguments", "model", "optimizer")
-        }
+        standard = ("epoch", "arguments", "model", "optimizer")
+        self.extra = {name: value for name, value in saved.items() if name not in standard}
         return saved["epoch"]
 
     def diverged(self, epoch: int, *tensors: torch.Tensor) -> bool:
-        """Whether a weight, a buffer or one of `tensors` is not finite; then the run is finished, see `diverge`.
+        """Return whether a weight, a buffer or one of `tensors` is NaN or infinite. If so, finish the run.
 
-        Once per epoch: a check per step would force a host-device synchronisation.
+        Called once per epoch: a check per step would force a host-device synchronisation.
         """
-        state = [one for one in self.model.state_dict().values() if isinstance(one, torch.Tensor)]
+        state = [value for value in self.model.state_dict().values() if isinstance(value, torch.Tensor)]
         if devices.finite_on_all_ranks([*state, *tensors]):
             return False
         self.diverge(epoch, state[0].device)
         return True
 
     def end_epoch(
-        self, epoch: int, last: int, record: Mapping[str, Any], details: Mapping[str, Any] | None = None, **extra: Any
+        self,
+        epoch: int,
+        final_epoch: int,
+        metrics: Mapping[str, Any],
+        details: Mapping[str, Any] | None = None,
+        **extra: Any,
     ) -> None:
-        """Log `record` and save model, optimizer and `extra`. Epoch 0 is the record before training.
+        """Log `metrics` and save model, optimizer and `extra`. Epoch 0 is before training.
 
-        `details` go to train.jsonl like the record, but not on the screen.
+        `details` are written to train.jsonl like the metrics, but not printed.
         """
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), **extra}
-        self.save(epoch, {**record, **(details or {})}, state)
+        self.save(epoch, {**metrics, **(details or {})}, state)
         if epoch:
-            self.log_epoch(epoch, last, record)
+            self.log_epoch(epoch, final_epoch, metrics)
 
-    def save(self, epoch: int, record: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-        """End an epoch: append `record` to train.jsonl, then replace state.pt, keeping the one before it."""
+    def save(self, epoch: int, metrics: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+        """Append `metrics` to train.jsonl, then replace state.pt. The old state becomes state.previous.pt."""
         if self.rank:
             return
-        files.append_line(self.folder / "train.jsonl", json.dumps({"epoch": epoch, **record}))
+        files.append_line(self.folder / "train.jsonl", json.dumps({"epoch": epoch, **metrics}))
         path = self.folder / "state.pt"
         if path.exists():
             os.replace(path, self.folder / "state.previous.pt")
-        checkpoints.save(path, {"epoch": epoch, "arguments": self.what, **state})
+        checkpoints.save(path, {"epoch": epoch, "arguments": self.method_arguments, **state})
 
     def save_model(self, weights: Mapping[str, Any]) -> None:
-        """Write model.pt, which marks the run as finished, and drop the states."""
+        """Write model.pt, which marks the run as finished, and delete the states."""
         if self.rank:
             return
-        checkpoints.save(self.folder / "model.pt", {"arguments": self.what, **weights})
-        self._drop_states()
+        checkpoints.save(self.folder / "model.pt", {"arguments": self.method_arguments, **weights})
+        self._delete_states()
 
     def diverge(self, epoch: int, device: torch.device) -> None:
-        """Finish a run whose loss or weights ceased to be finite in `epoch`, with the last finite weights.
+        """Finish a run whose loss or weights became NaN or infinite in `epoch`.
 
-        Looked for once an epoch, since asking the device at every step would make it wait: what the epoch did after
-        its first bad step is thrown away, and the weights before it are kept.
+        model.pt gets the weights of the last saved epoch, which are finite.
         """
         if self.rank:
             return
-        last, _ = self._newest(device)
+        last, _ = self._newest_state(device)
         if last is None:
-            fail(f"{self.folder} diverged in epoch {epoch}, and no earlier state can be used: move the folder away")
-        print(f"{self.name}: diverged in epoch {epoch}; the weights of epoch {last['epoch']} are kept", flush=True)
+            fail(f"{self.folder} diverged in epoch {epoch} and has no usable earlier state: move the folder away")
+        print(f"{self.name}: diverged in epoch {epoch}; kept the weights of epoch {last['epoch']}", flush=True)
         self.save_model({"model": last["model"], "epoch": last["epoch"], "diverged": True})
 
-    def log_epoch(self, epoch: int, epochs: int, record: Mapping[str, Any]) -> None:
-        """One line for an epoch."""
+    def log_epoch(self, epoch: int, final_epoch: int, metrics: Mapping[str, Any]) -> None:
+        """Print one line with the metrics of an epoch."""
         if self.rank == 0:
-            numbers = "  ".join(f"{name} {value:.4g}" for name, value in record.items())
-            tqdm.write(f"{self.name}  epoch {epoch}/{epochs}  {numbers}")
+            numbers = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            tqdm.write(f"{self.name}  epoch {epoch}/{final_epoch}  {numbers}")
 
-    def _drop_states(self) -> None:
+    def _delete_states(self) -> None:
         for name in ("state.pt", "state.previous.pt"):
             (self.folder / name).unlink(missing_ok=True)
 
 
 def method_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that make a run another run: not where data lie, but a file of one's own in --data."""
-    places = NON_METHOD_FLAGS - {"data"} if arguments.get("data_set") == "file" else NON_METHOD_FLAGS
-    return {name: value for name, value in arguments.items() if name not in places}
+    """Return the arguments that define a run: all but paths and hardware. A data file given by --data counts."""
+    ignored = NON_METHOD_FLAGS - {"data"} if arguments.get("data_set") == "file" else NON_METHOD_FLAGS
+    return {name: value for name, value in arguments.items() if name not in ignored}
 
 
 def read_arguments(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(arguments, provenance) of a run from its args.json. Raises FileNotFoundError; stops (exit 2) on damage."""
+    """Return (arguments, provenance) from args.json of a run.
+
+    Raises FileNotFoundError. Exits with code 2 if the file is damaged.
+    """
+    path = Path(folder) / "args.json"
     try:
-        found = files.read_json(Path(folder) / "args.json")
-        return dict(found["arguments"]), dict(found["provenance"])
+        config = files.read_json(path)
+        return dict(config["arguments"]), dict(config["provenance"])
     except (files.DamagedFile, KeyError, TypeError, ValueError) as error:
-        fail(f"{Path(folder) / 'args.json'} is damaged ({error}): move the folder away and train this run again")
+        fail(f"{path} is damaged ({error}): move the folder away and train this run again")
 
 
 def load_finished(folder: Path, script: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """(arguments, provenance, model.pt) of a finished run of `script` ("simsiam/train.py").
+    """Return (arguments, provenance, content of model.pt) of a finished run of `script` ("simsiam/train.py").
 
-    Stops (exit 2) where there is none, where it is another script's, and where its files are damaged or do not
-    belong together.
+    Exits with code 2 if the run is missing, unfinished, damaged or of another script, or if model.pt does not belong
+    to args.json.
     """
     folder = Path(folder)
     try:
-        arguments, facts = read_arguments(folder)
+        arguments, provenance = read_arguments(folder)
         model = checkpoints.load(folder / "model.pt")
     except FileNotFoundError:
-        fail(f"{folder} holds no finished run (args.json, model.pt): train it first, {script} --out {folder}")
+        fail(f"{folder} holds no finished run (args.json, model.pt): train it first with {script} --out {folder}")
     except files.DamagedFile as error:
         fail(f"{error}: move {folder} away and train this run again")
-    if facts.get("script") != script:
-        fail(f"{folder} holds a run of {facts.get('script')}, not of {script}")
+    if provenance.get("script") != script:
+        fail(f"{folder} holds a run of {provenance.get('script')}, not of {script}: give another folder")
     if not isinstance(model, dict) or model.get("arguments") != method_arguments(arguments):
-        fail(f"{folder / 'model.pt'} is not of the run in args.json: move the folder away and train this run again")
-    return arguments, facts, model
+        fail(f"{folder / 'model.pt'} does not belong to args.json: move the folder away and train this run again")
+    return arguments, provenance, model
 
 
 def imported_files(source: Path) -> list[Path]:
-    """The script and the modules of this project that it imports, directly or not, from where they were imported."""
-    root, found, names = source.absolute().parent.parent, {source.absolute()}, [source.absolute()]
-    while names:
-        for node in ast.walk(ast.parse(names.pop().read_bytes())):
-            modules = [one.name for one in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom) and node.module:
-                modules = [node.module, *(f"{node.module}.{one.name}" for one in node.names)]
+    """Return `source` and all modules of this project that it imports, directly or indirectly, sorted."""
+    source = source.absolute()
+    root, seen, pending = source.parent.parent, {source}, [source]
+    while pending:
+        for node in ast.walk(ast.parse(pending.pop().read_bytes())):
+            modules = []
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                modules = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
             for module in modules:
                 file = root.joinpath(*module.split(".")).with_suffix(".py")
-                if file.is_file():
-                    loaded = Path(getattr(sys.modules.get(module), "__file__", None) or file)
-                    names += [] if loaded in found else [loaded]
-                    found.add(loaded)
-    return sorted(found)
+                if not file.is_file():
+                    continue
+                loaded = Path(getattr(sys.modules.get(module), "__file__", None) or file)
+                if loaded not in seen:
+                    seen.add(loaded)
+                    pending.append(loaded)
+    return sorted(seen)
 
 
 def script_provenance(source: Path) -> dict[str, Any]:
-    """Name of the script, sha256 of it and of what it imports, git commit, whether the tree is dirty, shared GPU.
+    """Return the script's name, sha256 of it and its imports, git commit, dirty flag and number of runs on this GPU.
 
-    `commit` and `dirty` are None outside a clone.
-
-    results/ does not count: make draws there after each seed, while the next one's runs begin.
+    `commit` and `dirty` are None outside a git clone. `dirty` ignores results/, where make writes figures during runs.
     """
 
-    def git(*words: str) -> str | None:
+    def git(*arguments: str) -> str | None:
         if not shutil.which("git"):
             return None
-        answer = subprocess.run(["git", "-C", str(source.parent), *words], capture_output=True, text=True)
-        return answer.stdout.strip() if answer.returncode == 0 else None
+        process = subprocess.run(["git", "-C", str(source.parent), *arguments], capture_output=True, text=True)
+        return process.stdout.strip() if process.returncode == 0 else None
 
     status = git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", ":(top,exclude)results")
     return {
@@ -296,5 +304,5 @@ def script_provenance(source: Path) -> dict[str, Any]:
         "source": hashlib.sha256(b"".join(path.read_bytes() for path in imported_files(source))).hexdigest(),
         "commit": git("rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
-        "runs_on_this_gpu": int(os.environ.get(SHARED, "1")),
+        "runs_on_this_gpu": int(os.environ.get(RUNS_ON_THIS_GPU, "1")),
     }

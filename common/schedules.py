@@ -1,8 +1,8 @@
-"""Learning-rate schedules as pure functions of progress."""
+"""Learning-rate schedules as pure functions of the progress through training."""
 
 import math
 
 
 def cosine(progress: float) -> float:
-    """Half a cosine from 1 at progress 0 to 0 at progress 1."""
+    """Cosine decay: 1 at progress 0, 0 at progress 1."""
     return 0.5 * (1.0 + math.cos(math.pi * progress))

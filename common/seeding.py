@@ -1,8 +1,8 @@
-"""Random numbers as a pure function of (seed, purpose, step): the base of exact resume.
+"""Random numbers as a pure function of (seed, purpose, step).
 
-Nothing here keeps a state between steps, so a run that goes on after a kill needs no generator
-saved, and arms with one seed see equal batches, views and initial weights. All numbers are drawn on the CPU and
-copied to the device: CUDA generators give other numbers than the CPU's, and other ones on another GPU.
+No generator keeps its state between steps. A resumed run therefore needs no saved generator state, and arms with the
+same seed get the same batches, views and initial weights. All numbers are drawn on the CPU and copied to the device,
+because CUDA generators give other numbers than the CPU's, and these differ between GPU models.
 """
 
 import hashlib
@@ -15,72 +15,71 @@ from torch import Tensor
 
 from common.devices import upload
 
-DATA_SEED = 0  # of every data set and split; a run's own seed never moves them
+DATA_SEED = 0  # seed of all data sets and splits; --seed does not change them
 
 
 def key(seed: int, purpose: str, step: int = 0) -> int:
-    """A 63-bit key that differs for every (seed, purpose, step)."""
+    """Return a 63-bit key, a hash of (seed, purpose, step)."""
     digest = hashlib.sha256(f"{seed}/{purpose}/{step}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 def generator(seed: int, purpose: str, step: int) -> torch.Generator:
-    """A fresh CPU generator for this one purpose and step."""
+    """Return a new CPU generator, seeded from (seed, purpose, step)."""
     return torch.Generator().manual_seed(key(seed, purpose, step))
 
 
 @contextmanager
 def forked(seed: int, purpose: str) -> Iterator[None]:
-    """Build one part of a network under a seed of its own: arms that lack another part start equal in this one."""
+    """Seed the default CPU generator from (seed, purpose) inside the context and restore its state afterwards.
+
+    Each module of a network is built under a seed of its own, so arms without one module initialise the others equally.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(key(seed, purpose))
         yield
 
 
 def reseed(seed: int, purpose: str, step: int, rank: int = 0) -> None:
-    """Seed the default generators of all devices for this step: dropout draws from them, and so differs by device."""
+    """Seed the default generators of all devices for this step.
+
+    Dropout draws from them, so its masks depend on the device.
+    """
     torch.manual_seed(key(seed, f"{purpose} of rank {rank}", step))
 
 
 class SampleRNG:
     """Per-sample random numbers of one step, on the CPU.
 
-    They are drawn for the `count` rows of the global batch and cut to `rows`, so every rank of a
-    distributed run (and a run on one device) gives the same sample the same numbers.
+    Numbers are drawn for all `count` samples of the global batch, and the slice `rows` of them is returned. A sample
+    therefore gets the same numbers on one device and on any rank of a distributed run.
     """
 
-    def __init__(
-        self,
-        seed: int,
-        purpose: str,
-        step: int,
-        count: int,
-        rows: slice = slice(None),
-    ):
+    def __init__(self, seed: int, purpose: str, step: int, count: int, rows: slice = slice(None)):
         self.count, self.rows = count, rows
-        self._order = np.random.Generator(np.random.Philox(key=key(seed, purpose, step)))
+        self._numpy_generator = np.random.Generator(np.random.Philox(key=key(seed, purpose, step)))
         self._generator = generator(seed, purpose, step)
 
     def uniform(self, low: float = 0.0, high: float = 1.0, shape: tuple[int, ...] = ()) -> Tensor:
-        """Uniform numbers in [low, high), (rows, *shape) float32."""
+        """Return uniform numbers in [low, high), (rows, *shape) float32."""
         numbers = torch.rand((self.count, *shape), generator=self._generator)
         return numbers[self.rows] * (high - low) + low
 
     def numpy_uniform(self, shape: tuple[int, ...] = ()) -> np.ndarray:
-        """Uniform numbers in [0, 1), (rows, *shape) float64, from a second generator."""
-        return self._order.random((self.count, *shape))[self.rows]
+        """Return uniform numbers in [0, 1), (rows, *shape) float64, from a second, independent generator."""
+        return self._numpy_generator.random((self.count, *shape))[self.rows]
 
 
 def permutation(seed: int, purpose: str, step: int, length: int, device: torch.device | str) -> Tensor:
-    """A random order of 0..length-1, drawn on the CPU, (length,) int64 on `device`."""
+    """Return a random permutation of 0..length-1, drawn on the CPU, (length,) int64 on `device`."""
     return upload(torch.randperm(length, generator=generator(seed, purpose, step)), device)
 
 
 def held_out_split(count: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Row numbers, in order, of nine tenths of a training set and of a fixed tenth for choices, int64 on the device.
+    """Split the rows of a training set into nine tenths and a fixed held-out tenth: sorted indices, int64 on `device`.
 
-    A test split never makes a choice.
+    Hyper-parameters are chosen on the held-out tenth, never on the test split.
     """
     order = permutation(DATA_SEED, "held-out tenth", 0, count, "cpu")
-    rest, tenth = order[count // 10 :].sort().values, order[: count // 10].sort().values
-    return rest.to(device), tenth.to(device)
+    rest, held_out = order[count // 10 :].sort().values, order[: count // 10].sort().values
+    return rest.to(device), held_out.to(device)

@@ -1,7 +1,7 @@
-"""The networks of ConMIM: its vision transformer, its projector, the fine-tuned classifier, and the official names.
+"""The networks of ConMIM: vision transformer, projector and fine-tuned classifier, with the official parameter names.
 
-Names of parameters are those of the authors' files (a BEiT), in both layouts: pre-training, where one relative position
-table serves every block, and fine-tuning, where every block has its own.
+Parameter names are those of the authors' checkpoints (a BEiT) in both layouts. In pre-training all blocks share one
+relative position table; in fine-tuning each block has its own.
 """
 
 import math
@@ -16,7 +16,7 @@ POSITIONS = ("relative", "absolute", "both")  # both: the relative table and lea
 
 
 class Shape(NamedTuple):
-    """Of a vision transformer: patch side in pixels, width, blocks, heads."""
+    """Shape of a vision transformer: patch side in pixels, width, number of blocks, number of heads."""
 
     patch: int
     width: int
@@ -34,52 +34,55 @@ NETWORKS = {
 
 
 @torch.no_grad()
-def initialise(weight: Tensor) -> None:
-    """Normal with deviation 0.02, cut at +-0.02 (one deviation, as BEiT's authors mean it), by its inverse."""
-    within = math.erf(1 / math.sqrt(2))
-    weight.uniform_(-within, within).erfinv_().mul_(0.02 * math.sqrt(2)).clamp_(-0.02, 0.02)
+def init_weight(weight: Tensor) -> None:
+    """Fill with a normal distribution of std 0.02, truncated at +-0.02 (one std, as BEiT's authors intend)."""
+    bound = math.erf(1 / math.sqrt(2))  # erfinv maps uniform numbers in [-bound, bound] to the truncated normal
+    weight.uniform_(-bound, bound).erfinv_().mul_(0.02 * math.sqrt(2)).clamp_(-0.02, 0.02)
 
 
-def relative_places(grid: int) -> Tensor:
-    """Row of the relative table for every (query, key) pair, ((1 + N) * (1 + N),) int64 for N = grid * grid patches.
+def relative_position_index(grid: int) -> Tensor:
+    """Return the row of the relative position table for each (query, key) pair of tokens.
 
-    The row of a pair of patches follows from their distance down and across, (2 grid - 1)^2 rows; the last three rows
-    stand for class to patch, patch to class and class to class.
+    The result is ((1 + N) * (1 + N),) int64 for N = grid * grid patches. A pair of patches is looked up by its vertical
+    and horizontal distance, in (2 grid - 1)^2 rows. The last three rows are class to patch, patch to class, and class
+    to class.
     """
     span = 2 * grid - 1
-    place = torch.arange(grid * grid)
-    down, across = (axis[:, None] - axis[None] + grid - 1 for axis in (place // grid, place % grid))
+    position = torch.arange(grid * grid)
+    vertical, horizontal = (axis[:, None] - axis[None] + grid - 1 for axis in (position // grid, position % grid))
     rows = torch.empty(1 + grid * grid, 1 + grid * grid, dtype=torch.int64)
-    rows[1:, 1:] = down * span + across
-    rows[0, :], rows[:, 0], rows[0, 0] = span * span, span * span + 1, span * span + 2
+    rows[1:, 1:] = vertical * span + horizontal
+    rows[0, :] = span * span
+    rows[:, 0] = span * span + 1
+    rows[0, 0] = span * span + 2
     return rows.flatten()
 
 
-def relative_bias(table: Tensor, places: Tensor) -> Tensor:
-    """What is added to the attention's logits, (1, heads, 1 + N, 1 + N): the table's rows at `places`."""
-    side = round(len(places) ** 0.5)
-    return table.index_select(0, places).view(1, side, side, -1).permute(0, 3, 1, 2).contiguous()
+def relative_bias(table: Tensor, index: Tensor) -> Tensor:
+    """Return the bias of the attention logits, (1, heads, 1 + N, 1 + N): the rows of the table at `index`."""
+    tokens = round(len(index) ** 0.5)
+    return table.index_select(0, index).view(1, tokens, tokens, -1).permute(0, 3, 1, 2).contiguous()
 
 
-class RelativePositions(nn.Module):
-    """The table of relative position biases, ((2 grid - 1)^2 + 3, heads), which starts at zero."""
+class RelativePositionBias(nn.Module):
+    """The table of relative position biases, ((2 grid - 1)^2 + 3, heads), initialised to zero."""
 
-    places: Tensor
+    index: Tensor
 
     def __init__(self, grid: int, heads: int):
         super().__init__()
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * grid - 1) ** 2 + 3, heads))
-        self.register_buffer("places", relative_places(grid), persistent=False)
+        self.register_buffer("index", relative_position_index(grid), persistent=False)
 
     def forward(self) -> Tensor:
-        return relative_bias(self.relative_position_bias_table, self.places)
+        return relative_bias(self.relative_position_bias_table, self.index)
 
 
 class Attention(nn.Module):
-    """Self-attention with biases for queries and values, none for keys; with a `grid`, a relative table of its own."""
+    """Self-attention with biases for queries and values, none for keys. With a `grid` it has its own relative table."""
 
     k_bias: Tensor
-    places: Tensor
+    index: Tensor
 
     def __init__(self, width: int, heads: int, grid: int | None = None):
         super().__init__()
@@ -90,19 +93,19 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
         if grid is not None:
             self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * grid - 1) ** 2 + 3, heads))
-            self.register_buffer("places", relative_places(grid), persistent=False)
+            self.register_buffer("index", relative_position_index(grid), persistent=False)
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """(B, T, width) -> (B, T, width); `bias` (1, heads, T, T) is added to the logits."""
+        """Map (B, T, width) to (B, T, width); `bias` (1, heads, T, T) is added to the logits."""
         qkv = F.linear(x, self.qkv.weight, torch.cat([self.q_bias, self.k_bias, self.v_bias]))
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         if self.has_table:
-            bias = relative_bias(self.relative_position_bias_table, self.places).to(q.dtype)
+            bias = relative_bias(self.relative_position_bias_table, self.index).to(q.dtype)
         return self.proj(F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
-    """width -> 4 width -> width with an exact GELU."""
+    """MLP of a block: width -> 4 width -> width with an exact GELU."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -113,9 +116,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block whose two branches are scaled by gamma_1 and gamma_2 (LayerScale).
+    """Pre-norm transformer block. Its two residual branches are scaled by gamma_1 and gamma_2 (LayerScale).
 
-    With `drop_path` and in training mode an image's branch is left out with that probability (stochastic depth).
+    In training mode a branch is dropped per image with probability `drop_path` (stochastic depth).
     """
 
     def __init__(self, width: int, heads: int, layer_scale: float, grid: int | None = None, drop_path: float = 0.0):
@@ -127,19 +130,19 @@ class Block(nn.Module):
         self.drop_path = drop_path
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        x = x + self.drop(self.gamma_1 * self.attn(self.norm1(x), bias))
-        return x + self.drop(self.gamma_2 * self.mlp(self.norm2(x)))
+        x = x + self.stochastic_depth(self.gamma_1 * self.attn(self.norm1(x), bias))
+        return x + self.stochastic_depth(self.gamma_2 * self.mlp(self.norm2(x)))
 
-    def drop(self, branch: Tensor) -> Tensor:
-        """Leave the branch out for some images and enlarge it for the others, so that its mean stays."""
+    def stochastic_depth(self, branch: Tensor) -> Tensor:
+        """Drop the branch (B, T, width) for some images and scale it for the others, so that its mean is unchanged."""
         if not self.drop_path or not self.training:
             return branch
-        kept = 1 - self.drop_path
-        return branch * (torch.rand(len(branch), 1, 1, device=branch.device) < kept) / kept
+        keep = 1 - self.drop_path
+        return branch * (torch.rand(len(branch), 1, 1, device=branch.device) < keep) / keep
 
 
 class PatchEmbed(nn.Module):
-    """Squares of `patch` pixels, each through one linear map: (B, 3, S, S) -> (B, N, width)."""
+    """Linear embedding of patches of `patch` x `patch` pixels: (B, 3, S, S) -> (B, N, width)."""
 
     def __init__(self, patch: int, width: int):
         super().__init__()
@@ -150,50 +153,51 @@ class PatchEmbed(nn.Module):
 
 
 class Transformer(nn.Module):
-    """What pre-training and fine-tuning share: patch embedding, class token, blocks; initialised as the authors do."""
+    """Base class for pre-training and fine-tuning: patch embedding, class token and blocks, with the authors'
+    initialisation.
+    """
 
     def __init__(self, size: int, patch: int, width: int, absolute: bool, blocks: list[Block]):
         super().__init__()
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.patch_embed = PatchEmbed(patch, width)
         self.blocks = nn.ModuleList(blocks)
-        initialise(self.cls_token)
+        init_weight(self.cls_token)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
-                initialise(module.weight)
+                init_weight(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         with torch.no_grad():
-            for number, block in enumerate(blocks, 1):
-                block.attn.proj.weight.div_((2 * number) ** 0.5)
-                block.mlp.fc2.weight.div_((2 * number) ** 0.5)
+            for depth, block in enumerate(blocks, 1):
+                block.attn.proj.weight.div_((2 * depth) ** 0.5)
+                block.mlp.fc2.weight.div_((2 * depth) ** 0.5)
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + (size // patch) ** 2, width)) if absolute else None
 
     def embed(self, patches: Tensor) -> Tensor:
-        """(B, N, width) -> (B, 1 + N, width): the class token before the patches, and absolute positions."""
+        """Prepend the class token and add absolute positions, if any: (B, N, width) -> (B, 1 + N, width)."""
         x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], 1)
         return x if self.pos_embed is None else x + self.pos_embed
 
 
 class ViT(Transformer):
-    """The network that is pre-trained: masked patches are replaced by a learned token, all tokens go through."""
+    """The pre-trained network. A learned token replaces masked patches, and the blocks process all tokens."""
 
-    def __init__(
-        self, size: int, patch: int, width: int, depth: int, heads: int, layer_scale: float, positions: str
-    ):  # fmt: skip
+    def __init__(self, size: int, patch: int, width: int, depth: int, heads: int, layer_scale: float, positions: str):
         blocks = [Block(width, heads, layer_scale) for _ in range(depth)]
         super().__init__(size, patch, width, positions != "relative", blocks)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.rel_pos_bias = None if positions == "absolute" else RelativePositions(size // patch, heads)
-        initialise(self.mask_token)
+        self.rel_pos_bias = None if positions == "absolute" else RelativePositionBias(size // patch, heads)
+        init_weight(self.mask_token)
+        # Drawn last, so that the other weights do not depend on whether there are absolute positions.
         if self.pos_embed is not None:
-            initialise(self.pos_embed)  # last: networks without it start equal in all the rest
+            init_weight(self.pos_embed)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, 3, S, S) -> tokens after the final norm, (B, 1 + N, width), the class token first.
+        """Return the tokens after the final norm, (B, 1 + N, width), class token first, for images (B, 3, S, S).
 
-        mask (B, N) bool: the patches that the mask token replaces.
+        mask (B, N) bool: patches to replace by the mask token.
         """
         patches = self.patch_embed(x)
         bias = None if self.rel_pos_bias is None else self.rel_pos_bias().to(patches.dtype)
@@ -206,50 +210,59 @@ class ViT(Transformer):
 
 
 class Projector(nn.Sequential):
-    """width -> hidden -> hidden -> dim with batch norms, the last one affine-free; official numbering 0 to 7.
+    """MLP width -> hidden -> hidden -> dim with batch norms, the last one without affine parameters.
 
-    (B, T, width) -> (B, T, dim): its batch is all tokens of all images.
+    Maps (B, T, width) to (B, T, dim). Batch statistics are over all tokens of all images. The layers are numbered 0 to
+    7, as in the authors' code.
     """
 
     def __init__(self, width: int, hidden: int, dim: int):
         def linear(inputs: int, outputs: int) -> nn.Linear:
             layer = nn.Linear(inputs, outputs, bias=False)
-            initialise(layer.weight)
+            init_weight(layer.weight)
             return layer
 
-        parts: list[nn.Module] = []
+        layers: list[nn.Module] = []
         for inputs in (width, hidden):
-            parts += [linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
-        super().__init__(*parts, linear(hidden, dim), nn.BatchNorm1d(dim, affine=False))
+            layers += [linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
+        super().__init__(*layers, linear(hidden, dim), nn.BatchNorm1d(dim, affine=False))
 
     def forward(self, tokens: Tensor) -> Tensor:
         return super().forward(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
 
 
 class Classifier(Transformer):
-    """The network that is fine-tuned: a relative table in every block, and a linear head on the mean of the patches.
+    """The fine-tuned network: a relative table in each block, and a linear head on the mean of the patch tokens.
 
-    `drop_path` is the last block's; it grows linearly from zero at the first one.
+    The stochastic depth rate grows linearly from 0 in the first block to `drop_path` in the last.
     """
 
     def __init__(
-        self, size: int, patch: int, width: int, depth: int, heads: int, layer_scale: float, positions: str,
-        classes: int, drop_path: float = 0.0,
-    ):  # fmt: skip
+        self,
+        size: int,
+        patch: int,
+        width: int,
+        depth: int,
+        heads: int,
+        layer_scale: float,
+        positions: str,
+        classes: int,
+        drop_path: float = 0.0,
+    ):
         grid = None if positions == "absolute" else size // patch
         rates = [drop_path * block / max(1, depth - 1) for block in range(depth)]
         blocks = [Block(width, heads, layer_scale, grid, rate) for rate in rates]
         super().__init__(size, patch, width, positions != "relative", blocks)
         self.fc_norm, self.head = nn.LayerNorm(width, eps=1e-6), nn.Linear(width, classes)
-        initialise(self.head.weight)
+        init_weight(self.head.weight)
         nn.init.zeros_(self.head.bias)
         with torch.no_grad():
             self.head.weight.mul_(0.001)
         if self.pos_embed is not None:
-            initialise(self.pos_embed)
+            init_weight(self.pos_embed)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, S, S) -> logits (B, classes)."""
+        """Return the logits (B, classes) of images (B, 3, S, S)."""
         x = self.embed(self.patch_embed(x))
         for block in self.blocks:
             x = block(x, None)
@@ -260,27 +273,29 @@ class Classifier(Transformer):
 
 
 def to_classifier(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a Classifier takes from a pre-trained ViT's state: all but the mask token and the final norm.
+    """Return the part of a pre-trained ViT's state that initialises a Classifier.
 
-    The shared table goes into every block, to be trained there separately; `fc_norm` and `head` start afresh.
+    The mask token and the final norm are left out. The shared relative table is copied into each block, where it is
+    trained separately. `fc_norm` and `head` keep their own initialisation.
     """
-    kept = {
-        name: tensor
-        for name, tensor in state.items()
-        if not name.startswith(("mask_token", "norm.", "rel_pos_bias.", "lm_head."))
-    }
-    if (table := state.get("rel_pos_bias.relative_position_bias_table")) is not None:
+    unused = ("mask_token", "norm.", "rel_pos_bias.", "lm_head.")
+    result = {name: tensor for name, tensor in state.items() if not name.startswith(unused)}
+    table = state.get("rel_pos_bias.relative_position_bias_table")
+    if table is not None:
         depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
-        kept |= {f"blocks.{i}.attn.relative_position_bias_table": table.clone() for i in range(depth)}
-    return kept
+        result |= {f"blocks.{i}.attn.relative_position_bias_table": table.clone() for i in range(depth)}
+    return result
 
 
 def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A pre-training file's `model` under our names, vit.* and projector.*; its index and its unused head are left."""
-    named = {}
+    """Rename the `model` of an official pre-training checkpoint to vit.* and projector.*.
+
+    Its position index and its unused head are left out.
+    """
+    renamed = {}
     for name, tensor in state.items():
         if name.startswith("projectors."):
-            named[name.replace("projectors.", "projector.", 1)] = tensor
+            renamed[name.replace("projectors.", "projector.", 1)] = tensor
         elif not name.startswith("lm_head.") and not name.endswith("relative_position_index"):
-            named[f"vit.{name}"] = tensor
-    return named
+            renamed[f"vit.{name}"] = tensor
+    return renamed

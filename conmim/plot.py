@@ -1,9 +1,8 @@
-"""Figures, tables and finding of one ConMIM study.
+"""Draw the figures of one ConMIM study and write its tables and finding.
 
     python conmim/plot.py conmim-asymmetry --scale demo --seeds 0 1 2
 
-Reads the runs' metrics.json, train.jsonl and similarity.npz, computes nothing new, and draws what there is; missing
-runs are holes.
+Reads metrics.json, train.jsonl and similarity.npz of the runs. Missing runs are left blank.
 """
 
 import io
@@ -19,59 +18,65 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-if not __package__:  # a script takes its own clone, whatever is installed
+if not __package__:  # run as a script: import from this clone, not from an installed copy
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import NON_METHOD_FLAGS
 from common.study import figures, plotting, results, statistics, tables
-from common.study.analysis import WORDS
+from common.study.analysis import FINDINGS
 from common.study.design import MustBeat
 from conmim.studies import METRICS, design
 
 PRIMARY, ONLINE = "finetune_accuracy", "finetune_accuracy_online"
-INFORMATIVE = (20.0, 80.0)  # percent: where the control's accuracy must lie for one above it to tell anything
-DISAGREE = "averaged and online weights disagree in sign"
-KEYS = {"ema": ("ema", 0.0), "online": ("online", 0.0), "online, no\nstop-gradient": ("online", 1.0)}
+INFORMATIVE_RANGE = (20.0, 80.0)  # percent: accuracy is informative only if the baseline's accuracy is in this range
+DISAGREE = "EMA and online weights disagree in sign"
+KEYS = {"ema": ("ema", 0.0), "online": ("online", 0.0), "online, no\nstop-gradient": ("online", 1.0)}  # keys, leak
 VIEWS = ("asymmetric", "basic")
-Cell = tuple[str, int]  # views, place in KEYS
+Cell = tuple[str, int]  # views, index in KEYS
 
 
 class Effect(NamedTuple):
-    """A row of the factorial's right panel: its name, the weights of the cells, and whether it is a simple effect."""
+    """A row of the right panel of the factorial figure. A simple effect holds the other factor fixed."""
 
     name: str
     weights: Mapping[Cell, float]
     simple: bool = False
 
 
-def factors() -> list[Effect]:
-    """The factorial's effects: each main effect and its two simple ones, and what they differ by."""
+def factorial_effects() -> list[Effect]:
+    """Return the effects of the factorial: each main effect with its two simple effects, and the interactions."""
 
-    def minus(one: Cell, other: Cell) -> dict[Cell, float]:
-        return {one: 1.0, other: -1.0}
+    def difference(cell: Cell, reference: Cell) -> dict[Cell, float]:
+        return {cell: 1.0, reference: -1.0}
 
-    def both(one: Mapping[Cell, float], other: Mapping[Cell, float], sign: int, scale: float) -> dict[Cell, float]:
-        return {cell: scale * (one.get(cell, 0) + sign * other.get(cell, 0)) for cell in [*one, *other]}
+    def weighted_sum(
+        first: Mapping[Cell, float], second: Mapping[Cell, float], weight_1: float, weight_2: float
+    ) -> dict[Cell, float]:
+        return {cell: weight_1 * first.get(cell, 0) + weight_2 * second.get(cell, 0) for cell in [*first, *second]}
 
+    ema, online, no_stop_gradient = range(len(KEYS))
     asymmetric, basic = VIEWS
-    keys = [minus((views, 1), (views, 0)) for views in VIEWS]
-    seen = [minus((basic, place), (asymmetric, place)) for place in (0, 1)]
-    held = [minus((views, 2), (views, 1)) for views in VIEWS]
+    keys_asymmetric, keys_basic = (difference((views, online), (views, ema)) for views in VIEWS)
+    views_ema, views_online = (difference((basic, keys), (asymmetric, keys)) for keys in (ema, online))
+    stop_asymmetric, stop_basic = (difference((views, no_stop_gradient), (views, online)) for views in VIEWS)
     return [
-        Effect("keys: online − ema", both(*keys, 1, 0.5)),
-        *(Effect(f"at {views} views", one, True) for views, one in zip(VIEWS, keys, strict=True)),
-        Effect("views: basic − asymmetric", both(*seen, 1, 0.5)),
-        *(Effect(f"at {name} keys", one, True) for name, one in zip(("ema", "online"), seen, strict=True)),
-        Effect("keys × views", both(seen[1], seen[0], -1, 1)),
-        Effect("both: symmetric − base", minus((basic, 1), (asymmetric, 0))),
-        Effect("stop-gradient: without − with", both(*held, 1, 0.5)),
-        *(Effect(f"at {views} views", one, True) for views, one in zip(VIEWS, held, strict=True)),
-        Effect("stop-gradient × views", both(held[1], held[0], -1, 1)),
+        Effect("keys: online − ema", weighted_sum(keys_asymmetric, keys_basic, 0.5, 0.5)),
+        Effect("at asymmetric views", keys_asymmetric, simple=True),
+        Effect("at basic views", keys_basic, simple=True),
+        Effect("views: basic − asymmetric", weighted_sum(views_ema, views_online, 0.5, 0.5)),
+        Effect("at ema keys", views_ema, simple=True),
+        Effect("at online keys", views_online, simple=True),
+        Effect("keys × views", weighted_sum(views_online, views_ema, 1.0, -1.0)),
+        Effect("both: symmetric − base", difference((basic, online), (asymmetric, ema))),
+        Effect("stop-gradient: without − with", weighted_sum(stop_asymmetric, stop_basic, 0.5, 0.5)),
+        Effect("at asymmetric views", stop_asymmetric, simple=True),
+        Effect("at basic views", stop_basic, simple=True),
+        Effect("stop-gradient × views", weighted_sum(stop_basic, stop_asymmetric, 1.0, -1.0)),
     ]
 
 
 class Combination(NamedTuple):
-    """A weighted sum of means with its 95 % interval, None where a mean rests on one value."""
+    """A weighted sum of means with its 95 % interval. The bounds are None if a mean is of one value only."""
 
     mean: float
     low: float | None
@@ -79,25 +84,25 @@ class Combination(NamedTuple):
 
 
 def position_code(runs: list[dict[str, Any]]) -> str | None:
-    """The rule for the word: position R² and the share found in another image above 0.95, in every seed."""
-    every = all(run["position_r2"] > 0.95 and run["cross_top1"] > 0.95 for run in runs)
-    return "has a position code for keys in every seed" if every else None
+    """Return the remark on an arm whose position R² and cross-image top-1 are above 0.95 in every seed, else None."""
+    is_code = all(run["position_r2"] > 0.95 and run["cross_top1"] > 0.95 for run in runs)
+    return "has a position code for keys in every seed" if is_code else None
 
 
-# ------------------------------------------------------------------------------------------------- what the runs say
+# ------------------------------------------------------------------------------------------------- runs
 
 
 def arguments_of(by_seed: Mapping[int, results.Record]) -> dict[str, Any]:
-    """The arguments of the first run that is there, or none."""
+    """Return the arguments of an arm's first existing run; {} if there is none."""
     return next((run.args["arguments"] for run in by_seed.values() if run.args), {})
 
 
 def describe(runs: results.Runs) -> str:
-    """Data and recipe in words, of the first pre-trained run that is there, else of any; "" where there is none."""
-    found = [one for one in map(arguments_of, runs.values()) if one]
-    if not found:
+    """Describe data and recipe of the first pre-trained run, or else of the first run; "" if there is none."""
+    existing = [arguments for arguments in map(arguments_of, runs.values()) if arguments]
+    if not existing:
         return ""
-    first = max(found, key=lambda one: one["epochs"] > 0)
+    first = max(existing, key=lambda arguments: arguments["epochs"] > 0)
     names = {"glyphs36": "glyphs (synthetic characters, 36 classes)", "glyphs10": "glyphs (synthetic digits)"}
     names |= {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "folder": f"images, {first['size']} px"}
     recipe = f"{first['network']}, {first['positions']} positions, {first['epochs']} epochs of batch {first['batch']}"
@@ -105,90 +110,102 @@ def describe(runs: results.Runs) -> str:
 
 
 def cells(runs: results.Runs, base: str) -> dict[Cell, str]:
-    """The arm of every cell of the factorial that is there: runs that differ from `base` in its three factors alone."""
-    factors, found = {"keys", "views", "gradient_leak"}, {}
+    """Return the arm of each cell of the factorial. An arm qualifies if it differs from `base` only in the factors."""
+    ignored = {"keys", "views", "gradient_leak", "seed"} | NON_METHOD_FLAGS
+    key_index = {setting: index for index, setting in enumerate(KEYS.values())}
 
-    def rest(arguments: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: one for key, one in arguments.items() if key not in factors | NON_METHOD_FLAGS | {"seed"}}
+    def other_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in arguments.items() if name not in ignored}
 
-    shared = rest(arguments_of(runs[base]))
-    places = {key: place for place, key in enumerate(KEYS.values())}
+    shared = other_arguments(arguments_of(runs[base]))
+    arms: dict[Cell, str] = {}
     for arm, by_seed in runs.items():
-        own = arguments_of(by_seed)
-        if own and rest(own) == shared and (own["keys"], own["gradient_leak"]) in places:
-            found.setdefault((own["views"], places[own["keys"], own["gradient_leak"]]), arm)
-    return found
+        arguments = arguments_of(by_seed)
+        if not arguments or other_arguments(arguments) != shared:
+            continue
+        keys = (arguments["keys"], arguments["gradient_leak"])
+        if keys in key_index:
+            arms.setdefault((arguments["views"], key_index[keys]), arm)
+    return arms
 
 
 def combine(values: Sequence[Sequence[float]], weights: Sequence[float]) -> Combination | None:
-    """sum of weight * mean with Welch's interval (unequal variances, Satterthwaite's df); None where values miss.
+    """Return the weighted sum of the means of `values` with Welch's interval; None if a mean has no values.
 
-    Of two arms with weights 1 and -1 it is Welch's interval of their difference.
+    Welch's interval allows unequal variances (Satterthwaite's degrees of freedom). For two arms with weights 1 and -1
+    it is that of their difference.
     """
     if not all(values):
         return None
-    parts = [statistics.summary(one) for one in values]
-    total = sum(weight * part.mean for weight, part in zip(weights, parts, strict=True))
-    if any(part.sd is None for part in parts):
+    stats = [statistics.summary(sample) for sample in values]
+    total = sum(weight * sample.mean for weight, sample in zip(weights, stats, strict=True))
+    if any(sample.sd is None for sample in stats):
         return Combination(total, None, None)
-    terms = [(w * (part.sd or 0)) ** 2 / part.n for w, part in zip(weights, parts, strict=True)]
-    variance, half = sum(terms), 0.0
+    terms = [(weight * (sample.sd or 0)) ** 2 / sample.n for weight, sample in zip(weights, stats, strict=True)]
+    variance, half_width = sum(terms), 0.0
     if variance > 0:
-        df = 1 / sum((term / variance) ** 2 / (part.n - 1) for term, part in zip(terms, parts, strict=True))
-        half = statistics.student_t_quantile(0.975, df) * math.sqrt(variance)
-    return Combination(total, total - half, total + half)
+        df = 1 / sum((term / variance) ** 2 / (sample.n - 1) for term, sample in zip(terms, stats, strict=True))
+        half_width = statistics.student_t_quantile(0.975, df) * math.sqrt(variance)
+    return Combination(total, total - half_width, total + half_width)
 
 
-def effect(runs: results.Runs, found: Mapping[Cell, str], weights: Mapping[Cell, float], metric: str):
-    """`combine` over cells of the factorial; None where one has no run."""
-    values = [list(results.values(runs, found.get(cell, ""), metric).values()) for cell in weights]
+def combine_cells(
+    runs: results.Runs, arms: Mapping[Cell, str], weights: Mapping[Cell, float], metric: str
+) -> Combination | None:
+    """Return the weighted sum of a metric over cells of the factorial; None if a cell has no run."""
+    values = [list(results.values(runs, arms.get(cell, ""), metric).values()) for cell in weights]
     return combine(values, list(weights.values()))
 
 
-# ------------------------------------------------------------------------------------------------- what follows
+# ------------------------------------------------------------------------------------------------- verdict
 
 
-def told(contrasts: Sequence[Mapping[str, Any]], metric: str) -> str:
-    """Difference and interval of the primary contrast on a metric."""
-    one = next(c for c in contrasts if c["metric"] == metric)
-    if one["mean"] is None:
-        return f"{METRICS[metric].label} {tables.HOLE}"
-    bounds = "" if one["low"] is None else f" ({tables.interval(one, vars(METRICS[metric]))})"
-    return f"{METRICS[metric].label} {tables.number(one['mean'], vars(METRICS[metric]))}{bounds}"
+def difference_text(contrasts: Sequence[Mapping[str, Any]], metric: str) -> str:
+    """Return label, difference and interval of the contrast on `metric`."""
+    contrast = next(contrast for contrast in contrasts if contrast["metric"] == metric)
+    if contrast["mean"] is None:
+        return f"{METRICS[metric].label} {tables.DASH}"
+    bounds = "" if contrast["low"] is None else f" ({tables.interval(contrast, vars(METRICS[metric]))})"
+    return f"{METRICS[metric].label} {tables.number(contrast['mean'], vars(METRICS[metric]))}{bounds}"
 
 
-def judged(summary: dict[str, Any], runs: results.Runs, control: MustBeat) -> dict[str, Any]:
-    """The summary after the rules that only this paper has.
+def apply_paper_rules(summary: dict[str, Any], runs: results.Runs, guard: MustBeat) -> dict[str, Any]:
+    """Return the summary after two rules of this paper, with the position diagnostics added to the notes.
 
-    The control's accuracy must lie between 20 and 80 %, else nothing follows from accuracy. A verdict on accuracy needs
-    the online weights to agree in sign. The position diagnostics are told in any case.
+    Accuracy is informative only if the baseline's accuracy is between 20 and 80 %. A verdict on accuracy requires that
+    EMA and online weights agree in sign.
     """
-    primary = next(one for one in summary["contrasts"] if one["primary"])
+    primary = next(contrast for contrast in summary["contrasts"] if contrast["primary"])
     arm, reference = primary["arm"], primary["reference"]
-    own = [one for one in summary["all_contrasts"] if (one["arm"], one["reference"]) == (arm, reference)]
+    contrasts = [
+        contrast
+        for contrast in summary["all_contrasts"]
+        if contrast["arm"] == arm and contrast["reference"] == reference
+    ]
     notes, finding = [], summary["finding"]
-    level = results.values(runs, control.baseline_arm, PRIMARY)
-    if level and not INFORMATIVE[0] <= mean(level.values()) <= INFORMATIVE[1]:
-        place = f"{control.baseline_arm} has {mean(level.values()):.1f} %, outside {INFORMATIVE[0]:.0f} to "
-        notes.append(f"Accuracy is {tables.NOT_INFORMATIVE}: {place}{INFORMATIVE[1]:.0f} %.")
+    baseline = results.values(runs, guard.baseline_arm, PRIMARY)
+    low, high = INFORMATIVE_RANGE
+    if baseline and not low <= mean(baseline.values()) <= high:
+        reason = f"{guard.baseline_arm} has {mean(baseline.values()):.1f} %, outside {low:.0f} to {high:.0f} %."
+        notes.append(f"Accuracy is {tables.NOT_INFORMATIVE}: {reason}")
         if summary["verdict"] != tables.NOT_INFORMATIVE:
-            finding = f"{tables.NOT_INFORMATIVE.capitalize()}: {place}{INFORMATIVE[1]:.0f} %. {finding}"
+            finding = f"{tables.NOT_INFORMATIVE.capitalize()}: {reason} {finding}"
         summary |= {"verdict": tables.NOT_INFORMATIVE, "counted": False}
-    other = next(one for one in own if one["metric"] == ONLINE)
-    if None not in (primary["mean"], other["mean"]) and primary["mean"] * other["mean"] < 0:
+    online = next(contrast for contrast in contrasts if contrast["metric"] == ONLINE)
+    if None not in (primary["mean"], online["mean"]) and primary["mean"] * online["mean"] < 0:
         sentence = (
-            f"{arm}:{reference} is {told(own, PRIMARY)} with averaged, "
-            f"{told(own, ONLINE).removeprefix(METRICS[ONLINE].label + ' ')} with online weights: they disagree in "
-            "sign, so no claim is made on accuracy."
+            f"{arm}:{reference}: {difference_text(contrasts, PRIMARY)} with EMA weights and "
+            f"{difference_text(contrasts, ONLINE).removeprefix(METRICS[ONLINE].label + ' ')} with online weights "
+            "disagree in sign, so there is no verdict on accuracy."
         )
         notes.append(sentence)
         finding = f"{finding} {sentence}"
-        if summary["verdict"] in WORDS:
+        if summary["verdict"] in FINDINGS:
             summary |= {"verdict": DISAGREE, "counted": False}
-    positions = "; ".join(told(own, name) for name in ("own_top1", "cross_top1", "position_r2"))
-    sentence = f"Position diagnostics, which need no labels: {arm} minus {reference}: {positions}."
-    words = [f"{row['arm']} {row['word']}" for row in summary["rows"] if row["word"]]
-    notes.append(" ".join([sentence, *([f"{'; '.join(words)}."] if words else [])]))
+    diagnostics = "; ".join(difference_text(contrasts, name) for name in ("own_top1", "cross_top1", "position_r2"))
+    sentence = f"Position diagnostics (they need no labels), {arm} minus {reference}: {diagnostics}."
+    remarks = [f"{row['arm']} {row['word']}" for row in summary["rows"] if row["word"]]
+    notes.append(f"{sentence} {'; '.join(remarks)}." if remarks else sentence)
     if summary["verdict"] in (tables.NOT_INFORMATIVE, DISAGREE):
         finding = f"{finding} {sentence}"
     return summary | {"finding": finding, "notes": notes + summary["notes"]}
@@ -197,46 +214,53 @@ def judged(summary: dict[str, Any], runs: results.Runs, control: MustBeat) -> di
 # ------------------------------------------------------------------------------------------------- figures
 
 
-def interval_line(axis: Axes, x: float, found: Combination, horizontal: bool, **look: Any) -> None:
-    """A dot with its interval as a line."""
-    places = ([found.low, found.high], [x, x]) if horizontal else ([x, x], [found.low, found.high])
-    if found.low is not None:
-        axis.plot(*places, color=look["color"], linewidth=1.6, solid_capstyle="butt", zorder=3)
-    axis.plot(*((found.mean, x) if horizontal else (x, found.mean)), zorder=4, linestyle="", **look)
+def draw_interval(axis: Axes, position: float, result: Combination, horizontal: bool, **style: Any) -> None:
+    """Draw the mean as a dot and the interval as a line, at `position` on the other axis."""
+    bounds, fixed = [result.low, result.high], [position, position]
+    if result.low is not None:
+        x, y = (bounds, fixed) if horizontal else (fixed, bounds)
+        axis.plot(x, y, color=style["color"], linewidth=1.6, solid_capstyle="butt", zorder=3)
+    x, y = (result.mean, position) if horizontal else (position, result.mean)
+    axis.plot(x, y, zorder=4, linestyle="", **style)
 
 
 def interaction_panel(
-    axis: Axes, runs: results.Runs, found: Mapping[Cell, str], control: str, metric: str, looks: Mapping[str, Any]
+    axis: Axes, runs: results.Runs, arms: Mapping[Cell, str], baseline: str, metric: str, styles: Mapping[str, Any]
 ) -> None:
-    """One line a setting of the views over the kinds of keys: mean, 95 % interval, a faint dot a seed; the control."""
+    """Plot a metric against the keys, one line per setting of the views: means, 95 % intervals, faint dots for seeds.
+
+    The baseline arm is a dotted line with a grey band for its interval.
+    """
     axis.set(xticks=range(len(KEYS)), xlim=(-0.35, len(KEYS) - 0.65), axisbelow=True)
     axis.set_xticklabels(list(KEYS), fontsize=9)
     axis.margins(y=0.08)
     axis.set_title(METRICS[metric].title)
     axis.set_xlabel("keys from")
     axis.grid(axis="y", color="#E5E5E5", linewidth=0.8)
-    level = combine([list(results.values(runs, control, metric).values())], [1])
-    if level:
-        if level.low is not None:
-            axis.axhspan(level.low, level.high, color=figures.GREY, alpha=0.15, linewidth=0)
-        axis.axhline(level.mean, color=figures.GREY, linewidth=1, linestyle=":")
+    baseline_result = combine([list(results.values(runs, baseline, metric).values())], [1])
+    if baseline_result:
+        if baseline_result.low is not None:
+            axis.axhspan(baseline_result.low, baseline_result.high, color=figures.GREY, alpha=0.15, linewidth=0)
+        axis.axhline(baseline_result.mean, color=figures.GREY, linewidth=1, linestyle=":")
     for views, shift in zip(VIEWS, (-0.06, 0.06), strict=True):
-        way: dict[int, float] = {}
-        for place in range(len(KEYS)):
-            values = list(results.values(runs, found.get((views, place), ""), metric).values())
-            if whole := combine([values], [1]):
-                way[place] = whole.mean
-                axis.plot([place + 2.4 * shift] * len(values), values, "o", ms=3.5, mec="none", alpha=0.45,
-                          color=looks[views]["color"])  # fmt: skip
-                interval_line(axis, place + shift, whole, False, color=looks[views]["color"], marker="o", ms=6)
-        for place in way:
-            if place + 1 in way:  # nothing is drawn across a hole
-                axis.plot([place + shift, place + 1 + shift], [way[place], way[place + 1]], alpha=0.8, **looks[views])
+        means: dict[int, float] = {}
+        colour = styles[views]["color"]
+        for keys in range(len(KEYS)):
+            values = list(results.values(runs, arms.get((views, keys), ""), metric).values())
+            result = combine([values], [1])
+            if result:
+                means[keys] = result.mean
+                x = [keys + 2.4 * shift] * len(values)
+                axis.plot(x, values, "o", ms=3.5, mec="none", alpha=0.45, color=colour)
+                draw_interval(axis, keys + shift, result, False, color=colour, marker="o", ms=6)
+        for keys in means:
+            if keys + 1 in means:  # no line across a missing cell
+                axis.plot([keys + shift, keys + 1 + shift], [means[keys], means[keys + 1]], alpha=0.8, **styles[views])
 
 
-def effects_panel(axis: Axes, runs: results.Runs, found: Mapping[Cell, str]) -> None:
-    """Effects with intervals, the simple ones smaller under their main effect; online weights hollow."""
-    rows = factors()
+def effects_panel(axis: Axes, runs: results.Runs, arms: Mapping[Cell, str]) -> None:
+    """Plot the effects on fine-tuned accuracy with intervals. Simple effects are small, online weights are hollow."""
+    rows = factorial_effects()
     axis.axvline(0, color=figures.GREY, linewidth=1)
     axis.set(yticks=range(len(rows)), ylim=(len(rows) - 0.4, -0.6), axisbelow=True, xlabel="points")
     axis.tick_params(axis="y", length=0)
@@ -244,192 +268,211 @@ def effects_panel(axis: Axes, runs: results.Runs, found: Mapping[Cell, str]) -> 
     axis.set_title("effects on fine-tuned accuracy")
     for label, row in zip(axis.set_yticklabels([row.name for row in rows]), rows, strict=True):
         label.set(fontsize=8.5 if row.simple else 10, color=figures.GREY if row.simple else figures.REFERENCE)
-    for place, row in enumerate(rows):
-        colour, size = (figures.GREY, 4) if row.simple else (figures.REFERENCE, 6)
-        if whole := effect(runs, found, row.weights, PRIMARY):
-            interval_line(axis, place - 0.14, whole, True, color=colour, marker="o", ms=size)
-        if online := effect(runs, found, row.weights, ONLINE):
-            interval_line(axis, place + 0.14, online, True, color=colour, marker="o", ms=size, mfc="white", mew=1.2)
+    for y, row in enumerate(rows):
+        style: dict[str, Any] = {"color": figures.REFERENCE, "marker": "o", "ms": 6}
+        if row.simple:
+            style |= {"color": figures.GREY, "ms": 4}
+        ema = combine_cells(runs, arms, row.weights, PRIMARY)
+        if ema:
+            draw_interval(axis, y - 0.14, ema, True, **style)
+        online = combine_cells(runs, arms, row.weights, ONLINE)
+        if online:
+            draw_interval(axis, y + 0.14, online, True, **style, mfc="white", mew=1.2)
 
 
-def factorial(runs: results.Runs, base: str, control: str, caption: str) -> Figure:
-    """The six cells as the factorial that they are: accuracy and position R² by keys and views, and the effects."""
-    found = cells(runs, base)
-    looks = figures.looks(["asymmetric views", "basic views"], "asymmetric views")
-    by_views = dict(zip(VIEWS, looks.values(), strict=True))
+def factorial_figure(runs: results.Runs, base: str, baseline: str, caption: str) -> Figure:
+    """Return the factorial of six cells: accuracy and position R² by keys and views, and the effects."""
+    arms = cells(runs, base)
+    legend = figures.arm_styles(["asymmetric views", "basic views"], "asymmetric views")
+    styles = dict(zip(VIEWS, legend.values(), strict=True))
     with matplotlib.rc_context(figures.STYLE):
         figure = Figure(figsize=(12.4, 4.8), layout="constrained")
         axes = figure.subplots(1, 3, width_ratios=[1, 1, 0.9])
         for axis, metric in zip(axes, (PRIMARY, "position_r2"), strict=False):
-            interaction_panel(axis, runs, found, control, metric, by_views)
-        effects_panel(axes[2], runs, found)
-        shown: dict[str, Any] = {name: look | {"marker": "o"} for name, look in looks.items()}
-        shown |= {f"{control} (mean, interval)": {"color": figures.GREY, "linestyle": ":"}}
-        missing = [f"{views} views, keys {key}".replace("\n", " ") for views in VIEWS for place, key in enumerate(KEYS)
-                   if (views, place) not in found]  # fmt: skip
-        holes = f"Not there: {'; '.join(missing)}. " if missing else ""
-        several = any(len(by_seed) > 1 for by_seed in runs.values())
-        bars = "Bars: 95 % intervals over training seeds (right: Welch's, descriptive and unadjusted); faint: seeds. "
-        text = (bars if several else "One training seed: no interval. ") + (
-            "Right: filled, averaged weights; hollow, online weights; ×: the effect at basic views minus that at "
-            "asymmetric ones. With ema keys the stop-gradient changes nothing, bit for bit. "
+            interaction_panel(axis, runs, arms, baseline, metric, styles)
+        effects_panel(axes[2], runs, arms)
+        legend = {name: style | {"marker": "o"} for name, style in legend.items()}
+        legend[f"{baseline} (mean, interval)"] = {"color": figures.GREY, "linestyle": ":"}
+        text = "One training seed: no interval. "
+        if any(len(by_seed) > 1 for by_seed in runs.values()):
+            text = (
+                "Bars: 95 % intervals over training seeds (right: Welch's, descriptive and unadjusted); faint: seeds. "
+            )
+        text += (
+            "Right: EMA weights filled, online weights hollow; ×: interaction, the effect with basic views minus the "
+            "effect with asymmetric views. With ema keys the stop-gradient has no effect (bit-identical weights). "
         )
-        return figures.finish(figure, shown, text + holes + caption)
+        missing = [
+            f"{views} views, keys {label}".replace("\n", " ")
+            for views in VIEWS
+            for keys, label in enumerate(KEYS)
+            if (views, keys) not in arms
+        ]
+        if missing:
+            text += f"Missing: {'; '.join(missing)}. "
+        return figures.finish(figure, legend, text + caption)
 
 
 def curve_panels(runs: results.Runs, floor: float | None) -> list[figures.Curves]:
-    """Loss and position diagnostics over the epochs."""
-    titles = {
-        "loss": "training loss", "position_r2": "position R² of the keys", "own_top1": "own key found",
-        "cross_top1": "position found in another image",
-    }  # fmt: skip
-    lines = {"loss": {"floor": floor} if floor is not None else {}}
-    return [
-        figures.Curves(title, results.series(runs, key), lines.get(key, {})) for key, title in titles.items()
-    ]  # fmt: skip
+    """Return the panels of loss and position diagnostics over the epochs."""
+    floor_line = {} if floor is None else {"floor": floor}
+    panels = [figures.Curves(METRICS["train_loss"].title, results.series(runs, "loss"), floor_line)]
+    for name in ("position_r2", "own_top1", "cross_top1"):
+        panels.append(figures.Curves(METRICS[name].title, results.series(runs, name)))
+    return panels
 
 
 def dot_panels(runs: results.Runs) -> list[figures.Dots]:
-    """Final accuracies with those of the online weights hollow, and what of them is position."""
-    keys = [PRIMARY, "linear_accuracy", "knn_accuracy", "position_r2"]
-    return [
-        figures.Dots(
-            METRICS[key].title,
-            {arm: list(results.values(runs, arm, key).values()) for arm in runs},
-            {arm: list(results.values(runs, arm, f"{key}_online").values()) for arm in runs}
-            if f"{key}_online" in METRICS
-            else {},
-            within=(0, 100 if METRICS[key].unit == "%" else 1),
-        )
-        for key in keys
-    ]
+    """Return the panels of final accuracies, with the online weights as hollow marks, and of position R²."""
+
+    def values(name: str) -> dict[str, list[float]]:
+        return {arm: list(results.values(runs, arm, name).values()) for arm in runs}
+
+    panels = []
+    for name in (PRIMARY, "linear_accuracy", "knn_accuracy"):
+        panels.append(figures.Dots(METRICS[name].title, values(name), values(f"{name}_online"), limits=(0, 100)))
+    panels.append(figures.Dots(METRICS["position_r2"].title, values("position_r2"), limits=(0, 1)))
+    return panels
 
 
 def read_similarity(path: Path) -> dict[str, np.ndarray] | None:
-    """What similarity.npz holds; None where it is missing. Raises ValueError where it cannot be used."""
+    """Return the arrays of similarity.npz, or None if the file is missing. Raises ValueError if it cannot be used."""
     try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as read:
-            found = {name: read[name] for name in ("own", "other", "mask", "picture")}
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ("own", "other", "mask", "picture")}
     except FileNotFoundError:
         return None
-    except Exception as error:  # a damaged archive raises many kinds
+    except Exception as error:  # numpy raises many types for a damaged archive
         raise ValueError(f"{path} cannot be read ({type(error).__name__})") from None
-    patches = len(found["mask"])
+    patches = len(arrays["mask"])
     side = round(patches**0.5)
-    square = found["own"].shape == found["other"].shape == (patches, patches) and side * side == patches
-    if not square or found["picture"].ndim != 3 or found["picture"].shape[2] % side:
-        raise ValueError(f"{path} does not hold the similarities of one image")
-    return found
+    square = arrays["own"].shape == arrays["other"].shape == (patches, patches) and side * side == patches
+    if not square or arrays["picture"].ndim != 3 or arrays["picture"].shape[2] % side:
+        raise ValueError(f"{path} has arrays of unexpected shapes")
+    return arrays
 
 
-def similarities(
+def similarity_figure(
     folder: Path, arms: Sequence[str], seeds: Sequence[int], caption: str
 ) -> tuple[Figure | None, list[str]]:
-    """(one image's queries by keys, of its own above and of another image's below; sentences on unreadable files)."""
-    found, notes = {}, []
+    """Return the similarity matrices of one image, and one note per unreadable file.
+
+    Each arm has one column, from its first seed with a readable file. The keys are those of the image itself in the
+    first row and those of another image in the second.
+    """
+    shown: dict[str, tuple[int, dict[str, np.ndarray]]] = {}
+    notes = []
     for arm in arms:
         for seed in seeds:
             try:
-                if arm not in found and (read := read_similarity(folder / arm / str(seed) / "similarity.npz")):
-                    found[arm] = (seed, read)
-            except ValueError as error:
-                notes.append(f"{arm}, seed {seed}: {str(error).partition(' ')[0].rpartition('/')[2]} cannot be used.")
-    if not found:
+                arrays = read_similarity(folder / arm / str(seed) / "similarity.npz") if arm not in shown else None
+            except ValueError:
+                notes.append(f"{arm}, seed {seed}: similarity.npz cannot be used.")
+                continue
+            if arrays:
+                shown[arm] = (seed, arrays)
+    if not shown:
         return None, notes
     with matplotlib.rc_context(figures.STYLE):
         figure = Figure(figsize=(2.0 + 2.9 * len(arms), 6.6), layout="constrained")
         axes = figure.subplots(2, 1 + len(arms), width_ratios=[0.62] + [1] * len(arms))
-        _, first = next(iter(found.values()))
-        show_picture(axes[0][0], first["picture"], None, "the image")
-        show_picture(axes[1][0], first["picture"], first["mask"], "masked as its\nqueries see it")
+        _, first = next(iter(shown.values()))
+        show_image(axes[0][0], first["picture"], None, "image")
+        show_image(axes[1][0], first["picture"], first["mask"], "masked image\n(query side)")
         for column, arm in enumerate(arms, 1):
-            for row, (key, label) in enumerate({"own": "of its own keys", "other": "of another image's keys"}.items()):
+            for row, (name, label) in enumerate({"own": "the same image", "other": "another image"}.items()):
                 axis = axes[row][column]
-                if arm not in found:
+                if arm in shown:
+                    _, arrays = shown[arm]
+                    matrix = show_matrix(axis, arrays[name], arrays["mask"])
+                    axis.set_xlabel(f"key position in {label}")
+                else:
                     axis.text(0.5, 0.5, "no run", ha="center", va="center", transform=axis.transAxes, **figures.SMALL)
                     axis.set(xticks=[], yticks=[])
-                else:
-                    seed, read = found[arm]
-                    drawn = show_matrix(axis, read[key], read["mask"])
-                    axis.set_xlabel(f"position {label}")
                 axis.set_title(arm if row == 0 else "")
-            axes[0][column].set_ylabel("query position" if column == 1 else "")
-            axes[1][column].set_ylabel("query position" if column == 1 else "")
-        bar = figure.colorbar(drawn, ax=list(axes[:, -1]), shrink=0.6, pad=0.04)
+                axis.set_ylabel("query position" if column == 1 else "")
+        bar = figure.colorbar(matrix, ax=list(axes[:, -1]), shrink=0.6, pad=0.04)
         bar.set_label("cosine")
-        seeds_shown = {seed for seed, _ in found.values()}
-        told = ", ".join(f"{arm} {seed}" for arm, (seed, _) in found.items())
-        told = f"Seeds: {told}. " if len(seeds_shown) > 1 else f"Seed {seeds_shown.pop()}. "
+        by_arm = {arm: seed for arm, (seed, _) in shown.items()}
+        if len(set(by_arm.values())) > 1:
+            seed_text = f"Seeds: {', '.join(f'{arm} {seed}' for arm, seed in by_arm.items())}. "
+        else:
+            seed_text = f"Seed {next(iter(by_arm.values()))}. "
         text = (
-            "Cosine of one test image's queries with keys: above with its own, below with those of another image. A "
-            "diagonal above and none below: what is there was recognised. The same diagonal below: a key says where it "
-            f"is, whatever the picture shows. {told}"
+            "Cosine similarity of one test image's queries with its own keys (above) and the keys of another image "
+            "(below). A diagonal only above: keys encode content. The same diagonal below: keys encode position, "
+            f"independent of the image. {seed_text}"
         )
-        marked = {"masked query: only these have a loss": {"color": "black", "linewidth": 4}}
-        return figures.finish(figure, marked, text + caption), notes
+        legend = {"masked query: only these have a loss": {"color": "black", "linewidth": 4}}
+        return figures.finish(figure, legend, text + caption), notes
 
 
-def show_picture(axis: Axes, picture: np.ndarray, mask: np.ndarray | None, title: str) -> None:
-    """A picture (3, S, S) uint8, its masked patches grey."""
-    shown = picture.transpose(1, 2, 0).copy()
+def show_image(axis: Axes, image: np.ndarray, mask: np.ndarray | None, title: str) -> None:
+    """Show an image (3, S, S) uint8 with its masked patches in grey."""
+    pixels = image.transpose(1, 2, 0).copy()
     if mask is not None:
         side = round(len(mask) ** 0.5)
-        patch = shown.shape[0] // side
-        shown[np.kron(mask.reshape(side, side), np.ones((patch, patch))).astype(bool)] = 128
-    axis.imshow(shown, interpolation="nearest")
+        patch = pixels.shape[0] // side
+        pixels[np.kron(mask.reshape(side, side), np.ones((patch, patch))).astype(bool)] = 128
+    axis.imshow(pixels, interpolation="nearest")
     axis.set(xticks=[], yticks=[])
     axis.set_title(title, fontsize=10)
 
 
 def show_matrix(axis: Axes, matrix: np.ndarray, mask: np.ndarray) -> Any:
-    """A matrix (N, N) of cosines with a strip on its left for the masked rows."""
+    """Show a matrix (N, N) of cosines with a strip on its left that marks the masked rows. Returns the image artist."""
     count = len(mask)
-    drawn = axis.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+    artist = axis.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
     strip = np.where(mask, 0.0, np.nan)[:, None]
     width = max(1.5, 0.03 * count)
-    axis.imshow(strip, cmap="gray", vmin=0, vmax=1, extent=(-0.5 - 2 * width, -0.5 - width, count - 0.5, -0.5),
-                aspect="auto", interpolation="nearest")  # fmt: skip
+    extent = (-0.5 - 2 * width, -0.5 - width, count - 0.5, -0.5)
+    axis.imshow(strip, cmap="gray", vmin=0, vmax=1, extent=extent, aspect="auto", interpolation="nearest")
     axis.set(xlim=(-0.5 - 2 * width, count - 0.5), ylim=(count - 0.5, -0.5), aspect="equal")
     side = round(count**0.5)
     axis.set(xticks=range(0, count, 2 * side), yticks=range(0, count, 2 * side))
     axis.spines[:].set_visible(False)
-    return drawn
+    return artist
 
 
 # ------------------------------------------------------------------------------------------------- main
 
 
-def every_arm(folder: Path, known: Sequence[str]) -> list[str]:
-    """The study's arms, and those of other studies that lie beside them: the factorial's cells are among them."""
+def all_arms(folder: Path, study_arms: Sequence[str]) -> list[str]:
+    """Return the arms of the study and all other arms in `folder`, which may be further cells of the factorial."""
     others = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    return list(dict.fromkeys([*known, *others]))
+    return list(dict.fromkeys([*study_arms, *others]))
 
 
 def draw(view: results.View) -> dict[str, Figure]:
-    """The figures of a study; the rules that only this paper has change its verdict."""
+    """Return the figures of a study by name, and apply the rules of this paper to its summary."""
     runs, seeds = view.runs, view.args.seeds
-    control = view.study.must_beat[-1]
-    base, untrained = control.arm, control.baseline_arm
-    view.summary |= judged(view.summary, runs, control)
+    guard = view.study.must_beat[-1]
+    base, baseline = guard.arm, guard.baseline_arm
+    view.summary |= apply_paper_rules(view.summary, runs, guard)
     remarks = {
-        row["arm"]: ", ".join(f"{len(row[what])} {what}" for what in ("diverged", "missing") if row[what])
+        row["arm"]: ", ".join(f"{len(row[name])} {name}" for name in ("diverged", "missing") if row[name])
         for row in view.summary["rows"]
     }
     caption = view.caption + "".join(f"{arm}: {text}. " for arm, text in remarks.items() if text)
-    everything = results.read_runs(view.args.runs, every_arm(view.args.runs, view.study.arms), seeds)
+    runs_of_all_studies = results.read_runs(view.args.runs, all_arms(view.args.runs, view.study.arms), seeds)
     floors = [value for arm in runs for value in results.values(runs, arm, "loss_floor").values()]
-    trained = {arm: by_seed for arm, by_seed in runs.items() if arm != untrained}
-    lines = curve_panels(trained, min(floors, default=None))
-    shown = list(dict.fromkeys([base, view.reference, view.study.pairs[0][0]]))
-    pictures, unread = similarities(view.args.runs, shown, seeds, view.caption)
-    view.summary["notes"] += unread
-    return {
-        "factorial": factorial(everything, base, untrained, caption),
-        "curves": figures.whole_epochs(figures.curves(lines, list(trained), view.reference, caption)),
+    pretrained = {arm: by_seed for arm, by_seed in runs.items() if arm != baseline}
+    curves = figures.curves(
+        curve_panels(pretrained, min(floors, default=None)), list(pretrained), view.reference, caption
+    )
+    drawn = {
+        "factorial": factorial_figure(runs_of_all_studies, base, baseline, caption),
+        "curves": figures.integer_x_ticks(curves),
         "metrics": figures.dots(
             dot_panels(runs), view.study.arms, view.reference, remarks, "online weights", view.caption
         ),
-    } | ({"similarity": pictures} if pictures else {})
+    }
+    arms = list(dict.fromkeys([base, view.reference, view.study.pairs[0][0]]))
+    similarity, unreadable = similarity_figure(view.args.runs, arms, seeds, view.caption)
+    if similarity:
+        drawn["similarity"] = similarity
+    view.summary["notes"] += unreadable
+    return drawn
 
 
 def main(argv: list[str] | None = None) -> None:

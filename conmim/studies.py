@@ -1,7 +1,7 @@
-"""The experimental design of ConMIM: arms, contrasts and studies. Read by make, plot.py, the page and the tests.
+"""Experimental design of ConMIM: arms, contrasts and studies. Read by make, plot.py, the HTML page and the tests.
 
-Keys (ema, online), views (asymmetric, basic) and stop-gradient (with, without) make eight cells. With ema keys the
-stop-gradient changes no bit (a test shows it), so six cells are runs.
+Keys (ema, online), views (asymmetric, basic) and stop-gradient (with, without) form a factorial of eight cells. With
+ema keys the stop-gradient has no effect (bit-identical weights, a test checks this), so only six cells are run.
 """
 
 from functools import partial
@@ -10,26 +10,27 @@ from common.study.design import Arm, Design, Metric, MustBeat, Robustness, Setti
 
 METRICS = {
     "finetune_accuracy": Metric("fine-tuned accuracy", "%", 1, "higher"),
-    "finetune_accuracy_online": Metric("the same, online weights", "%", 1, "higher"),
+    "finetune_accuracy_online": Metric("fine-tuned, online weights", "%", 1, "higher"),
     "linear_accuracy": Metric("linear accuracy", "%", 1, "higher"),
     "linear_accuracy_online": Metric("linear, online weights", "%", 1, "higher"),
     "knn_accuracy": Metric("kNN accuracy", "%", 1, "higher"),
     "knn_accuracy_online": Metric("kNN, online weights", "%", 1, "higher"),
-    "own_top1": Metric("own key found", "", 3),
-    "cross_top1": Metric("position found in another image", "", 3),
+    "own_top1": Metric("own-key top-1", "", 3),
+    "cross_top1": Metric("cross-image top-1", "", 3),
     "position_r2": Metric("position R²", "", 3),
     "key_effective_rank": Metric("effective rank of the keys", "", 1),
     "key_linear_accuracy": Metric("linear accuracy of the keys", "%", 1, "higher"),
     "train_loss": Metric("training loss", "", 3, judged=False),
-    "clipped_fraction": Metric("clipped steps", "", 3, judged=False),
+    "clipped_fraction": Metric("share of clipped steps", "", 3, judged=False),
 }
-LEAKS = (0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # shares of the keys' gradient
+LEAKS = (0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # shares of the keys' gradient; 1 is no stop-gradient
 
 no_pretraining = MustBeat("base", "no pre-training", "finetune_accuracy", baseline_arm="no-pretraining")
 study = partial(Study, metric="finetune_accuracy", must_beat=[no_pretraining])
 
 
 def design(scale: str, settings: Settings) -> Design:
+    """Return the arms and studies of ConMIM at `scale`."""
     return Design(
         "conmim",
         "ConMIM",
@@ -37,7 +38,7 @@ def design(scale: str, settings: Settings) -> Design:
         [
             study(
                 "conmim-stop-gradient",
-                "What does the stop-gradient on the keys contribute, where there is one to remove?",
+                "What does the stop-gradient contribute if the keys come from the trained network?",
                 [
                     Arm("online-no-stop-gradient", "--keys online --no-stop-gradient", against="online-keys"),
                     Arm(
@@ -48,20 +49,20 @@ def design(scale: str, settings: Settings) -> Design:
                     "online-keys:base",
                     "base:no-pretraining",
                 ],
-                published="none published for a removed stop-gradient; keys from the trained network itself: -1.98 "
-                "points of fine-tuned accuracy (table 8; ImageNet; network and length not known)",
+                published="none published for a removed stop-gradient; keys from the trained network: -1.98 points of "
+                "fine-tuned accuracy (table 8; ImageNet; architecture and epochs not known)",
             ),
             study(
                 "conmim-asymmetry",
-                "What do the two asymmetries contribute, of views and of networks, alone and together?",
+                "What do asymmetric views and the momentum encoder contribute, each alone and both together?",
                 ["symmetric:base", "basic-views:base", "online-keys:base", "base:no-pretraining"],
-                published="fine-tuned accuracy: -1.98 points without the averaged network, -0.10 and -0.16 with "
+                published="fine-tuned accuracy: -1.98 points without the momentum encoder; -0.10 and -0.16 with "
                 "symmetric and switched views (which is which is not known); none for both together (table 8; "
-                "ImageNet; network and length not known)",
+                "ImageNet; architecture and epochs not known)",
             ),
             study(
                 "conmim-gradient-leak",
-                "How much of the keys' gradient may pass before they become positions?",
+                "What share of the keys' gradient turns the keys into a position code?",
                 [
                     "online-no-stop-gradient:online-keys",
                     *(Arm(f"leak-{x}", f"--keys online --gradient-leak {x}", against="online-keys") for x in LEAKS),
@@ -72,7 +73,7 @@ def design(scale: str, settings: Settings) -> Design:
                 sweep=Sweep(
                     ["finetune_accuracy", "linear_accuracy", "position_r2", "cross_top1"],
                     "gradient_leak",
-                    "share of the keys' gradient that passes (online keys)",
+                    "share of the gradient that reaches the keys (online keys)",
                 ),
             ),
         ],

@@ -1,16 +1,16 @@
-"""What a Seq-VCR run can do and how its representations look, written to metrics.json.
+"""Evaluate a Seq-VCR run (accuracy, entropies, terms of the regulariser) and write metrics.json.
 
     python seqvcr/eval.py runs/scratch                # a finished run of train.py
-    python seqvcr/eval.py runs/scratch --show 10      # test questions and the network's answers, for people
+    python seqvcr/eval.py runs/scratch --show 10      # print test questions and the network's answers
 
-Everything is measured on test rows with dropout off and without the projection, except what the regulariser itself
-sees (`variance_loss`, `covariance_loss`, `projected_std`). Answers are teacher-forced: for whole answers that is what
-greedy decoding gives (`exact_match`), for single positions it is more (`position_accuracy`).
+All metrics are measured on test rows without dropout. Only `variance_loss`, `covariance_loss`, `projected_std` and
+`regulariser_loss` use the projection. Answers are teacher-forced. For whole answers this gives the same result as
+greedy decoding (`exact_match`); for single positions it gives a higher accuracy (`position_accuracy`).
 
-entropy        of a sequence's hidden states Z (T, D): p_i = eigenvalues of Z Z^T over their sum, -sum p_i log p_i
-               (equation 2), divided by log(min(T, D)); mean over sequences, one number a level
-entropy_batch  the same over the batch, at each position, of centred rows: the axis on which the loss acts
-predicted_std  what deviation of W h the loss is lowest at, given how many directions there are (`predict`)
+entropy        entropy of the hidden states Z (T, D) of a sequence: -sum p_i log p_i with p_i = eigenvalues of Z Z^T
+               divided by their sum (equation 2), divided by log(min(T, D)); mean over sequences, one value per level
+entropy_batch  the same over the batch at each position, with centred rows: the axis on which the loss acts
+predicted_std  standard deviation of W h at the minimum of the regulariser, given the rank (`predict_minimum`)
 """
 
 import argparse
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-if not __package__:  # a script takes its own clone, whatever is installed
+if not __package__:  # run as a script: import from this clone, not from an installed copy
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import checkpoints, cli, devices, files
@@ -35,34 +35,26 @@ from seqvcr import tasks
 from seqvcr.net import GPT
 from seqvcr.train import ETA, SeqVCR, build_model, encode, token_correct, variance_covariance, vocabulary
 
-SOLVED = 90.0  # percent of exact match
-TOGETHER = 256  # sequences that entropy_batch is taken over
-PROBED = 1024  # test rows that entropies and the regulariser are measured on
-METRICS_IF_FINITE = (  # of a diverged run they are null
-    *(
-        "exact_match",
-        "solved",
-        "steps_to_solve",
-        "position_accuracy",
-        "digit_accuracy",
-        "entropy",
-        "entropy_mean",
-        "entropy_min",
-    ),
-    *("entropy_centred", "entropy_batch", "entropy_batch_level", "variance_loss", "covariance_loss", "projected_std"),
-    *("regulariser_loss", "predicted_std", "predicted_loss", "train_loss", "cross_entropy"),
-)
+SOLVED = 90.0  # exact match (%) from which a run counts as solved
+ENTROPY_BATCH = 256  # sequences per entropy_batch
+N_PROBE = 1024  # test rows for entropies and regulariser
+METRICS_IF_FINITE = (  # null in a diverged run
+    "exact_match", "solved", "steps_to_solve", "position_accuracy", "digit_accuracy",
+    "entropy", "entropy_mean", "entropy_min", "entropy_centred", "entropy_batch", "entropy_batch_level",
+    "variance_loss", "covariance_loss", "projected_std", "regulariser_loss", "predicted_std", "predicted_loss",
+    "train_loss", "cross_entropy",
+)  # fmt: skip
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     parser.add_argument("folder", type=Path, help="folder of a finished run")
-    parser.add_argument("--data", type=Path, help="taken and ignored: tasks are generated")
-    parser.add_argument("--device", help="auto, cpu, cuda or cuda:1; default: as in training")
+    parser.add_argument("--data", type=Path, help="ignored: the tasks are generated")
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N; default: as in training")
     parser.add_argument("--threads", type=cli.int_min(1), help="default: as in training")
-    parser.add_argument("--held-out", action="store_true", help="measure on validation rows: for tuning")
+    parser.add_argument("--held-out", action="store_true", help="evaluate on validation rows, for tuning")
     parser.add_argument("--alpha", type=cli.float_in(0), default=1.0, help="order of the entropies; paper: 1")
-    parser.add_argument("--show", type=cli.int_min(1), metavar="COUNT", help="print so many answers; writes nothing")
+    parser.add_argument("--show", type=cli.int_min(1), metavar="N", help="print N answers and write nothing")
     return parser.parse_args(argv)
 
 
@@ -70,9 +62,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def spectral_entropy(z: Tensor, alpha: float = 1.0) -> Tensor:
-    """Entropy in nats of order `alpha` of the eigenvalues of z z^T, scaled to sum 1, for z (..., n, m): (...), float64.
+    """Return the Renyi entropy (nats) of the eigenvalues of z z^T, scaled to sum 1: (...) float64 for z (..., n, m).
 
-    S_1 = -sum p log p, else log(sum p^alpha) / (1 - alpha). A zero matrix has 0.
+    For order `alpha` = 1 it is -sum p log p, else log(sum p^alpha) / (1 - alpha). It is 0 for a zero matrix.
     """
     z = z.double()
     gram = z @ z.mT if z.shape[-2] <= z.shape[-1] else z.mT @ z
@@ -85,119 +77,125 @@ def spectral_entropy(z: Tensor, alpha: float = 1.0) -> Tensor:
 
 
 def token_entropy(h: Tensor, alpha: float = 1.0) -> Tensor:
-    """Of each sequence of hidden states (B, T, D), over its tokens: (B,), 1 at most."""
+    """Return the normalised entropy over the tokens of each sequence (equation 2), (B,) in [0, 1], for h (B, T, D)."""
     return spectral_entropy(h, alpha) / math.log(min(h.shape[1:]))
 
 
 def centred_entropy(h: Tensor, alpha: float = 1.0) -> Tensor:
-    """The same of rows centred over the tokens and scaled to length 1: (B,)."""
+    """Return `token_entropy` with rows centred over the tokens and scaled to norm 1, (B,), for h (B, T, D)."""
     centred = h.double() - h.double().mean(1, keepdim=True)
     return token_entropy(torch.nn.functional.normalize(centred, dim=2), alpha)
 
 
 def batch_entropy(h: Tensor, alpha: float = 1.0) -> Tensor:
-    """Of each position of hidden states (B, T, D), over the batch, rows centred: (T,), 1 at most."""
+    """Return the normalised entropy over the batch at each position, rows centred, (T,) in [0, 1], for h (B, T, D)."""
     rows = h.double().transpose(0, 1)
-    most = min(h.shape[0] - 1, h.shape[2])
-    return spectral_entropy(rows - rows.mean(1, keepdim=True), alpha) / math.log(most)
+    max_rank = min(h.shape[0] - 1, h.shape[2])
+    return spectral_entropy(rows - rows.mean(1, keepdim=True), alpha) / math.log(max_rank)
 
 
 @torch.no_grad()
 def level_entropies(gpt: GPT, rows: Tensor, answer: int, alpha: float) -> dict[str, list[float]]:
-    """The three entropies of every level 0..L: means over rows (n, length), entropy_batch over groups and positions."""
-    size = min(TOGETHER, len(rows))
-    measured: dict[str, Any] = {
-        "entropy": token_entropy, "entropy_centred": centred_entropy, "entropy_batch": batch_entropy,
-    }  # fmt: skip
-    found: dict[str, list[Tensor]] = {name: [] for name in measured}
-    for block in rows[: len(rows) // size * size].split(size):
-        levels = gpt(block[:, :-1].long(), answer)[1]
-        for name, entropy in measured.items():
-            found[name].append(torch.stack([entropy(level.float(), alpha).mean() for level in levels]))
-    return {name: torch.stack(parts).mean(0).tolist() for name, parts in found.items()}
+    """Return three entropies for each level 0..L, averaged over rows (n, length), or over batches and positions."""
+    size = min(ENTROPY_BATCH, len(rows))
+    entropies = {"entropy": token_entropy, "entropy_centred": centred_entropy, "entropy_batch": batch_entropy}
+    by_batch: dict[str, list[Tensor]] = {name: [] for name in entropies}
+    for batch in rows[: len(rows) // size * size].split(size):
+        levels = gpt(batch[:, :-1].long(), answer)[1]
+        for name, entropy in entropies.items():
+            by_batch[name].append(torch.stack([entropy(level.float(), alpha).mean() for level in levels]))
+    return {name: torch.stack(values).mean(0).tolist() for name, values in by_batch.items()}
 
 
 # ------------------------------------------------------------------------------------------------- regulariser
 
 
-def predict(rank: Tensor, width: int, lambda1: float, lambda2: float) -> tuple[Tensor, Tensor]:
-    """Where lambda1 L_var + lambda2 L_cov of d = `width` features is lowest if their covariance has rank r at most:
-    (deviation, loss), (n,) float64 each, from `rank` (n,).
+def predict_minimum(rank: Tensor, width: int, lambda1: float, lambda2: float) -> tuple[Tensor, Tensor]:
+    """Return (standard deviation, loss) at the minimum of lambda1 L_var + lambda2 L_cov, (n,) float64 each.
 
-    With equal variances v, spread evenly over r directions, L_cov = k v^2, k = d/r - 1, and the loss
-    lambda1 (1 - sqrt(v + eta)) + lambda2 k v^2 is lowest where v sqrt(v + eta) = lambda1 / (4 lambda2 k), at 1 - eta
-    if not before. At rank 0 there is no variance. Derived here; the paper has no such equation.
+    There are d = `width` features, whose covariance has rank at most r, `rank` (n,). With equal variances v, spread
+    evenly over r directions, L_cov = k v^2 with k = d/r - 1. The minimum of lambda1 (1 - sqrt(v + eta)) + lambda2 k v^2
+    is at v sqrt(v + eta) = lambda1 / (4 lambda2 k), but not above v = 1 - eta. At rank 0 the variance is 0.
+    Derived here; the paper has no such equation.
     """
     rank = rank.double()
-    excess = (width / rank.clamp_min(1) - 1).clamp_min(0)
+    k = (width / rank.clamp_min(1) - 1).clamp_min(0)
     low, high = torch.zeros_like(rank), torch.full_like(rank, 1 - ETA)
-    for _ in range(60):
+    for _ in range(60):  # bisection
         middle = (low + high) / 2
-        rising = 4 * lambda2 * excess * middle * (middle + ETA).sqrt() < lambda1
-        low, high = torch.where(rising, middle, low), torch.where(rising, high, middle)
+        below = 4 * lambda2 * k * middle * (middle + ETA).sqrt() < lambda1
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
     variance = torch.where(rank > 0, low, 0)
-    loss = lambda1 * (1 - (variance + ETA).sqrt()).clamp_min(0) + lambda2 * excess * variance.square()
+    loss = lambda1 * (1 - (variance + ETA).sqrt()).clamp_min(0) + lambda2 * k * variance.square()
     return variance.sqrt(), loss
 
 
-def ranks(tokens: Tensor, rows: int, width: int, layer: int) -> Tensor:
-    """How many directions the hidden states can vary in at each position, over `rows` sequences: (groups * T,).
+def rank_bounds(tokens: Tensor, rows: int, width: int, layer: int) -> Tensor:
+    """Return an upper bound of the covariance's rank at each position, over `rows` sequences: (groups * T,).
 
-    At most rows - 1, `width`, and one less than the different inputs: tokens at level 0, above it beginnings of a row.
+    The bound is the minimum of rows - 1, `width` and the number of distinct inputs - 1. The input is the token at level
+    0, and the prefix of the row above it.
     """
     groups = tokens[: len(tokens) // rows * rows].unflatten(0, (-1, rows)).cpu()
-    found = []
+    bounds = []
     for group in groups:
-        for place in range(group.shape[1]):
-            seen = group[:, place : place + 1] if layer == 0 else group[:, : place + 1]
-            found.append(len(seen.unique(dim=0)) - 1)
-    return torch.tensor(found).clamp(max=min(rows - 1, width))
+        for position in range(group.shape[1]):
+            inputs = group[:, position : position + 1] if layer == 0 else group[:, : position + 1]
+            bounds.append(len(inputs.unique(dim=0)) - 1)
+    return torch.tensor(bounds).clamp(max=min(rows - 1, width))
 
 
 @torch.no_grad()
-def regulariser(model: SeqVCR, rows: Tensor, answer: int, arguments: dict[str, Any]) -> dict[str, float | None]:
-    """The terms of the loss on rows (n, length), and what `predict` says of them; nothing for a run without them.
+def regulariser_metrics(model: SeqVCR, rows: Tensor, answer: int, arguments: dict[str, Any]) -> dict[str, float | None]:
+    """Return the terms of the regulariser on rows (n, length) and their prediction by `predict_minimum`.
 
-    There is no prediction for covariances over the length, nor above level 0 where dropout makes equal inputs differ.
+    All values are None if both coefficients are 0. There is no prediction for covariances over the length, nor above
+    level 0 in a run with dropout, which makes the states of equal inputs differ.
     """
     names = ("variance_loss", "covariance_loss", "projected_std", "regulariser_loss", "predicted_std", "predicted_loss")
-    lambda1, lambda2, together = (arguments[name] for name in ("lambda1", "lambda2", "covariance_batch"))
+    metrics: dict[str, float | None] = dict.fromkeys(names)
+    lambda1, lambda2, size = arguments["lambda1"], arguments["lambda2"], arguments["covariance_batch"]
     layer, axis, weight = arguments["layer"], arguments["covariance_axis"], model.projection.weight
-    if not (lambda1 or lambda2) or len(rows) < together:
-        return dict.fromkeys(names)
-    inputs = rows[: len(rows) // together * together, :-1]
-    parts = []
-    for block in inputs.split(together):
-        h = model.gpt(block.long(), answer)[1][layer].float()
-        parts.append(torch.stack(variance_covariance(h, weight, together, axis)))
-    variance, covariance, deviation = torch.stack(parts).mean(0).tolist()
-    found = dict(zip(names, (variance, covariance, deviation, lambda1 * variance + lambda2 * covariance), strict=False))
-    predicted: tuple[float | None, ...] = (None, None)
+    if not (lambda1 or lambda2) or len(rows) < size:
+        return metrics
+    inputs = rows[: len(rows) // size * size, :-1]
+    terms = []
+    for batch in inputs.split(size):
+        h = model.gpt(batch.long(), answer)[1][layer].float()
+        terms.append(torch.stack(variance_covariance(h, weight, size, axis)))
+    variance, covariance, std = torch.stack(terms).mean(0).tolist()
+    metrics |= {"variance_loss": variance, "covariance_loss": covariance, "projected_std": std}
+    metrics["regulariser_loss"] = lambda1 * variance + lambda2 * covariance
     if axis == "batch" and (layer == 0 or not arguments["dropout"]):
-        rank = ranks(inputs, together, weight.shape[1], layer)
-        predicted = tuple(one.mean().item() for one in predict(rank, len(weight), lambda1, lambda2))
-    return found | dict(zip(names[4:], predicted, strict=True))
+        rank = rank_bounds(inputs, size, weight.shape[1], layer)
+        predicted_std, predicted_loss = predict_minimum(rank, len(weight), lambda1, lambda2)
+        metrics |= {"predicted_std": predicted_std.mean().item(), "predicted_loss": predicted_loss.mean().item()}
+    return metrics
 
 
-# ------------------------------------------------------------------------------------------------- use
+# ------------------------------------------------------------------------------------------------- answers
 
 
-def best_constant(known: Tensor, asked: Tensor) -> float:
-    """Percent of the answers `asked` (n, A) that equal the most frequent of the answers `known` (m, A)."""
-    answers, counts = known.unique(dim=0, return_counts=True)
-    return 100 * (asked == answers[counts.argmax()]).all(1).float().mean().item()
+def majority_accuracy(train_answers: Tensor, answers: Tensor) -> float:
+    """Return the percentage of `answers` (n, A) that equal the most frequent one of `train_answers` (m, A)."""
+    distinct, counts = train_answers.unique(dim=0, return_counts=True)
+    return 100 * (answers == distinct[counts.argmax()]).all(1).float().mean().item()
 
 
 @torch.no_grad()
-def show(gpt: GPT, task: tasks.Task, raw: Tensor, rows: Tensor, gpt2: bool) -> None:
-    """Print raw rows (n, question + answer) of a task with the answers to them, teacher-forced."""
-    back = {token: number for number, token in enumerate(vocabulary(task, gpt2)[1].tolist())}
-    guesses = gpt(rows[:, :-1].long(), task.answer)[0].argmax(2).tolist()
-    for row, guess in zip(raw, guesses, strict=True):
-        answered = torch.tensor([back.get(token, len(task.symbols) - 1) for token in guess])
-        said = tasks.readable(task, torch.cat([row[: task.question].cpu().long(), answered]))
-        wanted = tasks.readable(task, row)
-        print(f"{wanted}   right" if said == wanted else f"{wanted}   said {said.partition('= ')[2]}")
+def print_answers(gpt: GPT, task: tasks.Task, raw: Tensor, rows: Tensor, gpt2: bool) -> None:
+    """Print rows of a task and the network's answers, teacher-forced.
+
+    `raw` (n, question + answer) has the tokens of the task. `rows` are the same rows as the network's input (`encode`).
+    """
+    task_tokens = {token: number for number, token in enumerate(vocabulary(task, gpt2)[1].tolist())}
+    predictions = gpt(rows[:, :-1].long(), task.answer)[0].argmax(2).tolist()
+    for row, prediction in zip(raw, predictions, strict=True):
+        answer = torch.tensor([task_tokens.get(token, len(task.symbols) - 1) for token in prediction])
+        predicted = tasks.to_text(task, torch.cat([row[: task.question].cpu().long(), answer]))
+        correct = tasks.to_text(task, row)
+        verdict = "correct" if predicted == correct else f"wrong: {predicted.partition('= ')[2]}"
+        print(f"{correct}   {verdict}")
 
 
 # ------------------------------------------------------------------------------------------------- main
@@ -205,62 +203,62 @@ def show(gpt: GPT, task: tasks.Task, raw: Tensor, rows: Tensor, gpt2: bool) -> N
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    arguments, facts, saved = load_finished(args.folder, "seqvcr/train.py")
+    arguments, provenance, saved = load_finished(args.folder, "seqvcr/train.py")
     try:
         epochs = [line for line in files.read_lines(args.folder / "train.jsonl") if line["epoch"]]
         if not epochs and not saved["diverged"]:
             raise files.DamagedFile("it is empty")
     except (files.DamagedFile, KeyError) as error:
-        fail(f"{args.folder / 'train.jsonl'} is damaged ({error}): move {args.folder} away and train this run again")
+        fail(f"{args.folder / 'train.jsonl'} is damaged ({error}): move {args.folder} away and train again")
     torch.set_num_threads(args.threads or arguments["threads"])
     device = devices.select_device(args.device or arguments["device"], arguments["scale"])
-    started = time.perf_counter()
-    elsewhere = "A --device with more memory, or --device cpu, gives the same metrics"
-    with run_lock(args.folder), devices.memory_for(device, f"{PROBED} sequences at every level", elsewhere):
-        task, count = tasks.choose(arguments["task"], arguments["size"]), arguments["train_size"]
+    start_time = time.perf_counter()
+    remedy = "A --device with more memory, or --device cpu, gives the same metrics"
+    with run_lock(args.folder), devices.report_oom(device, f"{N_PROBE} sequences at all levels", remedy):
+        task, row_count = tasks.build_task(arguments["task"], arguments["size"]), arguments["train_size"]
         if arguments["rehearse"]:
-            count, task.measured = min(count, 100 * arguments["batch"]), arguments["batch"]
-        file = Path(arguments["data_file"]) if arguments["data_file"] else None
-        data = tasks.load(task, count, file, device)
-        if checkpoints.sha256(*(part.cpu() for part in data)) != facts["data"]:
-            fail(f"{args.folder} was trained on other rows than are made now: evaluate it with the code, and with the "
-                 "--data-file, of its training")  # fmt: skip
-        trained = argparse.Namespace(**arguments)
-        model = build_model(trained, task, device).eval()
-        checkpoints.fit(model, saved["model"], args.folder / "model.pt")
+            row_count, task.eval_rows = min(row_count, 100 * arguments["batch"]), arguments["batch"]
+        data_file = Path(arguments["data_file"]) if arguments["data_file"] else None
+        data = tasks.load(task, row_count, data_file, device)
+        if checkpoints.sha256(*(rows.cpu() for rows in data)) != provenance["data"]:
+            fail(f"{args.folder} was trained on other rows than this code and --data-file give: evaluate it with the "
+                 "code and the file that it was trained with")  # fmt: skip
+        train_args = argparse.Namespace(**arguments)
+        model = build_model(train_args, task, device).eval()
+        checkpoints.load_weights(model, saved["model"], args.folder / "model.pt")
         raw = data.validation if args.held_out else data.test
-        rows = encode(trained, task, raw)
+        rows = encode(train_args, task, raw)
         if args.show:
-            show(model.gpt, task, raw[: args.show], rows[: args.show], bool(arguments["init_from"]))
+            print_answers(model.gpt, task, raw[: args.show], rows[: args.show], bool(arguments["init_from"]))
             return
-        metrics: dict[str, Any] = {**facts, "diverged": saved["diverged"], "position_order": "as in the row: least "
-                                   "significant digit first in multiplication"}  # fmt: skip
-        known = data.train if len(data.train) else data.validation
-        metrics["chance_exact_match"] = best_constant(known[:, task.question :], raw[:, task.question :])
+        metrics: dict[str, Any] = {**provenance, "diverged": saved["diverged"]}
+        metrics["position_order"] = "as in the row: least significant digit first in multiplication"
+        reference = data.train if len(data.train) else data.validation
+        metrics["chance_exact_match"] = majority_accuracy(reference[:, task.question :], raw[:, task.question :])
         if saved["diverged"]:
             metrics |= dict.fromkeys(METRICS_IF_FINITE)
         else:
-            hits = token_correct(model.gpt, rows, task.answer).float()
-            metrics["exact_match"] = 100 * hits.prod(1).mean().item()
-            metrics["position_accuracy"] = [100 * share for share in hits.mean(0).tolist()]
+            correct = token_correct(model.gpt, rows, task.answer).float()
+            metrics["exact_match"] = 100 * correct.prod(1).mean().item()
+            metrics["position_accuracy"] = [100 * accuracy for accuracy in correct.mean(0).tolist()]
             metrics["digit_accuracy"] = mean(metrics["position_accuracy"])
             metrics["solved"] = metrics["exact_match"] >= SOLVED
-            solved = [line["step"] for line in epochs if line["exact_match"] >= SOLVED]
-            metrics["steps_to_solve"] = min(solved, default=None)
-            metrics |= level_entropies(model.gpt, rows[:PROBED], task.answer, args.alpha)
+            solved_steps = [line["step"] for line in epochs if line["exact_match"] >= SOLVED]
+            metrics["steps_to_solve"] = min(solved_steps, default=None)
+            metrics |= level_entropies(model.gpt, rows[:N_PROBE], task.answer, args.alpha)
             metrics["entropy_mean"] = mean(metrics["entropy"])
             metrics["entropy_min"] = min(metrics["entropy"][1:-1] or metrics["entropy"])
             metrics["entropy_batch_level"] = metrics["entropy_batch"][arguments["layer"]]
-            metrics |= regulariser(model, rows[:PROBED], task.answer, arguments)
+            metrics |= regulariser_metrics(model, rows[:N_PROBE], task.answer, arguments)
             metrics |= {"train_loss": epochs[-1]["loss"], "cross_entropy": epochs[-1]["cross_entropy"]}
         metrics |= {
             "examples_per_second": median(line["examples_per_second"] for line in epochs) if epochs else None,
             "peak_memory": epochs[-1]["peak_memory"] if epochs else None,
-            "seconds": sum(line["seconds"] for line in epochs) + time.perf_counter() - started,
+            "seconds": sum(line["seconds"] for line in epochs) + time.perf_counter() - start_time,
         }
         files.write_json(args.folder / ("held_out.json" if args.held_out else "metrics.json"), metrics)
-        shown = (f"{name} {metrics[name]:.4g}" for name in METRICS_IF_FINITE if isinstance(metrics.get(name), float))
-        print(f"{args.folder}: {'  '.join(shown)}")
+        printed = (f"{name} {metrics[name]:.4g}" for name in METRICS_IF_FINITE if isinstance(metrics.get(name), float))
+        print(f"{args.folder}: {'  '.join(printed)}")
 
 
 if __name__ == "__main__":

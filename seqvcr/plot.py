@@ -1,8 +1,8 @@
-"""Figures, tables and finding of one Seq-VCR study.
+"""Draw the figures and write the tables and the finding of one Seq-VCR study.
 
     python seqvcr/plot.py seqvcr-coefficients --scale demo --seeds 0 1 2
 
-Reads the runs' metrics.json and train.jsonl, computes nothing new, and draws what there is; missing runs are holes.
+Reads metrics.json and train.jsonl of the runs and evaluates nothing itself. Missing runs are left out and listed.
 """
 
 import sys
@@ -12,49 +12,55 @@ from statistics import mean
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import NullLocator
 
-if not __package__:  # a script takes its own clone, whatever is installed
+if not __package__:  # run as a script: import from this clone, not from an installed copy
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.study import figures, plotting, results, tables
 from seqvcr.studies import METRICS, design
 
 PRIMARY = "exact_match"
-SHOWN = ("exact_match", "entropy_mean", "entropy_batch_level", "digit_accuracy")
-SOLVED = {"solved": 90.0}  # percent of exact match
-TASKS = {"multiplication": "{0}x{0} digits", "arithmetic": "{0} operators modulo 11", "lis": "sequences of {0} numbers"}
+PLOTTED = ("exact_match", "entropy_mean", "entropy_batch_level", "digit_accuracy")
+SOLVED_LINE = {"solved": 90.0}  # exact match (%), a dotted line
+TASK_NAMES = {
+    "multiplication": "{0}x{0} digits",
+    "arithmetic": "{0} operators modulo 11",
+    "lis": "sequences of {0} numbers",
+}
 
 
-def solved(runs: list[dict[str, Any]]) -> str:
-    """How many seeds ended with an exact match of 90 % at least: that is bimodal, so a mean alone would mislead."""
+def count_solved(runs: list[dict[str, Any]]) -> str:
+    """Return how many seeds reached 90 % exact match. Exact match is bimodal, so its mean alone is misleading."""
     return f"{sum(bool(run['solved']) for run in runs)} of {len(runs)} solved"
 
 
-# ------------------------------------------------------------------------------------------------- what the runs say
+# ------------------------------------------------------------------------------------------------- arms
 
 
-def arguments_of(runs: results.Runs) -> dict[str, dict[str, Any]]:
-    """By arm the arguments of its first run that is there."""
-    found = {
-        arm: next((run.args["arguments"] for run in seeds.values() if run.args), None) for arm, seeds in runs.items()
-    }
-    return {arm: arguments for arm, arguments in found.items() if arguments}
+def arm_arguments(runs: results.Runs) -> dict[str, dict[str, Any]]:
+    """Return the arguments of the first run of each arm; arms without runs are left out."""
+    arguments = {}
+    for arm, seeds in runs.items():
+        started = [run.args["arguments"] for run in seeds.values() if run.args]
+        if started:
+            arguments[arm] = started[0]
+    return arguments
 
 
 def describe(runs: results.Runs) -> str:
-    """Tasks and recipe in words; "" where there is no run."""
-    arguments = list(arguments_of(runs).values())
+    """Return tasks, network, steps and batch size as a caption; "" if there are no runs."""
+    arguments = list(arm_arguments(runs).values())
     if not arguments:
         return ""
     first = arguments[0]
-    named = dict.fromkeys(TASKS[one["task"]].format(one["size"]) for one in arguments)
-    shape = f"{first['layers']} blocks of width {first['width']}"
-    return f"{' and '.join(named)}, {shape}, {first['steps']} steps of batch {first['batch']}"
+    task_names = dict.fromkeys(TASK_NAMES[args["task"]].format(args["size"]) for args in arguments)
+    network = f"{first['layers']} blocks of width {first['width']}"
+    return f"{' and '.join(task_names)}, {network}, {first['steps']} steps, batch size {first['batch']}"
 
 
-def label(study: str, arm: str, arguments: Mapping[str, Any] | None) -> str:
-    """What an arm is called in a figure of its study, whatever its setting."""
+def arm_label(study: str, arm: str, arguments: Mapping[str, Any] | None) -> str:
+    """Return the label of an arm in the figures of a study, without its setting."""
     if arguments is None:
         return arm.partition("@")[0]
     coefficients = arguments["lambda1"], arguments["lambda2"]
@@ -70,65 +76,62 @@ def label(study: str, arm: str, arguments: Mapping[str, Any] | None) -> str:
 def by_setting(
     summary: Mapping[str, Any], study: str, arguments: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, str]]:
-    """By setting its arms with their labels; an arm that two settings are compared with stands in both."""
+    """Return the arms and their labels by setting. A reference shared by two settings is in both."""
     return {
-        name: {arm: label(study, arm, arguments[arm]) for arm in arms if arm in arguments}
-        for name, arms in tables.settings(summary).items()
+        name: {arm: arm_label(study, arm, arguments[arm]) for arm in arms if arm in arguments}
+        for name, arms in tables.arms_by_setting(summary).items()
     }
 
 
-def levels(runs: results.Runs, arm: str, metric: str) -> list[results.Curve]:
-    """A list metric of every finished seed over its index."""
-    found = [run.metrics for run in runs[arm].values() if run.metrics and not run.metrics.get("diverged")]
-    return [(list(map(float, range(len(one[metric])))), one[metric]) for one in found if one.get(metric)]
+def level_curves(runs: results.Runs, arm: str, metric: str) -> list[results.Curve]:
+    """Return a metric with one value per level as a curve for each finished seed of an arm."""
+    curves = []
+    for run in runs[arm].values():
+        values = run.metrics.get(metric) if run.metrics and not run.metrics.get("diverged") else None
+        if values:
+            curves.append((list(map(float, range(len(values)))), values))
+    return curves
 
 
 # ------------------------------------------------------------------------------------------------- figures
 
 
-def titled(title: str, name: str, groups: Mapping[str, Any]) -> str:
-    """A panel's title, with its setting where there are several."""
-    return f"{title}\n{name}" if len(groups) > 1 else title
+def panel_title(title: str, setting: str, groups: Mapping[str, Any]) -> str:
+    """Return the title of a panel, followed by its setting if there are several."""
+    return f"{title}\n{setting}" if len(groups) > 1 else title
 
 
 def entropy_panels(runs: results.Runs, groups: Mapping[str, Mapping[str, str]]) -> list[figures.Curves]:
-    """Both entropies by level, a pair of panels for each setting."""
+    """Return two panels per setting: both entropies by level."""
     titles = {"entropy": "matrix entropy over tokens (eq. 2)", "entropy_batch": "entropy over the batch"}
     return [
         figures.Curves(
-            titled(title, name, groups),
-            {text: levels(runs, arm, metric) for arm, text in arms.items()},
+            panel_title(title, setting, groups),
+            {label: level_curves(runs, arm, metric) for arm, label in arms.items()},
             x_label="level",
         )
-        for name, arms in groups.items()
+        for setting, arms in groups.items()
         for metric, title in titles.items()
     ]
 
 
-def whole_levels(figure: Figure) -> Figure:
-    """Levels are whole numbers."""
-    for axis in figure.axes:
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return figure
-
-
 def position_panels(runs: results.Runs, groups: Mapping[str, Mapping[str, str]]) -> list[figures.Curves]:
-    """Accuracy of each position of the answer on validation rows over the steps; settings side by side."""
+    """Return a panel per answer position and setting: validation accuracy over the steps."""
     keys = {key for seeds in runs.values() for run in seeds.values() for line in run.log for key in line}
     positions = sorted(int(key.removeprefix("accuracy_")) for key in keys if key.startswith("accuracy_"))
     panels = []
-    for place in positions:
-        found = results.series(runs, f"accuracy_{place}", x="step")
-        for name, arms in groups.items():
-            shown = {text: found[arm] for arm, text in arms.items() if found[arm]}
-            if shown:
-                title = titled(f"token {place + 1} of the answer (%)", name, groups)
-                panels.append(figures.Curves(title, shown, x_label="step"))
+    for position in positions:
+        by_arm = results.series(runs, f"accuracy_{position}", x="step")
+        for setting, arms in groups.items():
+            curves = {label: by_arm[arm] for arm, label in arms.items() if by_arm[arm]}
+            if curves:
+                title = panel_title(f"token {position + 1} of the answer (%)", setting, groups)
+                panels.append(figures.Curves(title, curves, x_label="step"))
     return panels
 
 
 def dot_panels(runs: results.Runs) -> list[figures.Dots]:
-    """The plan's metrics, with chance as a hollow mark."""
+    """Return the panels of the main metrics; hollow marks show the most frequent answer as a baseline."""
     return [
         figures.Dots(
             METRICS[key].title,
@@ -137,13 +140,13 @@ def dot_panels(runs: results.Runs) -> list[figures.Dots]:
             if key == PRIMARY
             else {},
         )
-        for key in SHOWN
+        for key in PLOTTED
     ]
 
 
 def solved_panels(runs: results.Runs) -> list[figures.Dots]:
-    """Exact match beside the mark of a solved seed, and after how many steps seeds were solved."""
-    keys = {"exact_match": SOLVED, "steps_to_solve": {}}
+    """Return the panels of exact match, with a line at 90 %, and of the steps until a seed was solved."""
+    keys = {"exact_match": SOLVED_LINE, "steps_to_solve": {}}
     values = {key: {arm: list(results.values(runs, arm, key).values()) for arm in runs} for key in keys}
     return [
         figures.Dots(METRICS[key].title, values[key], lines=lines)
@@ -153,40 +156,50 @@ def solved_panels(runs: results.Runs) -> list[figures.Dots]:
 
 
 def prediction(runs: results.Runs, reference: str, caption: str) -> Figure:
-    """Deviation and loss of the regularised runs as measured, with what is predicted as hollow marks."""
+    """Return the figure of measured std and regulariser loss of the regularised runs; hollow marks are predictions."""
     arms = [arm for arm in runs if results.values(runs, arm, "projected_std")]
     pairs = {"projected_std": "predicted_std", "regulariser_loss": "predicted_loss"}
     panels = [
         figures.Dots(
             METRICS[key].label,
             {arm: list(results.values(runs, arm, key).values()) for arm in arms},
-            {arm: list(results.values(runs, arm, other).values()) for arm in arms},
+            {arm: list(results.values(runs, arm, predicted).values()) for arm in arms},
         )
-        for key, other in pairs.items()
+        for key, predicted in pairs.items()
     ]
     return figures.dots(panels, arms, reference, hollow="predicted from rank, width and coefficients", caption=caption)
 
 
 def width_curves(runs: results.Runs, arguments: Mapping[str, Mapping[str, Any]], caption: str) -> Figure:
-    """Accuracy, entropies, deviation and loss over the projection's width, with `off` as a dotted line."""
-    on = {arm: one["projection_width"] for arm, one in arguments.items() if one["lambda1"] or one["lambda2"]}
-    on = dict(sorted(on.items(), key=lambda item: item[1]))
-    off = [arm for arm in runs if arm in arguments and arm not in on]
-    seeds = list(dict.fromkeys(seed for arm in on for seed in runs[arm]))
+    """Return the figure of accuracy, entropy, std and loss over the projection width; `off` is a dotted line."""
+    width_of = {arm: args["projection_width"] for arm, args in arguments.items() if args["lambda1"] or args["lambda2"]}
+    width_of = dict(sorted(width_of.items(), key=lambda item: item[1]))
+    off_arms = [arm for arm in runs if arm in arguments and arm not in width_of]
+    seeds = list(dict.fromkeys(seed for arm in width_of for seed in runs[arm]))
 
     def over_width(metric: str) -> list[results.Curve]:
-        found = {width: results.values(runs, arm, metric) for arm, width in on.items()}
-        curves = [[(width, values[seed]) for width, values in found.items() if seed in values] for seed in seeds]
-        return [([float(width) for width, _ in curve], [value for _, value in curve]) for curve in curves if curve]
+        """Return a curve (widths, values) per seed."""
+        by_width = {width: results.values(runs, arm, metric) for arm, width in width_of.items()}
+        curves = []
+        for seed in seeds:
+            widths = [width for width, values in by_width.items() if seed in values]
+            if widths:
+                curves.append(([float(width) for width in widths], [by_width[width][seed] for width in widths]))
+        return curves
 
-    panels, predicted = [], {"projected_std": "predicted_std", "regulariser_loss": "predicted_loss"}
-    for key in ("exact_match", "entropy_mean", *predicted):
-        lines = {arm.partition("@")[0]: list(results.values(runs, arm, key).values()) for arm in off}
-        values = {"measured": over_width(key)} | ({"predicted": over_width(predicted[key])} if key in predicted else {})
-        level = {name: mean(found) for name, found in lines.items() if found}
-        panels.append(figures.Curves(METRICS[key].title, values, level, "projection width d", "log"))
+    panels, predictions = [], {"projected_std": "predicted_std", "regulariser_loss": "predicted_loss"}
+    for key in ("exact_match", "entropy_mean", *predictions):
+        curves = {"measured": over_width(key)}
+        if key in predictions:
+            curves["predicted"] = over_width(predictions[key])
+        lines = {}
+        for arm in off_arms:
+            values = list(results.values(runs, arm, key).values())
+            if values:
+                lines[arm.partition("@")[0]] = mean(values)
+        panels.append(figures.Curves(METRICS[key].title, curves, lines, "projection width d", "log"))
     figure = figures.curves(panels, ["measured", "predicted"], "predicted", caption)
-    ticks = sorted(set(on.values()))
+    ticks = sorted(set(width_of.values()))
     for axis in figure.axes:
         axis.set_xscale("log", base=2)
         axis.set_xticks(ticks, map(str, ticks))
@@ -198,30 +211,32 @@ def width_curves(runs: results.Runs, arguments: Mapping[str, Mapping[str, Any]],
 
 
 def draw(view: results.View) -> dict[str, Figure]:
-    """The figures of a study."""
-    runs, study, own = view.runs, view.study, view.reference
-    arguments, caption = arguments_of(runs), view.caption
+    """Return the figures of a study by name: "entropy", "metrics", "prediction", "solved", "positions", "width"."""
+    runs, study, reference, caption = view.runs, view.study, view.reference, view.caption
+    arguments = arm_arguments(runs)
     groups = by_setting(view.summary, study.name, arguments)
-    labels = list(dict.fromkeys(text for arms in groups.values() for text in arms.values()))
-    reference = label(study.name, own, arguments.get(own))
+    labels = list(dict.fromkeys(label for arms in groups.values() for label in arms.values()))
+    reference_label = arm_label(study.name, reference, arguments.get(reference))
     remarks = {row["arm"]: f"{len(row['diverged'])} diverged" for row in view.summary["rows"] if row["diverged"]}
-    words = {row["arm"]: row["word"] or "" for row in view.summary["rows"]}
-    ordered = list(dict.fromkeys([*(arm for arms in groups.values() for arm in arms), *study.arms]))
+    solved = {row["arm"]: row["word"] or "" for row in view.summary["rows"]}
+    arms = list(dict.fromkeys([*(arm for group in groups.values() for arm in group), *study.arms]))
+    entropy = figures.curves(entropy_panels(runs, groups), labels, reference_label, caption)
     drawn = {
-        "entropy": whole_levels(figures.curves(entropy_panels(runs, groups), labels, reference, caption)),
-        "metrics": figures.dots(dot_panels(runs), ordered, own, remarks, "the most frequent answer", caption),
-        "prediction": prediction({arm: runs[arm] for arm in ordered}, own, caption),
-        "solved": figures.dots(solved_panels(runs), ordered, own, words, caption=caption),
+        "entropy": figures.integer_x_ticks(entropy),
+        "metrics": figures.dots(dot_panels(runs), arms, reference, remarks, "the most frequent answer", caption),
+        "prediction": prediction({arm: runs[arm] for arm in arms}, reference, caption),
+        "solved": figures.dots(solved_panels(runs), arms, reference, solved, caption=caption),
     }
-    if positions := position_panels(runs, groups):  # there are none before the first validation
-        drawn["positions"] = figures.curves(positions, labels, reference, caption)
+    positions = position_panels(runs, groups)
+    if positions:  # empty before the first validation
+        drawn["positions"] = figures.curves(positions, labels, reference_label, caption)
     if "width" in study.name:
         drawn["width"] = width_curves(runs, arguments, caption)
     return drawn
 
 
 def main(argv: list[str] | None = None) -> None:
-    plotting.draw(argv, __doc__, design, describe, draw, solved)
+    plotting.draw(argv, __doc__, design, describe, draw, count_solved)
 
 
 if __name__ == "__main__":

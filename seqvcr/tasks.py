@@ -1,19 +1,20 @@
-"""The three tasks of Seq-VCR: what their tokens are, examples from a seed, and a split that cannot leak.
+"""The three tasks of Seq-VCR: tokens, random examples from a seed, and a split without leakage.
 
-    python seqvcr/tasks.py --size 4 --lines 3      # multiplication in the published format, chain of thought included
+    python seqvcr/tasks.py --size 4 --lines 3      # multiplication in the published format, with chain of thought
 
-An example is a row of tokens, question and answer. The numbers 0, 1, ... are the first tokens, a task's other symbols
-follow, "=" ends every question. Nothing is downloaded: rows are made from the data seed or, as a stream, from a run's
-own. Random numbers are drawn on the CPU and the integer arithmetic runs on the device: rows are equal on all devices.
+An example is a row of tokens: question, then answer. The first tokens are the numbers 0, 1, ...; the other symbols of
+the task follow. Every question ends with "=". Nothing is downloaded: rows are drawn from the data seed or, as a stream,
+from the seed of the run. Random numbers are drawn on the CPU, and the integer arithmetic that follows runs on the
+device, so rows are equal on all devices.
 
-multiplication  of two factors of n digits; all digits least significant first, the product filled up to 2n digits
+multiplication  two factors of n digits and their product, zero-padded to 2n digits; least significant digit first
                 (the files of Deng et al. 2023): 9 1 7 3 * 9 4 3 3 = 1 3 9 4 5 4 2 1 is 3719 * 3349 = 12454931
-arithmetic      an expression of numbers modulo 11 with n operators, and its value (Feng et al. 2023); filled up between
-                expression and "=", so that "=" and answer stand at the same place in every row
+arithmetic      an expression of numbers modulo 11 with n operators, and its value (Feng et al. 2023); padded between
+                expression and "=", so that "=" and answer are at the same position in every row
 lis             n numbers, and the length of their longest increasing subsequence (Feng et al. 2023)
 
-The split is a hash of what must not be in two parts: the unordered pair of factors, the expression whatever its
-derivation, the numbers.
+The split is a hash of a key: the unordered pair of factors, the expression (not its derivation), or the numbers. Rows
+with equal keys are in the same split.
 """
 
 import re
@@ -30,46 +31,46 @@ from common.devices import upload
 PAUSES = ("</pause_start>", "<pause>", "</pause_end>")  # the last three tokens of every task
 DIGITS = tuple(map(str, range(10)))
 MODULUS = 11
-PLUS, MINUS, TIMES, OVER, OPEN, CLOSE = range(MODULUS, MODULUS + 6)
-FILL = MODULUS + 7  # the token after "="
-ATTEMPTS = 16  # drawn at once where an operator may have no solution
-LARGEST = 250  # numbers of lis are below it
-ROWS = 1 << 16  # drawn at a time
+PLUS, MINUS, TIMES, OVER, OPEN, CLOSE, EQUALS, PAD = range(MODULUS, MODULUS + 8)  # tokens of arithmetic
+ATTEMPTS = 16  # operators drawn per expansion: some have no solution
+LIS_LIMIT = 250  # numbers of lis are smaller; also the token of "="
+ROWS_PER_DRAW = 1 << 16
+TRAIN, VALIDATION, TEST = range(3)
 
 
 class Task:
-    """A task of one size: its tokens, how rows are drawn, and which rows must not be in two parts of the split.
+    """A task of one size: tokens, random rows, and the keys that define the split.
 
-    A row is `question` tokens, then `answer` tokens, uint8; `symbols` are the tokens in words. `held`: thousandths of
-    the keys for validation, and for test. `measured`: rows of validation and of test.
+    A row has `question` tokens, then `answer` tokens, uint8. `symbols` are the tokens as text. Validation and test each
+    get `held_out` thousandths of the keys and at most `eval_rows` rows.
     """
 
     name: str
     sizes: tuple[int, int]  # smallest and largest
     symbols: tuple[str, ...]
-    held = 20
-    measured = 10_000
+    held_out = 20
+    eval_rows = 10_000
 
     def __init__(self, size: int, question: int, answer: int):
         self.size, self.question, self.answer = size, question, answer
 
     def draw(self, generator: torch.Generator, count: int, device: torch.device | str, training: bool) -> Tensor:
-        """`count` random rows (count, question + answer)."""
+        """Draw `count` random rows (count, question + answer)."""
         raise NotImplementedError
 
     def key(self, rows: Tensor) -> Tensor:
-        """Equal for rows that must not be in two parts, (count,) int64."""
-        return question_key(rows)
+        """Return the split key of each row, (count,) int64. Rows with equal keys are in the same split."""
+        return hash_question(rows)
 
-    def every(self) -> Tensor | None:
-        """All rows there are, None where they are too many to list."""
+    def all_rows(self) -> Tensor | None:
+        """Return all possible rows, or None if there are too many."""
         return None
 
 
-def integers(
+def randint(
     low: int, high: int, shape: tuple[int, ...], generator: torch.Generator, device: torch.device | str
 ) -> Tensor:
-    """Whole numbers in [low, high), int64 on `device`, drawn on the CPU."""
+    """Draw random integers in [low, high) on the CPU and return them on `device`, int64."""
     return upload(torch.randint(low, high, shape, generator=generator), device)
 
 
@@ -77,97 +78,109 @@ def integers(
 
 
 class Multiplication(Task):
-    """Two factors of `size` digits, each uniform with a leading digit that is not zero, and their product."""
+    """Two factors of `size` digits, uniform among the numbers without a leading zero, and their product."""
 
     name = "multiplication"
     sizes = (1, 9)
     symbols = (*DIGITS, "*", "=", *PAUSES)
-    measured = 1000
+    eval_rows = 1000
 
     def __init__(self, size: int):
         super().__init__(size, question=2 * size + 2, answer=2 * size)
-        self.held = 20 if size > 3 else 100
+        self.held_out = 20 if size > 3 else 100
 
     def draw(self, generator: torch.Generator, count: int, device: torch.device | str, training: bool) -> Tensor:
-        factors = integers(10 ** (self.size - 1), 10**self.size, (2, count), generator, device)
-        return product_rows(factors[0], factors[1], self.size)
+        factors = randint(10 ** (self.size - 1), 10**self.size, (2, count), generator, device)
+        return multiplication_rows(factors[0], factors[1], self.size)
 
     def key(self, rows: Tensor) -> Tensor:
-        """A number for the unordered pair of factors: a * b and b * a are one."""
+        """Return a number for the unordered pair of factors, equal for a * b and b * a."""
         a, b = factors_of(rows, self.size)
         return torch.minimum(a, b) * 10**self.size + torch.maximum(a, b)
 
-    def every(self) -> Tensor | None:
-        """All rows up to three digits: 81, 8,100 or 810,000."""
+    def all_rows(self) -> Tensor | None:
+        """Return all 81, 8,100 or 810,000 rows for factors of one, two or three digits."""
         if self.size > 3:
             return None
         factors = torch.arange(10 ** (self.size - 1), 10**self.size)
         a, b = torch.cartesian_prod(factors, factors).T
-        return product_rows(a, b, self.size)
+        return multiplication_rows(a, b, self.size)
 
 
 def digits_of(numbers: Tensor, count: int) -> Tensor:
-    """The `count` last digits of whole numbers (n,), least significant first: (n, count) int64."""
+    """Return the `count` last digits of integers (n,), least significant first: (n, count) int64."""
     return numbers[:, None] // 10 ** torch.arange(count, device=numbers.device) % 10
 
 
-def product_rows(a: Tensor, b: Tensor, size: int) -> Tensor:
-    """Rows of the factors a and b, (n,) int64 each of `size` digits."""
+def multiplication_rows(a: Tensor, b: Tensor, size: int) -> Tensor:
+    """Return the rows of the factors a and b, (n,) int64 each of `size` digits."""
     times, equals = torch.full_like(a, 10)[:, None], torch.full_like(a, 11)[:, None]
-    parts = [digits_of(a, size), times, digits_of(b, size), equals, digits_of(a * b, 2 * size)]
-    return torch.cat(parts, 1).to(torch.uint8)
+    columns = [digits_of(a, size), times, digits_of(b, size), equals, digits_of(a * b, 2 * size)]
+    return torch.cat(columns, 1).to(torch.uint8)
 
 
 def factors_of(rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The two factors of rows, (n,) int64 each."""
+    """Return the two factors of rows, (n,) int64 each."""
     powers = 10 ** torch.arange(size, device=rows.device)
     return (rows[:, :size] * powers).sum(1), (rows[:, size + 1 : 2 * size + 1] * powers).sum(1)
 
 
 def published_line(a: int, b: int, size: int) -> str:
-    """a * b as in the published files: question, chain of thought (digit by digit of b, with sums), product."""
+    """Return a * b as a line of the published files: question, chain of thought, product.
 
-    def written(number: int, width: int) -> str:
+    The chain of thought has one partial product per digit of b, with running sums in brackets.
+    """
+
+    def reversed_digits(number: int, width: int) -> str:
         return " ".join(reversed(f"{number:0{width}d}"))
 
     terms, total = [], 0
-    for place, digit in enumerate(reversed(f"{b:0{size}d}")):
+    for position, digit in enumerate(reversed(f"{b:0{size}d}")):
         term = a * int(digit)
-        total += term * 10**place
-        text = " ".join(["0"] * place + [written(term, size + 1)])
-        terms.append(f"{text} ( {written(total, size + 1 + place)} )" if 1 <= place <= size - 2 else text)
-    return f"{written(a, size)} * {written(b, size)}||{' + '.join(terms)} #### {written(a * b, 2 * size)}"
+        total += term * 10**position
+        text = " ".join(["0"] * position + [reversed_digits(term, size + 1)])
+        if 1 <= position <= size - 2:
+            text += f" ( {reversed_digits(total, size + 1 + position)} )"
+        terms.append(text)
+    question = f"{reversed_digits(a, size)} * {reversed_digits(b, size)}"
+    return f"{question}||{' + '.join(terms)} #### {reversed_digits(a * b, 2 * size)}"
 
 
 def read_published(path: Path, size: int) -> Tensor:
-    """The distinct rows of a file in the published format, uint8. Stops (exit 2) with the first line that is not."""
+    """Read the distinct rows of a file in the published format, uint8.
+
+    Exits with code 2 and the first malformed line if there is one, or if the file is unreadable or empty.
+    """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         fail(f"--data-file {path} cannot be read ({getattr(error, 'strerror', None) or error})")
     if lines and lines[0].startswith("version https://git-lfs"):
-        fail(f"--data-file {path} is a Git-LFS pointer, not the data: fetch the file itself (git lfs pull)")
+        fail(f"--data-file {path} is a Git LFS pointer: run `git lfs pull` to get the file itself")
     factor, product = (rf"(\d(?: \d){{{count - 1}}})" for count in (size, 2 * size))
     pattern = re.compile(rf"{factor} \* {factor}\|\|.*#### {product}")
     pairs = []
     for number, line in enumerate(lines, 1):
-        found = pattern.fullmatch(line.rstrip())
-        a, b, answer = (int(text.replace(" ", "")[::-1]) for text in found.groups()) if found else (0, 0, -1)
+        match = pattern.fullmatch(line.rstrip())
+        if match is None:
+            fail(f"--data-file {path}, line {number}: expected `a * b||... #### product` with factors of {size} digits "
+                 f"(--size), got {line[:60]!r}")  # fmt: skip
+        a, b, answer = (int(text.replace(" ", "")[::-1]) for text in match.groups())
         if a * b != answer:
-            wrong = f"says {a} * {b} = {answer}" if found else f"is not `a * b||... #### product` with {size} digits"
-            fail(f"--data-file {path}, line {number} {wrong} (digits least significant first): {line[:60]!r}")
+            fail(f"--data-file {path}, line {number}: wrong product {a} * {b} = {answer} (digits must be least "
+                 f"significant first), got {line[:60]!r}")  # fmt: skip
         pairs.append((a, b))
     if not pairs:
         fail(f"--data-file {path} is empty")
     factors = torch.tensor(list(dict.fromkeys(pairs)))
-    return product_rows(factors[:, 0], factors[:, 1], size)
+    return multiplication_rows(factors[:, 0], factors[:, 1], size)
 
 
 # ------------------------------------------------------------------------------------------------- arithmetic
 
 
 class Arithmetic(Task):
-    """Expressions modulo 11 with `size` operators; in training also with fewer, 1..size in shares of i / sum(i)."""
+    """Expressions modulo 11 with `size` operators; in training with i = 1..size operators, in proportion to i."""
 
     name = "arithmetic"
     sizes = (1, 50)
@@ -177,49 +190,52 @@ class Arithmetic(Task):
         super().__init__(size, question=4 * size, answer=1)
 
     def draw(self, generator: torch.Generator, count: int, device: torch.device | str, training: bool) -> Tensor:
-        tokens = torch.full((count, 4 * self.size - 1), FILL, device=device)
-        tokens[:, 0] = answer = integers(0, MODULUS, (count,), generator, device)
+        tokens = torch.full((count, 4 * self.size - 1), PAD, device=device)
+        tokens[:, 0] = answer = randint(0, MODULUS, (count,), generator, device)
         operators = torch.full((count,), self.size, device=device)
         if training:
-            shares = torch.arange(1, self.size + 1, device=device).cumsum(0)
-            drawn = integers(0, self.size * (self.size + 1) // 2, (count,), generator, device)
-            operators = torch.searchsorted(shares, drawn, right=True) + 1
+            cumulative = torch.arange(1, self.size + 1, device=device).cumsum(0)
+            index = randint(0, self.size * (self.size + 1) // 2, (count,), generator, device)
+            operators = torch.searchsorted(cumulative, index, right=True) + 1
         for step in range(self.size):
-            tokens = torch.where((step < operators)[:, None], grow(tokens, step + 1, generator), tokens)
-        return torch.cat([tokens, torch.full_like(tokens[:, :1], FILL - 1), answer[:, None]], 1).to(torch.uint8)
+            tokens = torch.where((step < operators)[:, None], expand_number(tokens, step + 1, generator), tokens)
+        return torch.cat([tokens, torch.full_like(tokens[:, :1], EQUALS), answer[:, None]], 1).to(torch.uint8)
 
 
-def grow(tokens: Tensor, numbers: int, generator: torch.Generator) -> Tensor:
-    """One derivation step of expressions (n, width) with `numbers` numbers: one of them, chosen at random, becomes
-    `a operator b` of the same value modulo 11, in brackets where precedence needs them. Nothing is divided by zero."""
-    device, width, one = tokens.device, tokens.shape[1], (len(tokens), 1)
-    chosen = integers(1, numbers + 1, one, generator, device)
+def expand_number(tokens: Tensor, numbers: int, generator: torch.Generator) -> Tensor:
+    """Replace one random number in each expression by `a operator b` of the same value modulo 11.
+
+    `tokens` (n, width) are expressions with `numbers` numbers each, padded on the right; the result has the same shape.
+    Brackets are added where precedence needs them. No divisor is zero.
+    """
+    count, width = tokens.shape
+    device = tokens.device
+    chosen = randint(1, numbers + 1, (count, 1), generator, device)
     is_number = tokens < MODULUS
-    place = (is_number & (is_number.cumsum(1) == chosen)).int().argmax(1, keepdim=True)
-    value = tokens.gather(1, place)
+    position = (is_number & (is_number.cumsum(1) == chosen)).int().argmax(1, keepdim=True)
+    value = tokens.gather(1, position)
 
-    many = (len(tokens), ATTEMPTS)
-    operator = integers(PLUS, OVER + 1, many, generator, device)
-    operator[:, -1] = PLUS  # always has a solution: 15 failures before it have a probability below 1e-8
-    a = integers(0, MODULUS, many, generator, device)
-    solved = (operator < TIMES) | ((a != 0) & ((operator == TIMES) | (value != 0)))
-    first = solved.int().argmax(1, keepdim=True)
+    operator = randint(PLUS, OVER + 1, (count, ATTEMPTS), generator, device)
+    operator[:, -1] = PLUS  # always has a solution; 15 failures before it have a probability below 1e-8
+    a = randint(0, MODULUS, (count, ATTEMPTS), generator, device)
+    solvable = (operator < TIMES) | ((a != 0) & ((operator == TIMES) | (value != 0)))
+    first = solvable.int().argmax(1, keepdim=True)
     operator, a = operator.gather(1, first), a.gather(1, first)
     b = torch.where(operator == PLUS, value - a, a - value)
-    b = torch.where(operator == TIMES, value * a ** (MODULUS - 2), b)  # Fermat: the power is the inverse
+    b = torch.where(operator == TIMES, value * a ** (MODULUS - 2), b)  # Fermat: this power is the inverse
     b = torch.where(operator == OVER, a * value ** (MODULUS - 2), b) % MODULUS
 
-    left = torch.where(place > 0, tokens.gather(1, (place - 1).clamp(min=0)), FILL)
-    right = torch.where(place + 1 < width, tokens.gather(1, (place + 1).clamp(max=width - 1)), FILL)
-    beside = (left == TIMES) | (left == MINUS) | (right == TIMES) | (right == OVER)
-    brackets = (left == OVER) | ((operator < TIMES) & beside)
-    bare = torch.cat([a, operator, b, b, b], 1)
-    wrapped = torch.cat([torch.full_like(a, OPEN), a, operator, b, torch.full_like(a, CLOSE)], 1)
-    piece, length = torch.where(brackets, wrapped, bare), torch.where(brackets, 5, 3)
+    left = torch.where(position > 0, tokens.gather(1, (position - 1).clamp(min=0)), PAD)
+    right = torch.where(position + 1 < width, tokens.gather(1, (position + 1).clamp(max=width - 1)), PAD)
+    binds_tighter = (left == TIMES) | (left == MINUS) | (right == TIMES) | (right == OVER)
+    needs_brackets = (left == OVER) | ((operator < TIMES) & binds_tighter)
+    without = torch.cat([a, operator, b, b, b], 1)  # the last two columns are not used
+    bracketed = torch.cat([torch.full_like(a, OPEN), a, operator, b, torch.full_like(a, CLOSE)], 1)
+    expansion, length = torch.where(needs_brackets, bracketed, without), torch.where(needs_brackets, 5, 3)
     column = torch.arange(width, device=device).expand_as(tokens)
-    shifted = tokens.gather(1, torch.where(column < place, column, (column - length + 1).clamp(min=0)))
-    inside = (column >= place) & (column < place + length)
-    return torch.where(inside, piece.gather(1, (column - place).clamp(0, 4)), shifted)
+    shifted = tokens.gather(1, torch.where(column < position, column, (column - length + 1).clamp(min=0)))
+    inside = (column >= position) & (column < position + length)
+    return torch.where(inside, expansion.gather(1, (column - position).clamp(0, 4)), shifted)
 
 
 # ------------------------------------------------------------------------------------------------- lis
@@ -228,135 +244,151 @@ def grow(tokens: Tensor, numbers: int, generator: torch.Generator) -> Tensor:
 class LIS(Task):
     """`size` numbers, and the length of their longest increasing subsequence.
 
-    The numbers are above `size`, since the tokens up to it are answers. They are noise in which one to three increasing
-    runs are planted, each at a random share of the places.
+    The numbers are larger than `size`, because the tokens up to `size` are answers. They are random, with one to three
+    increasing sequences planted at random positions.
     """
 
     name = "lis"
     sizes = (2, 200)
-    symbols = (*map(str, range(LARGEST)), "=", *PAUSES)
+    symbols = (*map(str, range(LIS_LIMIT)), "=", *PAUSES)
 
     def __init__(self, size: int):
         super().__init__(size, question=size + 1, answer=1)
 
     def draw(self, generator: torch.Generator, count: int, device: torch.device | str, training: bool) -> Tensor:
         shape = (count, self.size)
-        numbers = integers(self.size + 1, LARGEST, shape, generator, device)
-        runs = integers(1, 4, (count, 1), generator, device)
-        for run in range(3):
+        numbers = randint(self.size + 1, LIS_LIMIT, shape, generator, device)
+        sequences = randint(1, 4, (count, 1), generator, device)
+        for sequence in range(3):
             share = torch.rand((count, 1), generator=generator)
-            here = upload(torch.rand(shape, generator=generator) < share, device) & (run < runs)
-            fresh = integers(self.size + 1, LARGEST, shape, generator, device)
-            rising = torch.where(here, fresh, LARGEST).sort(1).values
-            numbers = torch.where(here, rising.gather(1, (here.cumsum(1) - 1).clamp(min=0)), numbers)
-        equals = torch.full_like(numbers[:, :1], LARGEST)
+            planted = upload(torch.rand(shape, generator=generator) < share, device) & (sequence < sequences)
+            new = randint(self.size + 1, LIS_LIMIT, shape, generator, device)
+            increasing = torch.where(planted, new, LIS_LIMIT).sort(1).values
+            numbers = torch.where(planted, increasing.gather(1, (planted.cumsum(1) - 1).clamp(min=0)), numbers)
+        equals = torch.full_like(numbers[:, :1], LIS_LIMIT)
         return torch.cat([numbers, equals, longest_increasing(numbers)[:, None]], 1).to(torch.uint8)
 
 
 def longest_increasing(numbers: Tensor) -> Tensor:
-    """Length of the longest strictly increasing subsequence of each row (n, size): (n,), by patience sorting."""
-    tails = torch.full_like(numbers, torch.iinfo(numbers.dtype).max)  # smallest last number of a subsequence, by length
+    """Return the length of the longest strictly increasing subsequence of each row (n, size): (n,).
+
+    Patience sorting: tails[:, k] is the smallest last number of an increasing subsequence of length k + 1.
+    """
+    tails = torch.full_like(numbers, torch.iinfo(numbers.dtype).max)
     for column in range(numbers.shape[1]):
         number = numbers[:, column : column + 1].contiguous()
         tails.scatter_(1, torch.searchsorted(tails, number), number)
     return (tails < torch.iinfo(numbers.dtype).max).sum(1)
 
 
-def choose(name: str, size: int) -> Task:
-    """The task `name`: factors of `size` digits, `size` operators, or `size` numbers. Stops (exit 2) at a bad size."""
+def build_task(name: str, size: int) -> Task:
+    """Return the task `name` with factors of `size` digits, `size` operators, or `size` numbers.
+
+    Exits with code 2 if the size is out of range.
+    """
     task = {"multiplication": Multiplication, "arithmetic": Arithmetic, "lis": LIS}[name]
-    least, most = task.sizes
-    if not least <= size <= most:
-        fail(f"--size {size} is no size of --task {name}: give {least} to {most}")
+    low, high = task.sizes
+    if not low <= size <= high:
+        fail(f"invalid --size {size} for --task {name}: give {low} to {high}")
     return task(size)
 
 
 # ------------------------------------------------------------------------------------------------- split
 
 
-def mixed(x: Tensor) -> Tensor:
-    """splitmix64's finaliser on int64, whose products wrap as unsigned ones do."""
+def splitmix64(x: Tensor) -> Tensor:
+    """Apply the finaliser of splitmix64 to int64, whose products wrap like unsigned ones."""
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
-def question_key(rows: Tensor) -> Tensor:
-    """A hash of the tokens of a question and their places, (n,) int64; the answer, one token, is left out."""
+def hash_question(rows: Tensor) -> Tensor:
+    """Return a hash of the tokens of a question and their positions, (n,) int64. The answer must be one token."""
     tokens = rows[:, :-1].long()
-    return mixed(mixed(tokens + 256 * torch.arange(1, tokens.shape[1] + 1, device=rows.device)).sum(1))
+    return splitmix64(splitmix64(tokens + 256 * torch.arange(1, tokens.shape[1] + 1, device=rows.device)).sum(1))
 
 
-def part_of(task: Task, rows: Tensor) -> Tensor:
-    """0 for rows of training, 1 of validation, 2 of test; (n,) int64."""
-    bucket = (mixed(task.key(rows) + seeding.DATA_SEED) >> 1 & (1 << 62) - 1) % 1000
-    return (bucket < 2 * task.held).long() + (bucket < task.held).long()
+def split_of(task: Task, rows: Tensor) -> Tensor:
+    """Return TRAIN, VALIDATION or TEST for each row, (n,) int64."""
+    hashed = splitmix64(task.key(rows) + seeding.DATA_SEED)
+    bucket = ((hashed >> 1) & ((1 << 62) - 1)) % 1000
+    return (bucket < 2 * task.held_out).long() + (bucket < task.held_out).long()
 
 
-class Examples(NamedTuple):
-    """Rows of the three parts, (n, question + answer) uint8; no key is in two of them."""
+class Splits(NamedTuple):
+    """Rows of the three splits, (n, question + answer) uint8. No key is in two of them."""
 
     train: Tensor
     validation: Tensor
     test: Tensor
 
 
-def load(task: Task, count: int, file: Path | None, device: torch.device | str) -> Examples:
-    """At most `count` distinct training rows, from the data seed or of a published file, and those to measure on."""
-    every = task.every()
-    if every is not None:
-        rows = every.to(device)
-        parts = [rows[part_of(task, rows) == part] for part in range(3)]
-        orders = [
-            seeding.permutation(seeding.DATA_SEED, "examples", part, len(parts[part]), device) for part in range(3)
-        ]
-        train, validation, test = (rows[order] for rows, order in zip(parts, orders, strict=True))
+def load(task: Task, train_size: int, data_file: Path | None, device: torch.device | str) -> Splits:
+    """Return at most `train_size` distinct training rows, and at most `task.eval_rows` rows for validation and test.
+
+    Training rows come from `data_file` (published format) if given. All other rows are drawn from the data seed.
+    """
+    possible = task.all_rows()
+    if possible is not None:
+        rows = possible.to(device)
+        splits = [rows[split_of(task, rows) == split] for split in (TRAIN, VALIDATION, TEST)]
+        train, validation, test = (
+            rows[seeding.permutation(seeding.DATA_SEED, "examples", split, len(rows), device)]
+            for split, rows in enumerate(splits)
+        )
     else:
-        train = distinct(task, 0, 0 if file else count, device)
-        validation, test = (distinct(task, part, task.measured, device) for part in (1, 2))
-    if file:
-        rows = read_published(file, task.size).to(device)
-        train = rows[part_of(task, rows) == 0]
-        print(f"{file}: {len(rows)} different lines; {len(rows) - len(train)} fall into validation or test", flush=True)
-    return Examples(train[:count], validation[: task.measured], test[: task.measured])
+        train = draw_distinct(task, TRAIN, 0 if data_file else train_size, device)
+        validation = draw_distinct(task, VALIDATION, task.eval_rows, device)
+        test = draw_distinct(task, TEST, task.eval_rows, device)
+    if data_file:
+        rows = read_published(data_file, task.size).to(device)
+        train = rows[split_of(task, rows) == TRAIN]
+        dropped = len(rows) - len(train)
+        print(f"{data_file}: {len(rows)} distinct rows; dropped {dropped} of validation or test", flush=True)
+    return Splits(train[:train_size], validation[: task.eval_rows], test[: task.eval_rows])
 
 
-def distinct(task: Task, part: int, count: int, device: torch.device | str) -> Tensor:
-    """`count` different rows of a part, fewer where drawing on finds hardly any new ones.
+def draw_distinct(task: Task, split: int, count: int, device: torch.device | str) -> Tensor:
+    """Draw `count` distinct rows of a split, or fewer if further draws find almost no new rows.
 
-    Training on expressions: the first `count` draws mix numbers of operators, what repeats is made up for by long ones.
+    In training, the first `count` arithmetic expressions have mixed numbers of operators. Those that replace duplicates
+    have `task.size` operators.
     """
     rows = torch.zeros((0, task.question + task.answer), dtype=torch.uint8, device=device)
     drawn = 0
     while len(rows) < count:
         before = len(rows)
-        generator = seeding.generator(seeding.DATA_SEED, f"{task.name} of part {part}", drawn)
-        fresh = task.draw(generator, ROWS, device, part == 0 and drawn < count)
-        rows = torch.cat([rows, fresh[part_of(task, fresh) == part]])
-        drawn += ROWS
-        keys, place = task.key(rows).unique(return_inverse=True)
-        first = torch.full_like(keys, len(rows)).scatter_reduce_(
-            0, place, torch.arange(len(rows), device=device), "amin"
-        )
+        generator = seeding.generator(seeding.DATA_SEED, f"{task.name} of part {split}", drawn)
+        new = task.draw(generator, ROWS_PER_DRAW, device, split == TRAIN and drawn < count)
+        rows = torch.cat([rows, new[split_of(task, new) == split]])
+        drawn += ROWS_PER_DRAW
+        # Deduplicate by key: keep the first row of each key, in order.
+        keys, inverse = task.key(rows).unique(return_inverse=True)
+        index = torch.arange(len(rows), device=device)
+        first = torch.full_like(keys, len(rows)).scatter_reduce_(0, inverse, index, "amin")
         rows = rows[first.sort().values]
-        if len(rows) - before < ROWS // 5000:
+        if len(rows) - before < ROWS_PER_DRAW // 5000:
             break
     return rows[:count]
 
 
 def stream(task: Task, seed: int, step: int, count: int, device: torch.device | str) -> Tensor:
-    """`count` fresh training rows of this step, whatever was drawn before. No host-device synchronisation."""
+    """Draw `count` new training rows, a function of (seed, step). No host-device synchronisation."""
     generator = seeding.generator(seed, f"stream of {task.name}", step)
-    rows = task.draw(generator, 2 * count + 64, device, True)  # 4 in 5 are kept at least
-    kept = (part_of(task, rows) == 0).int()
-    return rows[kept.argsort(descending=True, stable=True)[:count]]
+    rows = task.draw(generator, 2 * count + 64, device, True)  # at least 4 in 5 are training rows
+    is_train = (split_of(task, rows) == TRAIN).int()
+    return rows[is_train.argsort(descending=True, stable=True)[:count]]
 
 
 # ------------------------------------------------------------------------------------------------- layout
 
 
 def with_pauses(task: Task, rows: Tensor, pause: int) -> Tensor:
-    """Rows with the pause block between question and answer: start, `pause` equal tokens, end; nothing at 0."""
+    """Insert the pause block between question and answer: start marker, `pause` pause tokens, end marker.
+
+    With `pause` = 0 the rows are returned unchanged.
+    """
     if not pause:
         return rows
     start = len(task.symbols) - len(PAUSES)
@@ -364,8 +396,8 @@ def with_pauses(task: Task, rows: Tensor, pause: int) -> Tensor:
     return torch.cat([rows[:, : task.question], *block, rows[:, task.question :]], 1)
 
 
-def readable(task: Task, row: Tensor) -> str:
-    """A row without its pause block, numbers of several digits as people write them."""
+def to_text(task: Task, row: Tensor) -> str:
+    """Return a row without pause block as text, with numbers of several digits in the usual order."""
     tokens = row.tolist()
     if task.name == "multiplication":
         size = task.size
@@ -380,11 +412,12 @@ def readable(task: Task, row: Tensor) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("--size", type=cli.int_min(1), default=4, help="digits of a factor")
-    parser.add_argument("--lines", type=cli.int_min(1), default=10)
+    parser.add_argument("--lines", type=cli.int_min(1), default=10, help="number of lines")
     args = parser.parse_args(argv)
-    rows = load(choose("multiplication", args.size), args.lines, None, "cpu").train
-    for a, b in zip(*(one.tolist() for one in factors_of(rows, args.size)), strict=True):
-        print(published_line(a, b, args.size))
+    rows = load(build_task("multiplication", args.size), args.lines, None, "cpu").train
+    a, b = factors_of(rows, args.size)
+    for first, second in zip(a.tolist(), b.tolist(), strict=True):
+        print(published_line(first, second, args.size))
 
 
 if __name__ == "__main__":

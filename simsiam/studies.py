@@ -4,7 +4,7 @@ from functools import partial
 
 from common.study.design import Arm, Design, Metric, MustBeat, Robustness, Settings, Study, Sweep
 
-METRICS = {  # the first four are the plan's, the others diagnostics
+METRICS = {  # four main metrics, then diagnostics
     "linear_accuracy": Metric("linear accuracy", "%", 1, "higher"),
     "knn_accuracy": Metric("kNN accuracy", "%", 1, "higher"),
     "train_loss": Metric("training loss", "", 3, judged=False),
@@ -14,23 +14,25 @@ METRICS = {  # the first four are the plan's, the others diagnostics
     "effective_rank": Metric("effective rank of z", "", 1),
     "knn_accuracy_z": Metric("kNN accuracy on z", "%", 1, "higher"),
 }
-LEAKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # shares of the target's gradient, between base (0) and no-stop-gradient (1)
+LEAKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # shares of the target's gradient; 0 is base, 1 is no-stop-gradient
 
 
 def beats_untrained(arm: str) -> MustBeat:
+    """Require that `arm` has a higher kNN accuracy than its untrained network."""
     return MustBeat(arm, "untrained", "knn_accuracy", baseline_metric="untrained_knn_accuracy")
 
 
-# Margin: points of kNN accuracy within which arms count as alike.
+# margin, in points of kNN accuracy: the verdict is "no difference" only within it
 study = partial(Study, metric="knn_accuracy", margin=2.0, must_beat=[beats_untrained("base")])
 
 
 def design(scale: str, settings: Settings) -> Design:
+    """Return the arms and studies of SimSiam at `scale`."""
     projectors = [
         Arm("no-projector", "--projector none", against="base"),
         Arm("projector-bn", "--projector bn", against="base"),
     ]
-    if scale != "paper":  # there it would be base: 2048 is ResNet-50's own width
+    if scale != "paper":  # at paper scale it equals base: the width of ResNet-50 is 2048
         projectors.append(Arm("narrow", "--dim backbone", against="base"))
     return Design(
         "simsiam",
@@ -42,7 +44,7 @@ def design(scale: str, settings: Settings) -> Design:
                 "What does the stop-gradient contribute?",
                 [Arm("no-stop-gradient", "--no-stop-gradient", against="base")],
                 published="linear 67.7 ± 0.1 with, 0.1 without (figure 2; ImageNet, ResNet-50, 100 epochs, predictor "
-                "rate decayed)",
+                "learning rate decayed)",
             ),
             study(
                 "simsiam-predictor",

@@ -2,8 +2,8 @@
 
 Chen & He, "Exploring Simple Siamese Representation Learning", CVPR 2021, arXiv 2011.10566.
 
-Two augmented views x1, x2 of an image pass through the same encoder f (backbone and projector); the predictor h
-has to find the other view's output, which is held constant (section 3, equations 1 to 4):
+Two augmented views x1, x2 of an image pass through the same encoder f (backbone and projector). A predictor h predicts
+the projection of the other view, which is treated as a constant (section 3, equations 1 to 4):
 
     z_i = f(x_i)    p_i = h(z_i)    D(p, z) = - <p / |p|, z / |z|>
     L   = 1/2 D(p1, sg(z2)) + 1/2 D(p2, sg(z1))
@@ -12,21 +12,22 @@ has to find the other view's output, which is held constant (section 3, equation
     z  projection  (B, dim)          sg  stop-gradient: leak * z + (1 - leak) * z.detach(), leak 0 in the paper
     p  prediction  (B, dim)
 
-    python simsiam/train.py                                          # demo: 5,000 glyphs, about 70 s of one core
+    python simsiam/train.py                                          # demo: 5,000 glyphs, about 70 s on one CPU core
     python simsiam/train.py --no-stop-gradient --out runs/scratch2   # an ablation
     python simsiam/train.py --scale gpu --out runs/cifar             # CIFAR-10, ResNet-18, 200 epochs
     torchrun --nproc-per-node 8 simsiam/train.py --scale paper --data ImageNet --out runs/imagenet
 
 Differs from the authors' code:
- 1. The predictor's learning rate is constant by default, as in the released checkpoints and most of the paper's
-    tables; the paper's first two ablations decayed it (section 4.2): --predictor-schedule cosine.
- 2. Up to 64 pixels the ResNet has the CIFAR stem (3x3, stride 1, no max-pool), and the projector two layers, 2048
-    wide (appendix D); the output layer has a (frozen) bias only in the three-layer projector, where the released
-    checkpoints have one.
- 3. Small images live on the device and are augmented there in batches; at 224 pixels workers decode and augment
-    with torchvision (its 23-pixel Gaussian kernel, where the authors use Pillow's).
- 4. CUDA trains under bfloat16 autocast; loss and all measurements are float32. --precision float32 undoes it.
- 5. The demo scale (glyphs, a small ResNet, its own crop, hue, grey and learning rate) is ours.
+ 1. The predictor's learning rate is constant by default, as in the released checkpoints and in most tables of the
+    paper. The paper's first two ablations decayed it (section 4.2): --predictor-schedule cosine.
+ 2. Up to 64 pixels the ResNet has the CIFAR stem (3x3, stride 1, no max-pool), and the projector has two layers of
+    width 2048 (appendix D). The output layer has a (frozen) bias only in the three-layer projector, because the
+    released checkpoints have one.
+ 3. Images up to 64 pixels are stored on the device and augmented there in batches. Larger images are decoded and
+    augmented by DataLoader workers with torchvision (Gaussian kernel of 23 pixels; the authors use Pillow's blur).
+ 4. On CUDA the networks run under bfloat16 autocast; the loss and all measurements are float32. --precision float32
+    turns autocast off.
+ 5. The demo scale is ours: glyphs, a small ResNet, and its own crop, hue, grayscale and learning rate.
 """
 
 import argparse
@@ -44,7 +45,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-if not __package__:  # a script takes its own clone, whatever is installed
+if not __package__:  # run as a script: import from this clone, not from an installed copy
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import augment, cli, devices, image_folder, images, probes, schedules, seeding
@@ -61,7 +62,7 @@ Pairs = list[tuple[int, int]]  # (view that predicts, view that is predicted)
 
 SCALES = {  #                demo             gpu             paper
     "data_set":          ("glyphs10",      "cifar10",      "folder"),
-    "size":              (32,              32,             224),  # pixels; of a folder's images
+    "size":              (32,              32,             224),  # pixels; can be changed for image folders only
     "network":           ("resnet8",       "resnet18",     "resnet50"),
     "projector_layers":  (2,               2,              3),  # section 3; appendix D
     "epochs":            (8,               200,            100),  # the paper on CIFAR-10: 800
@@ -73,7 +74,8 @@ SCALES = {  #                demo             gpu             paper
     "workers":           (0,               4,              8),
 }  # fmt: skip
 
-# The paper's views (appendix A; on CIFAR without blur, appendix D); glyphs must not be mirrored, and ours are smaller.
+# The paper's augmentation (appendix A; without blur on CIFAR, appendix D). Glyphs have smaller crops and no flips,
+# because a mirrored glyph may not belong to its class.
 AUGMENTATION: dict[str, Augmentation] = {
     "glyphs": {"pixels": 24, "crop": (0.4, 1.0), "flip": 0.0, "hue": 0.5, "grey": 0.6, "blur": 0.0},
     "cifar": {"pixels": 32, "crop": (0.2, 1.0), "flip": 0.5, "hue": 0.1, "grey": 0.2, "blur": 0.0},
@@ -82,25 +84,25 @@ AUGMENTATION: dict[str, Augmentation] = {
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """All flags, resolved: contradictions stop (exit 2), and `dim` is a number."""
+    """Parse the flags and resolve them: `dim` becomes an int. Exits with code 2 if flags contradict each other."""
     parser = cli.Parser(__doc__, SCALES)
     data = cli.run_flags(parser)
-    data.add_argument("--data-set", choices=images.NAMES, help="folder: --data holds train/CLASS/*, val/CLASS/*")
-    data.add_argument("--size", type=cli.int_min(16), help="of a folder's images; above 64 pixels workers decode")
-    data.add_argument("--workers", type=cli.int_min(0), help="processes that decode a folder's images")
-    data.add_argument("--neighbours", type=cli.int_min(1), help="k of the kNN monitor; the paper gives none")
-    data.add_argument("--monitor-every", type=cli.int_min(1), help="epochs between kNN and collapse measures")
+    data.add_argument("--data-set", choices=images.DATA_SETS, help="folder: --data holds train/CLASS/*, val/CLASS/*")
+    data.add_argument("--size", type=cli.int_min(16), help="pixels, with --data-set folder; above 64 workers decode")
+    data.add_argument("--workers", type=cli.int_min(0), help="DataLoader workers, with --data-set folder")
+    data.add_argument("--neighbours", type=cli.int_min(1), help="k of the kNN monitor; not given in the paper")
+    data.add_argument("--monitor-every", type=cli.int_min(1), help="epochs between two evaluations (kNN, collapse)")
     optimisation = parser.add_argument_group("optimisation")
     optimisation.add_argument("--epochs", type=cli.int_min(1), help="paper: 100 on ImageNet, 800 on CIFAR-10")
-    optimisation.add_argument("--batch", type=cli.int_min(2), help="global batch; paper: 512")
-    optimisation.add_argument("--lr", type=cli.float_in(0), help="base rate, times batch / 256 (section 3)")
-    optimisation.add_argument("--lr-factor", type=cli.float_in(0), default=1.0, help="times --lr (robustness)")
-    optimisation.add_argument("--weight-decay", type=cli.float_in(0), help="on every parameter (appendix A)")
+    optimisation.add_argument("--batch", type=cli.int_min(2), help="global batch size; paper: 512")
+    optimisation.add_argument("--lr", type=cli.float_in(0), help="base learning rate, times batch / 256 (section 3)")
+    optimisation.add_argument("--lr-factor", type=cli.float_in(0), default=1.0, help="multiplies --lr (robustness)")
+    optimisation.add_argument("--weight-decay", type=cli.float_in(0), help="of all parameters (appendix A)")
     precisions = ("auto", "float32", "bfloat16")
-    optimisation.add_argument("--precision", choices=precisions, default="auto", help="auto: bfloat16 on CUDA alone")
+    optimisation.add_argument("--precision", choices=precisions, default="auto", help="auto: bfloat16 on CUDA only")
     toggle = argparse.BooleanOptionalAction
-    optimisation.add_argument("--channels-last", action=toggle, default=True, help="memory layout of convolutions")
-    optimisation.add_argument("--compile", action="store_true", help="torch.compile; for long runs on a GPU")
+    optimisation.add_argument("--channels-last", action=toggle, default=True, help="memory format of convolutions")
+    optimisation.add_argument("--compile", action="store_true", help="use torch.compile; for long runs on a GPU")
     method = parser.add_argument_group("method (defaults: the paper's)")
     method.add_argument("--network", choices=tuple(NETWORKS), help="backbone; paper: resnet50, on CIFAR resnet18")
     method.add_argument("--gradient-leak", type=cli.float_in(0, 1), help="share of the target's gradient, default 0")
@@ -108,27 +110,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     method.add_argument("--predictor", choices=("mlp", "frozen", "none"), default="mlp", help="table 1")
     method.add_argument("--projector", choices=("mlp", "bn", "none"), default="mlp", help="bn: affine-free batch norm")
     method.add_argument("--projector-layers", type=int, choices=(2, 3), help="3 on ImageNet, 2 on CIFAR")
-    method.add_argument("--dim", help="output width: a number, or `backbone` for the backbone's (appendix B)")
+    method.add_argument("--dim", help="output width: an integer, or `backbone` for the backbone's width (appendix B)")
     method.add_argument("--loss", choices=tuple(PAIRS), default="symmetric", help="section 4.6")
     method.add_argument("--predictor-schedule", choices=("constant", "cosine"), default="constant", help="table 1c")
     args = cli.parse(parser, SCALES, argv)
 
     if args.no_stop_gradient and args.gradient_leak not in (None, 1.0):
-        fail(f"--no-stop-gradient is --gradient-leak 1, but --gradient-leak {args.gradient_leak} was given: drop one")
+        fail(f"--no-stop-gradient (leak 1) contradicts --gradient-leak {args.gradient_leak}: give only one of them")
     args.gradient_leak = 1.0 if args.no_stop_gradient else args.gradient_leak or 0.0
     args.lr *= args.lr_factor
     del args.no_stop_gradient, args.lr_factor
     if args.data_set != "folder" and args.size != 32:
-        fail(f"--size {args.size} is for --data-set folder alone: {args.data_set} has 32 pixels")
+        fail(f"--size {args.size} requires --data-set folder: {args.data_set} images have 32 pixels")
     width, dim = NETWORKS[args.network]
     if args.projector != "mlp" and args.dim not in (None, "backbone", str(width)):
-        fail(f"--dim {args.dim}: with --projector {args.projector} the width is the backbone's, {width}; drop --dim")
+        fail(f"--dim {args.dim} contradicts --projector {args.projector}, which has output width {width}: drop --dim")
     if args.dim == "backbone" or args.projector != "mlp":
         dim = width
     elif args.dim is not None:
         dim = int(args.dim) if args.dim.isdecimal() else 0
     if dim < 4 or dim % 4:
-        fail(f"--dim {args.dim} is neither `backbone` nor a multiple of 4 (the predictor's bottleneck is dim / 4)")
+        fail(f"invalid --dim {args.dim!r}: give backbone or a multiple of 4 (the predictor's bottleneck is dim / 4)")
     args.dim = dim
     return args
 
@@ -136,24 +138,30 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 # ------------------------------------------------------------------------------------------------- model
 
 
-def build_projector(kind: str, layers: int, width: int, hidden: int, dim: int) -> nn.Module:
-    """ABLATION (projector): `layers` fully connected layers with batch norm, the last one affine-free."""
-    if kind == "none":
+def build_projector(variant: str, layers: int, width: int, hidden: int, dim: int) -> nn.Module:
+    """Return the projector: 2 or 3 `layers`, fully connected with batch norm; the last batch norm has no affine.
+
+    ABLATION (projector): `variant` is "mlp", "bn" (only the affine-free batch norm) or "none".
+    """
+    if variant == "none":
         return nn.Identity()
-    if kind == "bn":
+    if variant == "bn":
         return nn.BatchNorm1d(width, affine=False)
-    parts: list[nn.Module] = []
+    modules: list[nn.Module] = []
     for inputs in (width, hidden)[: layers - 1]:
-        parts += [nn.Linear(inputs, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
+        modules += [nn.Linear(inputs, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
     output = nn.Linear(hidden, dim, bias=layers == 3)
     if output.bias is not None:
-        output.bias.requires_grad_(False)  # the batch norm subtracts it; kept for the official checkpoints' names
-    return nn.Sequential(*parts, output, nn.BatchNorm1d(dim, affine=False))
+        output.bias.requires_grad_(False)  # cancelled by the batch norm; kept because official checkpoints contain it
+    return nn.Sequential(*modules, output, nn.BatchNorm1d(dim, affine=False))
 
 
-def build_predictor(kind: str, dim: int) -> nn.Module:
-    """ABLATION (predictor): a bottleneck dim -> dim/4 -> dim without batch norm at its output."""
-    if kind == "none":
+def build_predictor(variant: str, dim: int) -> nn.Module:
+    """Return the predictor: a bottleneck dim -> dim/4 -> dim without batch norm at its output.
+
+    ABLATION (predictor): `variant` is "mlp", "frozen" (at its random initialisation) or "none".
+    """
+    if variant == "none":
         return nn.Identity()
     predictor = nn.Sequential(
         nn.Linear(dim, dim // 4, bias=False),
@@ -161,11 +169,14 @@ def build_predictor(kind: str, dim: int) -> nn.Module:
         nn.ReLU(inplace=True),
         nn.Linear(dim // 4, dim),
     )
-    return predictor.requires_grad_(kind == "mlp")
+    return predictor.requires_grad_(variant == "mlp")
 
 
 class SimSiam(nn.Module):
-    """Encoder and predictor. Each part starts from a seed of its own, so arms share what they have in common."""
+    """Encoder (backbone and projector) and predictor.
+
+    Each of the three parts has its own seed, so that arms share the initial weights of the parts they have in common.
+    """
 
     def __init__(
         self,
@@ -187,10 +198,10 @@ class SimSiam(nn.Module):
             self.predictor = build_predictor(predictor, dim)
 
     def forward(self, views: list[Tensor], pairs: Pairs, leak: float) -> tuple[dict[int, Tensor], list[Tensor]]:
-        """Predictions p by view and projections z of all views, (B, dim) each.
+        """Return the predictions p, by the index of the view, and the projections z of all views, (B, dim) each.
 
-        Each view has a forward pass, and so batch statistics, of its own. A view that is only ever a constant target
-        needs no autograd; it moves the running statistics all the same.
+        Each view has its own forward pass and therefore its own batch statistics. A view that is only a constant
+        target runs without autograd, but still updates the running statistics of the batch norms.
         """
         predicting = {view for view, _ in pairs}
         p: dict[int, Tensor] = {}
@@ -204,7 +215,7 @@ class SimSiam(nn.Module):
 
 
 def build_model(args: argparse.Namespace, device: torch.device) -> SimSiam:
-    """The network that a run's arguments describe, on `device`."""
+    """Return the initialised model for the arguments of a run, on `device`."""
     model = SimSiam(args.network, args.size, args.projector, args.projector_layers, args.dim, args.predictor, args.seed)
     return model.to(memory_format=torch.channels_last if args.channels_last else torch.contiguous_format).to(device)
 
@@ -214,37 +225,41 @@ def build_model(args: argparse.Namespace, device: torch.device) -> SimSiam:
 PAIRS: dict[str, Pairs] = {  # ABLATION (symmetric loss); the loss is the mean over the pairs
     "symmetric": [(0, 1), (1, 0)],  # equation 4
     "asymmetric": [(0, 1)],
-    "asymmetric-2x": [(0, 1), (2, 3)],  # two independent pairs an image (section 4.6)
+    "asymmetric-2x": [(0, 1), (2, 3)],  # two independent pairs of views per image (section 4.6)
 }
 
 
 def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
-    """D(p, z), equation 1: minus the mean cosine of the rows of p and z, (B, dim) each; float32, in [-1, 1]."""
+    """D(p, z), equation 1: mean negative cosine similarity of p and z, (B, dim) each; float32 in [-1, 1]."""
     return -F.cosine_similarity(p.float(), z.float(), dim=1).mean()
 
 
 def simsiam_loss(p: dict[int, Tensor], z: list[Tensor], pairs: Pairs, leak: float) -> Tensor:
     """Mean of D(p_a, sg(z_b)) over the pairs (a, b), equation 4. Its value does not depend on `leak`.
 
-    ABLATION (stop-gradient): `leak` is the share of the target's gradient that passes; 0 is the paper's sg.
+    ABLATION (stop-gradient): `leak` is the share of the target's gradient that is kept; 0 is the paper's sg.
     """
-    targets = [leak * x + (1 - leak) * x.detach() for x in (x.float() for x in z)]
+    z = [x.float() for x in z]
+    targets = [leak * x + (1 - leak) * x.detach() for x in z]
     return torch.stack([negative_cosine(p[a], targets[b]) for a, b in pairs]).mean()
 
 
 # ------------------------------------------------------------------------------------------------- data
 
 
-def one_view(source: Tensor, rng: seeding.SampleRNG, aug: Augmentation) -> Tensor:
-    """Crop, flip, jitter, grey, blur (appendix A): (B, 3, S, S) uint8 to (B, 3, pixels, pixels) float32 in [0, 1]."""
-    view = augment.random_resized_crop(source, rng, scale=aug["crop"], size=aug["pixels"], flip=aug["flip"])
+def random_view(images: Tensor, rng: seeding.SampleRNG, aug: Augmentation) -> Tensor:
+    """Return a random view of each image: (B, 3, S, S) uint8 to (B, 3, pixels, pixels) float32 in [0, 1].
+
+    Crop, flip, colour jitter, grayscale, blur (appendix A).
+    """
+    view = augment.random_resized_crop(images, rng, scale=aug["crop"], size=aug["pixels"], flip=aug["flip"])
     view = augment.random_color_jitter(view, rng, 0.4, 0.4, 0.4, aug["hue"], probability=0.8)
     view = augment.random_grayscale(view, rng, aug["grey"])
     return augment.random_gaussian_blur(view, rng, (0.1, 2.0), aug["blur"]) if aug["blur"] else view
 
 
-def worker_view(aug: Augmentation) -> v2.Compose:
-    """The same view of one Pillow image by torchvision's own transforms: (3, pixels, pixels) uint8."""
+def torchvision_view(aug: Augmentation) -> v2.Compose:
+    """Return the augmentation of `random_view` as a torchvision transform: PIL image to (3, pixels, pixels) uint8."""
     return v2.Compose(
         [
             v2.RandomResizedCrop(aug["pixels"], aug["crop"]),
@@ -258,101 +273,122 @@ def worker_view(aug: Augmentation) -> v2.Compose:
 
 
 def augmentation(args: argparse.Namespace) -> Augmentation:
-    """The row of AUGMENTATION for the run's data set, with `pixels` resolved."""
+    """Return the entry of AUGMENTATION for the run's data set; `pixels` defaults to --size."""
     aug = next(aug for name, aug in AUGMENTATION.items() if args.data_set.startswith(name))
     return aug | {"pixels": aug["pixels"] or args.size}
 
 
 def batches(args: argparse.Namespace, data: Data, epoch: int, rows: slice) -> Iterator[list[Tensor]]:
-    """One epoch of lists of normalised views (B, 3, S, S), cut to this rank's `rows` of the global batch.
+    """Yield the batches of one epoch: lists of normalised views, (B, 3, S, S) each, for the `rows` of this rank.
 
-    The order and every view follow from (seed, epoch) alone; the last incomplete batch is dropped.
+    `rows` index the global batch. The order of the images and their views depend only on (seed, epoch). The last
+    incomplete batch is dropped.
     """
-    aug, views = augmentation(args), 1 + max(view for pair in PAIRS[args.loss] for view in pair)
-    steps = data.examples // args.batch
+    aug = augmentation(args)
+    n_views = 1 + max(view for pair in PAIRS[args.loss] for view in pair)
+    steps_per_epoch = data.examples // args.batch
     order = seeding.permutation(args.seed, "order", epoch, data.examples, data.device)
-    order = order[: steps * args.batch].view(steps, args.batch)
+    order = order[: steps_per_epoch * args.batch].view(steps_per_epoch, args.batch)
     if isinstance(data, image_folder.StreamedImages):
-        for loaded in data.views(worker_view(aug), views, order[:, rows].tolist(), args.seed, epoch):
-            yield [data.normalise(view) for view in loaded]
+        for views in data.views(torchvision_view(aug), n_views, order[:, rows].tolist(), args.seed, epoch):
+            yield [data.normalise(view) for view in views]
         return
-    for step, picked in enumerate(order, epoch * steps):
-        source = data.train[picked[rows]]
-        rngs = [seeding.SampleRNG(args.seed, f"view {view}", step, args.batch, rows) for view in range(views)]
-        yield [data.normalise(one_view(source, rng, aug)) for rng in rngs]
+    for step, indices in enumerate(order, epoch * steps_per_epoch):
+        batch = data.train[indices[rows]]
+        rngs = [seeding.SampleRNG(args.seed, f"view {view}", step, args.batch, rows) for view in range(n_views)]
+        yield [data.normalise(random_view(batch, rng, aug)) for rng in rngs]
 
 
 # ------------------------------------------------------------------------------------------------- train
 
 
-def represent(model: SimSiam, data: Data, part: str) -> list[Tensor]:
-    """Backbone features (N, width), projections (N, dim) and labels (N,) of `part` ("train", "test"), in eval mode."""
-    return probes.extract_features([model.backbone, model.projector], data, part)
+def extract_features(model: SimSiam, data: Data, split: str) -> list[Tensor]:
+    """Return backbone features (N, width), projections z (N, dim) and labels (N,) of a split, in eval mode.
+
+    `split` is "train" or "test".
+    """
+    return probes.extract_features([model.backbone, model.projector], data, split)
 
 
-def measure(bank: Sequence[Tensor], queries: Sequence[Tensor], classes: int, k: int) -> dict[str, float]:
-    """Collapse meters of the queries' z, and kNN accuracy on features and on z; both as `represent` returns them."""
-    (known, known_z, known_labels), (features, z, labels) = bank, queries
+def representation_metrics(bank: Sequence[Tensor], queries: Sequence[Tensor], classes: int, k: int) -> dict[str, float]:
+    """Return collapse metrics of the queries' z, and the kNN accuracy of features and of z in percent.
+
+    `bank` and `queries` are results of `extract_features`.
+    """
+    bank_features, bank_z, bank_labels = bank
+    features, z, labels = queries
     return {
         "std_ratio": probes.std_ratio(z),
         "mean_cosine": probes.mean_cosine(z),
         "effective_rank": probes.effective_rank(z),
         "knn_accuracy": probes.knn_accuracy(
-            probes.Labelled(known, known_labels), probes.Labelled(features, labels), classes, k
+            probes.Labelled(bank_features, bank_labels), probes.Labelled(features, labels), classes, k
         ),
         "knn_accuracy_z": probes.knn_accuracy(
-            probes.Labelled(known_z, known_labels), probes.Labelled(z, labels), classes, k
+            probes.Labelled(bank_z, bank_labels), probes.Labelled(z, labels), classes, k
         ),
     }
 
 
 def monitor(model: SimSiam, data: Data, k: int) -> dict[str, float]:
-    """`measure` on the training and the test set."""
-    devices.share_buffers(model)
-    bank, queries = (represent(model, data, part) for part in ("train", "test"))
-    return measure(bank, queries, data.classes, k)
+    """Return the `representation_metrics` of the test set, with the training set as the kNN bank."""
+    devices.broadcast_buffers(model)
+    bank = extract_features(model, data, "train")
+    queries = extract_features(model, data, "test")
+    return representation_metrics(bank, queries, data.classes, k)
 
 
 @torch.no_grad()
-def untrained(args: argparse.Namespace, model: SimSiam, data: Data, rows: slice) -> dict[str, float]:
-    """The record of epoch 0, from a copy of the model whose running statistics have seen 20 batches."""
-    copied = copy.deepcopy(model)
+def untrained_metrics(args: argparse.Namespace, model: SimSiam, data: Data, rows: slice) -> dict[str, float]:
+    """Return the metrics of epoch 0. A copy of the model first runs 20 batches to estimate its running statistics."""
+    untrained = copy.deepcopy(model)
     for views in itertools.islice(batches(args, data, 0, rows), 20):
-        z = copied.projector(copied.backbone(views[0]))
-    spread = probes.std_ratio(devices.gather_rows(z))
-    return {"std_ratio_train_mode": spread, **monitor(copied, data, args.neighbours)}
+        z = untrained.projector(untrained.backbone(views[0]))
+    std_ratio = probes.std_ratio(devices.gather_rows(z))
+    return {"std_ratio_train_mode": std_ratio, **monitor(untrained, data, args.neighbours)}
 
 
 def build_optimizer(args: argparse.Namespace, model: SimSiam) -> torch.optim.Optimizer:
-    """SGD on every trainable parameter, decay included (appendix A); `schedule` says how a group's rate moves."""
+    """Return SGD with weight decay on every trainable parameter (appendix A).
+
+    Two parameter groups, encoder and predictor; `schedule` names the learning rate schedule of each.
+    """
     encoder = [*model.backbone.parameters(), *model.projector.parameters()]
-    parts = [(encoder, "cosine"), (list(model.predictor.parameters()), args.predictor_schedule)]
-    groups = [{"params": [x for x in part if x.requires_grad], "schedule": schedule} for part, schedule in parts]
+    predictor = list(model.predictor.parameters())
+    groups = [
+        {"params": [x for x in encoder if x.requires_grad], "schedule": "cosine"},
+        {"params": [x for x in predictor if x.requires_grad], "schedule": args.predictor_schedule},
+    ]
     lr = args.lr * args.batch / 256  # section 3: linear scaling
     return torch.optim.SGD(groups, lr, momentum=0.9, weight_decay=args.weight_decay)
 
 
 def train(args: argparse.Namespace, run: Run, model: SimSiam, data: Data, optimizer: torch.optim.Optimizer) -> None:
-    """Train to the last epoch; saves after each, and goes on from there when started again."""
-    pairs, leak, rows = PAIRS[args.loss], args.gradient_leak, devices.rows_of_rank(args.batch)
-    last, steps = min(2, args.epochs) if args.rehearse else args.epochs, data.examples // args.batch
-    forward = devices.distribute(model, data.device)  # before the first measurement: it may change batch norms
-    first = run.resume(model, optimizer)
-    if first is None:
-        first = 0
-        run.end_epoch(0, last, untrained(args, model, data, rows))
+    """Train to the last epoch. Saves the state after each epoch, and resumes from it."""
+    pairs, leak = PAIRS[args.loss], args.gradient_leak
+    rows = devices.rows_of_rank(args.batch)
+    steps_per_epoch = data.examples // args.batch
+    final_epoch = min(2, args.epochs) if args.rehearse else args.epochs
+    # Distribute before the first measurement: this may replace batch norms by SyncBatchNorm.
+    forward = devices.distribute(model, data.device)
+    start_epoch = run.resume(model, optimizer)
+    if start_epoch is None:
+        start_epoch = 0
+        run.end_epoch(0, final_epoch, untrained_metrics(args, model, data, rows))
     if args.compile:
         forward.compile()
 
-    for epoch in tqdm(range(first, last), run.name, last, initial=first, disable=None, leave=False):
-        started, total = time.perf_counter(), torch.zeros((), device=data.device)
-        # The encoder's rate falls along a cosine, epoch by epoch; the predictor's stays (section 3).
+    epochs = range(start_epoch, final_epoch)
+    for epoch in tqdm(epochs, run.name, final_epoch, initial=start_epoch, disable=None, leave=False):
+        start_time = time.perf_counter()
+        loss_sum = torch.zeros((), device=data.device)
+        # Cosine decay of the encoder's learning rate, once per epoch; the predictor's is constant by default.
         for group in optimizer.param_groups:
             factor = schedules.cosine(epoch / args.epochs) if group["schedule"] == "cosine" else 1.0
             group["lr"] = args.lr * args.batch / 256 * factor
 
         for views in batches(args, data, epoch, rows):
-            # Two forwards, not one of both views: each view has batch statistics of its own.
+            # One forward pass per view, not one for all views: each view needs its own batch statistics.
             with devices.autocast(args.precision, data.device):
                 p, z = forward(views, pairs, leak)
             loss = simsiam_loss(p, z, pairs, leak)
@@ -360,24 +396,24 @@ def train(args: argparse.Namespace, run: Run, model: SimSiam, data: Data, optimi
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            total += loss.detach()  # .item() here would force a host-device synchronisation
+            loss_sum += loss.detach()  # .item() here would force a host-device synchronisation
 
-        loss_mean = devices.mean_over_ranks(total / steps).item()
-        seconds = time.perf_counter() - started
-        if run.diverged(epoch + 1, total):
+        mean_loss = devices.mean_over_ranks(loss_sum / steps_per_epoch).item()
+        seconds = time.perf_counter() - start_time
+        if run.diverged(epoch + 1, loss_sum):
             return
-        record = {
-            "loss": loss_mean,
+        metrics = {
+            "loss": mean_loss,
             "lr": optimizer.param_groups[0]["lr"],
             "std_ratio_train_mode": probes.std_ratio(devices.gather_rows(z[0].detach())),
-            "examples_per_second": steps * args.batch / seconds,
+            "examples_per_second": steps_per_epoch * args.batch / seconds,
             "seconds": seconds,
             "peak_memory": devices.peak_memory(data.device),
         }
-        if (epoch + 1) % args.monitor_every == 0 or epoch + 1 == last:
-            record |= monitor(model, data, args.neighbours)
-        run.end_epoch(epoch + 1, last, record)
-    run.save_model({"model": model.state_dict(), "epoch": last, "diverged": False})
+        if (epoch + 1) % args.monitor_every == 0 or epoch + 1 == final_epoch:
+            metrics |= monitor(model, data, args.neighbours)
+        run.end_epoch(epoch + 1, final_epoch, metrics)
+    run.save_model({"model": model.state_dict(), "epoch": final_epoch, "diverged": False})
 
 
 # ------------------------------------------------------------------------------------------------- main
@@ -389,19 +425,19 @@ def main(argv: list[str] | None = None) -> None:
     device = devices.select_device(args.device, args.scale)
     rank, world = devices.start_ranks(args.device, device)
     if args.batch % world:
-        fail(f"--batch {args.batch} is the global batch: {world} processes do not divide it")
-    smaller = f"--precision bfloat16 needs less than float32; --batch {args.batch // 2} about half, but is another run"
-    with run_lock(args.out, rank), devices.memory_for(device, f"--batch {args.batch} on {world} processes", smaller):
+        fail(f"--batch {args.batch} (global) is not divisible by {world} processes: give a multiple of {world}")
+    setting = f"--batch {args.batch} on {world} processes"
+    remedy = f"Use --precision bfloat16, or --batch {args.batch // 2} (half the memory, other results)"
+    with run_lock(args.out, rank), devices.report_oom(device, setting, remedy):
         run = Run(args.out, vars(args), __file__, args.replace, rank)
         if run.finished:
             return
         data = images.load_or_stream(args.data_set, args.data, args.size, device, args.workers)
         if args.batch > data.examples:
-            fail(f"--batch {args.batch} is more than the {data.examples} training images")
+            fail(f"--batch {args.batch} exceeds the {data.examples} training images: give a smaller one")
         steps = args.epochs * (data.examples // args.batch)
-        run.write_config(
-            f"{args.data_set}, {args.network}", devices.environment(device) | {"data": data.digest, "steps": steps}
-        )
+        provenance = devices.environment(device) | {"data": data.digest, "steps": steps}
+        run.write_config(f"{args.data_set}, {args.network}", provenance)
         if args.rehearse:
             data = data.subset(args.rehearse * args.batch)
         model = build_model(args, device)

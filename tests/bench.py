@@ -1,24 +1,26 @@
-"""Ratios of speed, not seconds: `make bench`. Medians over paired rounds on one machine, one thread unless on a GPU.
+"""Measure speed ratios (`make bench`): medians over paired rounds on one machine, with one thread unless on a GPU.
 
-step / bare     our whole training step over forward, backward and optimiser of the same network on ready tensors
-plain / step    a plain reference over our step: Pillow augmentation in two DataLoader workers, contiguous
-                tensors, `.item()` at every step; the same network, loss and optimiser
-views / step    share of our step that picking, augmenting and normalising the views takes
+SimSiam:
 
-CoCoRD and ConMIM: bench_cocord.py and bench_conmim.py say what is counted and timed.
+step / bare     time of our complete training step / the same step (forward, backward, optimiser) on ready-made views
+plain / step    time of a plain reference step / our step. The reference augments PIL images in two DataLoader workers
+                and uses contiguous tensors and `.item()` at every step; network, loss and optimiser are the same
+views / step    share of our step spent on indexing, augmenting and normalising the views
 
-BSA, at N = 4096, K = 64, batch 256 and 384 channels:
+CoCoRD and ConMIM: see bench_cocord.py and bench_conmim.py.
 
-step / floor    our whole training step over its five matrix products alone
-dense / closed  the alignment loss with its target of width N written out over the closed form, forward and backward
-parts           what the largest K, the alignment loss (with them) and Adam take of a step
+BSA (N = 4096, K = 64, batch size 256, 384 channels):
 
-Seq-VCR, regulariser over 32 sequences of 13 tokens at 256 channels, forward and backward; network of 3 blocks of 128:
+step / floor    time of our complete training step / its five matrix products
+dense / closed  time of the alignment loss with a dense target of width N / in closed form, forward and backward
+of a step       shares of top-K, of the alignment loss (top-K included) and of Adam
 
-direct / ours   equation 4 with its d x d covariances over `variance_covariance`, time and memory beyond the inputs
-on / off        our whole step with the regulariser (d = 2048) over the step without
-plain / off     a minimal GPT of the same shape (attention written out, logits everywhere, AdamW tensor by tensor,
-                `.item()` at every step) over ours without the regulariser
+Seq-VCR (regulariser: 32 sequences of 13 tokens, 256 channels, forward and backward; network: 3 blocks of width 128):
+
+direct / ours   time and extra memory of equation 4 with d x d covariance matrices / of `variance_covariance`
+on / off        time of our complete step with the regulariser (d = 2048) / without
+plain / off     time of a minimal GPT of the same shape / our step without the regulariser. The minimal GPT has an
+                explicit attention matrix, logits at all positions, non-fused AdamW and `.item()` at every step
 """
 
 import argparse
@@ -45,45 +47,45 @@ from seqvcr import tasks
 from seqvcr.net import GPT
 from simsiam import train
 
-SETTINGS = {  # name: (network, projector layers, data as, batch on a CPU, batch on a GPU, steps a round)
+SETTINGS = {  # name: (network, projector layers, augmentation, batch size on CPU, batch size on GPU, steps per round)
     "demo, ResNet-8": ("resnet8", 2, "glyphs", 32, 64, 40),
     "CIFAR, ResNet-18": ("resnet18", 2, "cifar", 8, 512, 3),
 }
 PAIRS = train.PAIRS["symmetric"]
 
 
-class Pillow(Dataset):
-    """Two views of each picture by torchvision's transforms on Pillow images, as most code does it."""
+class PillowViews(Dataset):
+    """Two views of each PIL image by torchvision's transforms, as in most implementations. Images repeat."""
 
-    def __init__(self, pixels: Tensor, kind: dict, length: int):
-        self.pictures = [Image.fromarray(np.ascontiguousarray(one.permute(1, 2, 0).cpu().numpy())) for one in pixels]
-        self.view = v2.Compose([train.worker_view(kind), v2.ToDtype(torch.float32, scale=True)])
+    def __init__(self, pixels: Tensor, aug: dict, length: int):
+        self.images = [Image.fromarray(np.ascontiguousarray(x.permute(1, 2, 0).cpu().numpy())) for x in pixels]
+        self.view = v2.Compose([train.torchvision_view(aug), v2.ToDtype(torch.float32, scale=True)])
         self.length = length
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> list[Tensor]:
-        picture = self.pictures[index % len(self.pictures)]
-        return [self.view(picture), self.view(picture)]
+        image = self.images[index % len(self.images)]
+        return [self.view(image), self.view(image)]
 
 
-def seconds(steps: int, device: torch.device, step: Callable[[], None]) -> float:
-    """Wall time of a step, the mean of `steps`."""
+def seconds_per_step(steps: int, device: torch.device, step: Callable[[], None]) -> float:
+    """Return the mean wall time of a step over `steps` calls."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    started = time.perf_counter()
+    start = time.perf_counter()
     for _ in range(steps):
         step()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return (time.perf_counter() - started) / steps
+    return (time.perf_counter() - start) / steps
 
 
-def stepper(network: str, layers: int, device: torch.device, layout: torch.memory_format) -> Callable:
-    """A function that takes a list of views one optimiser step further and returns the loss."""
+def build_step(network: str, layers: int, device: torch.device, memory_format: torch.memory_format) -> Callable:
+    """Return a function that performs one optimiser step on a list of views and returns the loss."""
     model = train.SimSiam(network, 32, "mlp", layers, train.NETWORKS[network][1], "mlp", 0)
-    model = model.to(device, memory_format=layout)
+    model = model.to(device, memory_format=memory_format)
     optimizer = train.build_optimizer(train.parse_args(["--lr", "0.08", "--batch", "32"]), model)
 
     def step(views: list[Tensor]) -> Tensor:
@@ -98,89 +100,91 @@ def stepper(network: str, layers: int, device: torch.device, layout: torch.memor
     return step
 
 
-Timed = dict[str, list[float]]
+Times = dict[str, list[float]]
 
 
-def in_turn(work: dict[str, Callable[[], float]], rounds: int) -> Timed:
-    """Each kind of work once a round, its seconds by kind; a first round warms up and does not count."""
-    timed: Timed = {which: [] for which in work}
-    for number in range(rounds + 1):
-        for which, timing in work.items():
-            spent = timing()
-            if number:
-                timed[which].append(spent)
-    return timed
+def time_in_rounds(timers: dict[str, Callable[[], float]], rounds: int) -> Times:
+    """Call each timer once per round and return its results by name. A first round for warm-up is discarded."""
+    times: Times = {name: [] for name in timers}
+    for i in range(rounds + 1):
+        for name, timer in timers.items():
+            seconds = timer()
+            if i > 0:
+                times[name].append(seconds)
+    return times
 
 
-def ratio(timed: Timed, a: str, b: str) -> str:
-    """Median, lowest and highest of a / b, round by round."""
-    found = [x / y for x, y in zip(timed[a], timed[b], strict=True)]
-    return f"{statistics.median(found):.2f} [{min(found):.2f}-{max(found):.2f}]"
+def ratio(times: Times, a: str, b: str) -> str:
+    """Return median, minimum and maximum of a / b over the rounds, as text."""
+    ratios = [x / y for x, y in zip(times[a], times[b], strict=True)]
+    return f"{statistics.median(ratios):.2f} [{min(ratios):.2f}-{max(ratios):.2f}]"
 
 
-def endless(made: Callable[[int], Iterator[list[Tensor]]]) -> Iterator[list[Tensor]]:
+def endless(epoch_batches: Callable[[int], Iterator[list[Tensor]]]) -> Iterator[list[Tensor]]:
+    """Yield the batches of epoch 0, 1, 2, ... without end."""
     epoch = 0
     while True:
-        yield from made(epoch)
+        yield from epoch_batches(epoch)
         epoch += 1
 
 
 def measure(name: str, device: torch.device, rounds: int) -> None:
-    """Print the three ratios of one setting."""
-    network, layers, kind_name, small, large, steps = SETTINGS[name]
-    batch, kind = (large if device.type == "cuda" else small), {**train.AUGMENTATION[kind_name]}
+    """Print the three ratios of SimSiam in one of SETTINGS."""
+    network, layers, aug_name, cpu_batch, gpu_batch, steps = SETTINGS[name]
+    batch = gpu_batch if device.type == "cuda" else cpu_batch
+    aug = train.AUGMENTATION[aug_name]
     pixels = torch.randint(0, 256, (max(2000, 2 * batch), 3, 32, 32), dtype=torch.uint8, device=device)
     empty, flat = torch.zeros(0, device=device), torch.zeros(3, 1, 1, device=device)
     data = images.Images(pixels, empty, pixels, empty, 10, flat, flat + 1, "")
     args = train.parse_args(["--batch", str(batch)])
-    args.data_set = kind_name
-    ours = endless(lambda epoch: train.batches(args, data, epoch, slice(0, batch)))
-    step = stepper(network, layers, device, torch.channels_last)
-    plain_step = stepper(network, layers, device, torch.contiguous_format)
-    ready = next(ours)
-    pillow = Pillow(pixels[:2000], kind, batch * (steps + 6))
+    args.data_set = aug_name
+    loader = endless(lambda epoch: train.batches(args, data, epoch, slice(0, batch)))
+    step = build_step(network, layers, device, torch.channels_last)
+    plain_step = build_step(network, layers, device, torch.contiguous_format)
+    ready_views = next(loader)
+    dataset = PillowViews(pixels[:2000], aug, batch * (steps + 6))
 
-    def plain_round() -> float:
-        """Loader workers of its own, which are gone when the other kinds are timed; six batches to get going."""
-        plain = iter(DataLoader(pillow, batch, num_workers=2))
+    def time_plain_steps() -> float:
+        """Time plain steps with new DataLoader workers, which have ended before the other timers run."""
+        plain_loader = iter(DataLoader(dataset, batch, num_workers=2))
 
-        def once() -> None:
-            plain_step([view.to(device) for view in next(plain)]).item()
+        def run_step() -> None:
+            plain_step([view.to(device) for view in next(plain_loader)]).item()
 
-        for _ in range(6):
-            once()
-        return seconds(steps, device, once)
+        for _ in range(6):  # warm-up
+            run_step()
+        return seconds_per_step(steps, device, run_step)
 
-    work = {
-        "views": lambda: seconds(steps, device, lambda: next(ours)),
-        "bare": lambda: seconds(steps, device, lambda: step(ready)),
-        "step": lambda: seconds(steps, device, lambda: step(next(ours))),
-        "plain": plain_round,
+    timers = {
+        "views": lambda: seconds_per_step(steps, device, lambda: next(loader)),
+        "bare": lambda: seconds_per_step(steps, device, lambda: step(ready_views)),
+        "step": lambda: seconds_per_step(steps, device, lambda: step(next(loader))),
+        "plain": time_plain_steps,
     }
-    timed = in_turn(work, rounds)
-    rate = batch / statistics.median(timed["step"])
+    times = time_in_rounds(timers, rounds)
+    rate = batch / statistics.median(times["step"])
     print(
-        f"{name}, batch {batch}: step / bare {ratio(timed, 'step', 'bare')}, views / step "
-        f"{ratio(timed, 'views', 'step')}, plain / step {ratio(timed, 'plain', 'step')} ({rate:.0f} images/s, "
+        f"{name}, batch size {batch}: step / bare {ratio(times, 'step', 'bare')}, views / step "
+        f"{ratio(times, 'views', 'step')}, plain / step {ratio(times, 'plain', 'step')} ({rate:.0f} images/s, "
         f"{rounds} rounds of {steps} steps)",
         flush=True,
     )
 
 
 def dense_alignment(s: Tensor, h: Tensor, active: int) -> Tensor:
-    """1 - cos(s, zK) as it is usually written, (B,)."""
+    """Return 1 - cos(s, zK) of each row, (B,), with a dense target zK."""
     return 1 - torch.nn.functional.cosine_similarity(s, bsa.train.topk_code(h.detach(), active), dim=1)
 
 
 def measure_bsa(device: torch.device, rounds: int, steps: int = 5) -> None:
-    """Print the three ratios of BSA."""
+    """Print the ratios of BSA."""
     batch, width, latent, active = 256, 384, 4096, 64
     model = bsa.train.BSA(width, latent, active, "sparse", 0).to(device)
     x = model.normalise(torch.randn(batch, width, device=device))
     optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
-    wide, narrow = torch.randn(batch, latent, device=device), torch.randn(batch, width, device=device)
-    logits = (2 * wide).requires_grad_()
-    weights = (model.encoder.weight.detach(), model.decoder.weight.detach())
+    codes, outputs = torch.randn(batch, latent, device=device), torch.randn(batch, width, device=device)
+    logits = (2 * codes).requires_grad_()
+    encoder, decoder = model.encoder.weight.detach(), model.decoder.weight.detach()
 
     def step() -> None:
         loss, _ = bsa.train.bsa_loss(
@@ -191,35 +195,38 @@ def measure_bsa(device: torch.device, rounds: int, steps: int = 5) -> None:
         loss.backward()
         optimizer.step()
 
-    def floor() -> None:
-        for a, b in ((x, weights[0].T), (wide, weights[1].T), (narrow, weights[1]), (narrow.T, wide), (wide.T, x)):
-            a @ b
+    def matrix_products() -> None:
+        x @ encoder.T  # forward: encoder, then decoder
+        codes @ decoder.T
+        outputs @ decoder  # backward: gradients of the codes, the decoder and the encoder
+        outputs.T @ codes
+        codes.T @ x
 
-    def align(loss: Callable) -> None:
+    def forward_backward(loss: Callable) -> None:
         loss(logits.sigmoid(), logits).mean().backward()
 
     work: dict[str, Callable[[], object]] = {
-        "floor": floor,
+        "floor": matrix_products,
         "step": step,
-        "closed": lambda: align(lambda s, h: bsa.train.alignment_loss(s, h, active, "cosine")),
-        "dense": lambda: align(lambda s, h: dense_alignment(s, h, active)),
-        "largest": lambda: wide.topk(active, dim=1),
+        "closed": lambda: forward_backward(lambda s, h: bsa.train.alignment_loss(s, h, active, "cosine")),
+        "dense": lambda: forward_backward(lambda s, h: dense_alignment(s, h, active)),
+        "top-K": lambda: codes.topk(active, dim=1),
         "adam": optimizer.step,
     }
-    timed = in_turn({which: functools.partial(seconds, steps, device, once) for which, once in work.items()}, rounds)
-    rate = batch / statistics.median(timed["step"])
+    timers = {name: functools.partial(seconds_per_step, steps, device, function) for name, function in work.items()}
+    times = time_in_rounds(timers, rounds)
+    rate = batch / statistics.median(times["step"])
     print(
-        f"BSA, N {latent}, K {active}, batch {batch}, d {width}: step / floor "
-        f"{ratio(timed, 'step', 'floor')}, dense / closed {ratio(timed, 'dense', 'closed')}; of a step: largest K "
-        f"{ratio(timed, 'largest', 'step')}, alignment loss {ratio(timed, 'closed', 'step')}, Adam "
-        f"{ratio(timed, 'adam', 'step')} ({rate:.0f} rows/s, "
+        f"BSA, N {latent}, K {active}, batch size {batch}, d {width}: step / floor {ratio(times, 'step', 'floor')}, "
+        f"dense / closed {ratio(times, 'dense', 'closed')}; of a step: top-K {ratio(times, 'top-K', 'step')}, "
+        f"alignment loss {ratio(times, 'closed', 'step')}, Adam {ratio(times, 'adam', 'step')} ({rate:.0f} rows/s, "
         f"{rounds} rounds of {steps} steps)",
         flush=True,
     )
 
 
 def direct_terms(h: Tensor, weight: Tensor) -> Tensor:
-    """L_var + L_cov of one chunk as equation 4 is usually written: a d x d covariance for every position."""
+    """Return L_var + L_cov of one chunk by equation 4 as written, with a d x d covariance matrix per position."""
     x = (h @ weight.T).transpose(0, 1)
     x = x - x.mean(1, keepdim=True)
     covariances = x.mT @ x / (x.shape[1] - 1)
@@ -228,28 +235,29 @@ def direct_terms(h: Tensor, weight: Tensor) -> Tensor:
     return F.relu(1 - (variances + seqvcr.train.ETA).sqrt()).mean() + off_diagonal / variances.numel()
 
 
-def memory(device: torch.device, work: Callable[[], object]) -> float:
-    """GiB that `work` held at most beyond what was there: on a CPU that of a forked process."""
+def extra_memory(device: torch.device, work: Callable[[], object]) -> float:
+    """Return the peak memory of `work` in GiB, minus the memory in use before. On a CPU it runs in a forked process."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         work()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**30
-    reading, writing = os.pipe()
-    if (child := os.fork()) == 0:
+    read_end, write_end = os.pipe()
+    pid = os.fork()
+    if pid == 0:
         before = devices.peak_memory(device)
         work()
-        os.write(writing, f"{(devices.peak_memory(device) - before) / 2**30}".encode())
+        os.write(write_end, f"{(devices.peak_memory(device) - before) / 2**30}".encode())
         os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading) as file:
-        held = float(file.read())
-    os.waitpid(child, 0)
-    return held
+    os.close(write_end)
+    with os.fdopen(read_end) as file:
+        gibibytes = float(file.read())
+    os.waitpid(pid, 0)
+    return gibibytes
 
 
-class Minimal(nn.Module):
-    """A GPT as most tutorials write it: attention by a masked softmax, logits at every position."""
+class MinimalGPT(nn.Module):
+    """A GPT as in most tutorials, with the weights of `gpt`: masked softmax attention, logits at every position."""
 
     def __init__(self, gpt: GPT):
         super().__init__()
@@ -282,19 +290,19 @@ def measure_seqvcr(device: torch.device, rounds: int) -> None:
         def direct(weight: Tensor = weight) -> None:
             direct_terms(h, weight).backward()
 
-        held = [memory(device, work) for work in (direct, ours)]
-        work = {
-            "direct": functools.partial(seconds, 1, device, direct),
-            "ours": functools.partial(seconds, 5, device, ours),
+        direct_memory, our_memory = extra_memory(device, direct), extra_memory(device, ours)
+        timers = {
+            "direct": functools.partial(seconds_per_step, 1, device, direct),
+            "ours": functools.partial(seconds_per_step, 5, device, ours),
         }
-        timed = in_turn(work, rounds)
+        times = time_in_rounds(timers, rounds)
         print(
-            f"Seq-VCR, d {width}: direct / ours {ratio(timed, 'direct', 'ours')} in time, {held[0]:.2f} / "
-            f"{held[1]:.2f} GiB in memory ({1000 * statistics.median(timed['ours']):.1f} ms, {rounds} rounds)",
+            f"Seq-VCR, d {width}: direct / ours {ratio(times, 'direct', 'ours')} in time, {direct_memory:.2f} / "
+            f"{our_memory:.2f} GiB in memory ({1000 * statistics.median(times['ours']):.1f} ms, {rounds} rounds)",
             flush=True,
         )
 
-    task, batch = tasks.choose("multiplication", 4), 128
+    task, batch = tasks.build_task("multiplication", 4), 128
     rows = tasks.with_pauses(task, task.draw(None, batch, device, True), 2).long()
     models = {
         name: seqvcr.train.SeqVCR(GPT(len(task.symbols), 32, 3, 4, 128, 0.0, 0), 2048, 0).to(device)
@@ -304,7 +312,7 @@ def measure_seqvcr(device: torch.device, rounds: int) -> None:
         name: seqvcr.train.build_optimizer(argparse.Namespace(lr=1e-4), model) for name, model in models.items()
     }
     optimizers["plain"] = torch.optim.AdamW(models["plain"].gpt.parameters(), 1e-4, foreach=False)
-    minimal = Minimal(models["plain"].gpt)
+    minimal = MinimalGPT(models["plain"].gpt)
 
     def step(name: str, lambda1: float, lambda2: float) -> None:
         loss, _ = seqvcr.train.seqvcr_loss(
@@ -316,20 +324,22 @@ def measure_seqvcr(device: torch.device, rounds: int) -> None:
         optimizers[name].step()
 
     def plain() -> None:
-        wanted = rows[:, 1:].clone()
-        wanted[:, : -task.answer] = -100
-        loss = F.cross_entropy(minimal(rows[:, :-1]).flatten(0, 1), wanted.flatten())
+        targets = rows[:, 1:].clone()
+        targets[:, : -task.answer] = -100  # ignored by cross_entropy
+        loss = F.cross_entropy(minimal(rows[:, :-1]).flatten(0, 1), targets.flatten())
         optimizers["plain"].zero_grad()
         loss.backward()
         optimizers["plain"].step()
         loss.item()
 
     steps = {"off": lambda: step("off", 0, 0), "on": lambda: step("on", 1.0, 0.004), "plain": plain}
-    timed = in_turn({name: functools.partial(seconds, 3, device, once) for name, once in steps.items()}, rounds)
-    rate = batch * (rows.shape[1] - 1) / statistics.median(timed["off"])
+    timers = {name: functools.partial(seconds_per_step, 3, device, function) for name, function in steps.items()}
+    times = time_in_rounds(timers, rounds)
+    rate = batch * (rows.shape[1] - 1) / statistics.median(times["off"])
     print(
-        f"Seq-VCR, 3 blocks of 128, batch {batch}, {rows.shape[1] - 1} tokens: on / off {ratio(timed, 'on', 'off')}, "
-        f"plain / off {ratio(timed, 'plain', 'off')} ({rate:.0f} tokens/s without the regulariser, {rounds} rounds)",
+        f"Seq-VCR, 3 blocks of width 128, batch size {batch}, {rows.shape[1] - 1} tokens: on / off "
+        f"{ratio(times, 'on', 'off')}, plain / off {ratio(times, 'plain', 'off')} ({rate:.0f} tokens/s without the "
+        f"regulariser, {rounds} rounds)",
         flush=True,
     )
 

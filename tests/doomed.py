@@ -1,4 +1,4 @@
-"""SimSiam in processes that are made to die, for test_faults."""
+"""Run SimSiam in child processes that are killed or hit a resource limit, for test_faults."""
 
 import os
 import resource
@@ -15,21 +15,22 @@ from common import files, image_folder
 from simsiam import plot, train
 
 
-def child(work: Callable[..., None], *arguments, printed: Path | None = None) -> BaseProcess:
-    """`work(*arguments)`, started; what it prints goes to the file `printed`."""
-    process = SERVER.Process(target=directed, args=(printed or Path(os.devnull), work, arguments))
+def start_process(work: Callable[..., None], *arguments, printed: Path | None = None) -> BaseProcess:
+    """Start `work(*arguments)` in a child process. Its output is appended to the file `printed`."""
+    process = SERVER.Process(target=run_with_output, args=(printed or Path(os.devnull), work, arguments))
     process.start()
     return process
 
 
-def outcome(process: BaseProcess) -> int:
-    """Its exit code when it ends, or minus the signal that killed it."""
+def exit_code(process: BaseProcess) -> int:
+    """Wait for the process. Returns its exit code, or minus the number of the signal that killed it."""
     process.join()
     assert process.exitcode is not None
     return process.exitcode
 
 
-def directed(printed: Path, work: Callable[..., None], arguments: tuple) -> None:
+def run_with_output(printed: Path, work: Callable[..., None], arguments: tuple) -> None:
+    """Run `work(*arguments)` with stdout and stderr in the file `printed`. Called in the child process."""
     file = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)
@@ -38,8 +39,8 @@ def directed(printed: Path, work: Callable[..., None], arguments: tuple) -> None
     sys.stdout.flush()
 
 
-def kill_at_write(number: int) -> None:
-    """SIGKILL this process at its `number`-th fsync: in a line of the log, in a state, between a file and its name."""
+def kill_at_fsync(number: int) -> None:
+    """SIGKILL this process at its `number`-th fsync: within a log line or state, or between writing and renaming."""
     calls, real = [], os.fsync
 
     def fsync(descriptor: int) -> None:
@@ -51,26 +52,27 @@ def kill_at_write(number: int) -> None:
     files.os.fsync = fsync
 
 
-def training(argv: list[str], kill_at: int = 0, largest_file: int = 0) -> None:
-    """train.py, killed at a write, or refused files of more than `largest_file` bytes by the system."""
+def run_train(argv: list[str], kill_at: int = 0, largest_file: int = 0) -> None:
+    """Run train.py; kill it at its `kill_at`-th fsync, or limit the file size to `largest_file` bytes (0: neither)."""
     if kill_at:
-        kill_at_write(kill_at)
+        kill_at_fsync(kill_at)
     if largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     train.main(argv)
 
 
-def die(worker: int) -> None:
-    """In a moment, whatever worker and parent are doing then."""
+def kill_soon(worker: int) -> None:
+    """Kill this DataLoader worker by SIGALRM after 50 ms. A worker_init_fn."""
     signal.setitimer(signal.ITIMER_REAL, 0.05)
 
 
-def training_with_dying_workers(argv: list[str]) -> None:
-    image_folder.leave_interrupts_to_the_parent = die
+def run_train_with_dying_workers(argv: list[str]) -> None:
+    """Run train.py with DataLoader workers that die soon after their start."""
+    image_folder.ignore_sigint = kill_soon
     train.main(argv)
 
 
-def drawing(argv: list[str], kill_at: int) -> None:
-    """plot.py, killed at a write."""
-    kill_at_write(kill_at)
+def run_plot(argv: list[str], kill_at: int) -> None:
+    """Run plot.py; kill it at its `kill_at`-th fsync."""
+    kill_at_fsync(kill_at)
     plot.main(argv)

@@ -1,4 +1,4 @@
-"""The parts of gpu_check that ask whether everything runs and agrees with the CPU; each yields its cases."""
+"""Parts of gpu_check that test whether everything runs and agrees with the CPU; each part yields its cases."""
 
 import argparse
 import contextlib
@@ -24,15 +24,15 @@ from gpu_tools import (
     Case,
     Check,
     NotApplicable,
-    Profiled,
+    Profiler,
     Window,
-    distance,
     expect,
+    flatten,
     no_synchronisation,
-    ratio,
-    trace_facts,
-    watched,
-    whole,
+    open_windows,
+    relative_difference,
+    relative_distance,
+    trace_statistics,
 )
 from plan import ROOT, plan
 from torch import Tensor, nn
@@ -51,81 +51,100 @@ from seqvcr import tasks
 
 def agreement(check: Check) -> Iterator[Case]:
     for paper in check.papers:
-        for scale in ("demo",) if check.dry else ("demo", "gpu"):
+        for scale in ("demo",) if check.dry_run else ("demo", "gpu"):
             yield f"{paper}, {scale}: loss and gradients", partial(agree_on_gradients, check, paper, scale)
         yield f"{paper}: bfloat16", partial(agree_under_bfloat16, check, paper)
         yield f"{paper}: optimiser", partial(agree_on_optimiser, check, paper)
     yield "views and masks", partial(agree_on_views, check)
-    yield "rows of Seq-VCR", partial(agree_on_rows, check)
-    yield "kNN, linear probe, spread, entropies", partial(agree_on_measurements, check)
-    yield "a spread of a thousandth", partial(measure_a_small_spread, check)
-    yield "collapse meters in training under bfloat16", partial(meter_under_bfloat16, check)
+    yield "data of Seq-VCR", partial(agree_on_sequences, check)
+    yield "kNN, linear probe, collapse metrics, entropies", partial(agree_on_measurements, check)
+    yield "std ratio of features with a small spread", partial(measure_a_small_spread, check)
+    yield "collapse metrics in training under bfloat16", partial(collapse_metrics_under_bfloat16, check)
 
 
-# What rounding may do to a gradient g: (|d| / |g| of each parameter, of the whole). It turns a few ReLUs on or off: on
-# the CPU a change of all weights by 1e-7 moves a parameter's gradient by 0.003, the whole one by 0.002 (CoCoRD, gpu).
-ALLOWED = {"simsiam": (5e-2, 1e-2), "cocord": (5e-2, 1e-2), "conmim": (5e-2, 2e-3), "bsa": (1e-3, 1e-3),
-           "seqvcr": (1e-3, 1e-3)}  # fmt: skip
+# Allowed relative difference of gradients: (of each parameter, of the full gradient). Rounding switches a few ReLUs:
+# on the CPU, a change of all weights by 1e-7 changes a parameter's gradient by 0.003 and the full gradient by 0.002
+# (CoCoRD, gpu scale).
+GRADIENT_TOLERANCES = {
+    "simsiam": (5e-2, 1e-2),
+    "cocord": (5e-2, 1e-2),
+    "conmim": (5e-2, 2e-3),
+    "bsa": (1e-3, 1e-3),
+    "seqvcr": (1e-3, 1e-3),
+}
 
 
 def agree_on_gradients(check: Check, paper: str, scale: str) -> str:
-    """A parameter's gradient may differ by a hundredth of its share of the whole one, too: it may vanish in exact
-    arithmetic, such as that of a bias before a batch norm."""
-    (loss, reference), (other, found) = (
-        PROBLEMS[paper](scale, 32, device).gradients("float32") for device in (CPU, check.device)
+    """Compare loss and gradients of one batch with the CPU's, in float32.
+
+    The tolerance of a parameter includes a hundredth of its share of the full gradient: its own gradient may be zero
+    in exact arithmetic, as that of a bias before a batch norm.
+    """
+    cpu_loss, cpu_gradients = PROBLEMS[paper](scale, 32, CPU).gradients("float32")
+    loss, gradients = PROBLEMS[paper](scale, 32, check.device).gradients("float32")
+    parameter_tolerance, tolerance = GRADIENT_TOLERANCES[paper]
+    error = abs(loss - cpu_loss) / max(1.0, abs(cpu_loss))  # SimSiam's loss starts near 0, in a range of 2
+    expect(error <= 1e-4, f"loss {loss:.6g}, on the CPU {cpu_loss:.6g}: relative difference {error:.1e}, allowed 1e-4")
+    expect(gradients.keys() == cpu_gradients.keys(), "other parameters than on the CPU have gradients")
+    cpu_gradient, gradient = flatten(cpu_gradients, cpu_gradients), flatten(gradients, cpu_gradients)
+    shares = {}
+    for name, expected in cpu_gradients.items():
+        allowed = parameter_tolerance * (expected.norm() + cpu_gradient.norm() / 100)
+        shares[name] = ((gradients[name] - expected).norm() / allowed).item()
+    worst = max(shares, key=lambda name: shares[name])
+    expect(shares[worst] <= 1, f"gradient of {worst}: difference {shares[worst]:.3g} times the tolerance")
+    difference = relative_difference(gradient, cpu_gradient)
+    scaling = abs((gradient @ cpu_gradient / (cpu_gradient @ cpu_gradient)).item() - 1)
+    expect(difference <= tolerance, f"full gradient: relative difference {difference:.2g}, allowed {tolerance}")
+    expect(scaling <= tolerance / 5, f"full gradient: length differs by {scaling:.2g}, allowed {tolerance / 5:g}")
+    return (
+        f"relative differences: loss {error:.1e}, full gradient {difference:.1e}; "
+        f"worst parameter {shares[worst]:.2g} times the tolerance ({worst})"
     )
-    each, in_all = ALLOWED[paper]
-    error = abs(other - loss) / max(1.0, abs(loss))  # SimSiam's loss begins near 0, in a range of 2
-    expect(error <= 1e-4, f"loss {other:.6g}, on the CPU {loss:.6g}: {error:.1e} apart, 1e-4 allowed")
-    expect(found.keys() == reference.keys(), "other parameters have gradients")
-    g, h = whole(reference, reference), whole(found, reference)
-    worst, name = max(
-        (((found[name] - own).norm() / (each * (own.norm() + g.norm() / 100))).item(), name)
-        for name, own in reference.items()
-    )
-    expect(worst <= 1, f"gradient of {name}: {worst:.3g} times what is allowed")
-    apart, scaled = ratio(h, g), abs((h @ g / (g @ g)).item() - 1)
-    expect(apart <= in_all, f"whole gradient {apart:.2g} of its length apart, {in_all} allowed")
-    expect(scaled <= in_all / 5, f"whole gradient {scaled:.2g} longer or shorter, {in_all / 5:g} allowed")
-    return f"loss {error:.1e} apart, whole gradient {apart:.1e}, worst {worst:.2g} of what is allowed ({name})"
 
 
 def bfloat16_errors(problem: Problem) -> tuple[float, float]:
-    """(of the loss, of the whole gradient): bfloat16 against float32 on the same device."""
-    (loss, reference), (other, found) = problem.gradients("float32"), problem.gradients("bfloat16")
-    return abs(other - loss) / max(1.0, abs(loss)), ratio(whole(found, reference), whole(reference, reference))
+    """Return the relative difference of (loss, full gradient) between bfloat16 and float32 on the same device."""
+    loss, gradients = problem.gradients("float32")
+    bfloat16_loss, bfloat16_gradients = problem.gradients("bfloat16")
+    loss_error = abs(bfloat16_loss - loss) / max(1.0, abs(loss))
+    return loss_error, relative_difference(flatten(bfloat16_gradients, gradients), flatten(gradients, gradients))
 
 
 def agree_under_bfloat16(check: Check, paper: str) -> str:
-    """The CPU's own bfloat16 says how far rounding takes this network and batch; a rounding unit is added (2^-8)."""
-    cpu, device = (bfloat16_errors(PROBLEMS[paper]("demo", 32, one)) for one in (CPU, check.device))
-    for what, a, b in zip(("loss", "gradient"), device, cpu, strict=True):
-        expect(a <= 3 * b + 2**-8, f"{what}: {a:.3g} from float32, on the CPU {b:.3g}")
-    return f"from float32: loss {device[0]:.1e}, gradient {device[1]:.3f} (on the CPU {cpu[0]:.1e}, {cpu[1]:.3f})"
+    """The difference from float32 may be three times the CPU's own for this network and batch, plus 2^-8 (rounding)."""
+    cpu_errors = bfloat16_errors(PROBLEMS[paper]("demo", 32, CPU))
+    errors = bfloat16_errors(PROBLEMS[paper]("demo", 32, check.device))
+    for name, error, cpu_error in zip(("loss", "gradient"), errors, cpu_errors, strict=True):
+        allowed = 3 * cpu_error + 2**-8
+        expect(error <= allowed, f"{name}: {error:.3g} from float32, on the CPU {cpu_error:.3g}")
+    cpu = f"on the CPU {cpu_errors[0]:.1e}, {cpu_errors[1]:.3f}"
+    return f"difference from float32: loss {errors[0]:.1e}, gradient {errors[1]:.3f} ({cpu})"
 
 
 def agree_on_optimiser(check: Check, paper: str) -> str:
-    """Three steps on equal gradients, and what follows a step."""
-    ends = []
+    """Compare the weights after three optimiser steps with equal gradients, and the EMA updates."""
+    trained_weights = []
     for device in (CPU, check.device):
         problem = PROBLEMS[paper]("demo", 32, device)
-        start = {name: one.detach().cpu().clone() for name, one in problem.model.state_dict().items()}
+        start = {name: tensor.detach().cpu().clone() for name, tensor in problem.model.state_dict().items()}
         for step in range(3):
             for number, (_, weight) in enumerate(problem.model.named_parameters()):
                 if weight.requires_grad:
                     generator = seeding.generator(number, "gradient", step)
                     weight.grad = (0.01 * torch.randn(weight.shape, generator=generator)).to(device)
             problem.optimizer.step()
-            problem.follow()
-        ends.append(problem.model.state_dict())
-    apart = distance(ends[1], ends[0], start)
-    expect(apart <= 1e-5, f"{apart:.2e} of the way apart, 1e-5 allowed")
-    return f"{apart:.1e} of the way apart"
+            problem.ema_update()
+        trained_weights.append(problem.model.state_dict())
+    cpu_weights, weights = trained_weights
+    difference = relative_distance(weights, cpu_weights, start)
+    expect(difference <= 1e-5, f"relative distance {difference:.2e}, allowed 1e-5")
+    return f"relative distance {difference:.1e}"
 
 
 def agree_on_views(check: Check) -> str:
-    """Views of random pixels, whose every number is drawn on the CPU: a rounding may flip a threshold in few pixels."""
-    made = []
+    """Compare views of random pixels. Their parameters are drawn on the CPU; rounding may change a few pixels."""
+    results = []
     for device in (CPU, check.device):
         data = random_images(64, 32, 10, device)
         args = simsiam.train.parse_args(["--data-set", "folder", "--batch", "64"])
@@ -134,55 +153,62 @@ def agree_on_views(check: Check) -> str:
         query, key, mask = next(conmim.train.batches(args, data, 3, slice(0, 64)))
         cocord_args = cocord.train.parse_args(["--data-set", "cifar100", "--batch", "64"])
         crops, labels = next(cocord.train.batches(cocord_args, data, 3))
-        made.append((torch.stack([*views, query, key, *crops]).cpu(), mask.cpu(), labels.cpu()))
-    (reference, *others), (found, *equal) = made
-    expect(all(map(torch.equal, others, equal)), "masks or labels differ")
-    apart = (found - reference).abs()
-    mean, share = apart.mean().item(), (apart > 1e-2).float().mean().item()
-    expect(mean <= 1e-4 and share <= 1e-3, f"mean difference {mean:.1e}, {share:.1e} of the pixels beyond 0.01")
-    return f"mean difference {mean:.1e}; {share:.1e} of the pixels differ by more than 0.01; masks equal"
+        results.append((torch.stack([*views, query, key, *crops]).cpu(), mask.cpu(), labels.cpu()))
+    (cpu_pixels, cpu_mask, cpu_labels), (pixels, mask, labels) = results
+    expect(torch.equal(mask, cpu_mask) and torch.equal(labels, cpu_labels), "masks or labels differ")
+    difference = (pixels - cpu_pixels).abs()
+    mean, share = difference.mean().item(), (difference > 1e-2).float().mean().item()
+    expect(mean <= 1e-4 and share <= 1e-3, f"mean difference {mean:.1e}; {share:.1e} of the pixels differ by over 0.01")
+    return f"mean difference {mean:.1e}; {share:.1e} of the pixels differ by over 0.01; masks equal"
 
 
-def agree_on_rows(check: Check) -> str:
-    every = (("multiplication", 2), ("multiplication", 4), ("arithmetic", 3), ("lis", 8))
-    for name, size in every[: 1 if check.dry else None]:
-        task = tasks.choose(name, size)
-        task.measured = 100
-        reference, found = (tasks.load(task, 500, None, device) for device in (CPU, check.device))
-        streams = [tasks.stream(task, 0, 5, 64, device).cpu() for device in (CPU, check.device)]
-        same = all(torch.equal(a, b.cpu()) for a, b in zip(reference, found, strict=True)) and torch.equal(*streams)
-        expect(same, f"rows of {name} differ")
-    return "equal in every token: all parts of the split, and streams"
+def agree_on_sequences(check: Check) -> str:
+    settings = (("multiplication", 2), ("multiplication", 4), ("arithmetic", 3), ("lis", 8))
+    for name, size in settings[: 1 if check.dry_run else None]:
+        task = tasks.build_task(name, size)
+        task.eval_rows = 100
+        cpu_splits, splits = (tasks.load(task, 500, None, device) for device in (CPU, check.device))
+        cpu_stream, stream = (tasks.stream(task, 0, 5, 64, device).cpu() for device in (CPU, check.device))
+        equal = all(torch.equal(a, b.cpu()) for a, b in zip(cpu_splits, splits, strict=True))
+        expect(equal and torch.equal(cpu_stream, stream), f"sequences of {name} differ")
+    return "all tokens equal, in the splits and in the training streams"
 
 
 def agree_on_measurements(check: Check) -> str:
-    """kNN, linear probe and meters of random features around ten centres."""
+    """Compare kNN, linear probe and metrics of random features around ten centres."""
     generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(600) % 10
-    rows = torch.randn(10, 32, generator=generator)[labels] + torch.randn(600, 32, generator=generator)
-    h = torch.randn(16, 6, 32, generator=generator)
-    found = []
+    all_labels = torch.arange(600) % 10
+    all_features = torch.randn(10, 32, generator=generator)[all_labels] + torch.randn(600, 32, generator=generator)
+    all_h = torch.randn(16, 6, 32, generator=generator)
+    results = []
     for device in (CPU, check.device):
-        x, y, levels = rows.to(device), labels.to(device), h.to(device)
-        parts = seeding.held_out_split(400, device)
-        known, unknown = probes.Labelled(x[:400], y[:400]), probes.Labelled(x[400:], y[400:])
-        found.append({
-            "knn": probes.knn_accuracy(known, unknown, 10, 20),
-            "linear": probes.linear_accuracy(known, unknown, 10, parts, 0),
-            "std": probes.std_ratio(x), "cosine": probes.mean_cosine(x), "rank": probes.effective_rank(x),
-            "position": conmim.train.position_r2(levels),
-            "entropy": seqvcr.eval.token_entropy(levels).mean().item(),
-            "batch entropy": seqvcr.eval.batch_entropy(levels).mean().item(),
-            "jaccard": bsa.eval.jaccard((x > 1).float(), (x > 1).float()).mean().item(),
-        })  # fmt: skip
-    for name, a in found[0].items():
-        allowed = 1.0 if name in ("knn", "linear") else 1e-5 * abs(a)  # 1.0: two of 200 rows
-        expect(abs(found[1][name] - a) <= allowed, f"{name}: {found[1][name]:.6g}, on the CPU {a:.6g}")
-    return f"kNN {found[1]['knn']:.1f} %, linear {found[1]['linear']:.1f} %; all meters equal to 1e-5"
+        features, labels, h = all_features.to(device), all_labels.to(device), all_h.to(device)
+        split = seeding.held_out_split(400, device)
+        train_set = probes.Labelled(features[:400], labels[:400])
+        test_set = probes.Labelled(features[400:], labels[400:])
+        code = (features > 1).float()
+        results.append(
+            {
+                "knn": probes.knn_accuracy(train_set, test_set, 10, 20),
+                "linear": probes.linear_accuracy(train_set, test_set, 10, split, 0),
+                "std": probes.std_ratio(features),
+                "cosine": probes.mean_cosine(features),
+                "rank": probes.effective_rank(features),
+                "position": conmim.train.position_r2(h),
+                "entropy": seqvcr.eval.token_entropy(h).mean().item(),
+                "batch entropy": seqvcr.eval.batch_entropy(h).mean().item(),
+                "jaccard": bsa.eval.jaccard(code, code).mean().item(),
+            }
+        )
+    cpu_values, values = results
+    for name, cpu_value in cpu_values.items():
+        allowed = 1.0 if name in ("knn", "linear") else 1e-5 * abs(cpu_value)  # 1.0: two of 200 rows
+        expect(abs(values[name] - cpu_value) <= allowed, f"{name}: {values[name]:.6g}, on the CPU {cpu_value:.6g}")
+    return f"kNN {values['knn']:.1f} %, linear {values['linear']:.1f} %; all other metrics equal to 1e-5"
 
 
 def measure_a_small_spread(check: Check) -> str:
-    """Features of 1 + 0.001 n behind a batch norm that undoes both: in bfloat16 or TF32 their spread would be lost."""
+    """Features 1 + 0.001 n behind a batch norm have std ratio 1; in bfloat16 or TF32 their spread would be lost."""
     stage = nn.Sequential(nn.Conv2d(3, 64, 32), nn.Flatten(), nn.BatchNorm1d(64, affine=False))
     convolution, norm = stage[0], stage[2]
     generator = torch.Generator().manual_seed(0)
@@ -193,56 +219,62 @@ def measure_a_small_spread(check: Check) -> str:
     norm.running_var.fill_(1e-6)
     norm.eps = 1e-12
     data = random_images(200, 32, 10, check.device)
-    data = data._replace(deviation=data.std * 2 / 3**0.5)  # unit variance
-    measured = probes.std_ratio(probes.extract_features([stage.to(check.device)], data, "test")[0])
-    expect(0.97 <= measured <= 1.03, f"std ratio {measured:.3f} where 1 is right")
-    return f"std ratio {measured:.3f}"
+    data = data._replace(std=data.std * 2 / 3**0.5)  # unit variance
+    std_ratio = probes.std_ratio(probes.extract_features([stage.to(check.device)], data, "test")[0])
+    expect(0.97 <= std_ratio <= 1.03, f"std ratio {std_ratio:.3f}, expected 1")
+    return f"std ratio {std_ratio:.3f}"
 
 
-def meter_under_bfloat16(check: Check) -> str:
-    """SimSiam's train-mode spread is that of the training step's own z: what its precision does to it."""
+def collapse_metrics_under_bfloat16(check: Check) -> str:
+    """Compare SimSiam's train-mode collapse metrics, computed from the training step's z, in bfloat16 and float32."""
     args = simsiam.train.parse_args(["--batch", "256"])
     views = next(simsiam.train.batches(args, random_images(256, 32, 10, check.device), 0, slice(0, 256)))
-    model, found = simsiam.train.build_model(args, check.device), {}
-    for precision in ("float32", "bfloat16"):
+    model = simsiam.train.build_model(args, check.device)
+
+    def measure(precision: str) -> tuple[float, float]:
         with torch.no_grad(), devices.autocast(precision, check.device):
             z = model.projector(model.backbone(views[0]))
-        found[precision] = probes.std_ratio(z), probes.mean_cosine(z)
-    (std, cosine), (other, other_cosine) = found["float32"], found["bfloat16"]
-    expect(abs(other - std) <= 0.02 and abs(other_cosine - cosine) <= 0.02, f"std ratio {other:.3f}, float32 {std:.3f}")
-    return f"std ratio {other:.3f} (float32 {std:.3f}), mean cosine {other_cosine:.3f} ({cosine:.3f})"
+        return probes.std_ratio(z), probes.mean_cosine(z)
+
+    (std32, cosine32), (std16, cosine16) = measure("float32"), measure("bfloat16")
+    expect(
+        abs(std16 - std32) <= 0.02 and abs(cosine16 - cosine32) <= 0.02,
+        f"std ratio {std16:.3f} (float32 {std32:.3f}), mean cosine {cosine16:.3f} ({cosine32:.3f})",
+    )
+    return f"std ratio {std16:.3f} (float32 {std32:.3f}), mean cosine {cosine16:.3f} ({cosine32:.3f})"
 
 
 # ------------------------------------------------------------------------------------------------- exchange
 
 
 def exchange(check: Check) -> Iterator[Case]:
-    here = str(check.device)
+    device = str(check.device)
+    pairs = [(device, "cpu")] if check.dry_run else [(device, "cpu"), ("cpu", device)]
     for paper in check.papers:
-        for trained_on, evaluated_on in [(here, "cpu")] if check.dry else [(here, "cpu"), ("cpu", here)]:
+        for trained_on, evaluated_on in pairs:
             name = f"{paper}: trained on {trained_on}, evaluated on {evaluated_on}"
-            yield name, partial(evaluate_elsewhere, check, paper, trained_on, evaluated_on)
+            yield name, partial(evaluate_on_both, check, paper, trained_on, evaluated_on)
 
 
-def evaluate_elsewhere(check: Check, paper: str, here: str, there: str) -> str:
-    """The same metrics, up to rounding and to what a few test examples decide."""
+def evaluate_on_both(check: Check, paper: str, trained_on: str, evaluated_on: str) -> str:
+    """Train on one device, evaluate on both; metrics agree up to rounding and a few test examples."""
     if paper == "cocord":
-        check.teacher("vgg_s32", "exchange/cocord")
-    folder = f"exchange/{paper}/{here.replace(':', '-')}/0"
-    PAPERS[paper].train.main(check.flags(paper, folder, rehearse=2, device=here))
-    metrics = []
-    for device in (here, there):
+        check.train_teacher("vgg_s32", "exchange/cocord")
+    folder = f"exchange/{paper}/{trained_on.replace(':', '-')}/0"
+    PAPERS[paper].train.main(check.flags(paper, folder, rehearse=2, device=trained_on))
+    results = []
+    for device in (trained_on, evaluated_on):
         PAPERS[paper].eval.main([str(check.work / folder), "--device", device])
-        metrics.append(files.read_json(check.work / folder / "metrics.json"))
+        results.append(files.read_json(check.work / folder / "metrics.json"))
     compared = 0
-    for name, a in metrics[0].items():
-        b = metrics[1][name]
-        timing = name in ("seconds", "train_seconds", "examples_per_second", "peak_memory")
-        if timing or not isinstance(a, float) or not isinstance(b, float):
+    for name, a in results[0].items():
+        b = results[1][name]
+        not_compared = name in ("seconds", "train_seconds", "examples_per_second", "peak_memory")
+        if not_compared or not isinstance(a, float) or not isinstance(b, float):
             continue
         percent = "accuracy" in name or "match" in name or "top1" in name
         allowed = 5.0 if percent else 0.02 * abs(a) + 1e-3
-        expect(abs(a - b) <= allowed, f"{name}: {a:.6g} on {here}, {b:.6g} on {there}")
+        expect(abs(a - b) <= allowed, f"{name}: {a:.6g} on {trained_on}, {b:.6g} on {evaluated_on}")
         compared += 1
     expect(compared > 3, f"only {compared} metrics were compared")
     return f"{compared} metrics agree"
@@ -253,113 +285,119 @@ def evaluate_elsewhere(check: Check, paper: str, here: str, there: str) -> str:
 
 def arms(check: Check) -> Iterator[Case]:
     for paper in check.papers:
-        every, studies = plan(paper, "demo")
-        if check.dry:  # SimSiam's first contrast; `exchange` trains and evaluates the others
+        flags_by_arm, studies = plan(paper, "demo")
+        if check.dry_run:  # only SimSiam's first study; `exchange` trains and evaluates the other papers
             studies = dict(list(studies.items())[:1]) if paper == "simsiam" else {}
             needed = {arm for contrasts in studies.values() for pair in contrasts for arm in pair.split(":")}
-            every = {arm: flags for arm, flags in every.items() if arm in needed}
-        for arm, flags in every.items():
-            yield f"{paper}, {arm}", partial(run_an_arm, check, paper, arm, flags)
+            flags_by_arm = {arm: flags for arm, flags in flags_by_arm.items() if arm in needed}
+        for arm, flags in flags_by_arm.items():
+            yield f"{paper}, {arm}", partial(run_arm, check, paper, arm, flags)
         for study in studies:
-            yield f"{study}: figures", partial(draw, check, paper, study)
+            yield f"{study}: figures", partial(plot_study, check, paper, study)
 
 
-def run_an_arm(check: Check, paper: str, arm: str, flags: list[str]) -> str:
+def run_arm(check: Check, paper: str, arm: str, flags: list[str]) -> str:
     folder = f"arms/{paper}/{arm}/0"
-    if paper == "cocord" and (network := cocord.train.parse_args(flags).teacher) != "none":
-        check.teacher(network, "arms/cocord")
+    if paper == "cocord":
+        network = cocord.train.parse_args(flags).teacher
+        if network != "none":
+            check.train_teacher(network, "arms/cocord")
     PAPERS[paper].train.main(check.flags(paper, folder, *flags, rehearse=2))
     PAPERS[paper].eval.main([str(check.work / folder)])
     diverged = files.read_json(check.work / folder / "metrics.json")["diverged"]
     expect(not diverged, "diverged within a few steps")
-    return f"loss {files.read_lines(check.work / folder / 'train.jsonl')[-1].get('loss', math.nan):.4g}"
+    last_epoch = files.read_lines(check.work / folder / "train.jsonl")[-1]
+    return f"loss {last_epoch.get('loss', math.nan):.4g}"
 
 
-def draw(check: Check, paper: str, study: str) -> str:
+def plot_study(check: Check, paper: str, study: str) -> str:
     runs, results = check.work / "arms" / paper, check.work / "figures"
     PAPERS[paper].plot.main([study, "--runs", str(runs), "--seeds", "0", "--results", str(results)])
-    drawn = list(results.glob(f"{study}*.png"))
-    expect(bool(drawn), "no figure was drawn")
-    return f"{len(drawn)} figures"
+    figures = list(results.glob(f"{study}*.png"))
+    expect(bool(figures), "no figure was written")
+    return f"{len(figures)} figures"
 
 
 @contextlib.contextmanager
 def data_or_random(check: Check) -> Iterator[list[str]]:
-    """Inside, CIFAR that is not in --data is random pixels; yields the flags that give BSA a matrix."""
-    real = images.cifar
+    """Replace CIFAR by random pixels inside the context if it is not in --data. Yields BSA's --data flag."""
+    real_cifar = images.cifar
 
     def cifar(name: str, data: Path, train: bool) -> tuple[Tensor, Tensor]:
         with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
-            return real(name, data, train)
-        made = random_images(12_000 if train else 2000, 32, int(name[5:]), CPU)
-        return made.train, made.train_labels
+            return real_cifar(name, data, train)
+        random_data = random_images(12_000 if train else 2000, 32, int(name.removeprefix("cifar")), CPU)
+        return random_data.train, random_data.train_labels
 
     matrix = check.data / "mesh-minilm.npy"
     if not matrix.exists():
         matrix = check.work / "rows.npy"
-        np.save(matrix, np.random.default_rng(0).standard_normal((4000 if check.dry else 30_532, 384), np.float32))
+        rows = 4000 if check.dry_run else 30_532
+        np.save(matrix, np.random.default_rng(0).standard_normal((rows, 384), np.float32))
     images.cifar = cifar
     try:
         yield ["--data", str(matrix)]
     finally:
-        images.cifar = real
+        images.cifar = real_cifar
 
 
 def gpu_flags(check: Check, paper: str, out: str, matrix: list[str], rehearse: int, *more: str) -> list[str]:
-    """Arguments of a run at gpu scale, of a dry run at demo scale; `matrix` is for BSA."""
-    if check.dry:
+    """Return the arguments of a run at gpu scale (dry run: demo scale); `matrix` is BSA's --data flag."""
+    if check.dry_run:
         return check.flags(paper, out, *more, rehearse=rehearse)
-    place = ["--device", str(check.device), "--data", str(check.data), "--out", str(check.work / out)]
-    own = matrix if paper == "bsa" else []
-    return ["--scale", "gpu", *more, "--rehearse", str(rehearse), *place, *own]
+    paths = ["--device", str(check.device), "--data", str(check.data), "--out", str(check.work / out)]
+    if paper == "bsa":
+        paths += matrix
+    return ["--scale", "gpu", *more, "--rehearse", str(rehearse), *paths]
 
 
-def teach(check: Check, folder: str, flags: list[str]) -> None:
-    """The teacher that a CoCoRD arm at gpu scale, or in a dry run at demo scale, needs."""
-    scale = ["--scale", "demo" if check.dry else "gpu"]
-    network = cocord.train.parse_args([*scale, *([] if check.dry else flags)]).teacher
+def train_teacher_of(check: Check, folder: str, flags: list[str]) -> None:
+    """Train the teacher that a CoCoRD arm with these flags needs at gpu scale (dry run: `base` at demo scale)."""
+    scale = ["--scale", "demo" if check.dry_run else "gpu"]
+    network = cocord.train.parse_args([*scale, *([] if check.dry_run else flags)]).teacher
     if network != "none":
-        check.teacher(network, folder, *scale)
+        check.train_teacher(network, folder, *scale)
 
 
 def scales(check: Check) -> Iterator[Case]:
     for paper in check.papers:
-        every = {"base": []} if check.dry else plan(paper, "gpu")[0]
-        for arm, flags in every.items():
-            yield f"{paper}, {arm}, gpu scale", partial(take_steps, check, paper, arm, flags)
+        flags_by_arm = {"base": []} if check.dry_run else plan(paper, "gpu")[0]
+        for arm, flags in flags_by_arm.items():
+            yield f"{paper}, {arm}, gpu scale", partial(run_at_gpu_scale, check, paper, arm, flags)
     for paper in check.papers:
-        yield f"{paper}, network of paper scale", partial(take_two_steps, check, paper)
+        yield f"{paper}, network of paper scale", partial(run_at_paper_scale, check, paper)
 
 
-def take_steps(check: Check, paper: str, arm: str, flags: list[str]) -> str:
-    """Twenty steps, ten an epoch; in a dry run two."""
+def run_at_gpu_scale(check: Check, paper: str, arm: str, flags: list[str]) -> str:
+    """Train two epochs of ten steps; in a dry run, of one step."""
     folder = f"scales/{paper}/{arm}/0"
-    if not check.dry:
+    if not check.dry_run:
         torch.cuda.reset_peak_memory_stats(check.device)
     with data_or_random(check) as matrix:
         if paper == "cocord":
-            teach(check, "scales/cocord", flags)
-        PAPERS[paper].train.main(gpu_flags(check, paper, folder, matrix, 1 if check.dry else 10, *flags))
+            train_teacher_of(check, "scales/cocord", flags)
+        PAPERS[paper].train.main(gpu_flags(check, paper, folder, matrix, 1 if check.dry_run else 10, *flags))
     diverged = checkpoints.load(check.work / folder / "model.pt")["diverged"]
-    last = files.read_lines(check.work / folder / "train.jsonl")[-1]
+    metrics = files.read_lines(check.work / folder / "train.jsonl")[-1]
     shutil.rmtree(check.work / folder)
-    loss = last.get("loss")  # a run of no epochs has none
+    loss = metrics.get("loss")  # missing if the arm trains for 0 epochs
     expect(not diverged and (loss is None or math.isfinite(loss)), f"diverged within a few steps, loss {loss}")
-    memory = last["peak_memory"] / 2**30
+    memory = metrics["peak_memory"] / 2**30
     check.numbers[f"peak GiB, {paper}, {arm}"] = memory
-    return f"loss {loss if loss is None else round(loss, 4)}, {memory:.2f} GiB at most"
+    return f"loss {loss if loss is None else round(loss, 4)}, peak memory {memory:.2f} GiB"
 
 
-def take_two_steps(check: Check, paper: str) -> str:
-    scale, rows = ("demo", 32) if check.dry else ("paper", 4096 if paper == "bsa" else 32)
+def run_at_paper_scale(check: Check, paper: str) -> str:
+    """Two steps with the network of paper scale."""
+    scale, rows = ("demo", 32) if check.dry_run else ("paper", 4096 if paper == "bsa" else 32)
     problem = PROBLEMS[paper](scale, rows, check.device)
-    if not check.dry:
+    if not check.dry_run:
         torch.cuda.reset_peak_memory_stats(check.device)
     losses = [problem.step("auto").item() for _ in range(2)]
     expect(all(map(math.isfinite, losses)), f"losses {losses}")
     weights = sum(weight.numel() for weight in problem.model.parameters())
     memory = devices.peak_memory(check.device) / 2**30
-    return f"{weights / 1e6:.1f} million weights, {rows} examples, {memory:.2f} GiB at most"
+    return f"{weights / 1e6:.1f} million weights, batch size {rows}, peak memory {memory:.2f} GiB"
 
 
 # ------------------------------------------------------------------------------------------------- sync
@@ -367,63 +405,66 @@ def take_two_steps(check: Check, paper: str) -> str:
 
 def sync(check: Check) -> Iterator[Case]:
     for paper in check.papers:
-        yield f"{paper}: nothing waits for the device", partial(watch_for_synchronisation, check, paper)
-        yield f"{paper}: calls and copies a step", partial(count_calls, check, paper)
+        yield f"{paper}: no host-device synchronisation in a step", partial(detect_synchronisation, check, paper)
+        yield f"{paper}: synchronising calls and pageable copies", partial(count_calls, check, paper)
 
 
-def watched_run(check: Check, paper: str, out: str, windows: list[Window], steps: int) -> None:
-    """A run at gpu scale (of a dry run at demo scale) with windows in its second epoch."""
-    more = ["--teacher", "resnet56", "--student", "resnet20"] if paper == "cocord" and not check.dry else []
+def run_with_windows(check: Check, paper: str, out: str, windows: list[Window], steps: int) -> None:
+    """Train at gpu scale (dry run: demo scale), with windows in the second epoch."""
+    more = ["--teacher", "resnet56", "--student", "resnet20"] if paper == "cocord" and not check.dry_run else []
     if paper == "cocord":
-        teach(check, f"{out}/cocord", more)
+        train_teacher_of(check, f"{out}/cocord", more)
     folder = check.work / out / paper / "base"
     try:
-        with data_or_random(check) as matrix, watched(windows, steps):
+        with data_or_random(check) as matrix, open_windows(windows, steps):
             PAPERS[paper].train.main(gpu_flags(check, paper, f"{out}/{paper}/base/0", matrix, steps, *more))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def watch_for_synchronisation(check: Check, paper: str) -> str:
-    steps = 5 if check.dry else 8
-    watched_run(check, paper, "sync", [Window(0, steps - 1, no_synchronisation(check.device))], steps)
-    return f"{steps - 1} steps of training and their batches"
+def detect_synchronisation(check: Check, paper: str) -> str:
+    steps = 5 if check.dry_run else 8
+    run_with_windows(check, paper, "sync", [Window(0, steps - 1, no_synchronisation(check.device))], steps)
+    return f"none in {steps - 1} training steps and their batches"
 
 
 def count_calls(check: Check, paper: str) -> str:
-    """The profiler synchronises at its end: twice by itself, and once more where Kineto does."""
-    if check.dry:
-        raise NotApplicable("the profiler sees no CUDA calls on a CPU")
-    steps, profiled = 8, Profiled(check)
-    watched_run(check, paper, "calls", [Window(2, steps - 1, profiled)], steps)
-    facts, count = trace_facts(profiled.events), steps - 3
-    if not facts["kernels"]:
-        raise NotApplicable("the profiler sees no kernel: CUPTI is not available here")
-    expect(facts["synchronisations"] <= 3, f"{facts['synchronisations']} synchronisations in {count} steps")
-    expect(facts["pageable_copies"] == 0, f"{facts['pageable_copies']} pageable copies in {count} steps")
-    return f"{facts['kernels'] / count:.0f} kernels a step, no synchronisation, no pageable copy"
+    """Count with the profiler, which itself synchronises two or three times at its end."""
+    if check.dry_run:
+        raise NotApplicable("the profiler records no CUDA calls on a CPU")
+    steps, profiler = 8, Profiler(check)
+    run_with_windows(check, paper, "calls", [Window(2, steps - 1, profiler)], steps)
+    trace, count = trace_statistics(profiler.events), steps - 3
+    if not trace["kernels"]:
+        raise NotApplicable("the profiler records no kernels: CUPTI is not available")
+    expect(trace["synchronisations"] <= 3, f"{trace['synchronisations']} synchronisations in {count} steps")
+    expect(trace["pageable_copies"] == 0, f"{trace['pageable_copies']} pageable copies in {count} steps")
+    return f"{trace['kernels'] / count:.0f} kernels per step, no synchronisation, no pageable copy"
 
 
 # ------------------------------------------------------------------------------------------------- resume
 
 
 class Killed(Exception):
-    """Stands in for a kill: raised when an epoch's state has been written."""
+    """Simulates a kill; raised when the state of an epoch has been written."""
 
 
 def resume(check: Check) -> Iterator[Case]:
     for paper in check.papers:
-        yield f"{paper}: killed after an epoch", partial(kill_and_go_on, check, paper)
+        yield f"{paper}: killed after an epoch", partial(kill_and_resume, check, paper)
 
 
-def trained(check: Check, paper: str, out: str, *more: str, kill: bool = False) -> tuple[dict[str, Tensor], ...]:
-    """(weights at the start, at the end) of a short run; with `kill` it dies after its first epoch and goes on."""
-    argv, real, start = check.flags(paper, out, *more, rehearse=2 if check.dry else 4), Run.save, {}
+def train_weights(
+    check: Check, paper: str, out: str, kill: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Train for two epochs. Returns (initial weights, final weights). With `kill`, stop after one epoch and resume."""
+    argv = check.flags(paper, out, rehearse=2 if check.dry_run else 4)
+    real_save, initial_weights = Run.save, {}
 
-    def save(run: Run, epoch: int, record: dict, state: dict) -> None:
-        real(run, epoch, record, state)
+    def save(run: Run, epoch: int, metrics: dict, state: dict) -> None:
+        real_save(run, epoch, metrics, state)
         if epoch == 0:
-            start.update({name: one.detach().cpu().clone() for name, one in state["model"].items()})
+            initial_weights.update({name: tensor.detach().cpu().clone() for name, tensor in state["model"].items()})
         elif epoch == 1 and kill:
             raise Killed
 
@@ -432,24 +473,31 @@ def trained(check: Check, paper: str, out: str, *more: str, kill: bool = False) 
         with contextlib.suppress(Killed):
             PAPERS[paper].train.main(argv)
     finally:
-        Run.save = real  # type: ignore[method-assign]
+        Run.save = real_save  # type: ignore[method-assign]
     if kill:
         PAPERS[paper].train.main(argv)
-    return start, checkpoints.load(check.work / out / "model.pt")["model"]
+    return initial_weights, checkpoints.load(check.work / out / "model.pt")["model"]
 
 
-def kill_and_go_on(check: Check, paper: str) -> str:
-    """Equal in every bit on a CPU. On a GPU atomic additions come in any order: there `TOLERANCE` of the way, or three
-    times what two straight runs differ by."""
+def kill_and_resume(check: Check, paper: str) -> str:
+    """Compare a resumed run with an uninterrupted one: bitwise on a CPU.
+
+    On a GPU the order of atomic additions varies. There the relative distance may be TOLERANCE, or three times that
+    between two uninterrupted runs.
+    """
     if paper == "cocord":
-        check.teacher("vgg_s32", "resume/cocord")
-    start, straight = trained(check, paper, f"resume/{paper}/straight/0")
-    again = trained(check, paper, f"resume/{paper}/again/0")[1]
-    resumed = trained(check, paper, f"resume/{paper}/killed/0", kill=True)[1]
-    noise, apart = distance(again, straight, start), distance(resumed, straight, start)
-    allowed = 0.0 if check.dry else max(TOLERANCE, 3 * noise)
-    expect(apart <= allowed, f"{apart:.1e} of the way apart, {allowed} allowed; two straight runs {noise:.1e}")
-    return f"{apart:.1e} of the way apart; two runs that nobody killed {noise:.1e}"
+        check.train_teacher("vgg_s32", "resume/cocord")
+    start, uninterrupted = train_weights(check, paper, f"resume/{paper}/straight/0")
+    _, repeated = train_weights(check, paper, f"resume/{paper}/again/0")
+    _, resumed = train_weights(check, paper, f"resume/{paper}/killed/0", kill=True)
+    noise = relative_distance(repeated, uninterrupted, start)
+    difference = relative_distance(resumed, uninterrupted, start)
+    allowed = 0.0 if check.dry_run else max(TOLERANCE, 3 * noise)
+    expect(
+        difference <= allowed,
+        f"relative distance {difference:.1e}, allowed {allowed}; between two uninterrupted runs {noise:.1e}",
+    )
+    return f"relative distance {difference:.1e}; between two uninterrupted runs {noise:.1e}"
 
 
 # ------------------------------------------------------------------------------------------------- ranks
@@ -457,78 +505,88 @@ def kill_and_go_on(check: Check, paper: str) -> str:
 
 def ranks(check: Check) -> Iterator[Case]:
     for paper in ("simsiam", "conmim"):
-        if paper in check.papers and (paper == "simsiam" or not check.dry):
-            yield f"{paper}: two gloo ranks", partial(two_ranks, check, paper)
+        if paper in check.papers and (paper == "simsiam" or not check.dry_run):
+            yield f"{paper}: two gloo ranks", partial(compare_two_ranks, check, paper)
 
 
-def two_ranks(check: Check, paper: str) -> str:
-    """On CUDA batch norms share their statistics, as those of one process do; on a CPU they are in eval mode."""
+def compare_two_ranks(check: Check, paper: str) -> str:
+    """Compare training on two ranks and on one process.
+
+    On CUDA, batch norms are synchronised across ranks; on a CPU they are in eval mode.
+    """
     folder = check.work / "ranks" / paper
     folder.mkdir(parents=True)
     script = folder / "script.py"
-    patch = forked.NORMS_IN_EVAL_MODE if check.dry else ""
+    patch = forked.NORMS_IN_EVAL_MODE if check.dry_run else ""
     script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom {paper} import train\n{patch}"
                       "train.main(sys.argv[1:])")  # fmt: skip
-    device = "cpu" if check.dry else f"cuda:{check.device.index or 0}"
-    ends = []
+    device = "cpu" if check.dry_run else f"cuda:{check.device.index or 0}"
+    saved = []
     for count in (1, 2):
-        more = ["--precision", "float32", *(["--sync-batch-norm"] if paper == "conmim" and count == 2 else [])]
+        more = ["--precision", "float32"]
+        if paper == "conmim" and count == 2:
+            more.append("--sync-batch-norm")
         argv = check.flags(paper, f"ranks/{paper}/{count}", *more, rehearse=3, device=device)
         done = forked.run(folder, script, *argv, ranks=count)
         expect(done.returncode == 0, f"{count} ranks: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")
-        ends.append(checkpoints.load(folder / str(count) / "model.pt"))
-    start = PAPERS[paper].train.build_model(argparse.Namespace(**ends[0]["arguments"]), CPU).state_dict()
-    apart = distance(ends[1]["model"], ends[0]["model"], start)
-    expect(apart <= TOLERANCE, f"{apart:.1e} of the way apart, {TOLERANCE} allowed")
-    return f"{apart:.1e} of the way apart"
+        saved.append(checkpoints.load(folder / str(count) / "model.pt"))
+    one_rank, two_ranks = saved
+    start = PAPERS[paper].train.build_model(argparse.Namespace(**one_rank["arguments"]), CPU).state_dict()
+    difference = relative_distance(two_ranks["model"], one_rank["model"], start)
+    expect(difference <= TOLERANCE, f"relative distance {difference:.1e}, allowed {TOLERANCE}")
+    return f"relative distance {difference:.1e}"
 
 
 # ------------------------------------------------------------------------------------------------- make, packing
 
 
 def make(check: Check) -> Iterator[Case]:
-    yield "simsiam-stop-gradient", partial(make_a_study, check)
+    yield "simsiam-stop-gradient", partial(make_study, check)
 
 
-def make_a_study(check: Check) -> str:
+def make_study(check: Check) -> str:
     folder = check.work / "make"
     variables = {
         "SCALE": "demo", "SEEDS": "0", "DEVICE": check.device.type, "DATA": check.data, "RUNS": folder,
         "PYTHON": sys.executable, "EXTRA": "--rehearse 2",
-        "GPUS": "" if check.dry else f"{check.device.index} {check.device.index}",
+        "GPUS": "" if check.dry_run else f"{check.device.index} {check.device.index}",
     }  # fmt: skip
-    words = ["make", "-C", str(ROOT), "-j2", "simsiam-stop-gradient"]
-    words += [f"{name}={value}" for name, value in variables.items()]
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
-    done = subprocess.run(words, env=clean, capture_output=True, text=True, timeout=300)
-    print(shlex.join(words), done.stdout, done.stderr, sep="\n")
-    expect(done.returncode == 0, f"make ended with {done.returncode}: {(done.stderr.strip().splitlines() or [''])[-1]}")
+    command = ["make", "-C", str(ROOT), "-j2", "simsiam-stop-gradient"]
+    command += [f"{name}={value}" for name, value in variables.items()]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    print(shlex.join(command), done.stdout, done.stderr, sep="\n")
+    expect(
+        done.returncode == 0,
+        f"make exited with code {done.returncode}: {(done.stderr.strip().splitlines() or [''])[-1]}",
+    )
     runs = list(folder.rglob("metrics.json"))
-    expect(len(runs) == 2 and (folder / "report/index.html").exists(), f"{len(runs)} runs, or no page")
-    return "two arms trained, evaluated, drawn; the page is there"
+    expect(len(runs) == 2 and (folder / "report/index.html").exists(), f"{len(runs)} runs instead of 2, or no page")
+    return "two arms trained and evaluated; figures and page written"
 
 
 def packing(check: Check) -> Iterator[Case]:
-    yield "Seq-VCR's demo", partial(pack, check)
+    yield "Seq-VCR's demo", partial(pack_runs, check)
 
 
-def pack(check: Check) -> str:
-    """Whole runs, with the start of their process."""
-    together = 2 if check.dry else 4
-    length = ["--rehearse", "2"] if check.dry else []
+def pack_runs(check: Check) -> str:
+    """Compare the throughput of one run and of several concurrent runs, process start included."""
+    concurrent = 2 if check.dry_run else 4
+    steps = ["--rehearse", "2"] if check.dry_run else []
 
     def seconds(count: int) -> float:
-        started = time.perf_counter()
+        start = time.perf_counter()
         processes = []
         for number in range(count):
-            argv = check.flags("seqvcr", f"packing/{count}/{number}", *length, "--seed", str(number))
+            argv = check.flags("seqvcr", f"packing/{count}/{number}", *steps, "--seed", str(number))
             script = [sys.executable, str(ROOT / "seqvcr/train.py"), *argv]
             processes.append(subprocess.Popen(script, stdout=subprocess.DEVNULL))
         codes = [process.wait(300) for process in processes]
-        expect(not any(codes), f"{count} side by side: exit codes {codes}")
-        return time.perf_counter() - started
+        expect(not any(codes), f"{count} concurrent runs: exit codes {codes}")
+        return time.perf_counter() - start
 
-    alone, packed = seconds(1), seconds(together)
-    check.numbers["packing"] = {"seconds alone": alone, f"seconds of {together} side by side": packed}
-    rates = 3600 / alone, together * 3600 / packed
-    return f"{rates[0]:.0f} runs an hour one at a time, {rates[1]:.0f} with {together} side by side"
+    single, packed = seconds(1), seconds(concurrent)
+    check.numbers["packing"] = {"seconds alone": single, f"seconds of {concurrent} side by side": packed}
+    return (
+        f"{3600 / single:.0f} runs per hour one at a time, {concurrent * 3600 / packed:.0f} with {concurrent} at once"
+    )

@@ -1,4 +1,4 @@
-"""One training step of each paper as an object: equal weights and an equal batch on any device, for gpu_check."""
+"""One training step of each paper, with the same weights and the same batch on each device, for gpu_check."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,37 +20,38 @@ CPU = torch.device("cpu")
 
 
 class Problem(NamedTuple):
-    """A model, its optimiser, its loss on one fixed batch under a precision, and the EMA update after a step."""
+    """A model, its optimiser, its loss on a fixed batch (given --precision) and the EMA update after a step."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     loss: Callable[[str], Tensor]
-    follow: Callable[[], None]
+    ema_update: Callable[[], None]
 
     def gradients(self, precision: str) -> tuple[float, dict[str, Tensor]]:
-        """The loss, and every gradient in float64 on the CPU, by name."""
+        """Return the loss, and the gradients by parameter name, in float64 on the CPU."""
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.loss(precision)
         loss.backward()
-        named = {name: weight.grad for name, weight in self.model.named_parameters() if weight.grad is not None}
-        return loss.item(), {name: grad.detach().cpu().double() for name, grad in named.items()}
+        gradients = {name: weight.grad for name, weight in self.model.named_parameters() if weight.grad is not None}
+        return loss.item(), {name: gradient.detach().cpu().double() for name, gradient in gradients.items()}
 
     def step(self, precision: str) -> Tensor:
-        """One step; returns the loss on the device."""
+        """Perform one training step. Returns the loss on the device."""
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.loss(precision)
         loss.backward()
         self.optimizer.step()
-        self.follow()
+        self.ema_update()
         return loss.detach()
 
 
 def random_images(count: int, size: int, classes: int, device: torch.device) -> images.Images:
-    """Random pixels as a data set; labels go round the classes."""
+    """Return a data set of random pixels, with labels 0, 1, ..., classes - 1, 0, 1, ..."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator).to(device)
-    labels, half = torch.arange(count, device=device) % classes, torch.full((3, 1, 1), 0.5, device=device)
-    return images.Images(pixels, labels, pixels, labels, classes, half, half / 2, "")
+    labels = torch.arange(count, device=device) % classes
+    mean = torch.full((3, 1, 1), 0.5, device=device)
+    return images.Images(pixels, labels, pixels, labels, classes, mean, mean / 2, "")
 
 
 def simsiam_problem(scale: str, rows: int, device: torch.device) -> Problem:
@@ -73,7 +74,7 @@ def simsiam_problem(scale: str, rows: int, device: torch.device) -> Problem:
 def conmim_problem(scale: str, rows: int, device: torch.device) -> Problem:
     args = conmim.train.parse_args(["--scale", scale, "--batch", str(rows)])
     loader = conmim.train.batches(args, random_images(rows, args.size, 10, CPU), 0, slice(0, rows))
-    query, key, mask = (upload(one, device) for one in next(loader))
+    query, key, mask = (upload(tensor, device) for tensor in next(loader))
     model = conmim.train.build_model(args, device)
     ema, online = list(model.ema.parameters()), list(model.online.parameters())
 
@@ -87,20 +88,20 @@ def conmim_problem(scale: str, rows: int, device: torch.device) -> Problem:
 
 
 def cocord_problem(scale: str, rows: int, device: torch.device) -> Problem:
-    """The networks at `paper` scale are the largest: ResNet50 teaches vgg8."""
-    pair = ["--teacher", "ResNet50", "--student", "vgg8"] if scale == "paper" else []
-    args = cocord.train.parse_args(["--scale", scale, *pair, "--queue", str(max(rows, 512)), "--batch", str(rows)])
+    """At `paper` scale the pair with the largest networks is used: teacher ResNet50, student vgg8."""
+    networks = ["--teacher", "ResNet50", "--student", "vgg8"] if scale == "paper" else []
+    args = cocord.train.parse_args(["--scale", scale, *networks, "--queue", str(max(rows, 512)), "--batch", str(rows)])
     views, labels = next(cocord.train.batches(args, random_images(rows, 32, 36, CPU), 0))
     (x, swapped_x, teacher_x), labels = [upload(view, device) for view in views], upload(labels, device)
     with seeding.forked(0, "teacher"):
         teacher = net.build(args.teacher, 36).eval().requires_grad_(False)
-    teacher = net.fold(teacher.to(memory_format=torch.channels_last).to(device))
+    teacher = net.fold_batch_norms(teacher.to(memory_format=torch.channels_last).to(device))
     model = cocord.train.build_model(args, 36, device)
     optimizer = cocord.train.build_optimizer(args, [model.student, model.head, model.predictor])
     (slow, fast), (slow_head, fast_head) = model.ema_pairs()
 
     def loss(precision: str) -> Tensor:
-        """As in the loop of train.py: the EMA updates come between the student and the targets."""
+        """As in train.py, the EMA updates come between the student's forward pass and the targets."""
         with devices.autocast(precision, device):
             feature, logits = model.student(x)
             z = model.head(feature)
@@ -121,7 +122,7 @@ def cocord_problem(scale: str, rows: int, device: torch.device) -> Problem:
 
 
 def bsa_problem(scale: str, rows: int, device: torch.device) -> Problem:
-    """Rows with a logit near zero, or whose K-th and next largest are close, are left out: there rounding decides."""
+    """Rows are left out if rounding could change their code: a logit near 0, or K-th and next largest logit close."""
     data = ["--data", "matrix.npy"] if scale == "paper" else []
     args = bsa.train.parse_args(["--scale", scale, *data])
     width = {"demo": 128, "gpu": 384, "paper": 768}[scale]
@@ -132,9 +133,9 @@ def bsa_problem(scale: str, rows: int, device: torch.device) -> Problem:
     if scale != "paper":
         h = bsa.train.build_model(args, width, CPU).encoder(x).detach()
         top = h.topk(args.active + 1, dim=1).values
-        clear = (h.abs().amin(1) > 1e-2) & (top[:, -2] - top[:, -1] > 1e-3)
-        x = x[clear]
-        assert len(x) >= rows, f"only {len(x)} rows keep away from the thresholds"
+        stable = (h.abs().amin(1) > 1e-2) & (top[:, -2] - top[:, -1] > 1e-3)
+        x = x[stable]
+        assert len(x) >= rows, f"only {len(x)} of {rows} rows are stable under rounding"
     x = upload(x[:rows].contiguous(), device)
 
     def loss(precision: str) -> Tensor:
@@ -151,7 +152,7 @@ def bsa_problem(scale: str, rows: int, device: torch.device) -> Problem:
 def seqvcr_problem(scale: str, rows: int, device: torch.device) -> Problem:
     init = ["--init-from", "none"] if scale == "paper" else []
     args = seqvcr.train.parse_args(["--scale", scale, *init, "--dropout", "0", "--batch", str(rows)])
-    task = tasks.choose(args.task, args.size)
+    task = tasks.build_task(args.task, args.size)
     raw = task.draw(seeding.generator(0, "rows", 0), rows, CPU, True)
     tokens = upload(seqvcr.train.encode(args, task, raw).long(), device)
     model = seqvcr.train.build_model(args, task, device)

@@ -1,4 +1,4 @@
-"""What the parts of gpu_check share: the check's settings, comparisons of weights, and windows into training loops."""
+"""Shared by the parts of gpu_check: settings, comparison of weights, and contexts opened inside training loops."""
 
 import contextlib
 import dataclasses
@@ -33,96 +33,96 @@ import simsiam.plot
 import simsiam.train
 
 PAPERS = {"simsiam": simsiam, "conmim": conmim, "cocord": cocord, "bsa": bsa, "seqvcr": seqvcr}
-SMALL = {  # flags of a dry run at demo scale
+DRY_RUN_FLAGS = {
     "simsiam": ["--batch", "16", "--neighbours", "5"],
     "conmim": ["--batch", "16", "--hidden", "24", "--dim", "20"],
     "cocord": ["--batch", "16"],
     "bsa": ["--batch", "64"],
     "seqvcr": [],
 }
-TOLERANCE = 0.01  # of the distance that training travelled: what two runs of equal settings may differ by on a GPU
-Case = tuple[str, Callable[[], str]]  # a name, and what raises or returns one line of findings
+TOLERANCE = 0.01  # allowed `relative_distance` between two runs of equal settings on a GPU
+Case = tuple[str, Callable[[], str]]  # name, and a function that returns one line of findings or raises
 
 
 class NotApplicable(Exception):
-    """The message says why."""
+    """The case cannot run on this machine; the message says why."""
 
 
-class Failed(Exception):
-    """The message says what was found and what was expected."""
+class CaseFailed(Exception):
+    """The message gives the found and the expected value."""
 
 
-def expect(true: bool, found: str) -> None:
-    """Raises Failed."""
-    if not true:
-        raise Failed(found)
+def expect(condition: bool, message: str) -> None:
+    """Raise CaseFailed with `message` unless `condition`."""
+    if not condition:
+        raise CaseFailed(message)
 
 
 @dataclasses.dataclass
 class Check:
-    """What every part is given. `numbers` go into report.json as they are."""
+    """Settings of a check, and `numbers` for report.json."""
 
     device: torch.device
     papers: list[str]
     data: Path
-    work: Path
+    work: Path  # temporary folder
     numbers: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
-    def dry(self) -> bool:
+    def dry_run(self) -> bool:
         """Whether this is a dry run on the CPU."""
         return self.device.type == "cpu"
 
     def flags(self, paper: str, out: str, *more: str, rehearse: int = 0, device: str = "") -> list[str]:
-        """Arguments of a train.py; in a dry run small ones."""
+        """Return the arguments of a train.py; in a dry run they include DRY_RUN_FLAGS."""
         steps = ["--rehearse", str(rehearse)] if rehearse else []
-        place = ["--device", device or str(self.device), "--data", str(self.data), "--out", str(self.work / out)]
-        return [*(SMALL[paper] if self.dry else []), *more, *steps, *place]
+        paths = ["--device", device or str(self.device), "--data", str(self.data), "--out", str(self.work / out)]
+        return [*(DRY_RUN_FLAGS[paper] if self.dry_run else []), *more, *steps, *paths]
 
-    def teacher(self, network: str, folder: str, *more: str) -> None:
-        """A teacher that has taken a few steps, where students in `folder`/ARM/0 look for it."""
+    def train_teacher(self, network: str, folder: str, *more: str) -> None:
+        """Train a teacher for one step, in the folder where students in `folder`/ARM/0 look for it."""
         out = self.work / folder / f"teacher@{network}" / "0"
         if not (out / "model.pt").exists():
-            small = ["--batch", "16"] if self.dry else []
-            place = ["--device", str(self.device), "--data", str(self.data), "--out", str(out)]
-            cocord.teacher.main(["--network", network, "--rehearse", "1", *small, *more, *place])
+            small = ["--batch", "16"] if self.dry_run else []
+            paths = ["--device", str(self.device), "--data", str(self.data), "--out", str(out)]
+            cocord.teacher.main(["--network", network, "--rehearse", "1", *small, *more, *paths])
 
     def synchronise(self) -> None:
-        if not self.dry:
+        if not self.dry_run:
             torch.cuda.synchronize(self.device)
 
 
 # ------------------------------------------------------------------------------------------------- comparing
 
 
-def ratio(a: Tensor, b: Tensor) -> float:
-    """|a - b| / |b|, 0 where both are 0."""
+def relative_difference(a: Tensor, b: Tensor) -> float:
+    """Return |a - b| / |b|, or 0 if both are 0."""
     difference, size = (a - b).norm().item(), b.norm().item()
     return difference / size if size else (math.inf if difference else 0.0)
 
 
-def whole(tensors: dict[str, Tensor], names: Iterable[str]) -> Tensor:
-    """Tensors as one float64 vector on the CPU."""
+def flatten(tensors: dict[str, Tensor], names: Iterable[str]) -> Tensor:
+    """Return the tensors `names` as one float64 vector on the CPU."""
     return torch.cat([tensors[name].detach().cpu().double().flatten() for name in names])
 
 
-def distance(a: dict[str, Tensor], b: dict[str, Tensor], start: dict[str, Tensor]) -> float:
-    """How far two ends of training are apart, as a share of the way from the start to the second."""
-    names = [name for name, one in b.items() if one.is_floating_point() and name in start]
-    expect(a.keys() == b.keys(), "the weights have other names")
-    return ratio(whole(a, names) - whole(start, names), whole(b, names) - whole(start, names))
+def relative_distance(a: dict[str, Tensor], b: dict[str, Tensor], start: dict[str, Tensor]) -> float:
+    """Return |a - b| / |b - start|: the distance between two trained models, relative to that travelled in training."""
+    names = [name for name, tensor in b.items() if tensor.is_floating_point() and name in start]
+    expect(a.keys() == b.keys(), "the weights have different names")
+    return relative_difference(flatten(a, names) - flatten(start, names), flatten(b, names) - flatten(start, names))
 
 
 # ------------------------------------------------------------------------------------------------- inside a loop
 
 
 class Window:
-    """A context that is open from step `first` to step `last` of the second epoch of a training loop."""
+    """A context that is open from step `first` until step `last` of the second epoch of a training loop."""
 
     def __init__(self, first: int, last: int, context: AbstractContextManager):
         self.first, self.last, self.context, self.open, self.done = first, last, context, False, False
 
-    def before(self, step: int) -> None:
+    def before_step(self, step: int) -> None:
         if step == self.last and self.open:
             self.close()
             self.done = True
@@ -136,33 +136,34 @@ class Window:
 
 
 @contextlib.contextmanager
-def watched(windows: list[Window], steps: int) -> Iterator[None]:
-    """Inside, the loop of a train.py that is rehearsed for two epochs of `steps` opens and closes the windows.
+def open_windows(windows: list[Window], steps: int) -> Iterator[None]:
+    """Open and close the windows in a train.py that runs inside this context with `--rehearse steps`.
 
-    Every loop clears its gradients once a step, between loss and backward pass: there a step is noticed. Raises Failed
-    where a window was never closed.
+    The start of a step is detected by Optimizer.zero_grad, which each loop calls once per step, between loss and
+    backward pass. Raises CaseFailed if a window was not closed.
     """
-    real, calls = torch.optim.Optimizer.zero_grad, [0]
+    real_zero_grad, calls = torch.optim.Optimizer.zero_grad, 0
 
     def zero_grad(optimizer: torch.optim.Optimizer, set_to_none: bool = True) -> None:
+        nonlocal calls
         for window in windows:
-            window.before(calls[0] - steps)
-        calls[0] += 1
-        real(optimizer, set_to_none)
+            window.before_step(calls - steps)
+        calls += 1
+        real_zero_grad(optimizer, set_to_none)
 
     torch.optim.Optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
     try:
         yield
-        expect(all(window.done for window in windows), "the training loop did not reach the steps to be watched")
+        expect(all(window.done for window in windows), "the training loop did not reach the last step to be measured")
     finally:
-        torch.optim.Optimizer.zero_grad = real  # type: ignore[method-assign]
+        torch.optim.Optimizer.zero_grad = real_zero_grad  # type: ignore[method-assign]
         for window in windows:
             if window.open:
                 window.close()
 
 
-class NoReads(TorchDispatchMode):
-    """Raises where a number is read from a tensor, a shape depends on data, or a tensor goes from device to CPU."""
+class FailOnSynchronisation(TorchDispatchMode):
+    """Raise CaseFailed if the host reads a value, a shape depends on data, or a tensor is copied to the CPU."""
 
     NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero")
 
@@ -170,49 +171,49 @@ class NoReads(TorchDispatchMode):
         name, kwargs = func._schema.name.partition("::")[2], kwargs or {}
         to_host = name == "_to_copy" and "device" in kwargs and torch.device(kwargs["device"]).type == "cpu"
         if name in self.NAMES or (to_host and args[0].device.type != "cpu"):
-            raise Failed(f"a step waits for the device: aten::{name}")
+            raise CaseFailed(f"host-device synchronisation in a step: aten::{name}")
         return func(*args, **kwargs)
 
 
 @contextlib.contextmanager
 def no_synchronisation(device: torch.device) -> Iterator[None]:
-    """Raises where the host waits for the device, in whatever way PyTorch or `NoReads` sees."""
+    """Raise an error at each host-device synchronisation that PyTorch or FailOnSynchronisation detects."""
     if device.type == "cuda":
         torch.cuda.set_sync_debug_mode("error")
     try:
-        with NoReads():
+        with FailOnSynchronisation():
             yield
     finally:
         if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")
 
 
-class Timed(contextlib.AbstractContextManager):
-    """Wall time between two synchronisations, in `seconds`."""
+class Timer(contextlib.AbstractContextManager):
+    """Measure the wall time of the context, with the device synchronised at both ends; result in `seconds`."""
 
     def __init__(self, check: Check):
         self.check, self.seconds = check, 0.0
 
-    def __enter__(self) -> "Timed":
+    def __enter__(self) -> "Timer":
         self.check.synchronise()
-        self.started = time.perf_counter()
+        self.start = time.perf_counter()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.check.synchronise()
-        self.seconds = time.perf_counter() - self.started
+        self.seconds = time.perf_counter() - self.start
 
 
-class Profiled(contextlib.AbstractContextManager):
-    """`events` of the profiler's trace, a list of dictionaries."""
+class Profiler(contextlib.AbstractContextManager):
+    """Profile the context; the trace's events are in `events`, a list of dictionaries."""
 
     def __init__(self, check: Check):
         self.check, self.events = check, list[dict[str, Any]]()
-        kinds = [torch.profiler.ProfilerActivity.CPU]
-        kinds += [] if check.dry else [torch.profiler.ProfilerActivity.CUDA]
-        self.profiler = torch.profiler.profile(activities=kinds)
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        activities += [] if check.dry_run else [torch.profiler.ProfilerActivity.CUDA]
+        self.profiler = torch.profiler.profile(activities=activities)
 
-    def __enter__(self) -> "Profiled":
+    def __enter__(self) -> "Profiler":
         self.check.synchronise()
         self.profiler.__enter__()
         return self
@@ -225,8 +226,8 @@ class Profiled(contextlib.AbstractContextManager):
         self.events = json.loads(path.read_text())["traceEvents"]
 
 
-def trace_facts(events: list[dict[str, Any]]) -> dict[str, float]:
-    """Of a trace: kernels launched, seconds of kernels, synchronising calls, copies from and to pageable memory."""
+def trace_statistics(events: list[dict[str, Any]]) -> dict[str, float]:
+    """Count the kernels, their seconds, synchronising calls and copies from or to pageable memory in a trace."""
     kernels = [event for event in events if event.get("cat") == "kernel"]
     names = Counter(event.get("name", "") for event in events if event.get("cat") in ("cuda_runtime", "gpu_memcpy"))
     return {

@@ -1,4 +1,4 @@
-"""What PyTorch dispatches in a training step: a count of operations, and its matrix products to be timed alone."""
+"""Dispatch modes for benchmarks: count the operations of a training step, and record its matrix products."""
 
 import functools
 from collections.abc import Callable
@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class Counted(TorchDispatchMode):
-    """Counts what is dispatched, but for what only looks at memory in another way, or only reserves it."""
+class OperationCounter(TorchDispatchMode):
+    """Counts dispatched operations, except views and allocations, which launch no kernel."""
 
     FREE = ("detach", "alias", "empty", "empty_like", "empty_strided", "new_empty", "_local_scalar_dense")
 
@@ -18,13 +18,13 @@ class Counted(TorchDispatchMode):
         self.operations = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        looks = func.is_view or func._schema.name.partition("::")[2] in self.FREE
-        self.operations += not looks
+        free = func.is_view or func._schema.name.partition("::")[2] in self.FREE
+        self.operations += not free
         return func(*args, **(kwargs or {}))
 
 
-class Products(TorchDispatchMode):
-    """Records the matrix products that are dispatched, to `replay` them on other numbers."""
+class MatrixProducts(TorchDispatchMode):
+    """Records dispatched matrix products, convolutions and fused attention; `replay` repeats them on random data."""
 
     NAMES = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
 
@@ -34,10 +34,11 @@ class Products(TorchDispatchMode):
         self.pool: dict[tuple, Tensor] = {}
 
     def operand(self, value: object) -> object:
+        """Return a random tensor of the same shape, strides and dtype; other arguments are returned as they are."""
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return value
         key = (value.shape, value.stride(), value.dtype)
-        if key not in self.pool:  # an expanded tensor has strides of 0, so that it cannot be filled itself
+        if key not in self.pool:  # expanded tensors have strides of 0 and cannot be filled: fill their storage
             last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
             memory = torch.empty(1 + last if value.numel() else 0, dtype=value.dtype, device=value.device)
             self.pool[key] = memory.normal_().as_strided(value.shape, value.stride())

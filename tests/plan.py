@@ -1,6 +1,6 @@
-"""The experimental design as the tests use it: a paper's arms with their flags, and its studies with their contrasts.
+"""The experimental design for tests: arms with their flags, studies with their contrasts.
 
-Without robustness and curves: their arms are the other studies' at other numbers, and no test trains them all.
+By default without robustness studies and curves: they repeat the arms of other studies with other numbers.
 """
 
 import shlex
@@ -13,13 +13,13 @@ Plan = tuple[dict[str, list[str]], dict[str, list[str]]]  # arms with their flag
 
 
 def design(paper: str, scale: str = "demo", groups: tuple[str, ...] = ("all", "")) -> Plan:
-    """A paper's plan and its other extras."""
-    found = load(paper, scale)
-    studies = [study for study in found.studies if study.group in groups]
-    arms = {arm: shlex.split(found.arm(arm).flags) for study in studies for arm in study.arms}
+    """Return (arms, studies) of a paper, for the studies of `groups` ("all": no extras; "": other extras)."""
+    table = load(paper, scale)
+    studies = [study for study in table.studies if study.group in groups]
+    arms = {arm: shlex.split(table.arm(arm).flags) for study in studies for arm in study.arms}
     return arms, {study.name: list(map(str, study.contrasts)) for study in studies}
 
 
 def plan(paper: str, scale: str) -> Plan:
-    """Without extras: what `make PAPER` runs and draws."""
+    """Return (arms, studies) that `make PAPER` runs, without extras."""
     return design(paper, scale, ("all",))

@@ -1,4 +1,4 @@
-"""ConMIM's figures and sentences from run folders that the test writes: both studies, holes, and the arithmetic."""
+"""Tests of conmim/plot.py on synthetic run folders: figures, verdicts, missing runs, and the factorial's statistics."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from common.study import results, statistics
 from common.study.design import load
 from conmim import plot
 
-CELLS = {  # arm: its arguments, and the accuracy and position R² that it comes to
+CELLS = {  # arm: arguments, accuracy, position R²
     "base": ({}, 52.0, 0.35),
     "basic-views": ({"views": "basic"}, 51.0, 0.45),
     "online-keys": ({"keys": "online"}, 44.0, 0.30),
@@ -24,13 +24,13 @@ STUDIES = {study.name: study for study in load("conmim", "demo").studies if stud
 NAMES = ("curves", "factorial", "metrics", "similarity")
 
 
-def run(root, arm, seed, *, diverged=False, given=None, **metrics):
-    """One finished run with plausible numbers."""
-    draws = np.random.default_rng([seed, *arm.encode()])
-    told, level, r2 = CELLS[arm]
+def write_run(root, arm, seed, *, diverged=False, changed_arguments=None, **changed_metrics):
+    """Write one finished run with plausible numbers."""
+    rng = np.random.default_rng([seed, *arm.encode()])
+    arm_arguments, mean_accuracy, r2 = CELLS[arm]
     arguments = {"keys": "ema", "views": "asymmetric", "gradient_leak": 0.0, "data_set": "glyphs36", "size": 32}
-    arguments |= {"network": "vit_demo", "positions": "both", "epochs": 3, "batch": 32, "seed": seed} | told
-    arguments |= {"out": f"somewhere/{arm}/{seed}"} | (given or {})
+    arguments |= {"network": "vit_demo", "positions": "both", "epochs": 3, "batch": 32, "seed": seed} | arm_arguments
+    arguments |= {"out": f"somewhere/{arm}/{seed}"} | (changed_arguments or {})
     folder = root / arm / str(seed)
     folder.mkdir(parents=True)
     provenance = {"commit": "c", "dirty": False, "torch": "2", "device": "cpu", "threads": 1, "world": 1}
@@ -39,36 +39,45 @@ def run(root, arm, seed, *, diverged=False, given=None, **metrics):
     epochs = 0 if arm == "no-pretraining" else 1 if diverged else arguments["epochs"]
     lines = [{"epoch": 0, "own_top1": 0.1, "cross_top1": 0.1, "position_r2": 0.03}]
     for epoch in range(1, epochs + 1):
-        far = 1 - np.exp(-2.0 * epoch / arguments["epochs"])
-        line = {"own_top1": 0.9 * far, "cross_top1": 0.9 * far * r2, "position_r2": float(r2 * far)}
-        lines.append({"epoch": epoch, "loss": 4.2 - 3.5 * far * r2, **line})
+        progress = 1 - np.exp(-2.0 * epoch / arguments["epochs"])
+        line = {"own_top1": 0.9 * progress, "cross_top1": 0.9 * progress * r2, "position_r2": float(r2 * progress)}
+        lines.append({"epoch": epoch, "loss": 4.2 - 3.5 * progress * r2, **line})
     (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "flags").write_text(f"flags: --{arm}\n")
-    accuracy = level + draws.standard_normal()
-    claims = {
-        "finetune_accuracy": accuracy, "linear_accuracy": accuracy - 12, "knn_accuracy": accuracy - 20,
-        "finetune_accuracy_online": accuracy - 1 + 0.3 * draws.standard_normal(),
-        "linear_accuracy_online": accuracy - 13, "knn_accuracy_online": accuracy - 22, "own_top1": 0.9,
-        "cross_top1": min(1.0, 0.3 + r2), "position_r2": min(1.0, r2 + 0.004 * draws.standard_normal()),
-        "key_effective_rank": 20.0, "key_linear_accuracy": 40 * (1 - r2) + 3,
-        "train_loss": lines[-1].get("loss"), "clipped_fraction": 0.1 if epochs else None,
+    accuracy = mean_accuracy + rng.standard_normal()
+    metrics = {
+        "finetune_accuracy": accuracy,
+        "linear_accuracy": accuracy - 12,
+        "knn_accuracy": accuracy - 20,
+        "finetune_accuracy_online": accuracy - 1 + 0.3 * rng.standard_normal(),
+        "linear_accuracy_online": accuracy - 13,
+        "knn_accuracy_online": accuracy - 22,
+        "own_top1": 0.9,
+        "cross_top1": min(1.0, 0.3 + r2),
+        "position_r2": min(1.0, r2 + 0.004 * rng.standard_normal()),
+        "key_effective_rank": 20.0,
+        "key_linear_accuracy": 40 * (1 - r2) + 3,
+        "train_loss": lines[-1].get("loss"),
+        "clipped_fraction": 0.1 if epochs else None,
         "untrained_linear_accuracy": 20.0,
-    }  # fmt: skip
-    found = (dict.fromkeys(claims) if diverged else claims) | {"diverged": diverged, "seconds": 10.0}
-    (folder / "metrics.json").write_text(json.dumps(found | {"loss_floor": 0.003} | metrics))
+    }
+    if diverged:
+        metrics = dict.fromkeys(metrics)
+    metrics |= {"diverged": diverged, "seconds": 10.0, "loss_floor": 0.003} | changed_metrics
+    (folder / "metrics.json").write_text(json.dumps(metrics))
     if not diverged:
-        code, noise = np.eye(64), draws.uniform(-0.3, 0.3, (2, 64, 64))
-        own, other = np.clip(0.8 * code + noise[0], -1, 1), np.clip(0.8 * r2 * code + noise[1], -1, 1)
-        mask = np.kron(draws.permutation(16).reshape(4, 4) < 12, np.ones((2, 2))).astype(bool).flatten()
-        picture = draws.integers(0, 256, (3, 32, 32), dtype=np.uint8)
+        diagonal, noise = np.eye(64), rng.uniform(-0.3, 0.3, (2, 64, 64))
+        own, other = np.clip(0.8 * diagonal + noise[0], -1, 1), np.clip(0.8 * r2 * diagonal + noise[1], -1, 1)
+        mask = np.kron(rng.permutation(16).reshape(4, 4) < 12, np.ones((2, 2))).astype(bool).flatten()
+        picture = rng.integers(0, 256, (3, 32, 32), dtype=np.uint8)
         np.savez(folder / "similarity.npz", own=own, other=other, mask=mask, picture=picture)
     return folder
 
 
-def grid(root, seeds, arms=tuple(CELLS)):
+def write_runs(root, seeds, arms=tuple(CELLS)):
     for arm in arms:
         for seed in range(seeds):
-            run(root, arm, seed)
+            write_run(root, arm, seed)
 
 
 def draw(root, study, seeds, report):
@@ -78,167 +87,174 @@ def draw(root, study, seeds, report):
 
 
 @pytest.mark.parametrize(("study", "seeds"), list(zip(STUDIES, (3, 1), strict=True)))
-def test_every_study_is_drawn(tmp_path, study, seeds):
+def test_figures_and_tables_of_every_study(tmp_path, study, seeds):
     declared = STUDIES[study]
-    grid(tmp_path / "runs", seeds)
-    found = draw(tmp_path / "runs", study, seeds, tmp_path / "report")
-    figures = [f"{study}-{name}.{kind}" for name in NAMES for kind in ("png", "svg")]
-    tables = [f"{study}.{kind}" for kind in ("csv", "json")]
+    write_runs(tmp_path / "runs", seeds)
+    summary = draw(tmp_path / "runs", study, seeds, tmp_path / "report")
+    figures = [f"{study}-{name}.{suffix}" for name in NAMES for suffix in ("png", "svg")]
+    tables = [f"{study}.{suffix}" for suffix in ("csv", "json")]
     assert sorted(path.name for path in (tmp_path / "report").iterdir()) == sorted([*figures, *tables])
-    assert found["question"] == declared.question and found["primary_metric"] == "finetune_accuracy"
-    assert found["published"] == declared.published and not found["not_run"]
-    assert [f"{one['arm']}:{one['reference']}" for one in found["contrasts"]] == declared.contrasts
-    assert found["margin"] is None and [one["primary"] for one in found["contrasts"]].count(True) == 1
-    control = found["controls"][0]
-    assert (control["arm"], control["baseline_arm"], control["passed"]) == ("base", "no-pretraining", seeds > 1 or None)
-    assert (found["verdict"] == "one seed: no interval") == (seeds == 1)
-    assert found["data"] == "glyphs (synthetic characters, 36 classes), vit_demo, both positions, 3 epochs of batch 32"
+    assert summary["question"] == declared.question and summary["primary_metric"] == "finetune_accuracy"
+    assert summary["published"] == declared.published and not summary["not_run"]
+    contrasts = summary["contrasts"]
+    assert [f"{contrast['arm']}:{contrast['reference']}" for contrast in contrasts] == declared.contrasts
+    assert summary["margin"] is None and [contrast["primary"] for contrast in contrasts].count(True) == 1
+    guard = summary["controls"][0]
+    assert (guard["arm"], guard["baseline_arm"], guard["passed"]) == ("base", "no-pretraining", seeds > 1 or None)
+    assert (summary["verdict"] == "one seed: no interval") == (seeds == 1)
+    assert (
+        summary["data"] == "glyphs (synthetic characters, 36 classes), vit_demo, both positions, 3 epochs of batch 32"
+    )
     text = (tmp_path / "report" / f"{study}-factorial.svg").read_text()
-    assert all(word in text for word in ("basic views", "keys × views", "no-pretraining", "position R²"))
-    assert "Not there" not in text and found["notes"][0].startswith("Position diagnostics")
+    assert all(words in text for words in ("basic views", "keys × views", "no-pretraining", "position R²"))
+    assert "Missing:" not in text and summary["notes"][0].startswith("Position diagnostics")
 
 
-def test_position_codes_are_named(tmp_path):
-    grid(tmp_path / "runs", 2)
-    found = draw(tmp_path / "runs", "conmim-stop-gradient", 2, tmp_path / "report")
-    words = {row["arm"]: row["word"] for row in found["rows"]}
-    assert {arm for arm, word in words.items() if word} == {"online-no-stop-gradient", "symmetric-no-stop-gradient"}
-    assert "online-no-stop-gradient has a position code for keys in every seed" in found["finding"]
+def test_arms_with_a_position_code_are_named(tmp_path):
+    write_runs(tmp_path / "runs", 2)
+    summary = draw(tmp_path / "runs", "conmim-stop-gradient", 2, tmp_path / "report")
+    named = {row["arm"] for row in summary["rows"] if row["word"]}
+    assert named == {"online-no-stop-gradient", "symmetric-no-stop-gradient"}
+    assert "online-no-stop-gradient has a position code for keys in every seed" in summary["finding"]
     runs = [{"position_r2": 0.99, "cross_top1": 0.99}, {"position_r2": 0.99, "cross_top1": 0.94}]
     assert plot.position_code(runs[:1]) and plot.position_code(runs) is None
 
 
-def test_no_run_is_said_and_nothing_written(tmp_path, capsys):
+def test_without_runs_nothing_is_written(tmp_path, capsys):
     assert draw(tmp_path / "runs", "conmim-asymmetry", 2, tmp_path / "report") is None
     assert capsys.readouterr().out == f"conmim-asymmetry: no runs in {tmp_path / 'runs'} yet\n"
     assert not (tmp_path / "report").exists()
 
 
 def test_an_unknown_study_is_refused(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as end:
         plot.main(["conmim-views", "--runs", str(tmp_path), "--results", str(tmp_path / "report")])
     printed = capsys.readouterr().err
-    assert stopped.value.code == 2 and "no study 'conmim-views'" in printed and printed.count("\n") == 1
+    assert end.value.code == 2 and "no study 'conmim-views'" in printed and printed.count("\n") == 1
     assert not (tmp_path / "report").exists()
 
 
-def test_runs_that_have_only_begun_are_drawn_as_holes(tmp_path):
-    grid(tmp_path / "runs", 1)
+def test_unfinished_runs_are_reported_as_missing(tmp_path):
+    write_runs(tmp_path / "runs", 1)
     for path in (tmp_path / "runs").glob("*/*/metrics.json"):
         path.unlink()
-    found = draw(tmp_path / "runs", "conmim-asymmetry", 1, tmp_path / "report")
-    assert "symmetric: 1 of 1 missing (seed 0)." in found["notes"] and not found["counted"]
+    summary = draw(tmp_path / "runs", "conmim-asymmetry", 1, tmp_path / "report")
+    assert "symmetric: 1 of 1 missing (seed 0)." in summary["notes"] and not summary["counted"]
     assert (tmp_path / "report/conmim-asymmetry-factorial.png").exists()
 
 
-def test_holes_divergence_and_damage_are_shown(tmp_path):
+def test_missing_diverged_and_damaged_runs_are_reported(tmp_path):
     root = tmp_path / "runs"
-    grid(root, 3, ("base", "no-pretraining"))
-    run(root, "online-keys", 0)
-    run(root, "online-keys", 1, diverged=True)
-    run(root, "symmetric", 0, diverged=True)
+    write_runs(root, 3, ("base", "no-pretraining"))
+    write_run(root, "online-keys", 0)
+    write_run(root, "online-keys", 1, diverged=True)
+    write_run(root, "symmetric", 0, diverged=True)
     (root / "base/0/similarity.npz").write_bytes(b"junk")
     np.savez(root / "online-keys/0/similarity.npz", **dict.fromkeys(("own", "other", "mask", "picture"), np.zeros(5)))
-    found = draw(root, "conmim-asymmetry", 3, tmp_path / "report")
-    notes = "\n".join(found["notes"])
+    summary = draw(root, "conmim-asymmetry", 3, tmp_path / "report")
+    notes = "\n".join(summary["notes"])
     assert "online-keys: 1 of 3 diverged, not averaged (seed 1)." in notes and "symmetric: 2 of 3 missing" in notes
     assert "base, seed 0: similarity.npz cannot be used." in notes
     texts = [
         " ".join(re.sub("<[^>]+>", " ", (tmp_path / f"report/conmim-asymmetry-{name}.svg").read_text()).split())
         for name in ("factorial", "curves", "similarity")
     ]
-    assert "Not there: asymmetric views, keys online, no stop-gradient; basic views, keys ema;" in texts[0]
-    assert all("online-keys: 1 diverged, 1 missing" in text for text in texts[:2])
-    similarity = texts[2]
-    assert "no run" in similarity and "Seed 1" in similarity  # of base; symmetric has none
-    assert found["verdict"] == "symmetric: 1 of 3 diverged" and found["not_run"] == ["basic-views"]
+    factorial, curves, similarity = texts
+    assert "Missing: asymmetric views, keys online, no stop-gradient; basic views, keys ema;" in factorial
+    assert "online-keys: 1 diverged, 1 missing" in factorial and "online-keys: 1 diverged, 1 missing" in curves
+    assert "no run" in similarity and "Seed 1" in similarity  # base has a readable file for seed 1, symmetric has none
+    assert summary["verdict"] == "symmetric: 1 of 3 diverged" and summary["not_run"] == ["basic-views"]
 
 
-def test_without_similarities_there_is_no_such_figure(tmp_path):
-    grid(tmp_path / "runs", 2, ("base", "symmetric", "no-pretraining"))
+def test_no_similarity_figure_without_similarity_files(tmp_path):
+    write_runs(tmp_path / "runs", 2, ("base", "symmetric", "no-pretraining"))
     for path in (tmp_path / "runs").glob("*/*/similarity.npz"):
         path.unlink()
     draw(tmp_path / "runs", "conmim-asymmetry", 2, tmp_path / "report")
     assert len(list((tmp_path / "report").glob("*.png"))) == 3
 
 
-def test_pickled_similarities_are_refused(tmp_path):
+def test_pickled_similarity_files_are_refused(tmp_path):
     np.savez(tmp_path / "similarity.npz", **dict.fromkeys(("own", "other", "mask", "picture"), np.array([object()])))
     with pytest.raises(ValueError, match="cannot be read"):
         plot.read_similarity(tmp_path / "similarity.npz")
     assert plot.read_similarity(tmp_path / "none.npz") is None
 
 
-# ---------------------------------------------------------------------------------------------- what follows
+# ---------------------------------------------------------------------------------------------- verdict
 
 
-def verdict_of(tmp_path, shift=0.0, online=0.0, study="conmim-asymmetry"):
-    """Verdict with all fine-tuned accuracies moved by `shift`, and those of symmetric's online weights by `online`."""
+def draw_with_accuracies(tmp_path, shift=0.0, online=0.0, study="conmim-asymmetry"):
+    """Return the summary with fine-tuned accuracies shifted by `shift`, and symmetric's online weights by `online`."""
     for arm in CELLS:
         for seed in range(4):
-            level = CELLS[arm][1] + shift + 0.1 * seed
-            other = level + (online if arm == "symmetric" else 0)
-            run(tmp_path / "runs", arm, seed, finetune_accuracy=level, finetune_accuracy_online=other)
+            ema_accuracy = CELLS[arm][1] + shift + 0.1 * seed
+            accuracies = {"finetune_accuracy": ema_accuracy, "finetune_accuracy_online": ema_accuracy}
+            if arm == "symmetric":
+                accuracies["finetune_accuracy_online"] += online
+            write_run(tmp_path / "runs", arm, seed, **accuracies)
     return draw(tmp_path / "runs", study, 4, tmp_path / "report")
 
 
-def test_a_finding_needs_both_weights_to_agree_in_sign(tmp_path):
-    found = verdict_of(tmp_path / "agree")
-    assert found["verdict"] == "lower" and found["counted"] and not any("disagree" in note for note in found["notes"])
-    found = verdict_of(tmp_path / "disagree", online=20.0)
-    assert found["verdict"] == plot.DISAGREE and not found["counted"]
-    note = next(note for note in found["notes"] if "disagree" in note)
-    assert "symmetric:base" in note and "-11.0" in note and "9.0" in note and note in found["finding"]
+def test_a_finding_requires_that_ema_and_online_weights_agree_in_sign(tmp_path):
+    summary = draw_with_accuracies(tmp_path / "agree")
+    assert summary["verdict"] == "lower" and summary["counted"]
+    assert not any("disagree" in note for note in summary["notes"])
+    summary = draw_with_accuracies(tmp_path / "disagree", online=20.0)
+    assert summary["verdict"] == plot.DISAGREE and not summary["counted"]
+    note = next(note for note in summary["notes"] if "disagree" in note)
+    assert "symmetric:base" in note and "-11.0" in note and "9.0" in note and note in summary["finding"]
 
 
 @pytest.mark.parametrize(
     ("shift", "words"), [(-20.0, "13.2 %, outside 20 to 80 %"), (48.0, "81.2 %, outside 20 to 80 %")]
 )
-def test_a_control_near_chance_or_ceiling_informs_of_nothing(tmp_path, shift, words):
-    found = verdict_of(tmp_path, shift)
-    assert found["verdict"] == "not informative at this scale" and not found["counted"]
-    assert words in found["finding"] and any(words in note for note in found["notes"])
-    assert "Position diagnostics, which need no labels: symmetric minus base" in found["finding"]
+def test_a_baseline_near_chance_or_ceiling_is_not_informative(tmp_path, shift, words):
+    summary = draw_with_accuracies(tmp_path, shift)
+    assert summary["verdict"] == "not informative at this scale" and not summary["counted"]
+    assert words in summary["finding"] and any(words in note for note in summary["notes"])
+    assert "Position diagnostics (they need no labels), symmetric minus base" in summary["finding"]
 
 
-def test_a_control_that_is_not_beaten_informs_of_nothing(tmp_path):
+def test_a_baseline_that_is_not_beaten_is_not_informative(tmp_path):
     for seed in range(3):
         for arm in ("base", "symmetric"):
-            run(tmp_path / "runs", arm, seed)
-        run(tmp_path / "runs", "no-pretraining", seed, finetune_accuracy=51.0 + seed)
-    found = draw(tmp_path / "runs", "conmim-asymmetry", 3, tmp_path / "report")
-    assert found["verdict"] == "not informative at this scale" and not found["counted"]
-    assert "no pre-training" in found["finding"] and "Position diagnostics" in found["finding"]
+            write_run(tmp_path / "runs", arm, seed)
+        write_run(tmp_path / "runs", "no-pretraining", seed, finetune_accuracy=51.0 + seed)
+    summary = draw(tmp_path / "runs", "conmim-asymmetry", 3, tmp_path / "report")
+    assert summary["verdict"] == "not informative at this scale" and not summary["counted"]
+    assert "no pre-training" in summary["finding"] and "Position diagnostics" in summary["finding"]
 
 
-# ---------------------------------------------------------------------------------------------- arithmetic
+# ---------------------------------------------------------------------------------------------- statistics
 
 
-def test_two_cells_have_welchs_interval():
-    one, other = [3.0, 4.5, 5.0, 7.0], [1.0, 1.5, 4.0]
-    found, expected = plot.combine([one, other], [1, -1]), statistics.welch(one, other)
-    assert found == pytest.approx((expected.mean, expected.low, expected.high))
-    alone = stats.t.interval(0.95, 3, np.mean(one), stats.sem(one))
-    assert plot.combine([one], [1])[1:] == pytest.approx(alone)
-    assert plot.combine([one, []], [1, -1]) is None and plot.combine([one, [1.0]], [1, -1]) == (3.875, None, None)
+def test_two_cells_have_welch_interval():
+    x, y = [3.0, 4.5, 5.0, 7.0], [1.0, 1.5, 4.0]
+    expected = statistics.welch(x, y)
+    assert plot.combine([x, y], [1, -1]) == pytest.approx((expected.mean, expected.low, expected.high))
+    single = stats.t.interval(0.95, 3, np.mean(x), stats.sem(x))
+    assert plot.combine([x], [1])[1:] == pytest.approx(single)
+    assert plot.combine([x, []], [1, -1]) is None and plot.combine([x, [1.0]], [1, -1]) == (3.875, None, None)
     assert plot.combine([[2.0, 2.0], [1.0, 1.0]], [1, -1]) == (1.0, 1.0, 1.0)
 
 
-def test_four_cells_of_equal_spread_have_all_degrees_of_freedom():
+def test_four_cells_of_equal_variance_have_all_degrees_of_freedom():
     values = [[a, a + 1, a + 2] for a in (0.0, 5.0, 1.0, 9.0)]
-    found = plot.combine(values, [1, -1, -1, 1])
-    half = stats.t.ppf(0.975, 8) * (4 * 1.0 / 3) ** 0.5
-    assert found == pytest.approx((3.0, 3.0 - half, 3.0 + half))
+    half_width = stats.t.ppf(0.975, 8) * (4 * 1.0 / 3) ** 0.5
+    expected = (3.0, 3.0 - half_width, 3.0 + half_width)
+    assert plot.combine(values, [1, -1, -1, 1]) == pytest.approx(expected)
 
 
-def test_effects_are_those_of_the_specification():
-    """Cells numbered as there: 1 and 2 ema, 3 and 4 online, 5 and 6 without stop-gradient; asymmetric, then basic."""
-    number = {("asymmetric", 0): 1, ("basic", 0): 2, ("asymmetric", 1): 3, ("basic", 1): 4, ("asymmetric", 2): 5,
-              ("basic", 2): 6}  # fmt: skip
-    level = {cell: float(10**place) for cell, place in number.items()}
-    c = [0.0] + [float(10**place) for place in range(1, 7)]
-    found = [(row.name, sum(w * level[cell] for cell, w in row.weights.items())) for row in plot.factors()]
-    assert found == [
+def test_factorial_effects():
+    """Cells 1 and 2 have ema keys, 3 and 4 online keys, 5 and 6 no stop-gradient; odd cells have asymmetric views."""
+    number = {(views, keys): 1 + 2 * keys + plot.VIEWS.index(views) for views in plot.VIEWS for keys in range(3)}
+    c = [0.0] + [float(10**exponent) for exponent in range(1, 7)]  # mean of each cell
+    effects = [
+        (effect.name, sum(weight * c[number[cell]] for cell, weight in effect.weights.items()))
+        for effect in plot.factorial_effects()
+    ]
+    assert effects == [
         ("keys: online − ema", (c[3] - c[1] + c[4] - c[2]) / 2),
         ("at asymmetric views", c[3] - c[1]), ("at basic views", c[4] - c[2]),
         ("views: basic − asymmetric", (c[2] - c[1] + c[4] - c[3]) / 2),
@@ -251,28 +267,27 @@ def test_effects_are_those_of_the_specification():
     ]  # fmt: skip
 
 
-def test_cells_are_found_by_their_arguments_alone(tmp_path):
-    grid(tmp_path, 1)
-    run(tmp_path, "basic-views", 1, given={"temperature": 0.5})
+def test_cells_are_identified_by_arguments(tmp_path):
+    write_runs(tmp_path, 1)
+    write_run(tmp_path, "basic-views", 1, changed_arguments={"temperature": 0.5})
     (tmp_path / "basic-views/1").rename(tmp_path / "other")
     (tmp_path / "an-ablation").mkdir()
     (tmp_path / "other").rename(tmp_path / "an-ablation/0")
-    names = plot.every_arm(tmp_path, ["base"])
+    names = plot.all_arms(tmp_path, ["base"])
     assert names[0] == "base" and set(names) == {*CELLS, "an-ablation"}
-    found = plot.cells(results.read_runs(tmp_path, names, [0]), "base")
-    places = [
-        "base",
-        "online-keys",
-        "online-no-stop-gradient",
-        "basic-views",
-        "symmetric",
-        "symmetric-no-stop-gradient",
-    ]
-    assert [found[views, place] for views in plot.VIEWS for place in range(3)] == places
+    cells = plot.cells(results.read_runs(tmp_path, names, [0]), "base")
+    assert cells == {
+        ("asymmetric", 0): "base",
+        ("asymmetric", 1): "online-keys",
+        ("asymmetric", 2): "online-no-stop-gradient",
+        ("basic", 0): "basic-views",
+        ("basic", 1): "symmetric",
+        ("basic", 2): "symmetric-no-stop-gradient",
+    }
 
 
-def test_equal_runs_give_equal_bytes(tmp_path):
-    grid(tmp_path / "runs", 2)
+def test_equal_runs_give_identical_files(tmp_path):
+    write_runs(tmp_path / "runs", 2)
     for name in ("a", "b"):
         draw(tmp_path / "runs", "conmim-asymmetry", 2, tmp_path / name)
     for path in (tmp_path / "a").iterdir():

@@ -1,4 +1,4 @@
-"""Hours of arms and studies, from finished runs and from rehearsals."""
+"""Estimated hours of arms and studies, from finished runs and from rehearsals."""
 
 import json
 
@@ -8,14 +8,14 @@ from common.study import cost
 from common.study.request import Request
 
 
-def finished(folder, seconds, flags="flags:", **facts):
+def finished_run(folder, seconds, flags="flags:", **metrics):
     folder.mkdir(parents=True)
-    metrics = {"seconds": seconds, "examples_per_second": 50.0, "peak_memory": 2**30, "diverged": False}
-    (folder / "metrics.json").write_text(json.dumps(metrics | facts))
+    defaults = {"seconds": seconds, "examples_per_second": 50.0, "peak_memory": 2**30, "diverged": False}
+    (folder / "metrics.json").write_text(json.dumps(defaults | metrics))
     (folder / "flags").write_text(flags + "\n")
 
 
-def rehearsed(folder, rate):
+def rehearsal(folder, rate):
     folder.mkdir(parents=True)
     (folder / "args.json").write_text(json.dumps({"arguments": {"batch": 100}, "provenance": {"steps": 3600}}))
     lines = [{"epoch": 1, "examples_per_second": 1.0, "peak_memory": 5}]
@@ -23,53 +23,55 @@ def rehearsed(folder, rate):
     (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def asked(tmp_path, *words):
+def parse_request(tmp_path, *words):
     return Request.parse(["PAPERS=bsa", "SCALE=demo", f"RUNS={tmp_path / 'runs'}", *words])
 
 
-def test_finished_runs_with_the_flags_asked_for_tell_what_one_costs(tmp_path):
-    runs, request = tmp_path / "runs/bsa/base", asked(tmp_path)
+def test_cost_is_the_mean_of_comparable_finished_runs(tmp_path):
+    """Excluded: diverged runs, runs that shared a GPU, runs with other flags, and replaced runs."""
+    runs, request = tmp_path / "runs/bsa/base", parse_request(tmp_path)
     design = request.designs["bsa"]
-    finished(runs / "0", 3600.0)
-    finished(runs / "1", 7200.0)
-    finished(runs / "2", 1.0, diverged=True)
-    finished(runs / "3", 90000.0, runs_on_this_gpu=4)
-    finished(runs / "4", 90000.0, flags="flags: --epochs 9")
-    finished(runs / "0.replaced-1", 90000.0)
-    assert cost.of_runs(cost.finished(request, design, "base")) == (1.5, 50.0, 2**30, "2 finished")
-    assert len(cost.finished(asked(tmp_path, "EXTRA=--epochs  9"), design, "base")) == 1
-    assert cost.finished(request, design, "mse") == []
+    finished_run(runs / "0", 3600.0)
+    finished_run(runs / "1", 7200.0)
+    finished_run(runs / "2", 1.0, diverged=True)
+    finished_run(runs / "3", 90000.0, runs_on_this_gpu=4)
+    finished_run(runs / "4", 90000.0, flags="flags: --epochs 9")
+    finished_run(runs / "0.replaced-1", 90000.0)
+    finished = cost.finished_metrics(request, design, "base")
+    assert cost.cost_of_runs(finished) == (1.5, 50.0, 2**30, "2 finished")
+    assert len(cost.finished_metrics(parse_request(tmp_path, "EXTRA=--epochs  9"), design, "base")) == 1
+    assert cost.finished_metrics(request, design, "mse") == []
 
 
-def test_a_rehearsal_tells_what_a_whole_run_would_cost(tmp_path):
-    rehearsed(tmp_path / "base/0", rate=50.0)
-    assert cost.of_rehearsal(tmp_path / "base/0") == (2.0, 50.0, 2**29, "rehearsal")  # 360,000 examples
-    assert cost.of_rehearsal(tmp_path / "other/0") is None
+def test_the_cost_of_a_full_run_is_extrapolated_from_a_rehearsal(tmp_path):
+    rehearsal(tmp_path / "base/0", rate=50.0)
+    assert cost.cost_of_rehearsal(tmp_path / "base/0") == (2.0, 50.0, 2**29, "rehearsal")  # 360,000 examples
+    assert cost.cost_of_rehearsal(tmp_path / "other/0") is None
     (tmp_path / "base/0/train.jsonl").write_text("")
-    assert cost.of_rehearsal(tmp_path / "base/0") is None
+    assert cost.cost_of_rehearsal(tmp_path / "base/0") is None
 
 
-def test_the_tables_count_shared_arms_once_and_say_what_is_not_known(tmp_path, capsys):
+def test_cost_tables_count_shared_arms_once_and_mark_unknown_arms(tmp_path, capsys):
     rehearsals = tmp_path / "rehearsals"
-    rehearsed(rehearsals / "bsa/base/0", rate=50.0)
-    rehearsed(rehearsals / "bsa/no-alignment/0", rate=100.0)
-    finished(tmp_path / "runs/bsa/mse/0", 1800.0, flags="flags: --reconstruction mse --alignment mse")
+    rehearsal(rehearsals / "bsa/base/0", rate=50.0)
+    rehearsal(rehearsals / "bsa/no-alignment/0", rate=100.0)
+    finished_run(tmp_path / "runs/bsa/mse/0", 1800.0, flags="flags: --reconstruction mse --alignment mse")
     words = ["PAPERS=bsa", "SCALE=demo", f"RUNS={tmp_path / 'runs'}", "SEEDS=0 1 2", "--rehearsals", str(rehearsals)]
     cost.main(words)
     printed = capsys.readouterr().out
     lines = {line.split("  ")[0]: line.split() for line in printed.splitlines() if line}
     assert lines["bsa/no-alignment"] == ["bsa/no-alignment", "100", "0.50", "1.0", "h", "rehearsal"]
     assert lines["bsa/mse"][3:] == ["30.0", "min", "1", "finished"]
-    assert lines["bsa-alignment-loss"][:4] == ["bsa-alignment-loss", "12", "9.0", "h"] and "not known" in printed
+    assert lines["bsa-alignment-loss"][:4] == ["bsa-alignment-loss", "12", "9.0", "h"] and "unknown arms" in printed
     assert lines["bsa-distance"][:4] == ["bsa-distance", "15", "7.5", "h"]
-    assert "24 10.5 h and what is not known" in " ".join(printed.split())  # base is in both
+    assert "24 10.5 h + unknown arms" in " ".join(printed.split())  # base belongs to both studies
     cost.main([*words, "--unknown"])
     unknown = capsys.readouterr().out.split()
     assert f"{rehearsals}/bsa/base/0/metrics.json" in unknown and not any("/mse/" in path for path in unknown)
     with pytest.raises(SystemExit) as end:
         cost.main(["PAPERS=toy"])
-    assert end.value.code == 2 and "there is no paper 'toy'" in capsys.readouterr().err
+    assert end.value.code == 2 and "no paper 'toy'" in capsys.readouterr().err
 
 
-def test_durations_have_the_readers_unit():
+def test_durations_are_given_in_hours_minutes_or_seconds():
     assert [cost.duration(hours) for hours in (26.04, 0.5, 0.005)] == ["26.0 h", "30.0 min", "18 s"]

@@ -1,4 +1,4 @@
-"""Which device and which backend a rank gets, what float32 means on it, and random numbers that no device changes."""
+"""Device and backend of each rank, TF32 off, and random numbers that do not depend on the device."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from seqvcr import tasks
 
 @pytest.fixture
 def two_gpus(monkeypatch):
-    """A machine that shows two CUDA GPUs."""
+    """Pretend that this machine has two CUDA GPUs."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
@@ -21,42 +21,47 @@ def two_gpus(monkeypatch):
     ("name", "local_rank", "index", "backend"),
     [("cuda", "1", 1, "nccl"), ("auto", "1", 1, "nccl"), ("cuda:0", "1", 0, "gloo"), ("cuda:1", "0", 1, "gloo")],
 )
-def test_ranks_have_a_gpu_each_or_share_the_named_one(name, local_rank, index, backend, two_gpus, monkeypatch):
-    """NCCL refuses two ranks on one GPU; a named GPU was once ignored under torchrun."""
-    begun = []
+def test_ranks_have_one_gpu_each_or_share_the_named_one(name, local_rank, index, backend, two_gpus, monkeypatch):
+    """NCCL does not support two ranks on one GPU: with `cuda:N` the backend is gloo."""
+    backends = []
     monkeypatch.setenv("RANK", local_rank)
     monkeypatch.setenv("LOCAL_RANK", local_rank)
-    monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: begun.append(backend))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: backends.append(backend))
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     device = devices.select_device(name, "gpu")
     devices.start_ranks(name, device)
-    assert device == torch.device("cuda", index) and begun == [backend]
+    assert device == torch.device("cuda", index) and backends == [backend]
 
 
-def test_a_rank_without_a_gpu_of_its_own_is_refused(two_gpus, monkeypatch, capsys):
+def test_rank_without_its_own_gpu_is_an_error(two_gpus, monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(SystemExit) as end:
         devices.select_device("cuda", "gpu")
     assert end.value.code == 2 and "no such CUDA GPU" in capsys.readouterr().err
 
 
-def test_float32_is_not_tf32(monkeypatch):
+def test_tf32_is_disabled(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     devices.select_device("cpu", "demo")
     assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
 
 
-def test_random_numbers_are_drawn_on_the_cpu_for_every_device(fake_gpu: FakeGPU, monkeypatch):
-    """No call that draws names a device; what is drawn is uploaded."""
-    named = []
+def test_random_numbers_are_drawn_on_the_cpu_for_all_devices(fake_gpu: FakeGPU, monkeypatch):
+    """Random calls name no device, so they run on the CPU; their results are copied to the device."""
+    requested_devices = []
+
+    def record_device(real):
+        def random_call(*arguments, **keywords):
+            requested_devices.append(keywords.get("device"))
+            return real(*arguments, **keywords)
+
+        return random_call
+
     for name in ("rand", "randperm", "randint"):
-        real = getattr(torch, name)
-        monkeypatch.setattr(
-            torch, name, lambda *all, real=real, **words: named.append(words.get("device")) or real(*all, **words)
-        )
+        monkeypatch.setattr(torch, name, record_device(getattr(torch, name)))
     order = seeding.permutation(0, "order", 0, 8, "cuda")
     view = augment.random_resized_crop(torch.zeros(4, 3, 8, 8, device="cuda"), seeding.SampleRNG(0, "view", 0, 4))
-    rows = tasks.stream(tasks.choose("lis", 8), 0, 0, 16, "cuda")
-    assert order.device.type == view.device.type == rows.device.type == "cuda" and not fake_gpu.asked
-    assert len(named) > 10 and set(named) == {None}
+    rows = tasks.stream(tasks.build_task("lis", 8), 0, 0, 16, "cuda")
+    assert order.device.type == view.device.type == rows.device.type == "cuda" and not fake_gpu.syncs
+    assert len(requested_devices) > 10 and set(requested_devices) == {None}

@@ -1,4 +1,4 @@
-"""Files: whole or absent, checked when read, never executed; and the lock of a run folder."""
+"""Atomic writes, damaged files, safe loading, the lock of a run folder, and the provenance of a run."""
 
 import errno
 import os
@@ -18,7 +18,7 @@ from common.lock import run_lock
 from common.run import imported_files, script_provenance
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+def test_failed_write_keeps_the_old_file_and_no_temporary_file(tmp_path, monkeypatch):
     path = tmp_path / "metrics.json"
     files.write_json(path, {"a": 1})
     monkeypatch.setattr(files.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
@@ -29,13 +29,13 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
         files.write_json(path, {"a": float("nan")})
 
 
-def failing(monkeypatch, number: int, times: int) -> None:
-    """The next `times` calls of fsync raise OSError `number`; nobody waits between two tries."""
-    left, real = [None] * times, os.fsync
+def make_fsync_fail(monkeypatch, number: int, times: int) -> None:
+    """Let the next `times` calls of fsync raise OSError `number`, and remove the wait before the retry."""
+    failures, real = [None] * times, os.fsync
 
     def fsync(descriptor):
-        if left:
-            left.pop()
+        if failures:
+            failures.pop()
             raise OSError(number, os.strerror(number))
         real(descriptor)
 
@@ -43,33 +43,33 @@ def failing(monkeypatch, number: int, times: int) -> None:
     monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
 
 
-def test_a_passing_error_is_tried_once_more_and_a_full_disk_is_not(tmp_path, monkeypatch, capsys):
+def test_temporary_error_is_retried_once_and_full_disk_is_not(tmp_path, monkeypatch, capsys):
     path = tmp_path / "train.jsonl"
     files.append_line(path, '{"epoch": 0}')
-    failing(monkeypatch, errno.EIO, 1)
+    make_fsync_fail(monkeypatch, errno.EIO, 1)
     files.append_line(path, '{"epoch": 1}')
-    assert path.read_text() == '{"epoch": 0}\n{"epoch": 1}\n' and "trying once more" in capsys.readouterr().err
-    failing(monkeypatch, errno.EIO, 1)
+    assert path.read_text() == '{"epoch": 0}\n{"epoch": 1}\n' and "retrying once" in capsys.readouterr().err
+    make_fsync_fail(monkeypatch, errno.EIO, 1)
     files.write_text(tmp_path / "metrics.json", "{}")
     assert sorted(os.listdir(tmp_path)) == ["metrics.json", "train.jsonl"]
     for number, times in ((errno.EIO, 2), (errno.ENOSPC, 1)):
-        failing(monkeypatch, number, times)
+        make_fsync_fail(monkeypatch, number, times)
         with pytest.raises(OSError):
             files.append_line(path, '{"epoch": 2}')
-        assert path.read_text().count("\n") == 2  # no part of a line that failed
+        assert path.read_text().count("\n") == 2  # the failed line left nothing behind
 
 
-def test_damage_is_noticed_wherever_it_is(tmp_path):
+def test_damaged_checkpoint_is_detected(tmp_path):
     path = tmp_path / "state.pt"
     checkpoints.save(path, {"epoch": 3, "model": {"w": torch.arange(5000.0)}})
-    whole = path.read_bytes()
+    intact = path.read_bytes()
     assert checkpoints.load(path)["epoch"] == 3
-    for share in (0.0, 0.01, 0.5, 0.99):
-        path.write_bytes(whole[: int(len(whole) * share)])
+    for fraction in (0.0, 0.01, 0.5, 0.99):
+        path.write_bytes(intact[: int(len(intact) * fraction)])
         with pytest.raises(files.DamagedFile, match=r"state\.pt"):
             checkpoints.load(path)
-    start = whole.index(torch.arange(5000.0).numpy().tobytes()[:400])
-    flipped = bytearray(whole)
+    start = intact.index(torch.arange(5000.0).numpy().tobytes()[:400])
+    flipped = bytearray(intact)
     flipped[start + 800] ^= 4
     path.write_bytes(flipped)
     with pytest.raises(files.DamagedFile, match="checksum"):
@@ -79,6 +79,8 @@ def test_damage_is_noticed_wherever_it_is(tmp_path):
 
 
 class Malicious:
+    """Creates the folder `marker` when it is unpickled."""
+
     def __init__(self, marker):
         self.marker = marker
 
@@ -86,31 +88,31 @@ class Malicious:
         return (os.mkdir, (str(self.marker),))
 
 
-def test_a_malicious_checkpoint_is_refused_and_not_run(tmp_path):
+def test_malicious_checkpoint_is_rejected_and_not_executed(tmp_path):
     torch.save({"model": Malicious(tmp_path / "marker")}, tmp_path / "model.pt")
     with pytest.raises(files.DamagedFile):
         checkpoints.load(tmp_path / "model.pt")
     assert not (tmp_path / "marker").exists()
 
 
-def test_only_one_process_holds_a_folder(tmp_path, capsys):
+def test_only_one_process_can_lock_a_folder(tmp_path, capsys):
     folder = tmp_path / "run"
     code = "import sys, time\nfrom common.lock import run_lock\n"
-    code += "with run_lock(sys.argv[1]):\n print('held', flush=True)\n time.sleep(60)"
+    code += "with run_lock(sys.argv[1]):\n print('locked', flush=True)\n time.sleep(60)"
     owner = subprocess.Popen(
         [sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True, env={"PYTHONPATH": str(ROOT)}
     )
-    assert owner.stdout.readline() == "held\n"
+    assert owner.stdout.readline() == "locked\n"
     with pytest.raises(SystemExit) as end, run_lock(folder):
         pass
     assert end.value.code == 2 and f"pid {owner.pid}" in capsys.readouterr().err
     owner.terminate()
     assert owner.wait() == EXIT_INTERRUPTED
-    with run_lock(folder):  # the lock died with its owner
+    with run_lock(folder):  # released when its owner ended
         assert folder.is_dir()
 
 
-def test_a_lock_dies_with_its_owner_though_a_worker_lives_on(tmp_path):
+def test_lock_is_released_when_its_owner_dies_though_a_worker_survives(tmp_path):
     folder = tmp_path / "run"
     code = "import os, sys, time\nfrom common.lock import run_lock\n"
     code += "with run_lock(sys.argv[1]):\n worker = os.fork()\n"
@@ -121,21 +123,21 @@ def test_a_lock_dies_with_its_owner_though_a_worker_lives_on(tmp_path):
     owner.kill()
     owner.wait()
     try:
-        os.kill(worker, 0)  # it is there
+        os.kill(worker, 0)  # raises an error if the worker is dead
         (folder / ".state.pt.1.part").write_text("half")
         with run_lock(folder):
-            assert os.listdir(folder) == []  # what the dead process had half-written is gone
+            assert os.listdir(folder) == []  # the temporary file of the dead process is removed
     finally:
         os.kill(worker, signal.SIGKILL)
 
 
-def test_a_full_disk_ends_with_its_own_code(tmp_path, capsys):
+def test_full_disk_exits_with_code_4(tmp_path, capsys):
     with pytest.raises(SystemExit) as end, run_lock(tmp_path / "run"):
         raise OSError(28, "No space left on device")
     assert end.value.code == 4 and "No space left" in capsys.readouterr().err
 
 
-def test_a_half_line_of_the_log_is_left_out_and_any_other_damage_named(tmp_path):
+def test_incomplete_last_log_line_is_ignored_and_other_damage_is_reported(tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_text('{"epoch": 0}\n{"epoch": 1}\n{"epo')
     assert [line["epoch"] for line in files.read_lines(path)] == [0, 1]
@@ -144,7 +146,7 @@ def test_a_half_line_of_the_log_is_left_out_and_any_other_damage_named(tmp_path)
         files.read_lines(path)
 
 
-def test_nothing_in_the_tree_loads_or_runs_unsafely():
+def test_no_unsafe_loading_or_shell_commands_in_the_source():
     banned = ("pickle", "weights_only=" + "False", "allow_pickle=" + "True", "shell=" + "True", "os." + "system")
     for path in [*ROOT.glob("common/**/*.py"), *ROOT.glob("simsiam/*.py")]:
         text = path.read_text().replace("unpickling", "")
@@ -152,22 +154,22 @@ def test_nothing_in_the_tree_loads_or_runs_unsafely():
         assert text.count("torch.load(") == text.count("weights_only=True"), path
 
 
-def test_a_tree_is_dirty_by_its_code_and_not_by_what_was_drawn_meanwhile(tmp_path):
-    assert (
-        script_provenance(Path(__file__))["source"] and script_provenance(new(tmp_path, "x/train.py"))["dirty"] is None
-    )
-    new(tmp_path, "results/demo/page.md"), new(tmp_path, "common/run.py")
-    who = ["-c", "user.name=x", "-c", "user.email=x"]
-    for words in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "x"]):
-        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+def test_changed_code_makes_the_tree_dirty_and_changed_results_do_not(tmp_path):
+    assert script_provenance(Path(__file__))["source"]
+    assert script_provenance(new(tmp_path, "x/train.py"))["dirty"] is None
+    new(tmp_path, "results/demo/page.md")
+    new(tmp_path, "common/run.py")
+    author = ["-c", "user.name=x", "-c", "user.email=x"]
+    for command in (["init", "-q"], ["add", "."], [*author, "commit", "-qm", "x"]):
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
     for name, dirty in (("x/other.py", False), ("results/demo/page.md", False), ("common/run.py", True)):
         new(tmp_path, name, "changed")
-        found = script_provenance(tmp_path / "x/train.py")
-        assert found["dirty"] is dirty and len(found["commit"]) == 40, name
+        provenance = script_provenance(tmp_path / "x/train.py")
+        assert provenance["dirty"] is dirty and len(provenance["commit"]) == 40, name
 
 
 def new(folder: Path, name: str, text: str = "") -> Path:
-    """The file `name` below `folder`, with `text`."""
+    """Write `text` to the file `name` in `folder`. Returns its path."""
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text(text)
     return folder / name
@@ -181,7 +183,7 @@ SCRIPTS = sorted(
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=str)
-def test_a_script_takes_its_own_clone_before_it_imports_from_it(script):
+def test_scripts_put_their_own_clone_first_on_sys_path(script):
     lines = (ROOT / script).read_text().splitlines()
     first = next(n for n, line in enumerate(lines) if re.match(r"(from|import) (common|bsa|cocord|conmim|se|si)", line))
     above = [line for line in lines[:first] if line]
@@ -190,8 +192,8 @@ def test_a_script_takes_its_own_clone_before_it_imports_from_it(script):
 
 
 @pytest.mark.parametrize("script", ["bsa/train.py", "simsiam/plot.py"])
-def test_another_clone_that_is_installed_is_not_used(script, tmp_path):
-    """From any directory, with another clone's packages in front of whatever is installed."""
+def test_scripts_do_not_import_an_installed_other_clone(script, tmp_path):
+    """From another directory, and with the packages of another clone on PYTHONPATH."""
     for package in ("common", "bsa", "simsiam"):
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").write_text("raise SystemExit('the wrong clone')\n")
@@ -201,10 +203,10 @@ def test_another_clone_that_is_installed_is_not_used(script, tmp_path):
     assert done.returncode == 0 and "usage: " in done.stdout, done.stderr
 
 
-def test_the_source_of_a_run_is_the_script_and_what_it_imports(tmp_path):
-    files_of = {path.relative_to(ROOT).as_posix() for path in imported_files(ROOT / "simsiam/train.py")}
-    assert {"simsiam/train.py", "simsiam/net.py", "common/run.py", "common/seeding.py", "common/files.py"} <= files_of
-    assert not any(path.startswith(("common/study", "simsiam/eval", "bsa")) for path in files_of)
+def test_source_hash_covers_the_script_and_its_imports(tmp_path):
+    paths = {path.relative_to(ROOT).as_posix() for path in imported_files(ROOT / "simsiam/train.py")}
+    assert {"simsiam/train.py", "simsiam/net.py", "common/run.py", "common/seeding.py", "common/files.py"} <= paths
+    assert not any(path.startswith(("common/study", "simsiam/eval", "bsa")) for path in paths)
     script = new(tmp_path, "x/train.py")
     script.write_text("from common import part")
     new(tmp_path, "common/part.py")

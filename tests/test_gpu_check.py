@@ -1,4 +1,4 @@
-"""`make gpu-check` as a dry run on the CPU, and faults planted in it: each must stand in its table as failed."""
+"""`make gpu-check` as a dry run on the CPU. Injected faults must appear in the report as failed."""
 
 import json
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import gpu_check
 import pytest
 import torch
-from gpu_tools import TOLERANCE, distance, trace_facts
+from gpu_tools import TOLERANCE, relative_distance, trace_statistics
 from torch._subclasses import FakeTensorMode
 
 from common.run import Run
@@ -18,20 +18,20 @@ HALVES = list(gpu_check.PARTS)[:7], list(gpu_check.PARTS)[7:]
 
 
 def check(folder: Path, *flags: str) -> tuple[int, dict, str]:
-    """(exit code, report.json, what was printed into report.md)."""
+    """Run gpu_check. Returns (exit code, report.json, text of report.md)."""
     code = gpu_check.main(["--data", str(folder / "data"), "--report", str(folder / "report"), *flags])
     report = folder / "report"
     assert 0 < len(list(report.iterdir())) <= 8
     return code, json.loads((report / "report.json").read_text()), (report / "report.md").read_text()
 
 
-@pytest.mark.parametrize("parts", HALVES, ids=["agrees-and-runs", "in-use-and-fast"])
-def test_a_dry_run_passes_in_all_parts_and_says_what_it_is(parts, tmp_path, capsys):
+@pytest.mark.parametrize("parts", HALVES, ids=["first-half", "second-half"])
+def test_a_dry_run_passes_in_all_parts_and_is_labelled_as_dry_run(parts, tmp_path, capsys):
     code, report, page = check(tmp_path, "--device", "cpu", "--parts", *parts)
     failed = [row for row in report["rows"] if row["outcome"] not in ("passed", "not applicable")]
     assert code == 0 and not failed
     assert {row["part"] for row in report["rows"]} == set(parts) == set(report["seconds"])
-    assert gpu_check.DRY in page and gpu_check.DRY in capsys.readouterr().out
+    assert gpu_check.DRY_RUN_NOTE in page and gpu_check.DRY_RUN_NOTE in capsys.readouterr().out
     assert report["machine"]["device"] == "cpu" and report["machine"]["torch"] == torch.__version__
 
 
@@ -42,72 +42,77 @@ def test_this_gpu_passes(part, tmp_path):
 
 
 def mixed_devices(loss: torch.Tensor) -> torch.Tensor:
-    """As if a term of the loss had been made on another device."""
+    """A term of the loss is on another device."""
     with FakeTensorMode():
         return loss + torch.zeros((), device="cuda").expand(1)
 
 
-def wrong_gradient(loss: torch.Tensor, losses: list = []) -> torch.Tensor:  # noqa: B006 (counts the calls)
-    """From the second loss on, which is the device's, a hundredth too large."""
-    losses.append(1)
-    if len(losses) > 1:
-        loss.register_hook(lambda slope: 1.01 * slope)
+def wrong_gradient(loss: torch.Tensor, calls: list = []) -> torch.Tensor:  # noqa: B006 (counts the calls)
+    """The device's gradient is 1 % too large: that of the second and later losses, as the first is the CPU's."""
+    calls.append(1)
+    if len(calls) > 1:
+        loss.register_hook(lambda gradient: 1.01 * gradient)
     return loss
 
 
 def read_back(loss: torch.Tensor) -> torch.Tensor:
-    """As a meter that is read at every step does."""
+    """The loss is read in each step, as for logging."""
     loss.item()
     return loss
 
 
 @pytest.mark.parametrize(
-    ("fault", "part", "words"),
+    ("fault", "part", "message"),
     [
         (mixed_devices, "agreement", "loss and gradients"),
-        (wrong_gradient, "agreement", "whole gradient 0.01 longer or shorter"),
-        (read_back, "sync", "a step waits for the device: aten::_local_scalar_dense"),
+        (wrong_gradient, "agreement", "full gradient: length differs by 0.01"),
+        (read_back, "sync", "host-device synchronisation in a step: aten::_local_scalar_dense"),
     ],
 )
-def test_a_fault_in_a_step_stands_in_the_table(fault, part, words, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "simsiam_loss", lambda *all, real=train.simsiam_loss: fault(real(*all)))
+def test_a_fault_in_a_step_is_reported(fault, part, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "simsiam_loss", lambda *args, real=train.simsiam_loss: fault(real(*args)))
     code, report, page = check(tmp_path, "--device", "cpu", "--papers", "simsiam", "--parts", part, "scales")
     failed = [row for row in report["rows"] if row["outcome"] == "failed"]
-    assert code == 1 and failed[0]["part"] == part and words in page
-    assert "scales" in [row["part"] for row in report["rows"]]  # the other part was run
+    assert code == 1 and failed[0]["part"] == part and message in page
+    assert "scales" in [row["part"] for row in report["rows"]]  # the failure did not stop the other part
     assert "Traceback" in (tmp_path / "report/log.txt").read_text()
 
 
-def test_a_lost_optimiser_is_further_away_than_a_gpus_noise_may_be(tmp_path, monkeypatch):
-    """The tolerance of `resume`: momentum that is forgotten after one epoch of two steps shows."""
-    real, found = Run.state, []
+def test_a_lost_optimiser_state_exceeds_the_tolerance_of_resume(tmp_path, monkeypatch):
+    """Momentum is lost after one epoch of two steps."""
+    real_state, distances = Run.load_state, []
 
-    def forgetful(run: Run, device: torch.device):
-        if (state := real(run, device)) is not None:
+    def state_without_momentum(run: Run, device: torch.device):
+        state = real_state(run, device)
+        if state is not None:
             state["optimizer"]["state"] = {}
         return state
 
-    monkeypatch.setattr(Run, "state", forgetful)
-    monkeypatch.setattr("gpu_parts.distance", lambda *all: found.append(distance(*all)) or found[-1])
+    def recorded_distance(*args):
+        distances.append(relative_distance(*args))
+        return distances[-1]
+
+    monkeypatch.setattr(Run, "load_state", state_without_momentum)
+    monkeypatch.setattr("gpu_parts.relative_distance", recorded_distance)
     code, report, _ = check(tmp_path, "--device", "cpu", "--papers", "simsiam", "--parts", "resume")
-    assert code == 1 and "of the way apart" in report["rows"][0]["found"] and found[-1] > TOLERANCE
+    assert code == 1 and "relative distance" in report["rows"][0]["found"] and distances[-1] > TOLERANCE
 
 
-def test_a_script_that_stops_is_told_by_its_own_sentence(tmp_path, monkeypatch):
-    def stopping(*_) -> None:
-        train.stop("--batch 3 is no batch")
+def test_the_error_message_of_a_script_is_reported(tmp_path, monkeypatch):
+    def fail_with_message(*_) -> None:
+        train.fail("invalid --batch 3")
 
-    monkeypatch.setattr(train, "main", stopping)
+    monkeypatch.setattr(train, "main", fail_with_message)
     code, report, _ = check(tmp_path, "--device", "cpu", "--papers", "simsiam", "--parts", "exchange")
-    assert code == 1 and report["rows"][0]["found"] == "error: --batch 3 is no batch"
+    assert code == 1 and report["rows"][0]["found"] == "error: invalid --batch 3"
 
 
-def test_cases_that_cannot_be_listed_and_cases_without_time(tmp_path, monkeypatch):
-    def unlisted(_):
+def test_an_error_in_the_list_of_cases_and_the_time_limit_are_reported(tmp_path, monkeypatch):
+    def broken_part(_):
         raise OSError("no make here")
         yield
 
-    monkeypatch.setitem(gpu_check.PARTS, "arms", unlisted)
+    monkeypatch.setitem(gpu_check.PARTS, "arms", broken_part)
     flags = ["--device", "cpu", "--papers", "bsa", "--parts"]
     code, report, _ = check(tmp_path, *flags, "arms", "sync")
     assert code == 1 and [row["outcome"] for row in report["rows"]] == ["failed", "passed", "not applicable"]
@@ -116,39 +121,42 @@ def test_cases_that_cannot_be_listed_and_cases_without_time(tmp_path, monkeypatc
     assert code == 1 and report["counts"] == {"not run": 2}
 
 
-def test_parts_side_by_side_come_back_in_one_report(tmp_path, monkeypatch):
-    """As on a GPU: a process for each part, here the first one's ends without a report."""
-    real = subprocess.run
+def test_concurrent_jobs_are_merged_into_one_report(tmp_path, monkeypatch):
+    """The process of the first part crashes without a report."""
+    real_run = subprocess.run
 
-    def run(words, **keywords):
-        crashes = "scales" in words
-        return real([sys.executable, "-c", "raise OSError('crashed')"] if crashes else words, **keywords)
+    def run(command, **options):
+        if "scales" in command:
+            command = [sys.executable, "-c", "raise OSError('crashed')"]
+        return real_run(command, **options)
 
     monkeypatch.setattr(subprocess, "run", run)
     code, report, _ = check(tmp_path, "--device", "cpu", "--papers", "bsa", "--parts", "scales", "sync", "--jobs", "2")
     outcomes = [(row["part"], row["outcome"]) for row in report["rows"]]
     assert code == 1 and outcomes == [("scales", "failed"), ("sync", "passed"), ("sync", "not applicable")]
-    assert report["rows"][0]["found"] == "ended with 1: OSError: crashed"
+    assert report["rows"][0]["found"] == "exit code 1: OSError: crashed"
     assert "=== sync: " in (tmp_path / "report/log.txt").read_text()
 
 
-def test_without_a_gpu_only_the_dry_run_is_offered(tmp_path, capsys):
+def test_without_a_gpu_the_error_offers_the_dry_run(tmp_path, capsys):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     with pytest.raises(SystemExit) as end:
         gpu_check.main(["--report", str(tmp_path)])
-    assert end.value.code == 2 and "DEVICE=cpu is a dry run" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert (
+        end.value.code == 2 and "DEVICE=cpu for a dry run" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    )
 
 
-def event(cat: str, name: str, dur: float = 10.0) -> dict:
-    return {"ph": "X", "cat": cat, "name": name, "dur": dur}
+def event(category: str, name: str, duration: float = 10.0) -> dict:
+    return {"ph": "X", "cat": category, "name": name, "dur": duration}
 
 
-def test_a_trace_tells_kernels_synchronisations_and_pageable_copies():
+def test_trace_statistics_count_kernels_synchronisations_and_pageable_copies():
     events = [
         event("kernel", "gemm", 30.0), event("kernel", "relu"), event("cpu_op", "aten::relu"), {"name": "no category"},
         event("cuda_runtime", "cudaLaunchKernel"), event("cuda_runtime", "cudaStreamSynchronize"),
         event("gpu_memcpy", "Memcpy HtoD (Pageable -> Device)"), event("gpu_memcpy", "Memcpy HtoD (Pinned -> Device)"),
     ]  # fmt: skip
-    found = trace_facts(events)
-    assert found == {"kernels": 2, "kernel_seconds": pytest.approx(4e-5), "synchronisations": 1, "pageable_copies": 1}
+    expected = {"kernels": 2, "kernel_seconds": pytest.approx(4e-5), "synchronisations": 1, "pageable_copies": 1}
+    assert trace_statistics(events) == expected

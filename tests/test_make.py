@@ -1,4 +1,4 @@
-"""What make does, on fake runs that take milliseconds: order, nothing twice, changed arms, failures."""
+"""Behaviour of make with a fake python whose runs take milliseconds: order, up-to-date checks, changes, failures."""
 
 import ast
 import os
@@ -15,7 +15,7 @@ from conftest import ROOT
 
 PAPERS = ("simsiam", "conmim", "cocord", "bsa", "seqvcr")
 FAKE = f"""#!{sys.executable} -IS
-# Stands in for python: notes each call in calls.txt and leaves the files that the real script would leave.
+# Replaces python: appends each call to calls.txt and writes the files that the real script would write.
 import os, pathlib, sys, time
 words = sys.argv[1:]
 after = lambda flag: pathlib.Path(words[words.index(flag) + 1])
@@ -34,7 +34,7 @@ if words[0].endswith(("train.py", "teacher.py")):
         time.sleep(60)
     if os.environ.get("RANK", "0") == "0":
         (out / "model.pt").write_text(repr(words))
-    if gpu:  # more runs on a GPU than it has slots would meet here
+    if gpu:  # fails if more runs share a GPU than it has slots
         for number in range(int(os.environ["RUNS_ON_THIS_GPU"])):
             try:
                 os.mkdir(f"busy-{{gpu}}-{{number}}")
@@ -64,8 +64,8 @@ else:
 """
 
 
-class House:
-    """A copy of the Makefile and of the designs in a folder of its own, with the fake python."""
+class RepoCopy:
+    """A copy of the Makefile, common/ and the papers' designs in a temporary folder, with the fake python."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -81,22 +81,22 @@ class House:
         fake.chmod(0o755)
 
     def make(self, *words: str, **environment: str) -> tuple[int, list[str], str]:
-        """Exit code, the calls it made, and what it printed."""
+        """Run make. Return its exit code, the calls of the fake python, and the output."""
         process = self.start(*words, **environment)
         printed = process.communicate()[0]
         return process.returncode, self.calls(), printed
 
     def start(self, *words: str, **environment: str) -> subprocess.Popen:
-        """The make, in a session of its own as in a terminal."""
+        """Start make in a new session, so that a signal can be sent to all its processes."""
         (self.folder / "calls.txt").write_text("")
         command = ["make", "PYTHON=./fake-python", "SCALE=demo", *words]
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
 
-        def heed_interrupts() -> None:  # a shell's background jobs ignore them
+        def enable_interrupts() -> None:  # background jobs of a shell ignore SIGINT
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
         return subprocess.Popen(
-            command, cwd=self.folder, env=clean | environment, start_new_session=True, preexec_fn=heed_interrupts,
+            command, cwd=self.folder, env=clean | environment, start_new_session=True, preexec_fn=enable_interrupts,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
 
@@ -104,7 +104,7 @@ class House:
         return (self.folder / "calls.txt").read_text().splitlines()
 
     def edit(self, old: str, new: str, paper: str = "simsiam") -> None:
-        """Change a paper's design. (Python's cache of compiled files goes by size and whole seconds, so it goes.)"""
+        """Replace text in studies.py. Deletes __pycache__, which misses edits of equal length within a second."""
         path = self.folder / paper / "studies.py"
         assert old in path.read_text()
         path.write_text(path.read_text().replace(old, new))
@@ -112,218 +112,223 @@ class House:
 
 
 @pytest.fixture
-def house(tmp_path):
-    folder = tmp_path / "a house with späces"
+def repo(tmp_path):
+    folder = tmp_path / "a copy with späces"
     folder.mkdir()
-    return House(folder)
+    return RepoCopy(folder)
 
 
 def runs(calls: list[str], script: str = "train") -> list[str]:
-    """arm/seed of the calls of a script, in order."""
-    words = [call.split() for call in calls if call.startswith(f"simsiam/{script}.py")]
-    return ["/".join(Path(one[one.index("--out") + 1] if script == "train" else one[1]).parts[-2:]) for one in words]
+    """Return arm/seed of every call of a SimSiam script, in order."""
+    names = []
+    for call in calls:
+        if call.startswith(f"simsiam/{script}.py"):
+            words = call.split()
+            folder = Path(words[words.index("--out") + 1] if script == "train" else words[1])
+            names.append("/".join(folder.parts[-2:]))
+    return names
 
 
-def test_seed_by_seed_then_nothing(house):
-    code, calls, _ = house.make("simsiam-predictor", "SEEDS=0 1")
+def test_a_study_runs_seed_by_seed_and_then_is_up_to_date(repo):
+    code, calls, _ = repo.make("simsiam-predictor", "SEEDS=0 1")
     arms = ["base", "no-predictor", "frozen-predictor"]
     assert code == 0 and runs(calls) == runs(calls, "eval") == [f"{arm}/{seed}" for seed in (0, 1) for arm in arms]
     drawn = [number for number, call in enumerate(calls) if "plot.py" in call]
     assert len(drawn) == 2 and calls[-1].startswith("-m common.study.page")
     assert drawn[0] < next(number for number, call in enumerate(calls) if "base/1" in call)
-    assert house.make("simsiam-predictor", "SEEDS=0 1")[:2] == (0, [])
-    assert runs(house.make("simsiam-predictor", "SEEDS=0 1 2")[1]) == [f"{arm}/2" for arm in arms]
+    assert repo.make("simsiam-predictor", "SEEDS=0 1")[:2] == (0, [])
+    assert runs(repo.make("simsiam-predictor", "SEEDS=0 1 2")[1]) == [f"{arm}/2" for arm in arms]
 
 
-def test_other_seeds_are_drawn_again_from_the_same_runs(house):
-    house.make("simsiam-predictor", "SEEDS=0 1 2")
-    code, calls, _ = house.make("simsiam-predictor", "SEEDS=0 1")
+def test_other_seeds_redraw_the_study_without_new_runs(repo):
+    repo.make("simsiam-predictor", "SEEDS=0 1 2")
+    code, calls, _ = repo.make("simsiam-predictor", "SEEDS=0 1")
     assert code == 0 and runs(calls) == runs(calls, "eval") == [] and "--seeds 0 1 --results" in calls[-2]
-    house.edit('Arm("frozen-predictor", "--predictor frozen", against="base"),', "")
-    _, calls, _ = house.make("simsiam-predictor", "SEEDS=0 1")
+    repo.edit('Arm("frozen-predictor", "--predictor frozen", against="base"),', "")
+    _, calls, _ = repo.make("simsiam-predictor", "SEEDS=0 1")
     assert runs(calls) == runs(calls, "eval") == [] and calls[0].startswith("simsiam/plot.py simsiam-predictor ")
 
 
-def test_two_studies_asked_at_once_share_their_runs(house):
-    code, calls, _ = house.make("simsiam-predictor", "simsiam-stop-gradient", "SEEDS=0", "-j2")
+def test_two_studies_in_one_command_share_their_runs(repo):
+    code, calls, _ = repo.make("simsiam-predictor", "simsiam-stop-gradient", "SEEDS=0", "-j2")
     assert code == 0 and sorted(runs(calls)) == sorted(set(runs(calls))) and len(runs(calls)) == 4
 
 
-def test_one_study_leaves_the_others_alone(house):
-    """Whatever has become of them: other flags, a lost run, other seeds in the report, another scale of data."""
-    house.make("simsiam", "SEEDS=0 1")
-    shutil.rmtree(house.folder / "runs/demo/simsiam/narrow")
-    code, calls, _ = house.make("simsiam-predictor", "SEEDS=0", "EXTRA=--epochs 3")
+def test_making_one_study_does_not_touch_the_others(repo):
+    """Even if another study has changed flags, a deleted run or other seeds in the report, or if DATA differs."""
+    repo.make("simsiam", "SEEDS=0 1")
+    shutil.rmtree(repo.folder / "runs/demo/simsiam/narrow")
+    code, calls, _ = repo.make("simsiam-predictor", "SEEDS=0", "EXTRA=--epochs 3")
     assert code == 0 and runs(calls) == runs(calls, "eval") == ["base/0", "no-predictor/0", "frozen-predictor/0"]
     assert [call.split()[1] for call in calls[6:]] == ["simsiam-predictor", "common.study.page"]
-    house.edit('"--loss asymmetric-2x"', '"--loss asymmetric-2x --lr 1"')
-    code, calls, _ = house.make("bsa-distance", "SEEDS=0", "DATA=a.npy", "-j2")
+    repo.edit('"--loss asymmetric-2x"', '"--loss asymmetric-2x --lr 1"')
+    code, calls, _ = repo.make("bsa-distance", "SEEDS=0", "DATA=a.npy", "-j2")
     assert code == 0 and not runs(calls) and sum("train.py" in call for call in calls) == 5
     assert [call.split()[1] for call in calls[-2:]] == ["bsa-distance", "common.study.page"]
 
 
-def test_the_report_shows_what_was_asked_last(house):
-    """All makes of a study write the same figures: what they show is compared, not only what is newer."""
+def test_the_report_shows_the_seeds_of_the_last_command(repo):
+    """A figure is redrawn if it shows other seeds, not only if a run is newer."""
     for seeds in ("0", "1", "0"):
-        drawn = [call for call in house.make("simsiam-predictor", f"SEEDS={seeds}")[1] if "plot.py" in call]
+        drawn = [call for call in repo.make("simsiam-predictor", f"SEEDS={seeds}")[1] if "plot.py" in call]
         assert len(drawn) == 1 and f"--seeds {seeds} --" in drawn[0]
-    (house.folder / "runs/demo/report/simsiam-predictor.json").unlink()
-    assert len(house.make("simsiam-predictor", "SEEDS=0")[1]) == 2  # drawn again, and the page
-    assert house.make("simsiam-predictor", "SEEDS=0")[:2] == (0, [])
-    house.make("primary", "PAPERS=simsiam", "SEEDS=0")
-    assert house.make("simsiam-predictor", "SEEDS=0")[:2] == (0, [])
+    (repo.folder / "runs/demo/report/simsiam-predictor.json").unlink()
+    assert len(repo.make("simsiam-predictor", "SEEDS=0")[1]) == 2  # redraws the study and the page
+    assert repo.make("simsiam-predictor", "SEEDS=0")[:2] == (0, [])
+    repo.make("primary", "PAPERS=simsiam", "SEEDS=0")
+    assert repo.make("simsiam-predictor", "SEEDS=0")[:2] == (0, [])
 
 
-def test_a_table_may_print_and_warn(house):
-    house.edit("LEAKS = ", 'print("a note")\nimport warnings; warnings.warn("careful")\nLEAKS = ')
-    code, calls, printed = house.make("simsiam-stop-gradient", "SEEDS=0")
+def test_studies_py_may_print_and_warn(repo):
+    repo.edit("LEAKS = ", 'print("a note")\nimport warnings; warnings.warn("careful")\nLEAKS = ')
+    code, calls, printed = repo.make("simsiam-stop-gradient", "SEEDS=0")
     assert code == 0 and len(runs(calls)) == 2 and "a note" in printed
 
 
-def test_a_rehearsal_that_cannot_begin_removes_nothing(house):
-    (house.folder / "runs/rehearsal/demo").mkdir(parents=True)
-    (house.folder / "runs/gpu").mkdir()
+def test_a_rehearsal_with_invalid_variables_deletes_nothing(repo):
+    (repo.folder / "runs/rehearsal/demo").mkdir(parents=True)
+    (repo.folder / "runs/gpu").mkdir()
     for words in (["SCALE=../gpu"], ["SCALE="], ["PAPERS=simclr"]):
-        assert house.make("rehearsal", *words)[0] == 2
-    assert (house.folder / "runs/rehearsal/demo").exists() and (house.folder / "runs/gpu").exists()
+        assert repo.make("rehearsal", *words)[0] == 2
+    assert (repo.folder / "runs/rehearsal/demo").exists() and (repo.folder / "runs/gpu").exists()
 
 
-def test_teachers_are_trained_side_by_side(house):
-    code, calls, printed = house.make("cocord-teachers", "-j4", "GPUS=0 1 2 3")
+def test_teachers_are_trained_in_parallel(repo):
+    code, calls, printed = repo.make("cocord-teachers", "-j4", "GPUS=0 1 2 3")
     assert code == 0 and len({call.split("gpu=")[1] for call in calls}) > 1, printed
 
 
-def test_parallel_makes_the_same(house):
-    code, calls, _ = house.make("simsiam", "SEEDS=0 1", "-j4")
+def test_a_parallel_make_runs_everything_once_and_seed_by_seed(repo):
+    code, calls, _ = repo.make("simsiam", "SEEDS=0 1", "-j4")
     assert code == 0 and len(runs(calls)) == len(set(runs(calls))) == 18
     second = next(number for number, call in enumerate(calls) if "--seed 1" in call)
     assert (
         sum("eval.py" in call for call in calls[:second]) == 9
         and sum("plot.py" in call for call in calls[:second]) == 4
     )
-    assert house.make("simsiam", "SEEDS=0 1", "-j4")[:2] == (0, [])
+    assert repo.make("simsiam", "SEEDS=0 1", "-j4")[:2] == (0, [])
 
 
-def test_a_changed_arm_reruns_its_own_runs_and_extra_all(house):
-    house.make("simsiam-predictor", "SEEDS=0")
-    house.edit('"--predictor frozen"', '"--predictor frozen --lr 1"')
-    code, calls, _ = house.make("simsiam-predictor", "SEEDS=0")
+def test_a_changed_arm_is_rerun_and_changed_extra_reruns_all_arms(repo):
+    repo.make("simsiam-predictor", "SEEDS=0")
+    repo.edit('"--predictor frozen"', '"--predictor frozen --lr 1"')
+    code, calls, _ = repo.make("simsiam-predictor", "SEEDS=0")
     assert code == 0 and runs(calls) == runs(calls, "eval") == ["frozen-predictor/0"]
     assert "--predictor frozen --lr 1" in calls[0] and "--replace" in calls[0]
-    assert house.make("simsiam-predictor", "SEEDS=0")[:2] == (0, [])
-    assert len(runs(house.make("simsiam-predictor", "SEEDS=0", "EXTRA=--epochs 3")[1])) == 3
-    assert house.make("simsiam-predictor", "SEEDS=0", "EXTRA=--epochs 3")[:2] == (0, [])
+    assert repo.make("simsiam-predictor", "SEEDS=0")[:2] == (0, [])
+    assert len(runs(repo.make("simsiam-predictor", "SEEDS=0", "EXTRA=--epochs 3")[1])) == 3
+    assert repo.make("simsiam-predictor", "SEEDS=0", "EXTRA=--epochs 3")[:2] == (0, [])
 
 
-def test_a_deleted_metrics_file_is_evaluated_again_and_nothing_else(house):
-    house.make("simsiam-predictor", "SEEDS=0")
-    (house.folder / "runs/demo/simsiam/base/0/metrics.json").unlink()
-    code, calls, _ = house.make("simsiam-predictor", "SEEDS=0")
+def test_a_run_without_metrics_is_evaluated_again_and_nothing_else_runs(repo):
+    repo.make("simsiam-predictor", "SEEDS=0")
+    (repo.folder / "runs/demo/simsiam/base/0/metrics.json").unlink()
+    code, calls, _ = repo.make("simsiam-predictor", "SEEDS=0")
     assert code == 0 and runs(calls) == [] and runs(calls, "eval") == ["base/0"]
 
 
-def test_a_failed_run_is_loud_the_page_is_drawn_and_k_goes_on(house):
+def test_after_a_failed_run_make_fails_draws_the_page_and_with_k_continues(repo):
     broken = {"BREAK": "runs/demo/simsiam/base/0"}
-    code, calls, _ = house.make("simsiam-predictor", "SEEDS=0", **broken)
+    code, calls, _ = repo.make("simsiam-predictor", "SEEDS=0", **broken)
     assert code != 0 and runs(calls) == ["base/0"] and calls[-1].startswith("-m common.study.page")
-    code, calls, _ = house.make("simsiam-predictor", "SEEDS=0", "-k", **broken)
+    code, calls, _ = repo.make("simsiam-predictor", "SEEDS=0", "-k", **broken)
     assert code != 0 and runs(calls) == ["base/0", "no-predictor/0", "frozen-predictor/0"]
-    assert not (house.folder / "runs/demo/simsiam/base/0/flags").exists()
-    code, calls, _ = house.make("simsiam-predictor", "SEEDS=0")
+    assert not (repo.folder / "runs/demo/simsiam/base/0/flags").exists()
+    code, calls, _ = repo.make("simsiam-predictor", "SEEDS=0")
     assert code == 0 and runs(calls) == ["base/0"]
 
 
-def test_a_dry_run_is_honest(house):
-    code, calls, printed = house.make("simsiam-predictor", "SEEDS=0", "-n")
+def test_a_dry_run_lists_exactly_what_would_run(repo):
+    code, calls, printed = repo.make("simsiam-predictor", "SEEDS=0", "-n")
     assert code == 0 and calls == [] and printed.count("simsiam/train.py") == 3
-    house.make("simsiam-predictor", "SEEDS=0")
-    _, calls, printed = house.make("simsiam-predictor", "SEEDS=0", "-n")
+    repo.make("simsiam-predictor", "SEEDS=0")
+    _, calls, printed = repo.make("simsiam-predictor", "SEEDS=0", "-n")
     assert calls == [] and "train.py" not in printed and "eval.py" not in printed
-    assert house.make("simsiam-predictor", "SEEDS=0")[:2] == (0, [])
+    assert repo.make("simsiam-predictor", "SEEDS=0")[:2] == (0, [])
 
 
-def test_no_target_but_publish_writes_into_results(house):
+def test_only_publish_writes_to_results(repo):
     for words in (["simsiam-predictor", "SEEDS=0"], ["report"], ["primary", "PAPERS=bsa"], ["rehearsal", "PAPERS=bsa"]):
-        _, calls, _ = house.make(*words)
+        _, calls, _ = repo.make(*words)
         drawn = [call for call in calls if "plot.py" in call or "study.page" in call]
         assert drawn and all("--results runs/" in call for call in drawn)
-    assert not (house.folder / "results").exists()
-    calls = house.make("publish", "simsiam-predictor", "bsa-distance")[1]  # the names are no goals here
+    assert not (repo.folder / "results").exists()
+    calls = repo.make("publish", "simsiam-predictor", "bsa-distance")[1]  # here study names are not goals
     assert len(calls) == 1 and calls[0].startswith("-m common.study.publish PAPERS=")
     assert calls[0].endswith(" simsiam-predictor bsa-distance")
 
 
-def test_the_rules_are_a_file_that_one_can_open(house):
-    """Two rules a run and one a study and seed, with the command as it is run; -n prints the path."""
-    _, _, printed = house.make("simsiam-predictor", "SEEDS=0", "-n")
+def test_the_generated_rules_are_a_readable_file(repo):
+    """It has two rules per run and one per study and seed, with the exact commands. make -n prints its path."""
+    _, _, printed = repo.make("simsiam-predictor", "SEEDS=0", "-n")
     path = next(line.removeprefix("rules: ") for line in printed.splitlines() if line.startswith("rules: "))
     assert path.startswith("runs/demo/rules-") and path.endswith(".mk")
-    text = (house.folder / path).read_text()
+    text = (repo.folder / path).read_text()
     run = "runs/demo/simsiam/frozen-predictor/0"
     assert f"{run}/model.pt: | $(venv)\n\t$(run) simsiam/train.py --scale demo --out {run} --seed 0 " in text
     assert f"{run}/metrics.json: {run}/model.pt\n\t$(run) simsiam/eval.py {run} " in text
     assert "\nruns/demo/report/.drawn/simsiam-predictor: " in text and "simsiam-predictor@1" not in text
-    assert house.make("simsiam-predictor", "SEEDS=0", "-n")[2].count("rules: ") == 1  # not once more by inner makes
-    assert "rules: " not in house.make("simsiam-predictor", "SEEDS=0")[2]
-    assert len(list(house.folder.glob("runs/demo/rules-*.mk"))) == 1  # for all the makes of this request
+    assert repo.make("simsiam-predictor", "SEEDS=0", "-n")[2].count("rules: ") == 1  # inner makes do not print it again
+    assert "rules: " not in repo.make("simsiam-predictor", "SEEDS=0")[2]
+    assert len(list(repo.folder.glob("runs/demo/rules-*.mk"))) == 1  # shared by all makes with these variables
 
 
-def test_a_single_file_can_be_the_goal(house):
-    code, calls, _ = house.make("runs/demo/simsiam/no-predictor/3/metrics.json")
+def test_a_single_file_can_be_a_goal(repo):
+    code, calls, _ = repo.make("runs/demo/simsiam/no-predictor/3/metrics.json")
     assert code == 0 and runs(calls) == runs(calls, "eval") == ["no-predictor/3"]
-    (house.folder / "runs/demo/simsiam/no-predictor/3/metrics.json").unlink()
-    code, calls, _ = house.make("runs/demo/simsiam/no-predictor/3/metrics.json")
+    (repo.folder / "runs/demo/simsiam/no-predictor/3/metrics.json").unlink()
+    code, calls, _ = repo.make("runs/demo/simsiam/no-predictor/3/metrics.json")
     assert runs(calls) == [] and runs(calls, "eval") == ["no-predictor/3"]
 
 
-def test_folders_may_have_spaces_and_signs(house):
+def test_folder_names_may_contain_spaces_and_special_characters(repo):
     words = ["simsiam-stop-gradient", "SEEDS=0", "RUNS=my runs/a#1", "RESULTS=my $results", "DATA=my data", "SCALE=gpu",
              "DEVICE=cpu"]  # fmt: skip
-    code, calls, printed = house.make(*words)
+    code, calls, printed = repo.make(*words)
     assert code == 0, printed
     assert calls[1] == "-m common.images cifar10 --data my data" and calls[2].endswith("--data my data --replace")
-    assert (house.folder / "my runs/a#1/simsiam/base/0/metrics.json").exists()
-    assert (house.folder / "my $results/index.html").exists()
-    assert house.make(*words)[:2] == (0, [])
+    assert (repo.folder / "my runs/a#1/simsiam/base/0/metrics.json").exists()
+    assert (repo.folder / "my $results/index.html").exists()
+    assert repo.make(*words)[:2] == (0, [])
 
 
 @pytest.mark.parametrize("extra", ['--note "it\'s $HOME #1"', "--note 'a $(shell echo b) % c'", "--note a\\ b"])
-def test_extra_reaches_the_script_as_a_shell_would_pass_it(extra, house):
-    """Quotes, $ and # survive both makes; the flags that a run was made with are compared as they are."""
+def test_extra_reaches_the_script_as_a_shell_would_pass_it(extra, repo):
+    """Quotes, $ and # survive both makes. The file flags of a run is compared without changes."""
     words = ["runs/demo/simsiam/base/0/model.pt", f"EXTRA={extra}"]
-    code, calls, printed = house.make("simsiam-stop-gradient", "SEEDS=0", words[1])
+    code, calls, printed = repo.make("simsiam-stop-gradient", "SEEDS=0", words[1])
     assert code == 0 and len(runs(calls)) == 2, printed
-    saved = ast.literal_eval((house.folder / "runs/demo/simsiam/base/0/model.pt").read_text())
+    saved = ast.literal_eval((repo.folder / "runs/demo/simsiam/base/0/model.pt").read_text())
     assert saved[-2:] == shlex.split(extra)
-    assert house.make("simsiam-stop-gradient", "SEEDS=0", words[1])[:2] == (0, [])
-    assert runs(house.make(words[0])[1]) == ["base/0"]
-    code, calls, _ = house.make("cost", "PAPERS=simsiam", words[1])  # and a third make, which rehearses
-    saved = ast.literal_eval((house.folder / "runs/rehearsal/demo/simsiam/base/0/model.pt").read_text())
+    assert repo.make("simsiam-stop-gradient", "SEEDS=0", words[1])[:2] == (0, [])
+    assert runs(repo.make(words[0])[1]) == ["base/0"]
+    code, calls, _ = repo.make("cost", "PAPERS=simsiam", words[1])  # rehearses in a third make
+    saved = ast.literal_eval((repo.folder / "runs/rehearsal/demo/simsiam/base/0/model.pt").read_text())
     assert code == 0 and saved[-4:] == ["--rehearse", "20", *shlex.split(extra)]
 
 
-def launcher(house: House, name: str, script: str) -> None:
-    (house.folder / name).write_text(f'#!/bin/sh\necho "$@" >> launched.txt\n{script}\n')
-    (house.folder / name).chmod(0o755)
+def launcher(repo: RepoCopy, name: str, script: str) -> None:
+    (repo.folder / name).write_text(f'#!/bin/sh\necho "$@" >> launched.txt\n{script}\n')
+    (repo.folder / name).chmod(0o755)
 
 
-def test_launch_is_a_prefix_and_no_part_of_the_flags(house):
-    """Stand-ins for srun, and for torchrun, which would start `python` itself if it were not told otherwise."""
-    launcher(house, "srun", 'shift; exec "$@"')
-    code, calls, _ = house.make("simsiam-predictor", "SEEDS=0", "LAUNCH=./srun --gres=gpu:1")
-    launched = (house.folder / "launched.txt").read_text().splitlines()
+def test_launch_is_a_prefix_and_not_part_of_the_flags(repo):
+    """Uses fake srun and torchrun scripts. torchrun needs --no-python, otherwise it starts python itself."""
+    launcher(repo, "srun", 'shift; exec "$@"')
+    code, calls, _ = repo.make("simsiam-predictor", "SEEDS=0", "LAUNCH=./srun --gres=gpu:1")
+    launched = (repo.folder / "launched.txt").read_text().splitlines()
     assert code == 0 and len(runs(calls)) == 3 and len(launched) == 6
     assert all(line.startswith("--gres=gpu:1 ./fake-python simsiam/") for line in launched)
-    assert house.make("simsiam-predictor", "SEEDS=0")[:2] == (0, [])
-    launcher(house, "torchrun", '[ "$1" = --no-python ] && shift 3 && RANK=0 "$@" && RANK=1 exec "$@"')
+    assert repo.make("simsiam-predictor", "SEEDS=0")[:2] == (0, [])
+    launcher(repo, "torchrun", '[ "$1" = --no-python ] && shift 3 && RANK=0 "$@" && RANK=1 exec "$@"')
     launch = "LAUNCH=./torchrun --no-python --standalone --nproc-per-node=2"
-    code, calls, _ = house.make("simsiam-predictor", "SEEDS=1", launch)
+    code, calls, _ = repo.make("simsiam-predictor", "SEEDS=1", launch)
     assert code == 0 and len(runs(calls)) == len(runs(calls, "eval")) == 6
-    assert house.make("simsiam-predictor", "SEEDS=1")[:2] == (0, [])
+    assert repo.make("simsiam-predictor", "SEEDS=1")[:2] == (0, [])
 
 
-def test_each_run_takes_a_free_gpu(house):
-    code, calls, printed = house.make("simsiam", "SEEDS=0", "-j4", "GPUS=3 5")
+def test_each_run_takes_a_free_gpu(repo):
+    code, calls, printed = repo.make("simsiam", "SEEDS=0", "-j4", "GPUS=3 5")
     trained = [call for call in calls if "train.py" in call]
     assert code == 0 and len(trained) == 9, printed
     assert {call.split("gpu=")[1] for call in trained} == {"3 shared=1", "5 shared=1"}
@@ -331,185 +336,188 @@ def test_each_run_takes_a_free_gpu(house):
     assert not any("gpu=" in call for call in calls if "plot.py" in call)
 
 
-def test_a_gpu_listed_twice_serves_two_runs_which_are_told(house):
-    code, calls, printed = house.make("simsiam-predictor", "SEEDS=0 1", "-j4", "GPUS=0 0", "LAUNCH=env")
+def test_a_gpu_listed_twice_runs_two_runs_that_know_they_share_it(repo):
+    code, calls, printed = repo.make("simsiam-predictor", "SEEDS=0 1", "-j4", "GPUS=0 0", "LAUNCH=env")
     trained = [call for call in calls if "train.py" in call]
     assert code == 0 and len(trained) == 6 and all("gpu=0 shared=2" in call for call in trained), printed
 
 
-def test_interrupted_and_started_again_in_parallel_nothing_is_done_twice(house):
+def test_after_an_interrupt_a_parallel_make_repeats_nothing(repo):
     hung = "runs/demo/simsiam/frozen-predictor/0"
-    process = house.start("simsiam-predictor", "SEEDS=0 1", HANG=hung)
+    process = repo.start("simsiam-predictor", "SEEDS=0 1", HANG=hung)
     limit = time.monotonic() + 30
-    while not (house.folder / hung / "state.pt").exists() and time.monotonic() < limit:
+    while not (repo.folder / hung / "state.pt").exists() and time.monotonic() < limit:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)  # Ctrl-C reaches make and its children
     process.communicate()
-    assert process.returncode != 0 and runs(house.calls()) == ["base/0", "no-predictor/0", "frozen-predictor/0"]
-    assert not (house.folder / hung / "model.pt").exists() and not (house.folder / hung / "flags").exists()
-    code, calls, _ = house.make("simsiam-predictor", "SEEDS=0 1", "-j4")
+    assert process.returncode != 0 and runs(repo.calls()) == ["base/0", "no-predictor/0", "frozen-predictor/0"]
+    assert not (repo.folder / hung / "model.pt").exists() and not (repo.folder / hung / "flags").exists()
+    code, calls, _ = repo.make("simsiam-predictor", "SEEDS=0 1", "-j4")
     rest = ["base/1", "frozen-predictor/0", "frozen-predictor/1", "no-predictor/1"]
     assert code == 0 and sorted(runs(calls)) == rest
     assert set(rest) <= set(runs(calls, "eval")) <= {*rest, "base/0", "no-predictor/0"}
-    assert (house.folder / hung / "state.pt").read_text() == "half-way"  # the run's own to go on from
-    assert house.make("simsiam-predictor", "SEEDS=0 1", "-j4")[:2] == (0, [])
+    assert (repo.folder / hung / "state.pt").read_text() == "half-way"  # needed to resume the run
+    assert repo.make("simsiam-predictor", "SEEDS=0 1", "-j4")[:2] == (0, [])
 
 
-def test_report_draws_a_half_finished_grid_and_runs_nothing(house):
-    house.make("simsiam-predictor", "SEEDS=0")
-    code, calls, _ = house.make("report", "SEEDS=0 1 2")
+def test_report_draws_unfinished_studies_and_runs_nothing(repo):
+    repo.make("simsiam-predictor", "SEEDS=0")
+    code, calls, _ = repo.make("report", "SEEDS=0 1 2")
     assert code == 0 and runs(calls) == runs(calls, "eval") == [] and calls[-1].startswith("-m common.study.page")
     drawn = [call.split()[1] for call in calls[:-1] if "plot.py" in call and "--seeds 0 1 2" in call]
     assert len(set(drawn)) == len(drawn) == len(calls) - 1 == 12
-    calls = house.make("simsiam-predictor", "SEEDS=0")[1]  # the report shows other seeds now
+    calls = repo.make("simsiam-predictor", "SEEDS=0")[1]  # the report shows other seeds, so it is redrawn
     assert [call.split()[0] for call in calls] == ["simsiam/plot.py", "-m"] and "--seeds 0 --" in calls[0]
-    house.make("runs/demo/simsiam/leak-0.1/0/model.pt")  # an extra with a run of its own is drawn as well
-    assert [call.split()[1] for call in house.make("report")[1]][12:] == ["simsiam-gradient-leak", "common.study.page"]
+    repo.make("runs/demo/simsiam/leak-0.1/0/model.pt")  # an extra is drawn if it has a run that no main study shares
+    assert [call.split()[1] for call in repo.make("report")[1]][12:] == ["simsiam-gradient-leak", "common.study.page"]
 
 
-def test_a_study_that_cannot_be_drawn_leaves_the_others_and_the_page(house):
-    code, calls, _ = house.make("report", BREAK_PLOT="simsiam-predictor")
+def test_if_drawing_a_study_fails_the_others_and_the_page_are_drawn(repo):
+    code, calls, _ = repo.make("report", BREAK_PLOT="simsiam-predictor")
     drawn = [call.split()[1] for call in calls if "plot.py" in call]
     assert code != 0 and len(drawn) == 12 and calls[-1].startswith("-m common.study.page")
 
 
 @pytest.mark.parametrize(
-    ("words", "printed"),
+    ("words", "message"),
     [
         ("seqvcr TASKS=9x9", "*** TASKS: there is no '9x9'"),
         ("cocord PAIRS=vgg13", "PAIRS: 'vgg13' is not a pair"),
-        ("simsiam PAPERS=simclr", "PAPERS: there is no paper 'simclr'"),
-        ("simsiam SCALE=small", "SCALE: there is no 'small'"),
+        ("simsiam PAPERS=simclr", "invalid PAPERS: no paper 'simclr'"),
+        ("simsiam SCALE=small", "invalid SCALE=small: give demo, gpu or paper"),
         ("simsiam SEEDS=", "SEEDS is empty"),
-        ("simsiam SEEDS=1,2", "SEEDS=1,2: whole numbers"),
+        ("simsiam SEEDS=1,2", "invalid SEEDS=1,2: give integers"),
         ("simsiam EXTRA='", "No closing quotation"),
-        ("demo SCALE=gpu", "make demo is make primary SCALE=demo"),
-        ("simsiam SEED=1", "there is no variable SEED"),
-        ("simsiam simsiam-predictor=no-predictor:base", "there is no variable simsiam-predictor"),
-        ("simsiam-preditor", "there is no goal simsiam-preditor"),
-        ("simsiam-predictor simsiam-preditor", "there is no goal simsiam-preditor"),
-        ("simsiam-predictor publish", "publish comes first"),
-        ("publish PAPERS=bsa", "name studies, not PAPERS"),
-        ("page RUNS=x", "make page is of results/demo as it is"),
-        ("simsiam SEEDS=0\\ 00", "a seed is named twice"),
-        ("simsiam EXTRA=--seed=7", "make sets --seed itself, from SEEDS"),
-        ("simsiam RUNS=a=b", "a folder without = is needed"),
+        ("demo SCALE=gpu", "make demo has SCALE=demo"),
+        ("simsiam SEED=1", "unknown variable SEED:"),
+        ("simsiam simsiam-predictor=no-predictor:base", "unknown variable simsiam-predictor:"),
+        ("simsiam-preditor", "unknown target simsiam-preditor"),
+        ("simsiam-predictor simsiam-preditor", "unknown target simsiam-preditor"),
+        ("simsiam-predictor publish", "write publish first"),
+        ("publish PAPERS=bsa", "make publish takes no PAPERS"),
+        ("page RUNS=x", "make page shows results/demo: remove PAPERS"),
+        ("simsiam SEEDS=0\\ 00", "give each seed once"),
+        ("simsiam EXTRA=--seed=7", "set SEEDS instead of --seed"),
+        ("simsiam RUNS=a=b", "give a path without ="),
         ("simsiam-predictor@9", "No rule to make target 'simsiam-predictor@9'"),
     ],
 )
-def test_a_wrong_name_ends_before_anything_runs(house, words, printed):
-    code, calls, told = house.make(*shlex.split(words) if "\\" in words else words.split())
-    assert code == 2 and calls == [] and told.count("***") == 1 and printed in told and "Traceback" not in told
+def test_an_invalid_goal_or_variable_fails_before_anything_runs(repo, words, message):
+    code, calls, printed = repo.make(*shlex.split(words) if "\\" in words else words.split())
+    assert code == 2 and calls == [] and message in printed
+    assert printed.count("***") == 1 and "Traceback" not in printed
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "printed"),
+    ("old", "new", "message"),
     [
         ('"no-predictor", "--predictor none"', '"base", "--predictor none"', "arm 'base' is declared twice"),
-        ('"no-stop-gradient:base"', '"no-stop-gradeint:base"', "names the arm 'no-stop-gradeint', which is not"),
-        ('"no-stop-gradient:base"', '"no-stop-gradient:bse"', "names the arm 'bse', which is not declared"),
-        ('"--predictor frozen", against="base"', '"--predictor frozen"', "'frozen-predictor:' needs an arm and a ref"),
+        ('"no-stop-gradient:base"', '"no-stop-gradeint:base"', "uses the undeclared arm 'no-stop-gradeint'"),
+        ('"no-stop-gradient:base"', '"no-stop-gradient:bse"', "uses the undeclared arm 'bse'"),
+        ('"--predictor frozen", against="base"', '"--predictor frozen"', "invalid contrast 'frozen-predictor:'"),
         ('"--predictor frozen"', '"--predictor none"', "'no-predictor' and 'frozen-predictor' have the same flags"),
-        ('metric="knn_accuracy"', 'metric="kNN"', "names the metric 'kNN', which is not declared"),
-        ('"untrained", "knn_accuracy"', '"untrained", "knn"', "names the metric 'knn', which is not declared"),
-        ('beats_untrained("base")', 'beats_untrained("basis")', "names the arm 'basis', which is not declared"),
-        ('"%", 1, "higher")', '"%", 1, "hihger")', "metric 'linear_accuracy': better is 'higher', 'lower' or nothing"),
-        ('"kNN accuracy", "%", 1, "higher"', '"kNN accuracy", "%"', "'knn_accuracy' does not say which way is better"),
-        ('"gradient_leak"', '"gradient_leek"', "sweeps 'gradient_leek', which no flag of its arms sets"),
-        ('["knn_accuracy", "std_ratio"]', '["knn_accuracy", "std"]', "names the metric 'std', which is not declared"),
+        ('metric="knn_accuracy"', 'metric="kNN"', "uses the undeclared metric 'kNN'"),
+        ('"untrained", "knn_accuracy"', '"untrained", "knn"', "uses the undeclared metric 'knn'"),
+        ('beats_untrained("base")', 'beats_untrained("basis")', "uses the undeclared arm 'basis'"),
+        ('"%", 1, "higher")', '"%", 1, "hihger")', "metric 'linear_accuracy': set better to"),
+        ('"kNN accuracy", "%", 1, "higher"', '"kNN accuracy", "%"', "metric 'knn_accuracy' must declare better="),
+        ('"gradient_leak"', '"gradient_leek"', "sweeps 'gradient_leek', but no flag of its arms sets it"),
+        ('["knn_accuracy", "std_ratio"]', '["knn_accuracy", "std"]', "uses the undeclared metric 'std'"),
         ('"simsiam-projector"', '"simsiam-predictor"', "study 'simsiam-predictor' is declared twice"),
-        ('"simsiam-projector"', '"projector"', "study 'projector': its name is 'simsiam-'"),
+        ('"simsiam-projector"', '"projector"', "invalid study name 'projector': start with 'simsiam-'"),
         ('arms=[Arm("base")],', 'arms=[Arm("base")]', "SyntaxError: "),
         (
             '="untrained_knn_accuracy")',
             '="untrained_knn_acuracy")',
-            "the baseline 'untrained_knn_acuracy', which is not",
+            "the undeclared baseline 'untrained_knn_acuracy'",
         ),
-        ('must_beat=[beats_untrained("base")]', "must_beat=[]", "nothing is declared that base must beat"),
-        ("seeds=(0, 1, 2)", "seeds=()", "seeds are different whole numbers"),
-        ('"no-predictor", "--p', '"predictor=none", "--p', "arm 'predictor=none': letters, digits"),
-        ('["knn_accuracy", "linear_accuracy",', '["linear_accuracy",', "its sweep does not show 'knn_accuracy'"),
+        ('must_beat=[beats_untrained("base")]', "must_beat=[]", "declare a baseline that base must beat"),
+        ("seeds=(0, 1, 2)", "seeds=()", "seeds are distinct non-negative integers"),
+        ('"no-predictor", "--p', '"predictor=none", "--p', "invalid arm name 'predictor=none'"),
+        ('["knn_accuracy", "linear_accuracy",', '["linear_accuracy",', "add its primary metric 'knn_accuracy' to"),
         ("LEAKS)", "LEAK)", "NameError: name 'LEAK' is not defined"),
     ],
 )
-def test_a_wrong_design_is_one_sentence_before_anything_runs(old, new, printed, house):
-    """With undefined names a misspelt arm would be `base` under another name, and no difference would be found."""
-    house.edit(old, new)
+def test_an_invalid_design_fails_with_one_sentence_before_anything_runs(old, new, message, repo):
+    """Unchecked, a misspelt arm could silently run `base` again, and the study would find no difference."""
+    repo.edit(old, new)
     for goal in ("simsiam-predictor", "bsa", "help", "demo", "rehearsal", "cost"):
-        code, calls, told = house.make(goal, "SEEDS=0")
-        assert code == 2 and printed in told and "Traceback" not in told and "simsiam/studies.py" in told
+        code, calls, printed = repo.make(goal, "SEEDS=0")
+        assert code == 2 and message in printed and "Traceback" not in printed and "simsiam/studies.py" in printed
         assert not [call for call in calls if "common.study.cost" not in call]
-    code, calls, _ = house.make("doctor")
+    code, calls, _ = repo.make("doctor")
     assert code == 0 and calls == ["-m common.doctor --data data"]
-    assert house.make("test")[1] == ["-m pytest"]
+    assert repo.make("test")[1] == ["-m pytest"]
 
 
-def test_an_old_python_is_one_sentence_and_doctor_still_works(house):
-    """The package is compiled by no Python older than 3.11: its first file says so in words that all understand."""
+def test_an_old_python_is_reported_in_one_sentence_and_doctor_still_works(repo):
+    """common/study/__init__.py must parse on old versions, since the other modules do not compile before 3.11."""
     old = 'import sys\nsys.hexversion, sys.version = 0x03080AF0, "3.8.10 (default)"\n'
-    path = house.folder / "common/study/__init__.py"
+    path = repo.folder / "common/study/__init__.py"
     path.write_text(path.read_text().replace("import sys\n", old))
-    code, calls, told = house.make("simsiam")
-    assert code == 2 and not calls and told.count("***") == 1 and "Python 3.8.10 is older than 3.11" in told
-    assert house.make("doctor")[0] == 0
+    code, calls, printed = repo.make("simsiam")
+    assert code == 2 and not calls and printed.count("***") == 1 and "Python 3.8.10 is older than 3.11" in printed
+    assert repo.make("doctor")[0] == 0
     ast.parse(path.read_text(), feature_version=(3, 4))
 
 
-def test_data_are_asked_for_after_the_device_and_only_where_needed(house):
-    """The fake machine has no GPU: nothing is downloaded, unless the CPU is meant, or LAUNCH finds a device."""
-    asked = ["simsiam-stop-gradient", "SCALE=gpu", "SEEDS=0"]
-    code, calls, _ = house.make(*asked)
+def test_data_are_downloaded_only_if_needed_and_after_the_device_check(repo):
+    """The fake machine has no GPU, so nothing is downloaded unless DEVICE=cpu or LAUNCH is given."""
+    words = ["simsiam-stop-gradient", "SCALE=gpu", "SEEDS=0"]
+    code, calls, _ = repo.make(*words)
     assert code != 0 and [call for call in calls if "plot.py" not in call and "study.page" not in call] == [
         "-m common.devices --device auto --scale gpu"
     ]
-    code, calls, _ = house.make(*asked, "LAUNCH=env")
+    code, calls, _ = repo.make(*words, "LAUNCH=env")
     assert code == 0 and not any("common.devices" in call for call in calls)
     assert calls[0] == "-m common.images cifar10 --data data" and len(runs(calls)) == 2
-    shutil.rmtree(house.folder / "data")
-    shutil.rmtree(house.folder / "runs")
-    calls = house.make(*asked, "DEVICE=cpu")[1]
+    shutil.rmtree(repo.folder / "data")
+    shutil.rmtree(repo.folder / "runs")
+    calls = repo.make(*words, "DEVICE=cpu")[1]
     assert calls[:2] == ["-m common.devices --device cpu --scale gpu", "-m common.images cifar10 --data data"]
-    shutil.rmtree(house.folder / "runs")
-    assert not any("common.images" in call for call in house.make(*asked, "DEVICE=cpu")[1])
-    calls = house.make(*asked, "DATA=pictures", "EXTRA=--data-set folder")[1]
+    shutil.rmtree(repo.folder / "runs")
+    assert not any("common.images" in call for call in repo.make(*words, "DEVICE=cpu")[1])
+    calls = repo.make(*words, "DATA=pictures", "EXTRA=--data-set folder")[1]
     assert len(runs(calls)) == 2 and not any("common.images" in call or "common.devices" in call for call in calls)
 
 
-def test_a_changed_arm_moves_its_old_run_aside_and_no_other(house):
-    """That the old run is moved is the script's `--replace`; here: make asks for it, and for the changed arm alone."""
-    house.make("simsiam-predictor", "SEEDS=0 1")
-    before = {path: path.stat().st_mtime_ns for path in house.folder.glob("runs/demo/simsiam/*/*/model.pt")}
-    house.edit('"--predictor none"', '"--predictor none --dim 64"')
-    assert runs(house.make("simsiam-predictor", "SEEDS=0 1", "-j2")[1]) == ["no-predictor/0", "no-predictor/1"]
-    changed = {path.parts[-3] for path, when in before.items() if path.stat().st_mtime_ns != when}
+def test_only_a_changed_arm_is_trained_with_replace(repo):
+    """train.py --replace moves the old run aside. Here make calls it, and only for the changed arm."""
+    repo.make("simsiam-predictor", "SEEDS=0 1")
+    before = {path: path.stat().st_mtime_ns for path in repo.folder.glob("runs/demo/simsiam/*/*/model.pt")}
+    repo.edit('"--predictor none"', '"--predictor none --dim 64"')
+    assert runs(repo.make("simsiam-predictor", "SEEDS=0 1", "-j2")[1]) == ["no-predictor/0", "no-predictor/1"]
+    changed = {path.parts[-3] for path, mtime in before.items() if path.stat().st_mtime_ns != mtime}
     assert changed == {"no-predictor"}
 
 
-def test_a_rehearsal_takes_every_arm_in_a_folder_of_its_own(house):
-    code, calls, printed = house.make("rehearsal", "PAPERS=simsiam bsa", "EXTRA=--batch 8", "-j2")
+def test_a_rehearsal_runs_every_arm_in_a_separate_folder(repo):
+    code, calls, printed = repo.make("rehearsal", "PAPERS=simsiam bsa", "EXTRA=--batch 8", "-j2")
     assert code == 0 and len(runs(calls)) == len(runs(calls, "eval")) == 9
     assert all("--rehearse 20 --batch 8" in call for call in calls if "train.py" in call)
-    assert not (house.folder / "runs/demo").exists() and not (house.folder / "results").exists()
-    assert (house.folder / "runs/rehearsal/demo/report/index.html").exists() and "together, shared arms once" in printed
-    assert len(runs(house.make("rehearsal", "PAPERS=simsiam bsa")[1])) == 9  # a rehearsal is never "already done"
-    code, calls, _ = house.make("rehearsal", "PAPERS=simsiam bsa", "-k", BREAK="runs/rehearsal/demo/simsiam/base/0")
+    assert not (repo.folder / "runs/demo").exists() and not (repo.folder / "results").exists()
+    assert (
+        repo.folder / "runs/rehearsal/demo/report/index.html"
+    ).exists() and "all, shared arms counted once" in printed
+    assert len(runs(repo.make("rehearsal", "PAPERS=simsiam bsa")[1])) == 9  # a rehearsal always runs again
+    code, calls, _ = repo.make("rehearsal", "PAPERS=simsiam bsa", "-k", BREAK="runs/rehearsal/demo/simsiam/base/0")
     assert code != 0 and len(runs(calls)) == 9 and calls[-1].startswith("-m common.study.cost")
 
 
-def test_cost_rehearses_only_what_was_never_run(house):
-    house.make("simsiam-predictor", "SEEDS=0")
-    code, calls, printed = house.make("cost", "PAPERS=simsiam")
+def test_cost_rehearses_only_arms_without_finished_runs(repo):
+    repo.make("simsiam-predictor", "SEEDS=0")
+    code, calls, printed = repo.make("cost", "PAPERS=simsiam")
     assert code == 0 and len(runs(calls)) == 6 and "base/0" not in runs(calls)
     assert "simsiam/base" in printed and "1 finished" in printed
-    assert all(call.startswith("-m common.study.cost ") for call in house.make("cost", "PAPERS=simsiam")[1])
+    assert all(call.startswith("-m common.study.cost ") for call in repo.make("cost", "PAPERS=simsiam")[1])
     broken = "runs/rehearsal/demo/simsiam/base/0"
-    assert house.make("cost", "PAPERS=simsiam", "EXTRA=--epochs 2", BREAK=broken)[0] != 0
-    code, calls, printed = house.make("cost", "PAPERS=simsiam", "EXTRA=--epochs 3")  # what was run had other flags
+    assert repo.make("cost", "PAPERS=simsiam", "EXTRA=--epochs 2", BREAK=broken)[0] != 0
+    code, calls, printed = repo.make("cost", "PAPERS=simsiam", "EXTRA=--epochs 3")  # the finished runs have other flags
     assert code == 0 and len(runs(calls)) == 9 and "1 finished" not in printed
 
 
-def test_primary_runs_the_primary_contrasts_and_their_baselines(house):
-    code, calls, printed = house.make("primary", "SEEDS=0", "-j2")
+def test_primary_runs_the_primary_contrasts_and_their_baselines(repo):
+    code, calls, printed = repo.make("primary", "SEEDS=0", "-j2")
     assert code == 0, printed
     trained = {"/".join(Path(call.split("--out ")[1].split()[0]).parts[2:4]) for call in calls if "train.py" in call}
     pair, other = "vgg_s32-vgg_s", "resnet_s64-vgg_s"
@@ -522,28 +530,28 @@ def test_primary_runs_the_primary_contrasts_and_their_baselines(house):
         *(f"seqvcr/{arm}@2x2" for arm in ("base", "off", "width-4096", "width-512")), "seqvcr/0.1-0.5@2x2-128",
     }  # fmt: skip
     drawn = [call.split()[1] for call in calls if "plot.py" in call]
-    assert len(drawn) == len(set(drawn)) == 12 and house.make("primary", "SEEDS=0")[:2] == (0, [])
-    calls = house.make("simsiam-predictor", "SEEDS=0")[1]  # the rest of a study
+    assert len(drawn) == len(set(drawn)) == 12 and repo.make("primary", "SEEDS=0")[:2] == (0, [])
+    calls = repo.make("simsiam-predictor", "SEEDS=0")[1]  # the secondary contrasts
     assert runs(calls) == ["frozen-predictor/0"] and calls[-2].startswith("simsiam/plot.py simsiam-predictor ")
 
 
-def test_another_matrix_is_another_run(house):
+def test_another_data_matrix_retrains_the_runs(repo):
     study, count = "bsa-alignment-loss", 4
     trained = []
     for data in ("a.npy", "a.npy", "b.npy"):
-        code, calls, _ = house.make(study, "SEEDS=0", f"DATA={data}")
+        code, calls, _ = repo.make(study, "SEEDS=0", f"DATA={data}")
         trained.append(sum(f"--data {data} --replace" in call for call in calls))
         assert code == 0 and all(f"DATA={data}" in call.split("--reproduce")[1] for call in calls if "plot.py" in call)
     assert trained == [count, 0, count]
-    calls = house.make(study, "SEEDS=0", "DATA=elsewhere")[1]  # a place, not another study: but the matrix's runs go
+    calls = repo.make(study, "SEEDS=0", "DATA=elsewhere")[1]  # a folder is not part of the flags
     assert sum("--data elsewhere" in call and "train.py" in call for call in calls) == count
     for name, value, paper in (("PAIRS", "vgg13-vgg8", "cocord"), ("TASKS", "2x2", "seqvcr")):
-        drawn = [call for call in house.make(paper, "SEEDS=0", f"{name}={value}")[1] if "plot.py" in call]
+        drawn = [call for call in repo.make(paper, "SEEDS=0", f"{name}={value}")[1] if "plot.py" in call]
         assert drawn and all(f"{name}={value}" in call and f"--{name.lower()} {value}" in call for call in drawn)
 
 
-def test_demo_is_primary_with_one_seed_on_the_cpu(house):
-    code, calls, _ = house.make("demo")
+def test_demo_runs_the_primary_contrasts_with_one_seed_on_the_cpu(repo):
+    code, calls, _ = repo.make("demo")
     assert code == 0 and len(runs(calls)) == 5 and all("--device cpu" in call for call in calls if "train.py" in call)
     assert {run.split("/")[1] for run in runs(calls)} == {"0"}
     drawn = [call.split()[1] for call in calls if call.split()[0].endswith("plot.py")]
@@ -552,15 +560,15 @@ def test_demo_is_primary_with_one_seed_on_the_cpu(house):
     assert not any("train.py" in call and not call.startswith("simsiam/") for call in calls[:first])
 
 
-def test_a_demo_of_other_seeds_or_on_another_device(house):
-    calls = house.make("demo", "PAPERS=bsa", "SEEDS=3 4", "DEVICE=cuda:1")[1]
+def test_demo_accepts_other_seeds_and_another_device(repo):
+    calls = repo.make("demo", "PAPERS=bsa", "SEEDS=3 4", "DEVICE=cuda:1")[1]
     trained = [call for call in calls if "train.py" in call]
     assert len(trained) == 6 and all("--device cuda:1" in call for call in trained)
     assert {call.split("--seed ")[1].split()[0] for call in trained} == {"3", "4"}
 
 
-def test_robustness_and_curves_are_extras_of_three_seeds(house):
-    code, calls, printed = house.make("robustness", "PAPERS=bsa cocord", "-j2")
+def test_robustness_and_curves_run_three_seeds(repo):
+    code, calls, printed = repo.make("robustness", "PAPERS=bsa cocord", "-j2")
     assert code == 0, printed
     tripled = [call for call in calls if "train.py" in call and "--lr-factor 3" in call]
     assert len(tripled) == 3 * (3 + 6) and all("@triple/" in call for call in tripled)
@@ -569,13 +577,13 @@ def test_robustness_and_curves_are_extras_of_three_seeds(house):
     assert {call.split()[1] for call in drawn} == {"bsa-robustness", "cocord-robustness"}
     page = next(call for call in calls if "study.page" in call)
     assert page.split(" --extras ")[1].split()[:2] == ["bsa-robustness", "cocord-robustness"]
-    for place, call in enumerate(calls):  # at another rate the teacher is the same, and there first
+    for place, call in enumerate(calls):  # all rates share a teacher, which is trained first
         if "cocord/train.py" in call and "@third" in call and "--weights" in call:
             weights = Path(call.split("--weights ")[1].split()[0])
             assert any(f"--out {weights.parent} " in one for one in calls[:place])
-    assert house.make("robustness", "PAPERS=bsa cocord")[:2] == (0, [])
-    code, calls, _ = house.make("curves", "PAPERS=bsa", "SEEDS=0")
-    assert code == 0 and len([call for call in calls if "train.py" in call]) == 4  # base and no-alignment are there
+    assert repo.make("robustness", "PAPERS=bsa cocord")[:2] == (0, [])
+    code, calls, _ = repo.make("curves", "PAPERS=bsa", "SEEDS=0")
+    assert code == 0 and len([call for call in calls if "train.py" in call]) == 4  # base and no-alignment exist already
 
 
 ONE_EDIT = """            study(
@@ -587,43 +595,43 @@ ONE_EDIT = """            study(
 """
 
 
-def test_a_study_is_one_edit(house):
+def test_a_study_is_added_by_one_edit(repo):
     place = '            study("simsiam-projector"'
-    house.edit(place, ONE_EDIT + place)
-    code, calls, _ = house.make("simsiam-head", "SEEDS=0")
+    repo.edit(place, ONE_EDIT + place)
+    code, calls, _ = repo.make("simsiam-head", "SEEDS=0")
     assert code == 0 and runs(calls) == ["no-projector/0", "no-predictor/0"]
     assert "simsiam/plot.py simsiam-head " in " ".join(calls) and " simsiam-head " in calls[-1]
-    code, calls, _ = house.make("all", "PAPERS=simsiam", "SEEDS=0")
+    code, calls, _ = repo.make("all", "PAPERS=simsiam", "SEEDS=0")
     assert code == 0 and len(runs(calls)) == 7
-    assert "simsiam-head: Is a projector without a predictor worth anything?" in house.make()[2]
+    assert "simsiam-head: Is a projector without a predictor worth anything?" in repo.make()[2]
 
 
-def test_help_names_papers_studies_and_arms(house):
-    _, calls, printed = house.make()
+def test_help_names_papers_studies_and_arms(repo):
+    _, calls, printed = repo.make()
     assert calls == [] and "simsiam-stop-gradient" in printed and "--no-stop-gradient" in printed
 
 
-def test_teachers_are_trained_first_once_and_take_no_extra(house):
-    code, calls, printed = house.make("cocord-teacher-momentum", "SEEDS=0 1", "EXTRA=--queue 64", "-j2")
-    taught = [call for call in calls if "teacher.py" in call]
-    assert code == 0 and len(taught) == len(set(taught)) == 3, printed
-    assert not any("--queue" in call for call in taught) and all("--seed 0" in call for call in taught)
+def test_teachers_are_trained_first_and_once_and_ignore_extra(repo):
+    code, calls, printed = repo.make("cocord-teacher-momentum", "SEEDS=0 1", "EXTRA=--queue 64", "-j2")
+    teachers = [call for call in calls if "teacher.py" in call]
+    assert code == 0 and len(teachers) == len(set(teachers)) == 3, printed
+    assert not any("--queue" in call for call in teachers) and all("--seed 0" in call for call in teachers)
     for place, call in enumerate(calls):
         if "cocord/train.py" in call and "--weights" in call:
             weights = Path(call.split("--weights ")[1].split()[0])
             assert weights.parts[3] == f"teacher@{call.split('--teacher ')[1].split()[0]}"
             assert any(f"--out {weights.parent} " in one for one in calls[:place])
     assert sum("--teacher none" in call for call in calls if "train.py" in call) == 2
-    assert house.make("cocord-teacher-momentum", "SEEDS=0 1", "EXTRA=--queue 64")[:2] == (0, [])
+    assert repo.make("cocord-teacher-momentum", "SEEDS=0 1", "EXTRA=--queue 64")[:2] == (0, [])
 
 
-def test_teachers_by_themselves_other_pairs_and_a_rehearsal(house):
-    calls = house.make("cocord-teachers")[1]
+def test_teacher_target_other_pairs_and_rehearsed_teachers(repo):
+    calls = repo.make("cocord-teachers")[1]
     assert len(calls) == 4 and all(call.startswith("cocord/teacher.py") for call in calls)
-    calls = house.make("cocord-prediction-loss", "SEEDS=0", "PAIRS=vgg13-vgg8")[1]
+    calls = repo.make("cocord-prediction-loss", "SEEDS=0", "PAIRS=vgg13-vgg8")[1]
     assert sum("--network vgg13" in call for call in calls) == 1
     assert {call.split("--student ")[1].split()[0] for call in calls if "cocord/train.py" in call} == {"vgg8"}
     rehearsal = ["EXTRA=--batch 8 --rehearse 3", "RUNS=runs/rehearsal/demo"]
-    calls = house.make("cocord-prediction-loss", "SEEDS=0", *rehearsal)[1]
+    calls = repo.make("cocord-prediction-loss", "SEEDS=0", *rehearsal)[1]
     teacher = next(call for call in calls if "teacher.py" in call)
     assert "--rehearse=3" in teacher and "--batch" not in teacher

@@ -1,4 +1,4 @@
-"""kNN and linear probes against naive forms, and the layer-wise scaling of the full-size probe."""
+"""kNN and linear probes against plain reference implementations, and the held-out split."""
 
 import pytest
 import torch
@@ -15,29 +15,30 @@ def clusters(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return centres[labels] + 0.8 * torch.randn(count, 8, generator=generator), labels
 
 
-def test_knn_equals_the_naive_vote():
+def test_knn_accuracy_equals_a_plain_implementation():
     (bank, bank_labels), (queries, labels) = clusters(60), clusters(40, 1)
     correct = 0
     for query, label in zip(queries, labels, strict=True):
-        cosines = [float(F.cosine_similarity(query, one, dim=0)) for one in bank]
+        cosines = [float(F.cosine_similarity(query, key, dim=0)) for key in bank]
         nearest = sorted(range(60), key=lambda i: -cosines[i])[:7]
         scores = [0.0, 0.0, 0.0]
         for i in nearest:
             scores[int(bank_labels[i])] += 2.718281828459045 ** (cosines[i] / 0.1)
         correct += scores.index(max(scores)) == int(label)
     train_set, test_set = probes.Labelled(bank, bank_labels), probes.Labelled(queries, labels)
-    found = probes.knn_accuracy(train_set, test_set, 3, k=7)
-    assert 60 < found < 100 and found == pytest.approx(100 * correct / 40)
+    accuracy = probes.knn_accuracy(train_set, test_set, 3, k=7)
+    assert 60 < accuracy < 100 and accuracy == pytest.approx(100 * correct / 40)
     assert probes.knn_accuracy(train_set, test_set, 3, k=1000) > 33
 
 
-def test_linear_probe_takes_the_steps_of_autograd_and_sgd_at_every_rate():
+def test_linear_probe_equals_autograd_and_sgd_at_each_learning_rate():
     features, labels = clusters(32)
     rates = torch.tensor([0.1, 1.0])
-    found = probes.fit_linear(probes.Labelled(features, labels), 3, rates, seed=4, epochs=2, batch=16)
-    for rate, weights in zip(rates.tolist(), found, strict=True):
+    fitted = probes.fit_linear(probes.Labelled(features, labels), 3, rates, seed=4, epochs=2, batch=16)
+    for rate, weights in zip(rates.tolist(), fitted, strict=True):
         layer = nn.Linear(8, 3)
-        nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
         optimizer = torch.optim.SGD(layer.parameters(), rate, momentum=0.9)
         for epoch in range(2):
             order = seeding.permutation(4, "linear probe", epoch, 32, "cpu")
@@ -50,33 +51,41 @@ def test_linear_probe_takes_the_steps_of_autograd_and_sgd_at_every_rate():
         torch.testing.assert_close(weights[-1], layer.bias, atol=1e-5, rtol=1e-4)
 
 
-def test_the_rate_is_chosen_on_the_held_out_tenth_and_never_on_the_test_set(monkeypatch):
+def test_the_learning_rate_is_chosen_on_the_held_out_tenth_not_on_the_test_set(monkeypatch):
     train_set, test_set = probes.Labelled(*clusters(200)), probes.Labelled(*clusters(50, 1))
-    parts = seeding.held_out_split(200, "cpu")
-    seen = []
-    monkeypatch.setattr(probes, "correct_share", lambda x, y, w: seen.append(len(x)) or torch.tensor([0.2, 0.9, 0.1]))
-    fits = []
-    fit = probes.fit_linear
-    monkeypatch.setattr(probes, "fit_linear", lambda *a: fits.append((len(a[0].labels), a[2].tolist())) or fit(*a))
-    with pytest.raises(RuntimeError):  # three shares where one is wanted at the end
-        probes.linear_accuracy(train_set, test_set, 3, parts, 0, torch.tensor([0.01, 0.5, 9.0]))
-    assert seen == [20, 50] and fits == [(180, pytest.approx([0.01, 0.5, 9.0])), (200, [0.5])]
+    split = seeding.held_out_split(200, "cpu")
+    evaluated_rows, fits = [], []
+    real_fit = probes.fit_linear
+
+    def accuracy_per_rate(features, labels, weights):
+        evaluated_rows.append(len(features))
+        return torch.tensor([0.2, 0.9, 0.1])[: len(weights)]
+
+    def fit_linear(train, classes, learning_rates, seed):
+        fits.append((len(train.labels), learning_rates.tolist()))
+        return real_fit(train, classes, learning_rates, seed)
+
+    monkeypatch.setattr(probes, "accuracy_per_rate", accuracy_per_rate)
+    monkeypatch.setattr(probes, "fit_linear", fit_linear)
+    probes.linear_accuracy(train_set, test_set, 3, split, 0, torch.tensor([0.01, 0.5, 9.0]))
+    assert evaluated_rows == [20, 50]
+    assert fits == [(180, pytest.approx([0.01, 0.5, 9.0])), (200, [0.5])]
 
 
-def test_linear_probe_does_not_favour_a_feature_scale():
+def test_linear_accuracy_does_not_depend_on_the_feature_scale():
     (features, labels), (test, test_labels) = clusters(200), clusters(100, 1)
-    parts = seeding.held_out_split(200, "cpu")
-    found = [
+    split = seeding.held_out_split(200, "cpu")
+    small, unscaled, large = (
         probes.linear_accuracy(
-            probes.Labelled(scale * features, labels), probes.Labelled(scale * test, test_labels), 3, parts, 0
+            probes.Labelled(scale * features, labels), probes.Labelled(scale * test, test_labels), 3, split, 0
         )
         for scale in (1e-4, 1.0, 1e3)
-    ]
-    assert found[0] == pytest.approx(found[1], abs=1) and found[1] == pytest.approx(found[2], abs=1) and found[1] > 70
+    )
+    assert small == pytest.approx(unscaled, abs=1) and unscaled == pytest.approx(large, abs=1) and unscaled > 70
 
 
-def test_held_out_tenth_is_fixed_and_a_tenth():
-    rest, tenth = seeding.held_out_split(5000, "cpu")
-    assert len(tenth) == 500 and torch.equal(tenth, seeding.held_out_split(5000, "cpu")[1])
-    assert torch.equal(torch.cat([rest, tenth]).sort().values, torch.arange(5000))
-    assert (rest.diff() > 0).all() and (tenth.diff() > 0).all() and 150 < (tenth < 2500).sum() < 350
+def test_held_out_split_is_fixed_sorted_and_one_tenth():
+    rest, held_out = seeding.held_out_split(5000, "cpu")
+    assert len(held_out) == 500 and torch.equal(held_out, seeding.held_out_split(5000, "cpu")[1])
+    assert torch.equal(torch.cat([rest, held_out]).sort().values, torch.arange(5000))
+    assert (rest.diff() > 0).all() and (held_out.diff() > 0).all() and 150 < (held_out < 2500).sum() < 350

@@ -1,4 +1,4 @@
-"""What reaches results/, and what is refused: a paper of two arms in a clone of its own."""
+"""make publish and make page: what is copied to results/ and what is refused, for a toy paper in its own clone."""
 
 import hashlib
 import json
@@ -34,7 +34,7 @@ def draw(view):
 if __name__ == "__main__":
     plotting.draw(None, None, design, lambda runs: "pictures", draw)
 """
-WORDS = ["PAPERS=toy", "SCALE=demo"]
+VARIABLES = ["PAPERS=toy", "SCALE=demo"]
 
 
 def git(*words):
@@ -43,7 +43,7 @@ def git(*words):
 
 @pytest.fixture
 def clone(tmp_path, monkeypatch):
-    """A git clone with the paper `toy`, in which its runs of the plan have been made and drawn."""
+    """A git clone with the paper `toy`, whose main study has been run and drawn."""
     (tmp_path / "toy").mkdir()
     (tmp_path / "toy/studies.py").write_text(STUDIES)
     (tmp_path / "toy/train.py").write_text("# trains")
@@ -63,13 +63,13 @@ def clone(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-def run(arm, seed, knn, flags, **facts):
+def run(arm, seed, knn, flags, **provenance):
     folder = f"runs/demo/toy/{arm}/{seed}"
     shutil.rmtree(folder, ignore_errors=True)
     source = hashlib.sha256(b"# trains").hexdigest()
-    provenance = {"commit": "c", "dirty": False, "data": "d", "source": source, "script": "toy/train.py"} | facts
+    defaults = {"commit": "c", "dirty": False, "data": "d", "source": source, "script": "toy/train.py"}
     Path(folder).mkdir(parents=True)
-    Path(folder, "args.json").write_text(json.dumps({"arguments": {"seed": seed}, "provenance": provenance}))
+    Path(folder, "args.json").write_text(json.dumps({"arguments": {"seed": seed}, "provenance": defaults | provenance}))
     Path(folder, "metrics.json").write_text(json.dumps({"knn": knn, "untrained": 10.0 + seed}))
     Path(folder, "flags").write_text(f"flags: {flags}".strip() + "\n")
     Path(folder, "model.pt").touch()
@@ -79,91 +79,91 @@ def draw(study, *seeds):
     subprocess.run([sys.executable, "toy/plot.py", study, *(["--seeds", *seeds] if seeds else [])], check=True)
 
 
-def refused(capsys, *words):
-    """The sentences with which `make publish` ends; nothing is copied."""
+def errors(capsys, *words):
+    """Return the error messages of `make publish`, which exits with code 2 and copies nothing."""
     with pytest.raises(SystemExit) as end:
-        publish.main([*WORDS, *words])
+        publish.main([*VARIABLES, *words])
     assert end.value.code == 2 and not Path("results").exists()
     return capsys.readouterr().err
 
 
-def test_a_whole_study_is_published_and_the_page_is_made_of_it(clone, capsys):
-    publish.main(WORDS)
-    there = sorted(path.name for path in (clone / "results/demo").iterdir())
-    assert there == ["README.md", "toy-arm-metrics.png", "toy-arm.csv", "toy-arm.json"]
+def test_a_complete_study_is_published_and_appears_on_the_page(clone, capsys):
+    publish.main(VARIABLES)
+    published = sorted(path.name for path in (clone / "results/demo").iterdir())
+    assert published == ["README.md", "toy-arm-metrics.png", "toy-arm.csv", "toy-arm.json"]
     readme = (clone / "results/demo/README.md").read_text()
     assert "![toy-arm-metrics](toy-arm-metrics.png)" in readme and "| arm | --leak 1 | 20.5" in readme
     git("add", ".")
     git("commit", "-qm", "results")
-    publish.main(["page", *WORDS])
+    publish.main(["page", *VARIABLES])
     page = (clone / "results/demo/index.html").read_text()
     assert "data:image/png;base64," in page and "kNN accuracy is 40.0 points lower" in page
     assert not subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True).stdout
     for seed in (0, 1):
         run("more", seed, 50.0, "--leak 2")
     draw("toy-more")
-    publish.main([*WORDS, "toy-more"])
+    publish.main([*VARIABLES, "toy-more"])
     assert "toy-more-metrics.png" in (clone / "results/demo/extras.md").read_text()
     assert "toy-more" not in (clone / "results/demo/README.md").read_text()
 
 
-def test_an_old_figure_goes_with_its_study(clone):
+def test_outdated_figures_of_published_studies_are_deleted(clone):
     (clone / "results/demo").mkdir(parents=True)
     for name in ("toy-arm-old.png", "toy-more-metrics.png"):
         (clone / "results/demo" / name).write_bytes(b"")
-    publish.main([*WORDS, "toy-arm"])
-    there = {path.name for path in (clone / "results/demo").glob("*.png")}
-    assert there == {"toy-arm-metrics.png", "toy-more-metrics.png"}
+    publish.main([*VARIABLES, "toy-arm"])
+    figures = {path.name for path in (clone / "results/demo").glob("*.png")}
+    assert figures == {"toy-arm-metrics.png", "toy-more-metrics.png"}
 
 
-def test_what_is_published_is_drawn_anew_as_declared(clone):
-    """Whatever the report holds: one seed, an old figure, numbers of another design."""
+def test_publish_redraws_the_study_as_declared(clone):
+    """The report itself may show other seeds or hold outdated figures."""
     draw("toy-arm", "0")
     report = clone / "runs/demo/report"
     (report / "toy-arm-old.png").write_bytes(b"")
-    publish.main(WORDS)
-    found = json.loads((clone / "results/demo/toy-arm.json").read_text())
-    assert found["seeds"] == [0, 1] and not (clone / "results/demo/toy-arm-old.png").exists()
-    assert json.loads((report / "toy-arm.json").read_text())["seeds"] == [0]  # the report stays
+    publish.main(VARIABLES)
+    summary = json.loads((clone / "results/demo/toy-arm.json").read_text())
+    assert summary["seeds"] == [0, 1] and not (clone / "results/demo/toy-arm-old.png").exists()
+    assert json.loads((report / "toy-arm.json").read_text())["seeds"] == [0]  # the report is unchanged
     draw("toy-arm")
-    assert not (report / "toy-arm-old.png").exists()  # no figure stays that was not drawn now
+    assert not (report / "toy-arm-old.png").exists()  # drawing deletes outdated figures
 
 
-def test_a_hole_is_refused(clone, capsys):
+def test_missing_runs_are_refused(clone, capsys):
     for name in ("metrics.json", "args.json"):
         path = clone / "runs/demo/toy/arm/1" / name
         saved = path.read_text()
         path.unlink()
-        assert "toy-arm: not run, or not whole: runs/demo/toy/arm/1" in refused(capsys)
+        assert "toy-arm: missing or incomplete runs: runs/demo/toy/arm/1" in errors(capsys)
         path.write_text(saved)
-    assert "there is no study 'toy'" in refused(capsys, "toy")
-    assert "toy-more: not run, or not whole: runs/demo/toy/more/0" in refused(capsys, "toy-more")
+    assert "unknown study 'toy'" in errors(capsys, "toy")
+    assert "toy-more: missing or incomplete runs: runs/demo/toy/more/0" in errors(capsys, "toy-more")
 
 
 def test_other_flags_and_settings_are_refused(clone, capsys):
     run("arm", 1, 21.0, "--leak 1 --epochs 3")
-    assert "other flags than declared: runs/demo/toy/arm/1" in refused(capsys)
+    assert "flags differ from the declared ones: runs/demo/toy/arm/1" in errors(capsys)
     for word in ("EXTRA=--epochs 3", "SEEDS=0", "PAIRS=a-b", "TASKS=lis", "DATA=my.npy"):
-        assert word.partition("=")[0] in refused(capsys, word)
+        assert word.partition("=")[0] in errors(capsys, word)
 
 
 @pytest.mark.parametrize(
-    ("facts", "printed"),
+    ("provenance", "message"),
     [
-        ({"source": "0" * 64}, "its runs are of several versions of toy/train.py"),
-        ({"data": "other"}, "its runs mix data"),
-        ({"dirty": True}, "made from a tree with uncommitted changes"),
+        ({"source": "0" * 64}, "runs come from several versions of toy/train.py"),
+        ({"data": "other"}, "runs used different data"),
+        ({"dirty": True}, "run with uncommitted changes"),
     ],
 )
-def test_mixed_runs_are_refused(facts, printed, clone, capsys):
-    run("arm", 1, 21.0, "--leak 1", **facts)
-    assert f"toy-arm: {printed}" in refused(capsys)
+def test_inconsistent_or_dirty_runs_are_refused(provenance, message, clone, capsys):
+    run("arm", 1, 21.0, "--leak 1", **provenance)
+    assert f"toy-arm: {message}" in errors(capsys)
 
 
-def test_a_changed_tree_is_refused(clone, capsys):
+def test_uncommitted_changes_are_refused(clone, capsys):
     (clone / "toy/train.py").write_text("# trains otherwise")
-    assert "the tree has uncommitted changes" in refused(capsys)
+    assert "the working tree has uncommitted changes" in errors(capsys)
 
 
-def test_a_page_of_nothing_is_refused(clone, capsys):
-    assert "results/demo is not there" in refused(capsys, "page")
+def test_page_without_results_is_refused(clone, capsys):
+    assert "results/demo does not exist" in errors(capsys, "page")

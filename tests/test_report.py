@@ -1,4 +1,4 @@
-"""From run folders to the page: the arithmetic of a study, what it says, and what it refuses to say."""
+"""From run folders to the HTML page: statistics, verdicts, findings, tables and figures of a toy study."""
 
 import base64
 import csv
@@ -19,25 +19,27 @@ METRICS = {
     "spread": Metric("std ratio", "", 2),
     "loss": Metric("training loss", "", 3, judged=False),
 }
-BASE, ARM, CONTROL = [60.0, 64.0, 62.0, 66.0, 61.0], [12.0, 13.0, 11.0, 12.5, 11.5], [20.0, 21.0, 19.0, 20.5, 20.2]
+BASE = [60.0, 64.0, 62.0, 66.0, 61.0]
+ARM = [12.0, 13.0, 11.0, 12.5, 11.5]
+UNTRAINED = [20.0, 21.0, 19.0, 20.5, 20.2]
 
 
 def study(**changes) -> Study:
-    given = Study(
+    default = Study(
         name="toy-arm",
         question="What does <b>the arm</b> do?",
         contrasts=["arm:base"],
         metric="knn",
         must_beat=[MustBeat("base", "untrained", "knn", baseline_metric="untrained_knn")],
     )
-    return replace(given, **changes)
+    return replace(default, **changes)
 
 
 ABOUT = {"paper": "toy", "scale": "demo", "data": "ten pictures", "reproduce": "make toy-arm SCALE=demo", "not_run": []}
 
 
-def run(root, arm, seed, knn, control=20.0, source="a" * 64, device="cpu", **metrics):
-    """One finished run; `knn` None is a diverged one."""
+def run(root, arm, seed, knn, untrained=20.0, source="a" * 64, device="cpu", **metrics):
+    """Write the files of a finished run. `knn` None: the run diverged."""
     folder = root / arm / str(seed)
     folder.mkdir(parents=True)
     provenance = {"commit": "c", "dirty": False, "torch": "2", "device": device, "threads": 1, "world": 1}
@@ -47,17 +49,18 @@ def run(root, arm, seed, knn, control=20.0, source="a" * 64, device="cpu", **met
     lines = [{"epoch": epoch, "knn": epoch * (knn or 1.0), "loss": -epoch} for epoch in range(3)]
     (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "flags").write_text(f"flags: --{arm}\n")
-    found = {"knn": knn, "spread": 0.5 + seed / 10, "loss": -0.5, "untrained_knn": control} | metrics
-    found = dict.fromkeys(found) if knn is None else found
-    (folder / "metrics.json").write_text(json.dumps(found | {"diverged": knn is None, "seconds": 36.0}))
+    metrics = {"knn": knn, "spread": 0.5 + seed / 10, "loss": -0.5, "untrained_knn": untrained} | metrics
+    if knn is None:
+        metrics = dict.fromkeys(metrics)
+    (folder / "metrics.json").write_text(json.dumps(metrics | {"diverged": knn is None, "seconds": 36.0}))
     return folder
 
 
 def grid(root, **arms):
-    """Runs of several arms, one value a seed; their untrained accuracy is CONTROL."""
-    for arm, found in arms.items():
-        for seed, knn in enumerate(found):
-            run(root, arm.replace("_", "-"), seed, knn, CONTROL[seed % 5])
+    """Write runs of several arms, one kNN accuracy per seed. The untrained accuracies are UNTRAINED."""
+    for arm, accuracies in arms.items():
+        for seed, knn in enumerate(accuracies):
+            run(root, arm.replace("_", "-"), seed, knn, UNTRAINED[seed % 5])
 
 
 def summarise(root, seeds=5, rule=None, **changes):
@@ -67,26 +70,26 @@ def summarise(root, seeds=5, rule=None, **changes):
 
 def test_numbers_equal_scipy(tmp_path):
     grid(tmp_path, base=BASE, arm=ARM)
-    found = summarise(tmp_path)
-    contrast = found["contrasts"][0]
+    summary = summarise(tmp_path)
+    contrast = summary["contrasts"][0]
     welch = stats.ttest_ind(ARM, BASE, equal_var=False).confidence_interval()
     paired = stats.ttest_rel(ARM, BASE).confidence_interval()
     assert contrast["mean"] == pytest.approx(-50.6)
     assert (contrast["low"], contrast["high"]) == pytest.approx((welch.low, welch.high))
     assert (contrast["paired_low"], contrast["paired_high"]) == pytest.approx((paired.low, paired.high))
     assert contrast["correlation"] == pytest.approx(stats.pearsonr(ARM, BASE).statistic)
-    assert (found["verdict"], found["counted"]) == ("lower", True)
-    control = stats.ttest_ind(BASE, CONTROL, equal_var=False).confidence_interval()
-    assert (found["controls"][0]["low"], found["controls"][0]["passed"]) == (pytest.approx(control.low), True)
-    row = found["rows"][0]
+    assert (summary["verdict"], summary["counted"]) == ("lower", True)
+    baseline = stats.ttest_ind(BASE, UNTRAINED, equal_var=False).confidence_interval()
+    assert (summary["controls"][0]["low"], summary["controls"][0]["passed"]) == (pytest.approx(baseline.low), True)
+    row = summary["rows"][0]
     assert (row["arm"], row["flags"], row["metrics"]["knn"]["values"]["3"]) == ("base", "--base", 66.0)
     numbers = f"arm: 12.0, base: 62.6; 95 % interval {welch.low:.1f} to {welch.high:.1f}, n = 5"
-    assert found["finding"] == f"kNN accuracy is 50.6 points lower for arm than for base ({numbers})."
-    assert found["provenance"]["source"] == "a" * 64 and found["provenance"]["hours"] == pytest.approx(0.1)
-    assert found["notes"] == []
+    assert summary["finding"] == f"kNN accuracy is 50.6 points lower for arm than for base ({numbers})."
+    assert summary["provenance"]["source"] == "a" * 64 and summary["provenance"]["hours"] == pytest.approx(0.1)
+    assert summary["notes"] == []
 
 
-def test_holes_are_counted_and_said(tmp_path):
+def test_missing_and_inconsistent_runs_are_counted_and_reported(tmp_path):
     grid(tmp_path, base=BASE[:3], arm=[12.0, None, 13.0, 11.0])
     run(tmp_path, "base", 4, 65.0, source="b" * 64, device="NVIDIA H200")
     (tmp_path / "arm" / "3" / "metrics.json").write_text('{"knn": 11')
@@ -95,10 +98,10 @@ def test_holes_are_counted_and_said(tmp_path):
     arguments = json.loads((tmp_path / "arm" / "2" / "args.json").read_text())
     arguments["arguments"]["epochs"] = 7
     (tmp_path / "arm" / "2" / "args.json").write_text(json.dumps(arguments))
-    found = summarise(tmp_path)
-    assert found["notes"] == [
+    summary = summarise(tmp_path)
+    assert summary["notes"] == [
         "base: 1 of 5 missing (seed 3).",
-        "base, seed 0: an unreadable line of train.jsonl is left out.",
+        "base, seed 0: skipped an unreadable line of train.jsonl.",
         "arm: 2 of 5 missing (seed 3, 4).",
         "arm: 1 of 5 diverged, not averaged (seed 1).",
         "arm, seed 3: metrics.json cannot be read: delete it, and make evaluates the run again.",
@@ -106,12 +109,12 @@ def test_holes_are_counted_and_said(tmp_path):
         "The runs mix versions of the code (sha256): aaaaaaaaaaaa, bbbbbbbbbbbb.",
         "The runs mix devices: NVIDIA H200, cpu.",
     ]
-    row = found["rows"][1]
+    row = summary["rows"][1]
     assert (row["diverged"], row["missing"]) == ([1], [3, 4])
     assert (row["metrics"]["knn"]["n"], row["metrics"]["knn"]["mean"]) == (2, 12.5)
-    assert (found["contrasts"][0]["n"], found["contrasts"][0]["n_reference"]) == (2, 4)
-    assert "arm: 1 of 5 diverged, not averaged." in found["finding"] and "n = 2 and 4" in found["finding"]
-    cells = tables.arms_table(found)[2]
+    assert (summary["contrasts"][0]["n"], summary["contrasts"][0]["n_reference"]) == (2, 4)
+    assert "arm: 1 of 5 diverged, not averaged." in summary["finding"] and "n = 2 and 4" in summary["finding"]
+    cells = tables.arms_table(summary)[2]
     assert cells[-2:] == ["2", "1 of 5 diverged; 2 of 5 missing"]
 
 
@@ -123,76 +126,76 @@ def test_a_finite_value_of_a_diverged_run_is_not_averaged(tmp_path):
     assert summarise(tmp_path)["rows"][1]["metrics"]["knn"]["n"] == 4
 
 
-def test_null_and_not_finite_values_are_left_out(tmp_path):
+def test_null_and_non_finite_values_are_excluded(tmp_path):
     for seed, knn in enumerate([60.0, float("nan"), float("inf")]):
         run(tmp_path, "base", seed, knn)
     run(tmp_path, "base", 3, 62.0, spread=None)
     runs = results.read_runs(tmp_path, ["base"], range(4))
     assert results.values(runs, "base", "knn") == {0: 60.0, 3: 62.0}
     assert list(results.values(runs, "base", "spread")) == [0, 1, 2]
-    assert results.notes(runs, ["spread"]) == []  # null says "does not apply"; an absent key is a hole
+    assert results.notes(runs, ["spread"]) == []  # null means "does not apply"; only an absent key is noted
     assert results.notes(runs, ["sprad"]) == ["base: 4 of 4 without sprad (seed 0, 1, 2, 3)."]
 
 
-def test_every_seed_diverged(tmp_path):
+def test_an_arm_with_only_diverged_seeds_has_no_verdict(tmp_path):
     grid(tmp_path, base=BASE, arm=[None] * 5)
-    found = summarise(tmp_path)
-    assert (found["verdict"], found["counted"]) == ("arm: 5 of 5 diverged", False)
-    assert "arm:base cannot be compared in kNN accuracy" in found["finding"]
+    summary = summarise(tmp_path)
+    assert (summary["verdict"], summary["counted"]) == ("arm: 5 of 5 diverged", False)
+    assert "arm:base cannot be compared on kNN accuracy" in summary["finding"]
 
 
-def test_a_failed_control_silences_the_study(tmp_path):
-    grid(tmp_path, base=CONTROL[::-1], arm=ARM)  # base learnt nothing; the arm is still far lower
-    found = summarise(tmp_path)
-    assert found["contrasts"][0]["word"] == "lower" and found["controls"][0]["passed"] is False
-    assert (found["verdict"], found["counted"]) == ("not informative at this scale", False)
-    assert found["finding"].startswith("Not informative at this scale: kNN accuracy of base (20.1)")
+def test_a_study_whose_base_fails_its_baseline_is_not_informative(tmp_path):
+    grid(tmp_path, base=UNTRAINED[::-1], arm=ARM)  # base learnt nothing, although the arm is much lower
+    summary = summarise(tmp_path)
+    assert summary["contrasts"][0]["word"] == "lower" and summary["controls"][0]["passed"] is False
+    assert (summary["verdict"], summary["counted"]) == ("not informative at this scale", False)
+    assert summary["finding"].startswith("Not informative at this scale: kNN accuracy of base (20.1)")
 
 
-def test_a_control_of_another_reference_leaves_the_primary_its_verdict(tmp_path):
-    """`other` fails its own control: nothing follows for it, and the primary contrast to base keeps its word."""
+def test_a_failed_baseline_of_another_reference_does_not_change_the_primary_verdict(tmp_path):
+    """`other` fails its baseline. Contrasts with it are not informative; the primary contrast keeps its verdict."""
     for seed in range(5):
         for arm, knn in (("base", 60.0), ("arm", 40.0), ("other", 15.0)):
-            run(tmp_path, arm, seed, knn + seed, control=15.0 + seed)
+            run(tmp_path, arm, seed, knn + seed, untrained=15.0 + seed)
     guards = [MustBeat(arm, "untrained", "knn", baseline_metric="untrained_knn") for arm in ("base", "other")]
-    found = summarise(tmp_path, contrasts=["arm:base", "arm:other"], must_beat=guards)
-    assert [control["passed"] for control in found["controls"]] == [True, False]
-    assert found["verdict"] == "lower" and not found["finding"].startswith("Not informative")
-    assert "Nothing follows from contrasts to other" in found["finding"]
-    assert page.overview("toy-arm", found)[4] == "base against untrained: passed; 0 of 1 others passed"
+    summary = summarise(tmp_path, contrasts=["arm:base", "arm:other"], must_beat=guards)
+    assert [baseline["passed"] for baseline in summary["controls"]] == [True, False]
+    assert summary["verdict"] == "lower" and not summary["finding"].startswith("Not informative")
+    assert "Contrasts with other are not informative" in summary["finding"]
+    assert page.overview_row("toy-arm", summary)[4] == "base against untrained: passed; 0 of 1 others passed"
 
 
-def test_a_control_of_the_contrasts_own_arm_guards_it_before_one_of_the_setting(tmp_path):
-    """Two controls in one setting: `low` fails its own, and only the contrast that it stands in suffers."""
+def test_the_baseline_of_a_contrasts_arm_takes_precedence_over_those_of_its_setting(tmp_path):
+    """Two arms of one setting have baselines. `low` fails, and only its contrast is not informative."""
     for seed in range(5):
         for arm, knn in (("base", 60.0), ("high", 80.0), ("low", 15.0)):
-            run(tmp_path, arm, seed, knn + seed, control=15.0 + seed)
+            run(tmp_path, arm, seed, knn + seed, untrained=15.0 + seed)
     guards = [MustBeat(arm, "chance", "knn", baseline_metric="untrained_knn") for arm in ("low", "high")]
-    found = summarise(tmp_path, contrasts=["high:base", "low:base"], primary=2, must_beat=guards)
-    assert found["verdict"] == "high: higher; low: not informative at this scale"
+    summary = summarise(tmp_path, contrasts=["high:base", "low:base"], primary=2, must_beat=guards)
+    assert summary["verdict"] == "high: higher; low: not informative at this scale"
 
 
-def test_controls_by_arm_direction_and_setting(tmp_path):
-    grid(tmp_path, base=BASE, arm=ARM, scratch=CONTROL)
+def test_baselines_by_arm_direction_and_setting(tmp_path):
+    grid(tmp_path, base=BASE, arm=ARM, scratch=UNTRAINED)
     other = [MustBeat("base", "no pretraining", "knn", baseline_arm="scratch")]
     assert summarise(tmp_path, must_beat=other)["controls"][0]["passed"] is True
     design, lower = study(must_beat=other), METRICS | {"knn": replace(METRICS["knn"], better="lower")}
-    found = analysis.summarise(design, results.read_runs(tmp_path, design.arms, range(5)), lower)
-    assert (found["controls"][0]["passed"], found["counted"]) == (False, False)
-    for setting, found in {"a": BASE, "b": CONTROL[::-1]}.items():  # base learns in setting a alone
-        grid(tmp_path, **{f"base@{setting}": found, f"arm@{setting}": ARM})
+    summary = analysis.summarise(design, results.read_runs(tmp_path, design.arms, range(5)), lower)
+    assert (summary["controls"][0]["passed"], summary["counted"]) == (False, False)
+    for setting, accuracies in {"a": BASE, "b": UNTRAINED[::-1]}.items():  # base learns only in setting a
+        grid(tmp_path, **{f"base@{setting}": accuracies, f"arm@{setting}": ARM})
     guards = [MustBeat(f"base@{setting}", "untrained", "knn", "untrained_knn") for setting in "ab"]
     both = summarise(tmp_path, contrasts=["arm@a:base@a", "arm@b:base@b"], primary=2, must_beat=guards)
     assert both["verdict"] == "arm@a: lower; arm@b: not informative at this scale" and both["counted"]
 
 
-def test_no_control_no_finding(tmp_path):
+def test_there_is_no_finding_if_the_baseline_was_not_run(tmp_path):
     grid(tmp_path, base=BASE, arm=ARM)
     missing = summarise(tmp_path, must_beat=[MustBeat("base", "no pretraining", "knn", baseline_arm="scratch")])
-    assert (missing["verdict"], missing["counted"]) == ("no positive control", False)
+    assert (missing["verdict"], missing["counted"]) == ("no interval for the baseline", False)
 
 
-def test_margin_and_unresolved(tmp_path):
+def test_no_difference_requires_a_margin(tmp_path):
     grid(tmp_path, base=BASE, arm=[x + 0.1 for x in BASE])
     assert summarise(tmp_path)["verdict"] == "not resolved at n = 5"
     wide = summarise(tmp_path, margin=4.0)
@@ -201,43 +204,43 @@ def test_margin_and_unresolved(tmp_path):
     assert {one["word"] for one in wide["all_contrasts"] if one["metric"] == "spread"} == {"not resolved at n = 5"}
 
 
-def test_one_seed_has_numbers_but_no_interval(tmp_path):
+def test_one_seed_gives_values_but_no_interval(tmp_path):
     grid(tmp_path, base=[60.0], arm=[12.0])
-    found = summarise(tmp_path, seeds=1)
-    assert (found["verdict"], found["counted"]) == ("one seed: no interval", False)
-    assert found["controls"][0]["passed"] is None and found["contrasts"][0]["low"] is None
+    summary = summarise(tmp_path, seeds=1)
+    assert (summary["verdict"], summary["counted"]) == ("one seed: no interval", False)
+    assert summary["controls"][0]["passed"] is None and summary["contrasts"][0]["low"] is None
     assert (
-        found["finding"]
+        summary["finding"]
         == "kNN accuracy: arm minus base is -48.0 points (arm: 12.0, base: 60.0); no interval at n = 1."
     )
-    assert "±" not in tables.markdown(tables.arms_table(found)) and "one" in tables.caption(found)
+    assert "±" not in tables.markdown(tables.arms_table(summary)) and "one" in tables.caption(summary)
 
 
-def test_training_loss_is_never_judged(tmp_path):
+def test_a_metric_with_judged_false_gets_no_verdict(tmp_path):
     grid(tmp_path, base=BASE, arm=ARM)
     assert {one["word"] for one in summarise(tmp_path)["all_contrasts"] if one["metric"] == "loss"} == {"not judged"}
 
 
-def test_the_rule_sees_finished_seeds_and_its_word_is_told(tmp_path):
+def test_the_rule_gets_finished_seeds_and_its_remark_appears_in_the_finding(tmp_path):
     grid(tmp_path, base=BASE, arm=[*ARM[:4], None], other=ARM)
-    seen = []
+    seeds_per_call = []
 
-    def rule(found):
-        seen.append(len(found))
-        return "collapsed in every seed" if all(one["knn"] < 15 for one in found) else None
+    def rule(metrics):
+        seeds_per_call.append(len(metrics))
+        return "collapsed in every seed" if all(seed["knn"] < 15 for seed in metrics) else None
 
-    found = summarise(tmp_path, rule=rule, contrasts=["arm:base", "other:base"])
-    assert seen == [5, 4, 5]
-    assert [row["word"] for row in found["rows"]] == [None, *["collapsed in every seed"] * 2]
-    assert "arm collapsed in every seed" in found["finding"]
-    assert re.search(r"Further, descriptive: other:base lower \(-50\.6, -\d+\.\d to -\d+\.\d\)\.$", found["finding"])
+    summary = summarise(tmp_path, rule=rule, contrasts=["arm:base", "other:base"])
+    assert seeds_per_call == [5, 4, 5]
+    assert [row["word"] for row in summary["rows"]] == [None, *["collapsed in every seed"] * 2]
+    assert "arm collapsed in every seed" in summary["finding"]
+    assert re.search(r"\(descriptive\): other:base lower \(-50\.6, -\d+\.\d to -\d+\.\d\)\.$", summary["finding"])
 
 
-def test_written_tables(tmp_path):
+def test_json_csv_and_markdown_hold_the_same_numbers(tmp_path):
     grid(tmp_path, base=BASE, arm=ARM)
-    found = summarise(tmp_path)
-    tables.write_tables(found, tmp_path)
-    assert json.loads((tmp_path / "toy-arm.json").read_text()) == json.loads(json.dumps(found))
+    summary = summarise(tmp_path)
+    tables.write_tables(summary, tmp_path)
+    assert json.loads((tmp_path / "toy-arm.json").read_text()) == json.loads(json.dumps(summary))
     rows = list(csv.DictReader((tmp_path / "toy-arm.csv").open()))
     knn = [row for row in rows if row["metric"] == "knn"]
     assert [float(row["value"]) for row in knn if row["kind"] == "seed" and row["arm"] == "arm"] == ARM
@@ -245,18 +248,18 @@ def test_written_tables(tmp_path):
     difference = next(row for row in knn if row["kind"] == "difference")
     assert (difference["reference"], difference["word"]) == ("base", "lower") and difference["correlation"]
     half = stats.t.ppf(0.975, 4) * stats.sem(BASE)
-    text = tables.as_markdown(found)
+    text = tables.as_markdown(summary)
     assert f"| base | --base | 62.6 ± {half:.1f} |" in text and "95 % Student-t interval" in text
 
 
-def test_numbers_never_show_a_negative_zero():
+def test_numbers_are_never_shown_as_negative_zero():
     assert tables.number(-0.04, vars(METRICS["knn"])) == "0.0"
     assert tables.number(None, vars(METRICS["knn"])) == "–"
 
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    """Two folders with the same two figures, drawn twice."""
+    """Two folders with the same two figures, each drawn separately."""
     root = tmp_path_factory.mktemp("drawn")
     grid(root / "runs", base=BASE, arm=ARM)
     for name in ("one", "two"):
@@ -270,12 +273,13 @@ def draw(root, folder, names):
     runs = results.read_runs(root, design.arms, range(5))
     panels = [figures.Curves("kNN accuracy (%)", results.series(runs, "knn"), {"chance": 10.0})]
     figures.save(figures.curves(panels, design.arms, "base"), folder, names[0])
-    seen = {arm: list(results.values(runs, arm, "knn").values()) for arm in design.arms}
-    dots = [figures.Dots("kNN", seen, {"base": CONTROL}), figures.Dots("again", seen, lines={"chance": 10.0})]
+    accuracies = {arm: list(results.values(runs, arm, "knn").values()) for arm in design.arms}
+    dots = [figures.Dots("kNN", accuracies, {"base": UNTRAINED})]
+    dots += [figures.Dots("again", accuracies, lines={"chance": 10.0})]
     figures.save(figures.dots(dots, design.arms, "base", {"arm": "1 of 5 diverged"}), folder, names[1])
 
 
-def test_series_and_curves(tmp_path):
+def test_curves_show_mean_and_range_of_complete_seeds(tmp_path):
     grid(tmp_path, base=BASE, arm=ARM)
     (tmp_path / "arm" / "1" / "train.jsonl").write_text('{"epoch": 0, "knn": 1}\n{"epoch": 1, "knn": NaN}\n')
     runs = results.read_runs(tmp_path, ["base", "arm"], range(6))
@@ -284,22 +288,22 @@ def test_series_and_curves(tmp_path):
     assert curves["arm"][1] == ([0], [1])
     axis = figures.curves([figures.Curves("x", curves)], ["base", "arm"], "base").axes[0]
     means = [line.get_ydata()[-1] for line in axis.lines if len(line.get_xdata()) == 3]
-    rest = [found for seed, found in enumerate(ARM) if seed != 1]  # the short seed is drawn, not averaged
-    assert means == pytest.approx([2 * sum(rest) / 4, 2 * sum(BASE) / 5])
+    complete = [knn for seed, knn in enumerate(ARM) if seed != 1]  # the shorter curve is not averaged
+    assert means == pytest.approx([2 * sum(complete) / 4, 2 * sum(BASE) / 5])
     band = axis.collections[-1].get_paths()[0].vertices
     assert set(band[band[:, 0] == 2, 1]) == {120.0, 132.0}  # lowest and highest seed of base in the last epoch
 
 
-def test_figures_are_reproducible_and_keep_an_arms_colour(drawn):
+def test_figures_are_reproducible_and_arms_have_different_styles(drawn):
     for path in (drawn / "one").iterdir():
         assert path.read_bytes() == (drawn / "two" / path.name).read_bytes(), path.name
     assert len(list((drawn / "one").iterdir())) == 4
-    looks = figures.looks(["base", *map(str, range(7))], "base")
-    assert looks["base"]["color"] == figures.REFERENCE and len({str(look) for look in looks.values()}) == 8
+    styles = figures.arm_styles(["base", *map(str, range(7))], "base")
+    assert styles["base"]["color"] == figures.REFERENCE and len({str(style) for style in styles.values()}) == 8
 
 
 class Page(HTMLParser):
-    """Open tags, ids and links of a page; fails where a tag is closed that is not the open one."""
+    """Collect tags, ids and links of a page. Fails if tags are not properly nested and closed."""
 
     def __init__(self, text):
         super().__init__()
@@ -324,10 +328,10 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_page_of_a_half_finished_grid(drawn, tmp_path, capsys):
+def test_page_shows_missing_unreadable_and_finished_studies(drawn, tmp_path, capsys):
     shutil.copytree(drawn / "one", tmp_path, dirs_exist_ok=True)
-    found = summarise(drawn / "runs") | {"finding": "worse <script>alert(1)</script> & more"}
-    tables.write_tables(found, tmp_path)
+    summary = summarise(drawn / "runs") | {"finding": "worse <script>alert(1)</script> & more"}
+    tables.write_tables(summary, tmp_path)
     (tmp_path / "toy-broken.json").write_text("{")
     names = ["toy-missing", "toy-arm", "toy-broken", "toy-arm-width"]
     page.main(["--results", str(tmp_path), "--scale", "A < B", "--command", "make {} SCALE=demo", "--studies", *names])
@@ -342,8 +346,8 @@ def test_page_of_a_half_finished_grid(drawn, tmp_path, capsys):
     assert not parsed.tags & {"script", "link", "img", "iframe"} and "&lt;script&gt;alert" in text
     assert "<b>" not in text and text.count("&lt;b&gt;the arm") == 2 and text.count("A &lt; B") == 2
     assert "A < B" not in text and text.count("<!DOCTYPE") == 1 and "<?xml" not in text and "@import" not in text
-    assert text.count("<svg") == 1  # the other picture belongs to toy-arm-width, which has no summary yet
-    assert "It has not been run. Run it: <code>make toy-missing SCALE=demo</code>" in text
+    assert text.count("<svg") == 1  # the other figure belongs to toy-arm-width, which has no summary
+    assert "Not run yet. Run it: <code>make toy-missing SCALE=demo</code>" in text
     assert "toy-broken.json cannot be read" in text
     assert "4 studies, 1 run, 1 with a finding" in text
     for part in ("make toy-arm SCALE=demo", "none published", "ten pictures", "source: aaaa", "untrained: passed"):
@@ -355,7 +359,7 @@ def test_page_of_a_half_finished_grid(drawn, tmp_path, capsys):
     assert printed[-1].endswith("index.html") and len(printed) == 5 and printed[1].startswith("toy-arm: lower. ")
 
 
-def test_extras_have_a_page_of_their_own_and_png_takes_the_place_of_svg(drawn, tmp_path):
+def test_extras_have_a_separate_page_and_png_replaces_a_missing_svg(drawn, tmp_path):
     shutil.copytree(drawn / "one", tmp_path, dirs_exist_ok=True)
     for path in tmp_path.glob("*.svg"):
         path.unlink()
@@ -366,10 +370,10 @@ def test_extras_have_a_page_of_their_own_and_png_takes_the_place_of_svg(drawn, t
     assert "extras.html" in index.links and "index.html" in extras.links
     data = base64.b64encode((tmp_path / "toy-arm-width-dots.png").read_bytes()).decode()
     assert [link for link in extras.links if link.startswith("data:")] == [f"data:image/png;base64,{data}"]
-    assert "toy-gone" not in (tmp_path / "extras.html").read_text()  # an extra that has not been run is left out
+    assert "toy-gone" not in (tmp_path / "extras.html").read_text()  # an extra without runs is omitted
 
 
-def test_two_figures_on_a_page_share_no_id(drawn, tmp_path):
+def test_ids_of_two_figures_on_a_page_are_unique(drawn, tmp_path):
     shutil.copytree(drawn / "one", tmp_path, dirs_exist_ok=True)
     tables.write_tables(summarise(drawn / "runs"), tmp_path)
     page.main(["--results", str(tmp_path), "--scale", "t", "--studies", "toy-arm"])
@@ -379,40 +383,40 @@ def test_two_figures_on_a_page_share_no_id(drawn, tmp_path):
 
 
 @pytest.mark.parametrize("names", [["../etc"], ["a", "a"], ["A b"]])
-def test_a_wrong_name_stops_with_one_line(tmp_path, names, capsys):
-    with pytest.raises(SystemExit) as stopped:
+def test_an_invalid_study_name_exits_with_one_line(tmp_path, names, capsys):
+    with pytest.raises(SystemExit) as end:
         page.main(["--results", str(tmp_path), "--scale", "t", "--studies", *names])
-    assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "index.html").exists()
 
 
-def test_each_setting_has_tables_of_its_own_with_what_it_is_compared_with(tmp_path):
+def test_each_setting_has_separate_tables_that_include_its_references(tmp_path):
     for arm in ("off@a", "on@a", "on@b"):
         run(tmp_path / "runs", arm, 0, 50.0)
     design = study(contrasts=["on@a:off@a", "on@b:off@a"], must_beat=[])
-    found = analysis.summarise(design, results.read_runs(tmp_path / "runs", design.arms, [0]), METRICS)
-    assert tables.settings(found) == {"a": ["off@a", "on@a"], "b": ["off@a", "on@b"]}
-    assert [row[0] for row in tables.arms_table(found, ["off@a", "on@b"])] == ["arm", "off@a", "on@b"]
-    assert [row[0] for row in tables.differences_table(found, ["off@a", "on@b"])] == ["contrast", "on@b:off@a"]
-    text = tables.as_markdown(found)
+    summary = analysis.summarise(design, results.read_runs(tmp_path / "runs", design.arms, [0]), METRICS)
+    assert tables.arms_by_setting(summary) == {"a": ["off@a", "on@a"], "b": ["off@a", "on@b"]}
+    assert [row[0] for row in tables.arms_table(summary, ["off@a", "on@b"])] == ["arm", "off@a", "on@b"]
+    assert [row[0] for row in tables.differences_table(summary, ["off@a", "on@b"])] == ["contrast", "on@b:off@a"]
+    text = tables.as_markdown(summary)
     assert text.index("**a**") < text.index("| on@a |") < text.index("**b**") < text.index("| on@b |")
-    section = page.section("toy-arm", ABOUT | found, [], "make toy-arm")
+    section = page.study_html("toy-arm", ABOUT | summary, [], "make toy-arm")
     assert section.count("<h3>") == 2 and section.count("<table>") == 4
 
 
-def test_arms_without_a_setting_stand_in_one_table(tmp_path):
-    for arm in ("base", "arm", "control"):
+def test_arms_without_a_setting_share_one_table(tmp_path):
+    for arm in ("base", "arm", "scratch"):
         run(tmp_path, arm, 0, 50.0)
-    design = study(must_beat=[MustBeat("base", "control", "knn", baseline_arm="control")])
-    found = analysis.summarise(design, results.read_runs(tmp_path, design.arms, [0]), METRICS)
-    assert tables.settings(found) == {"": ["base", "arm", "control"]}
-    assert "<h3>" not in page.section("toy-arm", ABOUT | found, [], "make toy-arm")
+    design = study(must_beat=[MustBeat("base", "scratch", "knn", baseline_arm="scratch")])
+    summary = analysis.summarise(design, results.read_runs(tmp_path, design.arms, [0]), METRICS)
+    assert tables.arms_by_setting(summary) == {"": ["base", "arm", "scratch"]}
+    assert "<h3>" not in page.study_html("toy-arm", ABOUT | summary, [], "make toy-arm")
 
 
-def test_an_interval_is_cut_where_no_value_can_be():
+def test_the_x_axis_does_not_exceed_the_limits():
     values = {"base": [95.0, 99.0], "other": [10.0, 90.0]}
-    free, cut = (
-        figures.dots([figures.Dots("accuracy", values, **within)], list(values), "base").axes[0].get_xlim()
-        for within in ({}, {"within": (0, 100)})
+    unlimited, limited = (
+        figures.dots([figures.Dots("accuracy", values, **options)], list(values), "base").axes[0].get_xlim()
+        for options in ({}, {"limits": (0, 100)})
     )
-    assert free[0] < 0 and free[1] > 100 and cut == (0, 100)
+    assert unlimited[0] < 0 and unlimited[1] > 100 and limited == (0, 100)

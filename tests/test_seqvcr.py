@@ -1,4 +1,4 @@
-"""Seq-VCR: the regulariser beside its definition, entropies, the network and GPT-2's weights, arms, and whole runs."""
+"""Seq-VCR: regulariser, entropies, network, pre-trained GPT-2 weights, arms, and complete runs."""
 
 import argparse
 import itertools
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, FakeGPU, Unwritten, refused
+from conftest import ROOT, FakeGPU, FakeRun, assert_usage_error
 from plan import design
 from test_concepts import write_safetensors
 
@@ -20,7 +20,7 @@ from common.study import tables
 from seqvcr import eval as evaluate
 from seqvcr import net, plot, tasks, train
 from seqvcr.net import GPT
-from seqvcr.train import ETA, Energy, SeqVCR, seqvcr_loss, variance_covariance
+from seqvcr.train import ETA, SeqVCR, SumOfSquares, seqvcr_loss, variance_covariance
 
 DESIGNS = {scale: design("seqvcr", scale) for scale in ("demo", "gpu", "paper")}
 ARMS, STUDIES = DESIGNS["demo"]
@@ -35,7 +35,7 @@ def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
 
 
 def direct(h: torch.Tensor, weight: torch.Tensor, rows: int, axis: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Equation 4 with a loop over positions and the d x d covariance written out."""
+    """Reference for (L_var, L_cov): equation 4 with a loop over positions and the full d x d covariance."""
     x = h @ weight.T
     variances, covariances = [], []
     for chunk in x.split(rows):
@@ -49,54 +49,54 @@ def direct(h: torch.Tensor, weight: torch.Tensor, rows: int, axis: str) -> tuple
 
 @pytest.mark.parametrize("axis", ["batch", "batch+length"])
 @pytest.mark.parametrize(("rows", "width", "channels"), [(4, 9, 6), (12, 9, 6), (4, 5, 30), (2, 7, 3), (12, 40, 12)])
-def test_the_terms_equal_the_direct_form_in_value_and_gradient(rows, width, channels, axis):
+def test_variance_covariance_equals_the_direct_form_in_value_and_gradient(rows, width, channels, axis):
     h, weight = normal(12, 3, channels, scale=0.5), normal(width, channels, seed=1, scale=0.3)
-    slopes, values = [], []
+    gradients, values = [], []
     for form in (variance_covariance, direct):
         a, b = h.clone().requires_grad_(), weight.clone().requires_grad_()
         terms = form(a, b, rows, axis)[:2]
         (terms[0] + 0.7 * terms[1]).backward()
         values.append(torch.stack(terms))
-        slopes.append((a.grad, b.grad))
+        gradients.append((a.grad, b.grad))
     torch.testing.assert_close(*values, rtol=1e-10, atol=1e-12)
-    for one, other in zip(*slopes, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-12)
+    for gradient, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-8, atol=1e-12)
 
 
-def test_in_float32_the_terms_keep_six_digits():
+def test_variance_covariance_in_float32_has_a_relative_error_below_2e_6():
     h, weight = normal(32, 5, 48, scale=0.4), normal(256, 48, seed=1, scale=0.2)
     for rows in (16, 32):
-        found = torch.stack(variance_covariance(h.float(), weight.float(), rows)[:2])
-        torch.testing.assert_close(found.double(), torch.stack(direct(h, weight, rows, "batch")), rtol=2e-6, atol=0)
+        values = torch.stack(variance_covariance(h.float(), weight.float(), rows)[:2])
+        torch.testing.assert_close(values.double(), torch.stack(direct(h, weight, rows, "batch")), rtol=2e-6, atol=0)
 
 
-def test_the_sum_of_squares_has_its_gradient():
+def test_sum_of_squares_passes_gradcheck():
     h, weight = normal(3, 4, 5).requires_grad_(), normal(6, 5, seed=1).requires_grad_()
-    assert torch.autograd.gradcheck(Energy.apply, (h, weight))
-    torch.testing.assert_close(Energy.apply(h, weight), (h @ weight.T).square().sum(1))
+    assert torch.autograd.gradcheck(SumOfSquares.apply, (h, weight))
+    torch.testing.assert_close(SumOfSquares.apply(h, weight), (h @ weight.T).square().sum(1))
 
 
 def terms(x: torch.Tensor, rows: int | None = None, axis: str = "batch") -> tuple[float, float]:
-    """L_var and L_cov of features x (N, T, d) themselves."""
-    found = variance_covariance(x, torch.eye(x.shape[2], dtype=x.dtype), rows or len(x), axis)
-    return found[0].item(), found[1].item()
+    """Return (L_var, L_cov) of features x (N, T, d), with the identity as projection."""
+    variance, covariance, _ = variance_covariance(x, torch.eye(x.shape[2], dtype=x.dtype), rows or len(x), axis)
+    return variance.item(), covariance.item()
 
 
-def test_values_by_hand():
+def test_variance_covariance_of_small_examples():
     assert terms(torch.tensor([[[1.0, 1.0]], [[-1.0, -1.0]]])) == (0, pytest.approx(4.0))
     variance, covariance = terms(torch.tensor([[[0.5, 0.0]], [[-0.5, 0.0]]], dtype=DOUBLE))
     assert variance == pytest.approx(0.630282, abs=1e-6) and covariance == 0
     constant = torch.ones(6, 3, 4, dtype=DOUBLE, requires_grad=True)
-    variance, covariance, deviation = variance_covariance(constant, normal(5, 4), 3)
-    assert variance.item() == pytest.approx(0.968377, abs=1e-6) and covariance == 0 == deviation
+    variance, covariance, std = variance_covariance(constant, normal(5, 4), 3)
+    assert variance.item() == pytest.approx(0.968377, abs=1e-6) and covariance == 0 == std
     (variance + covariance).backward()
     assert (constant.grad == 0).all()
-    whole = normal(5, 4)
-    white = torch.linalg.qr(whole - whole.mean(0)).Q * 2  # orthogonal columns of mean zero: C is the identity
+    x = normal(5, 4)
+    white = torch.linalg.qr(x - x.mean(0)).Q * 2  # orthogonal columns of mean zero: C is the identity
     assert terms(white[:, None]) == (0, pytest.approx(0, abs=1e-12))
 
 
-def test_what_leaves_the_terms_as_they_are_and_what_does_not():
+def test_invariances_of_variance_covariance():
     x = normal(8, 3, 5, scale=0.4)
     base = terms(x)
     for same in (x + normal(1, 3, 5, seed=3), x[torch.randperm(8)], torch.cat([x, x], 1)):
@@ -104,52 +104,52 @@ def test_what_leaves_the_terms_as_they_are_and_what_does_not():
     assert terms(3 * x)[1] == pytest.approx(81 * base[1])
     assert terms(x[:, :1], axis="batch+length") == pytest.approx(terms(x[:, :1]))
     assert terms(x, axis="batch+length") != pytest.approx(base, rel=1e-3)
-    parts = [terms(part) for part in x.split(4)]
-    assert terms(x, rows=4) == pytest.approx(tuple(np.mean(parts, axis=0)), rel=1e-10)
+    chunks = [terms(chunk) for chunk in x.split(4)]
+    assert terms(x, rows=4) == pytest.approx(tuple(np.mean(chunks, axis=0)), rel=1e-10)
 
 
 @pytest.mark.parametrize(("rows", "width", "lambdas"), [(32, 512, (1.0, 0.004)), (32, 4096, (1.0, 0.004)),
                                                         (32, 2048, (1.0, 0.004)), (128, 512, (0.1, 0.5))])  # fmt: skip
-def test_a_free_network_ends_where_the_prediction_says(rows, width, lambdas):
-    """Specification 1.5; here h and W are both free, so that the rank is the batch's, rows - 1."""
+def test_minimising_over_free_h_and_w_reaches_the_predicted_minimum(rows, width, lambdas):
+    """With h and W both free, the batch bounds the rank: rows - 1."""
     torch.manual_seed(0)
     h, weight = torch.randn(rows, 1, rows + 8) / 6, torch.randn(width, rows + 8) / 6
     h.requires_grad_(), weight.requires_grad_()
     optimizer = torch.optim.Adam([h, weight], 0.02)
     for step in range(250):
         optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / 250)
-        variance, covariance, deviation = variance_covariance(h, weight, rows)
+        variance, covariance, std = variance_covariance(h, weight, rows)
         loss = lambdas[0] * variance + lambdas[1] * covariance
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    expected = evaluate.predict(torch.tensor([rows - 1]), width, *lambdas)
-    assert deviation.item() == pytest.approx(expected[0].item(), rel=0.03)
+    expected = evaluate.predict_minimum(torch.tensor([rows - 1]), width, *lambdas)
+    assert std.item() == pytest.approx(expected[0].item(), rel=0.03)
     assert loss.item() == pytest.approx(expected[1].item(), rel=0.03)
 
 
-def test_predictions_of_the_specifications_table():
-    for rows, lambdas, deviations, losses in (
+def test_predict_minimum_equals_the_closed_form_without_eta():
+    for rows, lambdas, stds, losses in (
         (32, (1.0, 0.004), (1.0, 1.0, 0.99, 0.78), (0.062, 0.128, 0.260, 0.414)),
         (128, (0.1, 0.5), (0.25, 0.19, 0.15, 0.12), (0.081, 0.086, 0.089, 0.091)),
     ):
-        for width, deviation, loss in zip((512, 1024, 2048, 4096), deviations, losses, strict=True):
-            found = evaluate.predict(torch.tensor([rows - 1]), width, *lambdas)
-            assert found[0].item() == pytest.approx(deviation, abs=0.006)  # the table leaves eta out
-            assert found[1].item() == pytest.approx(loss, abs=0.0015)
-    deviation, loss = evaluate.predict(torch.tensor([0, 600]), 512, 1.0, 0.004)
-    assert deviation[0] == 0 and loss[0].item() == pytest.approx(0.968377, abs=1e-6)
-    assert deviation[1].item() == pytest.approx(1, abs=1e-3) and loss[1] < 1e-9
+        for width, expected_std, expected_loss in zip((512, 1024, 2048, 4096), stds, losses, strict=True):
+            std, loss = evaluate.predict_minimum(torch.tensor([rows - 1]), width, *lambdas)
+            assert std.item() == pytest.approx(expected_std, abs=0.006)
+            assert loss.item() == pytest.approx(expected_loss, abs=0.0015)
+    std, loss = evaluate.predict_minimum(torch.tensor([0, 600]), 512, 1.0, 0.004)
+    assert std[0] == 0 and loss[0].item() == pytest.approx(0.968377, abs=1e-6)
+    assert std[1].item() == pytest.approx(1, abs=1e-3) and loss[1] < 1e-9
 
 
 def network(layers: int = 2, width: int = 16, dropout: float = 0.0, projection: int = 24) -> tuple[SeqVCR, tasks.Task]:
-    task = tasks.choose("multiplication", 2)
+    task = tasks.build_task("multiplication", 2)
     return SeqVCR(GPT(len(task.symbols), 16, layers, 4, width, dropout, 0), projection, 0), task
 
 
 def some_rows(count: int, pause: int = 2) -> torch.Tensor:
-    task = tasks.choose("multiplication", 2)
-    return tasks.with_pauses(task, task.every()[: 31 * count : 31], pause).long()
+    task = tasks.build_task("multiplication", 2)
+    return tasks.with_pauses(task, task.all_rows()[: 31 * count : 31], pause).long()
 
 
 LOSS = {"answer": 4, "lambda1": 1.0, "lambda2": 0.004, "layer": 0, "axis": "batch", "covariance_batch": 4,
@@ -157,7 +157,7 @@ LOSS = {"answer": 4, "lambda1": 1.0, "lambda2": 0.004, "layer": 0, "axis": "batc
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
-def test_the_whole_loss_is_cross_entropy_of_the_answer_and_both_terms_of_the_level(layer):
+def test_seqvcr_loss_is_cross_entropy_of_the_answer_plus_both_terms_of_the_level(layer):
     model, rows = network()[0], some_rows(8)
     loss, log = seqvcr_loss(model, rows, **LOSS | {"layer": layer})
     model = model.double()
@@ -166,15 +166,16 @@ def test_the_whole_loss_is_cross_entropy_of_the_answer_and_both_terms_of_the_lev
     for block in gpt.h:
         states.append(block(states[-1]))
     states[-1] = gpt.ln_f(states[-1])
-    chances = (states[-1] @ gpt.wte.weight.T).log_softmax(2)
-    crossed = -torch.stack([chances[:, 9 + place, :].gather(1, rows[:, 10 + place, None]) for place in range(4)]).mean()
+    log_p = (states[-1] @ gpt.wte.weight.T).log_softmax(2)
+    cross_entropy = -torch.stack([log_p[:, 9 + i, :].gather(1, rows[:, 10 + i, None]) for i in range(4)]).mean()
     variance, covariance = direct(states[layer], model.projection.weight, 4, "batch")
-    expected = torch.stack([crossed + variance + 0.004 * covariance, crossed, variance, covariance])
+    total = cross_entropy + variance + 0.004 * covariance
+    expected = torch.stack([total, cross_entropy, variance, covariance])
     torch.testing.assert_close(log[:4].double(), expected, rtol=1e-5, atol=1e-9)
     assert loss.item() == log[0].item()
 
 
-def test_gradients_go_where_they_belong_and_the_network_is_asked_once():
+def test_one_forward_pass_per_loss_and_gradients_reach_only_the_regularised_level_and_below():
     calls = []
     for lambdas in ((1.0, 0.004), (0.0, 0.0)):
         model, _ = network()
@@ -192,7 +193,7 @@ def test_gradients_go_where_they_belong_and_the_network_is_asked_once():
 # ---------------------------------------------------------------------------------------------- entropy
 
 
-def test_entropies_by_hand():
+def test_spectral_entropy_of_small_examples():
     entropy = evaluate.spectral_entropy
     assert entropy(torch.eye(7)).item() == pytest.approx(math.log(7))
     assert entropy(normal(6, 1) @ normal(1, 9)).item() == pytest.approx(0, abs=1e-9)
@@ -201,8 +202,8 @@ def test_entropies_by_hand():
     assert entropy(ratio).item() == pytest.approx(0.562335, abs=1e-6)
     assert entropy(ratio, 2.0).item() == pytest.approx(0.470004, abs=1e-6)
     z = normal(6, 9)
-    turned = z @ torch.linalg.qr(normal(9, 9, seed=2)).Q
-    for same in (5 * z, z.T, z[torch.randperm(6)], turned):
+    rotated = z @ torch.linalg.qr(normal(9, 9, seed=2)).Q
+    for same in (5 * z, z.T, z[torch.randperm(6)], rotated):
         assert entropy(same).item() == pytest.approx(entropy(z).item())
     assert entropy(z, 0.999).item() == pytest.approx(entropy(z).item(), abs=1e-3)
     assert entropy(z, 2.0) < entropy(z)
@@ -213,42 +214,42 @@ def test_entropies_by_hand():
     assert evaluate.token_entropy(repeated[None]).item() == pytest.approx(math.log(3) / math.log(9))
 
 
-def test_the_batchs_entropy_centres_each_position_and_ends_at_one():
+def test_batch_entropy_centres_each_position_and_is_at_most_one():
     h = torch.linalg.qr(normal(9, 9)).Q[:, None].repeat(1, 2, 1) + 100
     torch.testing.assert_close(evaluate.batch_entropy(h), torch.ones(2, dtype=DOUBLE))
     h[:, 1] = normal(9)
     assert evaluate.batch_entropy(h)[1].item() == pytest.approx(0, abs=1e-6)
     naive = []
     rows = normal(10, 2, 4)
-    for place in range(2):
-        p = torch.linalg.eigvalsh(torch.cov(rows[:, place].T))
+    for position in range(2):
+        p = torch.linalg.eigvalsh(torch.cov(rows[:, position].T))
         p = p / p.sum()
         naive.append(-(p * p.log()).sum() / math.log(4))
     torch.testing.assert_close(evaluate.batch_entropy(rows), torch.stack(naive))
 
 
-def test_ranks_count_what_can_differ():
+def test_rank_bounds_count_distinct_inputs():
     rows = torch.tensor([[1, 5, 7], [1, 5, 8], [1, 6, 7], [1, 6, 8]])
-    assert evaluate.ranks(rows, 4, 64, 0).tolist() == [0, 1, 1]
-    assert evaluate.ranks(rows, 4, 64, 1).tolist() == [0, 1, 3]
-    assert evaluate.ranks(rows, 4, 2, 2).tolist() == [0, 1, 2]
-    assert evaluate.ranks(rows.repeat(2, 1), 2, 64, 1).tolist() == [0, 0, 1] * 4
+    assert evaluate.rank_bounds(rows, 4, 64, 0).tolist() == [0, 1, 1]
+    assert evaluate.rank_bounds(rows, 4, 64, 1).tolist() == [0, 1, 3]
+    assert evaluate.rank_bounds(rows, 4, 2, 2).tolist() == [0, 1, 2]
+    assert evaluate.rank_bounds(rows.repeat(2, 1), 2, 64, 1).tolist() == [0, 0, 1] * 4
 
 
 # ---------------------------------------------------------------------------------------------- network
 
 
-def test_a_token_changes_nothing_before_it_and_logits_are_the_answers():
+def test_the_network_is_causal_and_returns_logits_of_the_answer_only():
     model = network()[0].gpt.eval()
     rows = some_rows(3)
     other = rows.clone()
     other[:, 7] = 3
     logits, levels = model(rows[:, :-1], 4)
     assert logits.shape == (3, 4, 15) and len(levels) == 3
-    for one, two in zip(levels, model(other[:, :-1], 4)[1], strict=True):
-        assert torch.equal(one[:, :7], two[:, :7]) and not torch.equal(one[:, 7:], two[:, 7:])
-    whole = model(rows[:, :-1], 13)[0]
-    torch.testing.assert_close(logits, whole[:, -4:])
+    for level, other_level in zip(levels, model(other[:, :-1], 4)[1], strict=True):
+        assert torch.equal(level[:, :7], other_level[:, :7]) and not torch.equal(level[:, 7:], other_level[:, 7:])
+    all_logits = model(rows[:, :-1], 13)[0]
+    torch.testing.assert_close(logits, all_logits[:, -4:])
 
 
 def gpt2_arrays(layers: int = 2, width: int = 32, tokens: int = 11, length: int = 40) -> dict[str, np.ndarray]:
@@ -260,16 +261,16 @@ def gpt2_arrays(layers: int = 2, width: int = 32, tokens: int = 11, length: int 
         "ln_f.bias": (width,),
     }
     for number in range(layers):
-        own = {"ln_1.weight": (width,), "ln_1.bias": (width,), "ln_2.weight": (width,), "ln_2.bias": (width,)}
+        block = {"ln_1.weight": (width,), "ln_1.bias": (width,), "ln_2.weight": (width,), "ln_2.bias": (width,)}
         for name, (a, b) in {"attn.c_attn": (width, 3 * width), "attn.c_proj": (width, width),
                              "mlp.c_fc": (width, 4 * width), "mlp.c_proj": (4 * width, width)}.items():  # fmt: skip
-            own |= {f"{name}.weight": (a, b), f"{name}.bias": (b,)}
-        shapes |= {f"h.{number}.{name}": shape for name, shape in own.items()}
+            block |= {f"{name}.weight": (a, b), f"{name}.bias": (b,)}
+        shapes |= {f"h.{number}.{name}": shape for name, shape in block.items()}
     return {name: rng.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()}
 
 
 def reference_logits(weights: dict[str, np.ndarray], tokens: list[int], heads: int) -> np.ndarray:
-    """GPT-2 on one row, on the arrays as they are published, where a layer is x @ W + b."""
+    """Return GPT-2's logits for one row, computed from the published arrays, where a layer is x @ W + b."""
 
     def norm(x, name):
         centred = x - x.mean(-1, keepdims=True)
@@ -283,23 +284,23 @@ def reference_logits(weights: dict[str, np.ndarray], tokens: list[int], heads: i
 
     x = weights["wte.weight"][tokens].astype(np.float64) + weights["wpe.weight"][: len(tokens)]
     for number in range(2):
-        at = f"h.{number}"
-        q, k, v = np.split(layer(norm(x, f"{at}.ln_1"), f"{at}.attn.c_attn"), 3, axis=1)
-        heard = []
-        for a, b, c in zip(*(np.split(part, heads, axis=1) for part in (q, k, v)), strict=True):
-            scores = a @ b.T / math.sqrt(a.shape[1]) + np.triu(np.full((len(x), len(x)), -1e30), 1)
+        block = f"h.{number}"
+        qkv = np.split(layer(norm(x, f"{block}.ln_1"), f"{block}.attn.c_attn"), 3, axis=1)
+        attended = []
+        for q, k, v in zip(*(np.split(array, heads, axis=1) for array in qkv), strict=True):
+            scores = q @ k.T / math.sqrt(q.shape[1]) + np.triu(np.full((len(x), len(x)), -1e30), 1)
             scores = np.exp(scores - scores.max(1, keepdims=True))
-            heard.append(scores / scores.sum(1, keepdims=True) @ c)
-        x = x + layer(np.concatenate(heard, 1), f"{at}.attn.c_proj")
-        inner = layer(norm(x, f"{at}.ln_2"), f"{at}.mlp.c_fc")
-        inner = 0.5 * inner * (1 + np.tanh(math.sqrt(2 / math.pi) * (inner + 0.044715 * inner**3)))
-        x = x + layer(inner, f"{at}.mlp.c_proj")
+            attended.append(scores / scores.sum(1, keepdims=True) @ v)
+        x = x + layer(np.concatenate(attended, 1), f"{block}.attn.c_proj")
+        hidden = layer(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc")
+        hidden = 0.5 * hidden * (1 + np.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
+        x = x + layer(hidden, f"{block}.mlp.c_proj")
     return norm(x, "ln_f") @ weights["wte.weight"].T
 
 
 @pytest.mark.parametrize("prefix", ["", "transformer."])
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
-def test_gpt2s_weights_give_gpt2s_logits(prefix, suffix, tmp_path):
+def test_init_from_gpt2_gives_the_logits_of_the_reference(prefix, suffix, tmp_path):
     arrays, path = gpt2_arrays(), tmp_path / f"model{suffix}"
     written = {prefix + name: array for name, array in arrays.items()}
     written |= {
@@ -313,53 +314,54 @@ def test_gpt2s_weights_give_gpt2s_logits(prefix, suffix, tmp_path):
     else:
         write_safetensors(path, written)
     model = GPT(11 + 3, 20, 2, 4, 32, 0.0, 0).eval()
-    start = model.wte.weight.detach().clone()
-    net.fill_gpt2(model, path)
+    initial = model.wte.weight.detach().clone()
+    net.init_from_gpt2(model, path)
     tokens = [3, 1, 4, 1, 5, 9, 2, 6]
-    assert torch.equal(model.wte.weight[11:], start[11:])  # the pauses keep their start, of deviation 0.02
-    logits = model.double()(torch.tensor([tokens]), 8)[0][0, :, :11]  # in float32 another GELU would pass
+    assert torch.equal(model.wte.weight[11:], initial[11:])  # pause tokens keep their initial embedding
+    logits = model.double()(torch.tensor([tokens]), 8)[0][0, :, :11]  # float32 could not detect another GELU
     expected = reference_logits({name: array.astype(np.float64) for name, array in arrays.items()}, tokens, 4)
     np.testing.assert_allclose(logits.detach().numpy(), expected, rtol=1e-7, atol=1e-8)
 
 
-def damaged(arrays: dict[str, np.ndarray], how: str) -> dict[str, np.ndarray]:
-    if how == "other head":
+def damaged(arrays: dict[str, np.ndarray], damage: str) -> dict[str, np.ndarray]:
+    if damage == "untied head":
         return arrays | {"lm_head.weight": arrays["wte.weight"] + 1}
-    if how == "no tokens":
+    if damage == "no embedding":
         return {name: array for name, array in arrays.items() if name != "wte.weight"}
-    if how == "turned":
+    if damage == "transposed":
         return arrays | {"h.0.mlp.c_fc.weight": arrays["h.0.mlp.c_fc.weight"].T}
-    if how == "many":
+    if damage == "too many tokens":
         return arrays | {"wte.weight": np.zeros((30, 32), np.float32)}
     return {name: array for name, array in arrays.items() if name != "h.1.ln_2.bias"}
 
 
 @pytest.mark.parametrize(
-    ("how", "words"),
-    [("other head", "head is tied"), ("no tokens", "no wte.weight"), ("turned", "h.0.mlp.c_fc.weight"),
-     ("many", "30 tokens"), ("a hole", "h.1.ln_2.bias")],
+    ("damage", "message"),
+    [("untied head", "not tied"), ("no embedding", "no wte.weight"), ("transposed", "h.0.mlp.c_fc.weight"),
+     ("too many tokens", "30 tokens"), ("missing tensor", "h.1.ln_2.bias")],
 )  # fmt: skip
-def test_a_file_that_is_no_gpt2_is_named(how, words, tmp_path, capsys):
+def test_a_file_with_other_tensors_than_gpt2_is_refused(damage, message, tmp_path, capsys):
     path = tmp_path / "model.safetensors"
-    write_safetensors(path, {name: np.ascontiguousarray(one) for name, one in damaged(gpt2_arrays(), how).items()})
+    arrays = damaged(gpt2_arrays(), damage)
+    write_safetensors(path, {name: np.ascontiguousarray(array) for name, array in arrays.items()})
     with pytest.raises(SystemExit) as end:
-        net.fill_gpt2(GPT(14, 20, 2, 4, 32, 0.0, 0), path)
-    assert end.value.code == 2 and words in capsys.readouterr().err
+        net.init_from_gpt2(GPT(14, 20, 2, 4, 32, 0.0, 0), path)
+    assert end.value.code == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["none.safetensors", "none.bin", "junk.safetensors", "junk.bin"])
-def test_a_weight_file_that_cannot_be_read_is_named(name, tmp_path, capsys):
+def test_an_unreadable_weight_file_exits_with_its_name(name, tmp_path, capsys):
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
     (tmp_path / "junk.bin").write_bytes(b"junk")
     with pytest.raises(SystemExit) as end:
-        net.load_gpt2(tmp_path / name)
+        net.read_gpt2(tmp_path / name)
     printed = capsys.readouterr().err
     assert end.value.code == 2 and name in printed and printed.count("\n") == 1
 
 
-def test_our_symbols_are_gpt2s_tokens_and_the_pauses_come_behind():
-    """The published byte-pair vocabulary: " 0" is 657, " *" 1635, the end of text 50256."""
-    task = tasks.choose("multiplication", 4)
+def test_symbols_map_to_gpt2_tokens_followed_by_the_pause_tokens():
+    """In GPT-2's byte-pair vocabulary " 0" is 657, " *" is 1635 and end-of-text is 50256."""
+    task = tasks.build_task("multiplication", 4)
     size, table = train.vocabulary(task, True)
     assert size == 50260
     expected = {
@@ -379,7 +381,7 @@ def test_our_symbols_are_gpt2s_tokens_and_the_pauses_come_behind():
 
 
 def test_teacher_forced_equals_greedy_exact_match():
-    """A network that is sometimes right: trained for a while on few rows."""
+    """A network that is right on some rows: trained for 60 steps on 40 rows."""
     model, rows = network(width=32)[0].gpt, some_rows(40)
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for _ in range(60):
@@ -388,11 +390,11 @@ def test_teacher_forced_equals_greedy_exact_match():
         loss.backward()
         optimizer.step()
     forced = train.token_correct(model, rows, 4)
-    written = rows[:, :-4]
+    generated = rows[:, :-4]
     with torch.no_grad():
         for _ in range(4):
-            written = torch.cat([written, model(written, 1)[0].argmax(2)], 1)
-    greedy = written[:, -4:] == rows[:, -4:]
+            generated = torch.cat([generated, model(generated, 1)[0].argmax(2)], 1)
+    greedy = generated[:, -4:] == rows[:, -4:]
     assert torch.equal(forced.all(1), greedy.all(1)) and 0 < forced.all(1).float().mean() < 1
     assert forced.float().mean() >= greedy.float().mean()
 
@@ -401,70 +403,71 @@ def test_teacher_forced_equals_greedy_exact_match():
 
 
 def resolved(scale: str, flags: list[str]) -> str:
-    free = ["--init-from", "none"] if scale == "paper" else []
-    return json.dumps(vars(train.parse_args(["--scale", scale, *free, *flags])), default=str)
+    """Return the resolved arguments as JSON."""
+    init = ["--init-from", "none"] if scale == "paper" else []
+    return json.dumps(vars(train.parse_args(["--scale", scale, *init, *flags])), default=str)
 
 
 @pytest.mark.parametrize("scale", ["demo", "gpu", "paper"])
 def test_no_two_arms_resolve_to_equal_arguments(scale):
-    """Save at paper scale, whose own level is the last: there are arms of extras that would be base again."""
+    """At paper scale only the first two studies: its default level is the last, so some arms of extras equal base."""
     arms, studies = DESIGNS[scale]
     if scale == "paper":
-        arms = {arm: arms[arm] for study in list(studies)[:2] for one in studies[study] for arm in one.split(":")}
+        contrasts = [contrast for study in list(studies)[:2] for contrast in studies[study]]
+        arms = {arm: arms[arm] for contrast in contrasts for arm in contrast.split(":")}
     assert len({resolved(scale, flags) for flags in arms.values()}) == len(arms)
 
 
 @pytest.mark.parametrize(("scale", "settings"), [("demo", ("2x2", "2x2-128")), ("gpu", ("4x4", "arithmetic")),
                                                  ("paper", ("5x5", "4x4"))])  # fmt: skip
-def test_the_six_pairs_run_in_both_settings_and_the_widths_are_the_plans(scale, settings):
+def test_six_pairs_of_coefficients_in_both_settings_and_four_projection_widths(scale, settings):
     arms, studies = DESIGNS[scale]
     pairs = {(0.5, 0.002), (1, 0.004), (2, 0.008), (0.05, 0.25), (0.1, 0.5), (0.2, 1)}
+    compared = [contrast.split(":")[0] for contrast in studies["seqvcr-coefficients"]]
     for setting in settings:
-        mine = {
-            one.split(":")[0] for one in studies["seqvcr-coefficients"] if one.split(":")[0].endswith(f"@{setting}")
-        }
-        found = [json.loads(resolved(scale, arms[arm])) for arm in mine]
-        assert len(mine) == 6 and {(one["lambda1"], one["lambda2"]) for one in found} == pairs
+        names = {arm for arm in compared if arm.endswith(f"@{setting}")}
+        arguments = [json.loads(resolved(scale, arms[arm])) for arm in names]
+        assert len(names) == 6 and {(args["lambda1"], args["lambda2"]) for args in arguments} == pairs
         batch = 128 if setting in ("2x2-128", "arithmetic") else 32
-        assert {one["covariance_batch"] for one in found} == {batch}
-    assert [one.partition("@")[0] for one in studies["seqvcr-coefficients"][:2]] == [
-        "base", "0.1-0.5" if scale == "demo" else "base"
-    ]  # fmt: skip
-    widths = {arm for one in studies["seqvcr-projection-width"] for arm in one.split(":")} - {f"off@{settings[0]}"}
+        assert {args["covariance_batch"] for args in arguments} == {batch}
+    second = "0.1-0.5" if scale == "demo" else "base"
+    assert [arm.partition("@")[0] for arm in compared[:2]] == ["base", second]
+    widths = {arm for contrast in studies["seqvcr-projection-width"] for arm in contrast.split(":")}
+    widths -= {f"off@{settings[0]}"}
     assert {json.loads(resolved(scale, arms[arm]))["projection_width"] for arm in widths} == {512, 1024, 2048, 4096}
     assert studies["seqvcr-projection-width"][0] == f"width-4096@{settings[0]}:width-512@{settings[0]}"
 
 
 def test_every_flag_is_read():
     source = (ROOT / "seqvcr/train.py").read_text()
-    read = set(re.findall(r"args\.(\w+)", source[source.index("class SeqVCR") :]))  # parse_args stands above
+    read = set(re.findall(r"args\.(\w+)", source[source.index("class SeqVCR") :]))  # parse_args is above it
     assert read | {"data"} >= set(vars(train.parse_args([])))
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "message"),
     [
-        (["--layer", "3"], "--layer 3 is no level of 2 blocks: give 0 to 2, or last"),
-        (["--layer", "first"], "no level"),
+        (["--layer", "3"], "invalid --layer '3' with --layers 2: give 0 to 2, or last"),
+        (["--layer", "first"], "invalid --layer 'first'"),
         (["--width", "65"], "multiple of --heads 4"),
         (["--batch", "100"], "multiple of --covariance-batch 32"),
         (["--batch", "1"], "less than 2"),
-        (["--size", "10"], "--size 10 is no size of --task multiplication: give 1 to 9"),
+        (["--size", "10"], "invalid --size 10 for --task multiplication: give 1 to 9"),
         (["--task", "lis", "--size", "1"], "give 2 to 200"),
         (["--task", "arithmetic", "--data-file", "x"], "for --task multiplication, not for arithmetic"),
         (["--task", "lis", "--init-from", "x"], "for --task multiplication, not for lis"),
         (["--data-file", "nowhere.txt"], "--data-file nowhere.txt cannot be read"),
-        (["--data-file", "x", "--train-size", "stream"], "stream has none"),
+        (["--data-file", "x", "--train-size", "stream"], "drop --train-size stream"),
         (["--init-from", "nowhere.bin"], "--init-from nowhere.bin: no such file"),
         (["--scale", "paper", "--device", "cpu"], "--init-from model.safetensors"),
         (["--train-size", "some"], "--train-size"),
-        (["--train-size", "64"], "--batch 128 is more than the 64 training rows"),
+        (["--train-size", "64"], "--batch 128 is larger than the training set of 64 rows"),
         (["--lambda1", "nan"], "not between"),
         (["--scale", "gpu"], "--scale demo"),
     ],
 )
-def test_a_users_mistake_ends_in_one_sentence(flags, words, tmp_path, capsys):
-    refused(train.main, flags, words, tmp_path, capsys)
+def test_a_usage_error_exits_with_one_line(flags, message, tmp_path, capsys):
+    assert_usage_error(train.main, flags, message, tmp_path, capsys)
 
 
 # ---------------------------------------------------------------------------------------------- runs
@@ -477,90 +480,90 @@ def tiny(out, *flags) -> list[str]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Every arm for five steps at a small width, evaluated on few rows."""
+    """Run all arms for five steps at a small width and evaluate them on few rows. Returns the folder of runs."""
     root = tmp_path_factory.mktemp("seqvcr")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "PROBED", 256)
+        patch.setattr(evaluate, "N_PROBE", 256)
         for arm, flags in ARMS.items():
             train.main(tiny(root / arm / "0", "--steps", "5", *flags))
             evaluate.main([str(root / arm / "0")])
     return root
 
 
-def test_every_arm_ends_with_weights_of_its_own(finished):
+def test_all_arms_end_with_different_weights(finished):
     weights = {arm: checkpoints.load(finished / arm / "0/model.pt")["model"]["gpt.wte.weight"] for arm in ARMS}
-    for one, other in itertools.combinations(weights, 2):
-        assert not torch.equal(weights[one], weights[other]), (one, other)
+    for arm, other in itertools.combinations(weights, 2):
+        assert not torch.equal(weights[arm], weights[other]), (arm, other)
 
 
-def test_arms_of_one_seed_start_alike_and_see_equal_batches(monkeypatch, tmp_path):
-    seen = {}
+def test_arms_with_one_seed_have_equal_initial_weights_and_batches(monkeypatch, tmp_path):
+    by_arm = {}
     for arm in ("off@2x2", "base@2x2", "width-512@2x2", "0.1-0.5@2x2-128"):
         rows: list[torch.Tensor] = []
 
-        def watched(model, tokens, rows=rows, **rest):
+        def recorded(model, tokens, rows=rows, **rest):
             rows.append(tokens)
             return seqvcr_loss(model, tokens, **rest)
 
-        monkeypatch.setattr(train, "seqvcr_loss", watched)
+        monkeypatch.setattr(train, "seqvcr_loss", recorded)
         train.main(tiny(tmp_path / arm, "--steps", "4", *ARMS[arm]))
         args = train.parse_args(tiny(tmp_path, *ARMS[arm]))
-        model = train.build_model(args, tasks.choose("multiplication", 2), torch.device("cpu"))
-        seen[arm] = (torch.stack(rows), model.gpt.h[1].mlp.c_fc.weight, model.gpt.wte.weight)
-    for found in seen.values():
-        assert all(torch.equal(one, other) for one, other in zip(found, seen["off@2x2"], strict=True))
+        model = train.build_model(args, tasks.build_task("multiplication", 2), torch.device("cpu"))
+        by_arm[arm] = (torch.stack(rows), model.gpt.h[1].mlp.c_fc.weight, model.gpt.wte.weight)
+    for tensors in by_arm.values():
+        assert all(torch.equal(*pair) for pair in zip(tensors, by_arm["off@2x2"], strict=True))
 
 
-def test_metrics_have_the_keys_that_were_asked_for(finished):
+def test_metrics_json_and_train_jsonl_have_all_keys(finished):
     keys = "exact_match steps_to_solve position_accuracy entropy entropy_mean entropy_min entropy_batch solved "
     keys += "variance_loss covariance_loss projected_std predicted_std chance_exact_match entropy_centred "
     keys += "seconds examples_per_second peak_memory cross_entropy train_loss digit_accuracy regulariser_loss"
     for arm in ARMS:
-        found = json.loads((finished / arm / "0/metrics.json").read_text())
-        assert set(keys.split()) <= set(found), arm
-        assert len(found["position_accuracy"]) == 4 and len(found["entropy"]) == len(found["entropy_batch"]) == 3
-        assert all(0 < one <= 1 for name in ("entropy", "entropy_batch") for one in found[name])
-        assert found["solved"] is False and found["steps_to_solve"] is None
+        metrics = json.loads((finished / arm / "0/metrics.json").read_text())
+        assert set(keys.split()) <= set(metrics), arm
+        assert len(metrics["position_accuracy"]) == 4 and len(metrics["entropy"]) == len(metrics["entropy_batch"]) == 3
+        assert all(0 < value <= 1 for name in ("entropy", "entropy_batch") for value in metrics[name])
+        assert metrics["solved"] is False and metrics["steps_to_solve"] is None
         off, length = arm.startswith("off"), "length" in arm
-        assert (found["projected_std"] is None) == off and (found["predicted_std"] is None) == (off or length), arm
+        assert (metrics["projected_std"] is None) == off, arm
+        assert (metrics["predicted_std"] is None) == (off or length), arm
     log = files.read_lines(finished / "base@2x2/0/train.jsonl")
     assert [line["epoch"] for line in log] == list(range(6)) and log[-1]["step"] == 5
-    assert {f"accuracy_{place}" for place in range(4)} <= set(log[-1])
+    assert {f"accuracy_{position}" for position in range(4)} <= set(log[-1])
 
 
-def test_metrics_are_those_of_a_naive_measurement(finished):
-    """Exact match, position accuracy, chance and the regulariser's terms on the test rows, from model.pt alone."""
+def test_metrics_equal_a_naive_evaluation_of_model_pt(finished):
+    """Exact match, position accuracy, chance level and terms of the regulariser on the test rows."""
     folder = finished / "width-512@2x2/0"
-    found = json.loads((folder / "metrics.json").read_text())
+    metrics = json.loads((folder / "metrics.json").read_text())
     args = train.parse_args(tiny("x", *ARMS["width-512@2x2"]))
-    task = tasks.choose("multiplication", 2)
+    task = tasks.build_task("multiplication", 2)
     data = tasks.load(task, 600, None, "cpu")
     model = train.build_model(args, task, torch.device("cpu")).eval()
     model.load_state_dict(checkpoints.load(folder / "model.pt")["model"])
     rows = tasks.with_pauses(task, data.test, 2).long()
     with torch.no_grad():
-        guesses = torch.stack([model.gpt(row[None, :-1], 13)[0][0, -4:].argmax(1) for row in rows])
+        predicted = torch.stack([model.gpt(row[None, :-1], 13)[0][0, -4:].argmax(1) for row in rows])
         states = model.gpt(rows[:, :-1], 4)[1][0]
-        hits = (guesses == rows[:, -4:]).float()
+        correct = (predicted == rows[:, -4:]).float()
         variance, covariance = direct(states[:256].double(), model.projection.weight.double(), 32, "batch")
-    assert found["exact_match"] == pytest.approx(100 * hits.prod(1).mean().item())
-    assert found["position_accuracy"] == pytest.approx((100 * hits.mean(0)).tolist())
-    assert found["variance_loss"] == pytest.approx(variance.item(), rel=1e-4)
-    assert found["covariance_loss"] == pytest.approx(covariance.item(), rel=1e-3)
+    assert metrics["exact_match"] == pytest.approx(100 * correct.prod(1).mean().item())
+    assert metrics["position_accuracy"] == pytest.approx((100 * correct.mean(0)).tolist())
+    assert metrics["variance_loss"] == pytest.approx(variance.item(), rel=1e-4)
+    assert metrics["covariance_loss"] == pytest.approx(covariance.item(), rel=1e-3)
     answers = [tuple(row) for row in data.train[:, -4:].tolist()]
-    common = max(set(answers), key=lambda one: (answers.count(one), [-x for x in one]))
-    assert found["chance_exact_match"] == pytest.approx(
-        100 * np.mean([tuple(row) == common for row in data.test[:, -4:].tolist()])
-    )
+    most_frequent = max(set(answers), key=lambda answer: (answers.count(answer), [-x for x in answer]))
+    chance = 100 * np.mean([tuple(row) == most_frequent for row in data.test[:, -4:].tolist()])
+    assert metrics["chance_exact_match"] == pytest.approx(chance)
 
 
 @pytest.mark.parametrize("flags", [[], ["--dropout", "0.2"], ["--train-size", "stream"]])
-def test_a_run_is_a_function_of_its_seed_and_goes_on_after_a_kill(flags, tmp_path, monkeypatch):
-    train.main(tiny(tmp_path / "straight", *flags))
+def test_a_run_is_a_function_of_its_seed_and_resumes_exactly(flags, tmp_path, monkeypatch):
+    train.main(tiny(tmp_path / "uninterrupted", *flags))
     saved, save = [], train.Run.save
 
-    def interrupted(run, epoch, record, state):
-        save(run, epoch, record, state)
+    def interrupted(run, epoch, metrics, state):
+        save(run, epoch, metrics, state)
         saved.append(epoch)
         if epoch == 7 and saved.count(7) == 1:
             raise KeyboardInterrupt
@@ -569,87 +572,87 @@ def test_a_run_is_a_function_of_its_seed_and_goes_on_after_a_kill(flags, tmp_pat
     with pytest.raises(KeyboardInterrupt):
         train.main(tiny(tmp_path / "run", *flags))
     train.main(tiny(tmp_path / "run", *flags))
-    expected, found = (checkpoints.load(tmp_path / run / "model.pt")["model"] for run in ("straight", "run"))
+    expected = checkpoints.load(tmp_path / "uninterrupted/model.pt")["model"]
+    resumed = checkpoints.load(tmp_path / "run/model.pt")["model"]
     assert saved[:8] == list(range(8)) and saved[8] == 8
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
     train.main(tiny(tmp_path / "other", "--seed", "1", *flags))
     other = checkpoints.load(tmp_path / "other/model.pt")["model"]
     assert not torch.equal(other["gpt.wte.weight"], expected["gpt.wte.weight"])
 
 
-def test_streamed_rows_are_fresh_at_every_step(tmp_path, monkeypatch):
-    seen = []
+def test_streamed_rows_are_new_at_each_step(tmp_path, monkeypatch):
+    batches = []
 
-    def watched(model, tokens, **rest):
-        seen.append(tokens)
+    def recorded(model, tokens, **rest):
+        batches.append(tokens)
         return seqvcr_loss(model, tokens, **rest)
 
-    monkeypatch.setattr(train, "seqvcr_loss", watched)
+    monkeypatch.setattr(train, "seqvcr_loss", recorded)
     train.main(tiny(tmp_path / "run", "--train-size", "stream", "--steps", "3", "--task", "arithmetic", "--size", "4"))
-    assert len(seen) == 3 and not any(torch.equal(*pair) for pair in itertools.combinations(seen, 2))
+    assert len(batches) == 3 and not any(torch.equal(*pair) for pair in itertools.combinations(batches, 2))
     evaluate.main([str(tmp_path / "run")])
 
 
-def test_every_pass_takes_all_rows_once_in_an_order_of_its_own():
-    args, task = argparse.Namespace(train_size=18, batch=4, seed=0), tasks.choose("multiplication", 2)
+def test_each_pass_has_all_rows_once_in_a_new_order():
+    args, task = argparse.Namespace(train_size=18, batch=4, seed=0), tasks.build_task("multiplication", 2)
 
-    def batches(count: int, first: int, last: int) -> torch.Tensor:
+    def batches(count: int, start: int, stop: int) -> torch.Tensor:
         rows = torch.arange(count, dtype=torch.uint8)[:, None]
-        return torch.stack(list(train.batches(args, task, rows, range(first, last))))
+        return torch.stack(list(train.batches(args, task, rows, range(start, stop))))
 
-    whole = batches(16, 0, 8)
-    passes = [half.flatten().tolist() for half in whole.split(4)]
+    two_passes = batches(16, 0, 8)
+    passes = [one_pass.flatten().tolist() for one_pass in two_passes.split(4)]
     assert sorted(passes[0]) == sorted(passes[1]) == list(range(16)) and passes[0] != passes[1]
-    for first, last in ((5, 8), (3, 6), (2, 3)):  # an epoch may begin anywhere in a pass
-        assert torch.equal(batches(16, first, last), whole[first:last])
-    assert whole.dtype == torch.int64
-    assert all(len(half.unique()) == 16 for half in batches(18, 0, 8).split(4))  # two rows of each pass are dropped
+    for start, stop in ((5, 8), (3, 6), (2, 3)):  # an epoch can begin in the middle of a pass
+        assert torch.equal(batches(16, start, stop), two_passes[start:stop])
+    assert two_passes.dtype == torch.int64
+    # Of 18 rows, each pass drops the last incomplete batch of two.
+    assert all(len(one_pass.unique()) == 16 for one_pass in batches(18, 0, 8).split(4))
 
 
-def test_the_rate_rises_and_falls():
-    assert train.rate_factor(0.0) == 0 and train.rate_factor(0.025) == pytest.approx(0.5)
-    assert train.rate_factor(0.05) == pytest.approx(1)
-    assert train.rate_factor(0.525) == pytest.approx(0.5) and train.rate_factor(1.0) == pytest.approx(0)
+def test_lr_schedule_warms_up_linearly_and_decays_to_zero():
+    assert train.lr_schedule(0.0) == 0 and train.lr_schedule(0.025) == pytest.approx(0.5)
+    assert train.lr_schedule(0.05) == pytest.approx(1)
+    assert train.lr_schedule(0.525) == pytest.approx(0.5) and train.lr_schedule(1.0) == pytest.approx(0)
 
 
-def test_the_projection_is_not_decayed():
+def test_the_projection_has_no_weight_decay():
     model, _ = network()
     groups = train.build_optimizer(argparse.Namespace(lr=1e-3), model).param_groups
     assert groups[1]["weight_decay"] == 0 and groups[1]["params"][0] is model.projection.weight
-    assert groups[0]["weight_decay"] > 0 and sum(len(group["params"]) for group in groups) == len(
-        list(model.parameters())
-    )
+    assert groups[0]["weight_decay"] > 0
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
 
 
-def test_a_loss_that_is_not_finite_is_a_result(tmp_path, monkeypatch):
+def test_a_run_with_nan_loss_finishes_as_diverged_with_null_metrics(tmp_path, monkeypatch):
     calls = []
 
-    def poisoned(*arguments, **rest):
+    def nan_in_step_9(*arguments, **rest):
         calls.append(1)
         loss, log = seqvcr_loss(*arguments, **rest)
         return (loss * float("nan"), log * float("nan")) if len(calls) == 9 else (loss, log)
 
-    monkeypatch.setattr(train, "seqvcr_loss", poisoned)
+    monkeypatch.setattr(train, "seqvcr_loss", nan_in_step_9)
     train.main(tiny(tmp_path / "run"))
     evaluate.main([str(tmp_path / "run")])
-    found = json.loads((tmp_path / "run/metrics.json").read_text())
-    assert found["diverged"] and found["exact_match"] is None and found["entropy"] is None
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert metrics["diverged"] and metrics["exact_match"] is None and metrics["entropy"] is None
     assert checkpoints.load(tmp_path / "run/model.pt")["epoch"] == 8
 
 
-def test_every_arm_of_gpu_scale_takes_two_steps_and_is_evaluated(unsaved, tmp_path, monkeypatch):
-    """At the scale's own width, two of its five blocks; each shape and task evaluated once. Paper scale: below."""
-    monkeypatch.setattr(tasks, "ROWS", 4096)
+def test_all_arms_of_gpu_scale_train_two_steps_and_are_evaluated(no_checkpoints, tmp_path, monkeypatch):
+    """At full width with two of the five blocks. Each combination of task, layer and projection is evaluated once."""
+    monkeypatch.setattr(tasks, "ROWS_PER_DRAW", 4096)
     done, evaluated = set(), set()
     for arm, flags in DESIGNS["gpu"][0].items():
         small = ["--batch", "4", "--covariance-batch", "4", "--train-size", "40", "--layers", "2"]
         argv = ["--scale", "gpu", "--device", "cpu", "--rehearse", "1", *flags, *small, "--out", str(tmp_path / arm)]
-        same = json.dumps(
-            {name: value for name, value in vars(train.parse_args(argv)).items() if name != "out"}, default=str
-        )
-        if same in done:  # apart from the covariance's batch
+        arguments = {name: value for name, value in vars(train.parse_args(argv)).items() if name != "out"}
+        arguments_text = json.dumps(arguments, default=str)
+        if arguments_text in done:  # an arm that differs only in --covariance-batch, which is overridden here
             continue
-        done.add(same)
+        done.add(arguments_text)
         train.main(argv)
         saved = checkpoints.load(tmp_path / arm / "model.pt")
         assert saved["epoch"] == 2 and saved["model"]["gpt.h.1.mlp.c_fc.weight"].shape == (2048, 512)
@@ -664,36 +667,36 @@ def test_every_arm_of_gpu_scale_takes_two_steps_and_is_evaluated(unsaved, tmp_pa
 
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory):
-    """(a file of random weights under GPT-2's names, the weights): two blocks of its true width."""
+    """Return (file, weights): random weights with GPT-2's names, vocabulary and width, two blocks."""
     file = tmp_path_factory.mktemp("gpt2") / "model.safetensors"
-    weights = {name: 0.1 * one for name, one in gpt2_arrays(2, 768, train.GPT2_VOCABULARY, 1024).items()}
+    weights = {name: 0.1 * array for name, array in gpt2_arrays(2, 768, train.GPT2_VOCABULARY, 1024).items()}
     write_safetensors(file, weights)
     return file, weights
 
 
 @pytest.mark.parametrize("arm", ["base@5x5", "off@5x5", "0.05-0.25@4x4", "width-4096@5x5"])
-def test_paper_scale_goes_on_from_gpt2(arm, gpt2, unsaved, tmp_path, monkeypatch):
-    """GPT-2's own width, tokens and positions; two of its twelve blocks."""
-    monkeypatch.setattr(tasks, "ROWS", 4096)
+def test_paper_scale_fine_tunes_gpt2(arm, gpt2, no_checkpoints, tmp_path, monkeypatch):
+    """With GPT-2's width, vocabulary and positions, and two of its twelve blocks."""
+    monkeypatch.setattr(tasks, "ROWS_PER_DRAW", 4096)
     file, weights = gpt2
     argv = ["--scale", "paper", "--device", "cpu", "--rehearse", "1", *DESIGNS["paper"][0][arm], "--layers", "2"]
     argv += ["--batch", "4", "--covariance-batch", "4", "--train-size", "40"]
     train.main([*argv, "--init-from", str(file), "--out", str(tmp_path / "run")])
     saved = checkpoints.load(tmp_path / "run/model.pt")["model"]
     assert saved["gpt.wte.weight"].shape == (50260, 768)
-    moved = (saved["gpt.h.0.attn.c_proj.weight"] - torch.from_numpy(weights["h.0.attn.c_proj.weight"].T)).abs().mean()
-    assert 0 < moved < 0.01
+    change = (saved["gpt.h.0.attn.c_proj.weight"] - torch.from_numpy(weights["h.0.attn.c_proj.weight"].T)).abs().mean()
+    assert 0 < change < 0.01
     evaluate.main([str(tmp_path / "run"), "--show", "2"])
 
 
-def test_a_published_file_trains_and_is_asked_for_again(tmp_path, capsys):
+def test_training_from_a_data_file_and_evaluation_with_another_file_is_refused(tmp_path, capsys):
     lines = [tasks.published_line(a, b, 2) for a in range(10, 60) for b in range(10, 50)]
     (tmp_path / "train.txt").write_text("\n".join(lines) + "\n")
     flags = ["--data-file", str(tmp_path / "train.txt"), "--train-size", "2000"]
     train.main(tiny(tmp_path / "run", *flags))
     evaluate.main([str(tmp_path / "run"), "--show", "3"])
     printed = capsys.readouterr().out
-    assert "2000 different lines" in printed and "fall into validation or test" in printed
+    assert "2000 distinct rows" in printed and "of validation or test" in printed
     assert len(re.findall(r"^\d\d \* \d\d = \d{4} ", printed, flags=re.M)) == 3
     (tmp_path / "train.txt").write_text("\n".join(lines[:-1]) + "\n")
     with pytest.raises(SystemExit) as end:
@@ -702,7 +705,7 @@ def test_a_published_file_trains_and_is_asked_for_again(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content", ["", "{\n{}\n", '{"loss": 1}\n'])
-def test_a_damaged_log_ends_in_one_sentence(content, finished, tmp_path, capsys):
+def test_a_damaged_train_jsonl_exits_with_one_line(content, finished, tmp_path, capsys):
     shutil.copytree(finished / "base@2x2/0", tmp_path / "run")
     (tmp_path / "run/train.jsonl").write_text(content)
     with pytest.raises(SystemExit) as end:
@@ -714,74 +717,76 @@ def test_a_damaged_log_ends_in_one_sentence(content, finished, tmp_path, capsys)
 def test_training_and_evaluation_stay_on_a_fake_gpu(arm, fake_gpu: FakeGPU):
     device = torch.device("cuda")
     args = train.parse_args(["--width", "16", "--dropout", "0.1", *ARMS[arm]])
-    task = tasks.choose(args.task, args.size)
+    task = tasks.build_task(args.task, args.size)
     model = train.build_model(args, task, device)
     rows = torch.zeros(512, 14, dtype=torch.uint8, device=device)
-    data = tasks.Examples(rows, rows, rows)
-    asked = []
+    data = tasks.Splits(rows, rows, rows)
+    syncs = []
     for steps_per_epoch in (2, 4):
-        fake_gpu.asked, args.rehearse = 0, steps_per_epoch
-        train.train(args, Unwritten(), model, task, data, torch.optim.AdamW(model.parameters(), 1e-3))
-        asked.append(fake_gpu.asked)
-    assert asked[0] == asked[1] > 0
+        fake_gpu.syncs, args.rehearse = 0, steps_per_epoch
+        train.train(args, FakeRun(), model, task, data, torch.optim.AdamW(model.parameters(), 1e-3))
+        syncs.append(fake_gpu.syncs)
+    assert syncs[0] == syncs[1] > 0  # none per step
 
 
 @pytest.mark.parametrize(("name", "size"), [("multiplication", 4), ("arithmetic", 3), ("lis", 8)])
-def test_streams_and_their_layout_stay_on_a_fake_gpu(name, size, fake_gpu: FakeGPU):
-    task = tasks.choose(name, size)
+def test_streamed_batches_stay_on_a_fake_gpu(name, size, fake_gpu: FakeGPU):
+    task = tasks.build_task(name, size)
     init = "model.safetensors" if name == "multiplication" else None
     args = argparse.Namespace(pause=2, init_from=init, train_size=train.STREAM, batch=32, seed=0)
     rows = torch.zeros(0, task.question + task.answer, dtype=torch.uint8, device=torch.device("cuda"))
     for tokens in train.batches(args, task, rows, range(3, 5)):
         assert tokens.device.type == "cuda" and tokens.shape == (32, task.question + 4 + task.answer)
-    assert not fake_gpu.asked
+    assert not fake_gpu.syncs
 
 
 def test_entropies_stay_on_a_fake_gpu(fake_gpu: FakeGPU):
     h = torch.zeros(8, 5, 16, device="cuda")
-    for found in (evaluate.token_entropy(h), evaluate.centred_entropy(h), evaluate.batch_entropy(h)):
-        assert found.device.type == "cuda" and found.dtype == DOUBLE
+    for entropy in (evaluate.token_entropy(h), evaluate.centred_entropy(h), evaluate.batch_entropy(h)):
+        assert entropy.device.type == "cuda" and entropy.dtype == DOUBLE
 
 
-# ---------------------------------------------------------------------------------------------- drawing
+# ---------------------------------------------------------------------------------------------- figures
 
 
-def test_studies_are_drawn_and_told(finished, tmp_path, capsys):
+def test_plot_writes_figures_and_summary_of_each_study(finished, tmp_path, capsys):
     for study in STUDIES:
         plot.main([study, "--runs", str(finished), "--seeds", "0", "1", "--results", str(tmp_path)])
         summary = json.loads((tmp_path / f"{study}.json").read_text())
         figures = {path.stem.removeprefix(f"{study}-") for path in tmp_path.glob(f"{study}-*.png")}
-        wanted = {"entropy", "metrics", "positions", "prediction", "solved"} | (
-            {"width"} if "width" in study else set()
-        )
-        assert figures == wanted and all(row["word"] == "0 of 1 solved" for row in summary["rows"])
+        expected = {"entropy", "metrics", "positions", "prediction", "solved"}
+        if "width" in study:
+            expected.add("width")
+        assert figures == expected and all(row["word"] == "0 of 1 solved" for row in summary["rows"])
         assert summary["controls"] and all(control["arm_mean"] is not None for control in summary["controls"])
         assert any("1 of 2 missing (seed 1)" in note for note in summary["notes"]) and not summary["not_run"]
-    both = json.loads((tmp_path / "seqvcr-coefficients.json").read_text())
-    assert [one["arm"] for one in both["contrasts"] if one["primary"]] == ["base@2x2", "0.1-0.5@2x2-128"]
-    text = tables.as_markdown(both)
+    summary = json.loads((tmp_path / "seqvcr-coefficients.json").read_text())
+    primary = [contrast["arm"] for contrast in summary["contrasts"] if contrast["primary"]]
+    assert primary == ["base@2x2", "0.1-0.5@2x2-128"]
+    text = tables.as_markdown(summary)
     assert text.count("| off@2x2 |") == 2 and "**2x2-128**" in text
     svg = (tmp_path / "seqvcr-coefficients-entropy.svg").read_text()
     assert "λ 0.05, 0.25" in svg and "level" in svg
     assert "2048" in (tmp_path / "seqvcr-projection-width-width.svg").read_text()
 
 
-def test_a_study_whose_runs_have_only_begun_is_drawn_with_holes(finished, tmp_path, capsys):
+def test_plot_lists_missing_runs_of_an_unfinished_study(finished, tmp_path, capsys):
     for arm in ("base@2x2", "off@2x2"):
         (tmp_path / arm / "0").mkdir(parents=True)
         shutil.copy(finished / arm / "0/args.json", tmp_path / arm / "0")
         first = (finished / arm / "0/train.jsonl").read_text().splitlines(keepends=True)[0]
         (tmp_path / arm / "0/train.jsonl").write_text(first)
-    words = ["--runs", str(tmp_path), "--seeds", "0", "--results", str(tmp_path / "r")]
-    plot.main(["seqvcr-coefficients", *words])
-    found = json.loads((tmp_path / "r/seqvcr-coefficients.json").read_text())
-    assert "base@2x2: 1 of 1 missing (seed 0)." in found["notes"]
-    assert [one["arm"] for one in found["contrasts"]] == ["base@2x2", "0.1-0.5@2x2-128"]  # both are primary
-    assert "0.5-0.002@2x2" in found["not_run"]
+    flags = ["--runs", str(tmp_path), "--seeds", "0", "--results", str(tmp_path / "r")]
+    plot.main(["seqvcr-coefficients", *flags])
+    summary = json.loads((tmp_path / "r/seqvcr-coefficients.json").read_text())
+    assert "base@2x2: 1 of 1 missing (seed 0)." in summary["notes"]
+    primary = ["base@2x2", "0.1-0.5@2x2-128"]
+    assert [contrast["arm"] for contrast in summary["contrasts"]] == primary
+    assert "0.5-0.002@2x2" in summary["not_run"]
     assert (tmp_path / "r/seqvcr-coefficients-solved.png").exists()
 
 
-def test_nothing_is_drawn_without_runs_and_solved_seeds_are_counted(tmp_path, capsys):
+def test_plot_draws_nothing_without_runs_and_count_solved_counts_seeds(tmp_path, capsys):
     plot.main(["seqvcr-layer", "--runs", str(tmp_path), "--results", str(tmp_path / "r")])
     assert "no runs" in capsys.readouterr().out and not (tmp_path / "r").exists()
-    assert plot.solved([{"solved": True}, {"solved": False}, {"solved": True}]) == "2 of 3 solved"
+    assert plot.count_solved([{"solved": True}, {"solved": False}, {"solved": True}]) == "2 of 3 solved"

@@ -1,6 +1,7 @@
-"""SimSiam: the loss and its gradients, the network, the arms, and train -> eval -> plot on a tiny folder."""
+"""SimSiam: loss and gradients, network, metrics, arms and flags, and train -> eval -> plot on a tiny image folder."""
 
 import argparse
+import itertools
 import json
 import re
 import shutil
@@ -8,7 +9,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, Unwritten, refused, tiny
+from conftest import ROOT, FakeRun, assert_usage_error, tiny
 from plan import design
 from torch import nn
 
@@ -20,35 +21,38 @@ from simsiam.train import PAIRS, SimSiam, build_predictor, build_projector, sims
 ARMS, STUDIES = design("simsiam")
 
 
-def small(**changes) -> SimSiam:
+def small_model(**changes) -> SimSiam:
+    """Return a demo-sized SimSiam with some arguments changed."""
     settings = {"network": "resnet8", "size": 32, "projector": "mlp", "projector_layers": 2, "dim": 64}
     return SimSiam(**settings | {"predictor": "mlp", "seed": 0} | changes)
 
 
-def views(count: int, rows: int = 8) -> list[torch.Tensor]:
+def random_views(count: int, rows: int = 8) -> list[torch.Tensor]:
+    """Return `count` fixed random views (rows, 3, 32, 32)."""
     return list(torch.rand(count, rows, 3, 32, 32, generator=torch.Generator().manual_seed(1)))
 
 
-def gradients(model: SimSiam, made: list[torch.Tensor], loss: str, leak: float) -> list[torch.Tensor]:
-    p, z = model(made, PAIRS[loss], leak)
-    wanted = [weight for weight in model.parameters() if weight.requires_grad]
-    return list(torch.autograd.grad(simsiam_loss(p, z, PAIRS[loss], leak), wanted))
+def gradients(model: SimSiam, views: list[torch.Tensor], loss: str, leak: float) -> list[torch.Tensor]:
+    """Return the gradient of the loss for every trainable parameter."""
+    p, z = model(views, PAIRS[loss], leak)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    return list(torch.autograd.grad(simsiam_loss(p, z, PAIRS[loss], leak), weights))
 
 
 # ---------------------------------------------------------------------------------------------- loss
 
 
 def naive_distance(p, z):
-    """Equation 1, row by row and term by term."""
+    """Equation 1 in plain Python, row by row."""
     total = 0.0
     for a, b in zip(p.tolist(), z.tolist(), strict=True):
-        length = sum(x * x for x in a) ** 0.5 * sum(x * x for x in b) ** 0.5
-        total -= sum(x * y for x, y in zip(a, b, strict=True)) / length
+        norms = sum(x * x for x in a) ** 0.5 * sum(x * x for x in b) ** 0.5
+        total -= sum(x * y for x, y in zip(a, b, strict=True)) / norms
     return total / len(p)
 
 
 @pytest.mark.parametrize("loss", PAIRS)
-def test_loss_is_the_mean_of_naive_distances_and_its_value_ignores_the_leak(loss):
+def test_loss_equals_a_naive_implementation_for_every_leak(loss):
     p, z = torch.randn(4, 6, 5), torch.randn(4, 6, 5)
     expected = {
         "symmetric": (naive_distance(p[0], z[1]) + naive_distance(p[1], z[0])) / 2,
@@ -59,199 +63,200 @@ def test_loss_is_the_mean_of_naive_distances_and_its_value_ignores_the_leak(loss
         assert simsiam_loss(dict(enumerate(p)), list(z), PAIRS[loss], leak).item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_leak_scales_the_targets_gradient():
+def test_leak_scales_the_gradient_of_the_target():
     p, z = torch.randn(2, 6, 5), torch.randn(2, 6, 5, requires_grad=True)
-    slopes = []
+    z_gradients = []
     for leak in (0.0, 0.25, 1.0):
         simsiam_loss({0: p[0], 1: p[1]}, list(z), PAIRS["symmetric"], leak).backward()
-        slopes.append(z.grad.clone())
+        z_gradients.append(z.grad.clone())
         z.grad = None
-    assert slopes[0].abs().max() == 0 and slopes[2].abs().max() > 0
-    torch.testing.assert_close(slopes[1], 0.25 * slopes[2])
+    assert z_gradients[0].abs().max() == 0 and z_gradients[2].abs().max() > 0
+    torch.testing.assert_close(z_gradients[1], 0.25 * z_gradients[2])
 
 
-def test_stop_gradient_changes_the_encoders_gradient_and_not_the_loss():
-    with_stop, without = gradients(small(), views(2), "symmetric", 0.0), gradients(small(), views(2), "symmetric", 1.0)
-    assert not torch.allclose(with_stop[0], without[0])
+def test_stop_gradient_changes_the_gradient_of_the_encoder():
+    with_stop_gradient = gradients(small_model(), random_views(2), "symmetric", 0.0)
+    without = gradients(small_model(), random_views(2), "symmetric", 1.0)
+    assert not torch.allclose(with_stop_gradient[0], without[0])
 
 
 def test_without_predictor_the_stop_gradient_halves_the_gradient():
-    """Section 4.2: with h = identity the detached symmetric loss has half the gradient of the undetached one."""
-    model, made = small(predictor="none").double(), [x.double() for x in views(2)]
-    for half, whole in zip(
-        gradients(model, made, "symmetric", 0.0), gradients(model, made, "symmetric", 1.0), strict=True
-    ):
-        torch.testing.assert_close(2 * half, whole, rtol=1e-9, atol=1e-12)
+    """Section 4.2: with h = identity, the stop-gradient halves the gradient of the symmetric loss."""
+    model, views = small_model(predictor="none").double(), [x.double() for x in random_views(2)]
+    with_stop_gradient = gradients(model, views, "symmetric", 0.0)
+    without = gradients(model, views, "symmetric", 1.0)
+    for half, full in zip(with_stop_gradient, without, strict=True):
+        torch.testing.assert_close(2 * half, full, rtol=1e-9, atol=1e-12)
 
 
-def test_asymmetric_loss_sends_no_gradient_through_the_second_view_but_moves_its_statistics():
-    model, made = small(), views(2)
-    made[1].requires_grad_()
-    seen = []
-    model.backbone[0].register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
-    p, z = model(made, PAIRS["asymmetric"], 0.0)
+def test_target_of_asymmetric_loss_gets_no_gradient_but_updates_running_statistics():
+    model, views = small_model(), random_views(2)
+    views[1].requires_grad_()
+    grad_enabled = []
+    model.backbone[0].register_forward_hook(lambda *_: grad_enabled.append(torch.is_grad_enabled()))
+    p, z = model(views, PAIRS["asymmetric"], 0.0)
     simsiam_loss(p, z, PAIRS["asymmetric"], 0.0).backward()
-    assert made[1].grad is None and seen == [True, False] and list(p) == [0]
+    assert views[1].grad is None and grad_enabled == [True, False] and list(p) == [0]
     assert model.backbone[1].num_batches_tracked == 2
     assert model.predictor[1].num_batches_tracked == 1
 
 
-def test_views_have_batch_statistics_of_their_own():
-    model, (a, b) = small(), views(2)
+def test_each_view_has_its_own_batch_statistics():
+    model, (a, b) = small_model(), random_views(2)
     z = model([a, b], PAIRS["symmetric"], 0.0)[1]
-    torch.testing.assert_close(z[0], small()([a, a], PAIRS["symmetric"], 0.0)[1][0])
-    together = small().projector(small().backbone(torch.cat([a, b])))
-    assert not torch.allclose(z[0], together[: len(a)], atol=1e-3)
+    torch.testing.assert_close(z[0], small_model()([a, a], PAIRS["symmetric"], 0.0)[1][0])
+    z_of_both_views = small_model().projector(small_model().backbone(torch.cat([a, b])))
+    assert not torch.allclose(z[0], z_of_both_views[: len(a)], atol=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------- model
 
 
-def count(module: nn.Module) -> int:
+def parameter_count(module: nn.Module) -> int:
     return sum(weight.numel() for weight in module.parameters())
 
 
-def test_parameter_counts_of_the_specification():
-    assert count(net.build_backbone("resnet50", 224)) == 23_508_032
-    full = build_projector("mlp", 3, 2048, 2048, 2048)
-    assert count(full) == 12_593_152 and full[6].bias.requires_grad is False
-    assert count(build_predictor("mlp", 2048)) == 2_100_224
-    assert count(net.build_backbone("resnet18", 32)) == 11_168_832
-    assert count(build_projector("mlp", 2, 512, 2048, 2048)) == 5_246_976
+def test_parameter_counts():
+    assert parameter_count(net.build_backbone("resnet50", 224)) == 23_508_032
+    projector = build_projector("mlp", 3, 2048, 2048, 2048)
+    assert parameter_count(projector) == 12_593_152 and projector[6].bias.requires_grad is False
+    assert parameter_count(build_predictor("mlp", 2048)) == 2_100_224
+    assert parameter_count(net.build_backbone("resnet18", 32)) == 11_168_832
+    assert parameter_count(build_projector("mlp", 2, 512, 2048, 2048)) == 5_246_976
 
 
-def test_projector_and_predictor_by_flag():
+def test_variants_of_projector_and_predictor():
     assert isinstance(build_projector("none", 2, 64, 256, 64), nn.Identity)
-    single = build_projector("bn", 2, 64, 256, 64)
-    assert isinstance(single, nn.BatchNorm1d) and not single.affine
+    batch_norm = build_projector("bn", 2, 64, 256, 64)
+    assert isinstance(batch_norm, nn.BatchNorm1d) and not batch_norm.affine
     assert build_projector("mlp", 2, 64, 256, 64)[-1].affine is False
     assert not any(weight.requires_grad for weight in build_predictor("frozen", 64).parameters())
-    frozen, mlp = small(predictor="frozen").predictor, small().predictor
+    frozen, mlp = small_model(predictor="frozen").predictor, small_model().predictor
     assert all(torch.equal(a, b) for a, b in zip(frozen.parameters(), mlp.parameters(), strict=True))
 
 
-def test_residual_blocks_start_as_identities_and_the_small_stem_keeps_the_resolution():
-    small_images = net.build_backbone("resnet18", 32)
-    assert small_images.conv1.stride == (1, 1) and isinstance(small_images.maxpool, nn.Identity)
+def test_residual_blocks_are_zero_initialised_and_small_images_get_the_cifar_stem():
+    backbone = net.build_backbone("resnet18", 32)
+    assert backbone.conv1.stride == (1, 1) and isinstance(backbone.maxpool, nn.Identity)
     assert net.build_backbone("resnet18", 224).conv1.stride == (2, 2)
-    assert small_images.layer1[0].bn2.weight.abs().max() == 0
+    assert backbone.layer1[0].bn2.weight.abs().max() == 0
 
 
-def test_arms_share_the_initial_weights_of_what_they_have_in_common():
-    base = small().state_dict()
+def test_arms_share_the_initial_weights_of_common_parts():
+    base = small_model().state_dict()
     for changes in ({"predictor": "none"}, {"projector": "none"}, {"dim": 128}, {"projector": "bn"}):
-        other = small(**changes).state_dict()
+        other = small_model(**changes).state_dict()
         assert all(torch.equal(base[name], other[name]) for name in base if name.startswith("backbone."))
-    assert torch.equal(base["projector.0.weight"], small(dim=128).state_dict()["projector.0.weight"])
-    assert not torch.equal(base["backbone.0.weight"], small(seed=1).state_dict()["backbone.0.weight"])
+    assert torch.equal(base["projector.0.weight"], small_model(dim=128).state_dict()["projector.0.weight"])
+    assert not torch.equal(base["backbone.0.weight"], small_model(seed=1).state_dict()["backbone.0.weight"])
 
 
-def test_learning_rates_of_the_schedule():
+def test_cosine_learning_rate():
     rates = [0.1 * train.schedules.cosine(epoch / 100) for epoch in (0, 50, 99)]
     assert rates == pytest.approx([0.1, 0.05, 2.467e-5], rel=1e-3)
 
 
-# ---------------------------------------------------------------------------------------------- meters
+# ---------------------------------------------------------------------------------------------- collapse metrics
 
 
-def test_spread_of_known_sets():
+def test_collapse_metrics_of_known_distributions():
     rows = torch.randn(4000, 64, generator=torch.Generator().manual_seed(0))
     assert probes.std_ratio(rows) == pytest.approx(1.0, abs=0.01)
     assert probes.effective_rank(rows) == pytest.approx(64, rel=0.01)
     constant = torch.ones(50, 8) + 1e-6 * rows[:50, :8]
     assert probes.std_ratio(constant) < 1e-4 and probes.mean_cosine(constant) == pytest.approx(1.0, abs=1e-6)
-    antipodal = torch.cat([torch.ones(25, 8), -torch.ones(25, 8)])  # the collapse that the deviation does not show
+    antipodal = torch.cat([torch.ones(25, 8), -torch.ones(25, 8)])  # collapse to two points, not visible in the std
     assert probes.std_ratio(antipodal) == pytest.approx(1.0, abs=0.02)
     assert probes.effective_rank(antipodal) == pytest.approx(1.0, abs=1e-3)
-    few, unit = rows[:20], F.normalize(rows[:20], dim=1)
-    share = torch.linalg.svdvals(unit.double() - unit.double().mean(0))
-    share = share[share > 1e-9] / share.sum()
-    assert probes.effective_rank(few) == pytest.approx((-(share * share.log()).sum()).exp().item())
-    pairs = [float(unit[i] @ unit[j]) for i in range(20) for j in range(20) if i != j]
-    assert probes.mean_cosine(few) == pytest.approx(sum(pairs) / len(pairs), abs=1e-6)
+    sample, unit = rows[:20], F.normalize(rows[:20], dim=1)
+    singular = torch.linalg.svdvals(unit.double() - unit.double().mean(0))
+    share = singular[singular > 1e-9] / singular.sum()
+    assert probes.effective_rank(sample) == pytest.approx((-(share * share.log()).sum()).exp().item())
+    cosines = [float(unit[i] @ unit[j]) for i in range(20) for j in range(20) if i != j]
+    assert probes.mean_cosine(sample) == pytest.approx(sum(cosines) / len(cosines), abs=1e-6)
 
 
-def test_an_affine_free_batch_norm_keeps_the_collapsed_batch_at_its_floor():
-    """One outlier a batch of B: 2 sqrt((1/B)(1 - 1/B)), the line of the figure."""
+def test_std_ratio_of_a_collapsed_batch_after_affine_free_batch_norm():
+    """With one outlier in a batch of B it is 2 sqrt((1/B)(1 - 1/B)), the reference line of the figure."""
     rows = torch.zeros(64, 256)
     rows[0] = 1.0
     z = nn.BatchNorm1d(256, affine=False)(rows * 1e3)
     assert probes.std_ratio(z) == pytest.approx(2 * (1 / 64 * (1 - 1 / 64)) ** 0.5, rel=0.01)
 
 
-def test_the_collapse_rule_wants_both_meters_in_every_seed():
-    bad, good = {"std_ratio": 0.1, "mean_cosine": 0.95}, {"std_ratio": 0.1, "mean_cosine": 0.5}
-    assert plot.collapsed([bad, bad]) and not plot.collapsed([bad, good])
+def test_collapse_rule_requires_both_metrics_in_every_seed():
+    collapsed, intact = {"std_ratio": 0.1, "mean_cosine": 0.95}, {"std_ratio": 0.1, "mean_cosine": 0.5}
+    assert plot.collapsed([collapsed, collapsed]) and not plot.collapsed([collapsed, intact])
 
 
 # ---------------------------------------------------------------------------------------------- arms and flags
 
 
 @pytest.mark.parametrize("scale", ["demo", "gpu", "paper"])
-def test_no_two_arms_resolve_to_equal_arguments(scale):
+def test_arms_resolve_to_different_arguments(scale):
     arms = design("simsiam", scale)[0]
     resolved = {json.dumps(vars(train.parse_args(["--scale", scale, *flags])), default=str) for flags in arms.values()}
     assert len(resolved) == len(arms)
-    assert ("narrow" in arms) == (scale != "paper")  # it would be base there
+    assert ("narrow" in arms) == (scale != "paper")  # at paper scale it would equal base
 
 
-def test_every_flag_is_read():
-    """After parse_args; and none is read that does not exist."""
+def test_every_flag_is_used():
+    """The arguments read after parse_args are exactly the flags."""
     source = (ROOT / "simsiam/train.py").read_text()
-    read = set(re.findall(r"\bargs\.(\w+)", source[source.index("def build_projector") :]))
-    assert read == set(vars(train.parse_args([])))
+    used = set(re.findall(r"\bargs\.(\w+)", source[source.index("def build_projector") :]))
+    assert used == set(vars(train.parse_args([])))
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "message"),
     [
         (["--no-stop-gradient", "--gradient-leak", "0.5"], "--gradient-leak 0.5"),
         (["--gradient-leak", "2"], "not between 0 and 1"),
         (["--projector", "none", "--dim", "128"], "drop --dim"),
         (["--dim", "many"], "multiple of 4"),
-        (["--size", "64"], "for --data-set folder alone"),
+        (["--size", "64"], "requires --data-set folder"),
         (["--predictor", "big"], "invalid choice"),
         (["--pred", "none"], "unrecognized"),
         (["--epochs", "0"], "less than 1"),
         (["--scale", "gpu"], "--scale demo"),
         (["--device", "cuda"], "no such CUDA GPU"),
-        (["--device", "gpu"], "no device"),
+        (["--device", "gpu"], "invalid --device 'gpu'"),
         (["--data-set", "cifar10", "--data", "nowhere"], "common.images cifar10"),
-        (["--data-set", "folder", "--data", "nowhere"], "no folder of class folders"),
+        (["--data-set", "folder", "--data", "nowhere"], "has no class folders"),
         (["--batch", "6000"], "5000 training images"),
     ],
 )
-def test_a_users_mistake_ends_in_one_sentence(flags, words, tmp_path, capsys):
-    refused(train.main, flags, words, tmp_path, capsys)
+def test_usage_errors_are_one_line(flags, message, tmp_path, capsys):
+    assert_usage_error(train.main, flags, message, tmp_path, capsys)
 
 
 # ---------------------------------------------------------------------------------------------- views and devices
 
 
-def test_arms_and_ranks_see_equal_batches_and_views():
+def test_arms_and_ranks_get_the_same_batches_and_views():
     data = images.Images(
         torch.randint(0, 256, (40, 3, 32, 32), dtype=torch.uint8), torch.zeros(40), *[torch.zeros(1)] * 2, 2,
         torch.zeros(3, 1, 1), torch.ones(3, 1, 1), "",
     )  # fmt: skip
 
-    def made(count, rows, seed=0, epoch=1):
-        loss = {2: "symmetric", 4: "asymmetric-2x"}[count]
+    def load_batches(n_views, rows, seed=0, epoch=1):
+        loss = {2: "symmetric", 4: "asymmetric-2x"}[n_views]
         args = train.parse_args(["--batch", "8", "--seed", str(seed), "--loss", loss])
         return list(train.batches(args, data, epoch, rows))
 
-    two, four = made(2, slice(0, 8)), made(4, slice(0, 8))
-    assert len(two) == 5
-    for a, b in zip(two, four, strict=True):
+    two_views, four_views = load_batches(2, slice(0, 8)), load_batches(4, slice(0, 8))
+    assert len(two_views) == 5
+    for a, b in zip(two_views, four_views, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b[:2], strict=True))
         assert not torch.equal(a[0], a[1])
-    halves = [made(2, slice(0, 4)), made(2, slice(4, 8))]
-    assert torch.equal(torch.cat([halves[0][3][1], halves[1][3][1]]), two[3][1])
-    assert not torch.equal(made(2, slice(0, 8), seed=1)[0][0], two[0][0])
-    assert not torch.equal(made(2, slice(0, 8), epoch=2)[0][0], two[0][0])
+    rank0, rank1 = load_batches(2, slice(0, 4)), load_batches(2, slice(4, 8))
+    assert torch.equal(torch.cat([rank0[3][1], rank1[3][1]]), two_views[3][1])
+    assert not torch.equal(load_batches(2, slice(0, 8), seed=1)[0][0], two_views[0][0])
+    assert not torch.equal(load_batches(2, slice(0, 8), epoch=2)[0][0], two_views[0][0])
 
 
-def test_measurements_are_float32_whatever_training_used(pictures, tmp_path):
-    """The last line of the log and the evaluation of a bfloat16 run, against its weights in float64."""
+def test_metrics_are_computed_in_float32_after_bfloat16_training(pictures, tmp_path):
+    """The last logged metrics and the evaluation agree with the same weights in float64."""
     train.main(tiny(tmp_path / "run", pictures, "--precision", "bfloat16"))
     evaluate.main([str(tmp_path / "run")])
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
@@ -265,17 +270,17 @@ def test_measurements_are_float32_whatever_training_used(pictures, tmp_path):
     assert metrics["std_ratio"] == logged["std_ratio"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_fake_gpu_notices_what_a_real_one_would(fake_gpu):
+def test_fake_gpu_detects_mixed_devices_and_synchronisation(fake_gpu):
     rows = torch.zeros(4, 3, device="cuda")
-    for wrong in (lambda: rows + torch.zeros(4, 3), lambda: rows[rows[:, 0] > 0], lambda: rows.nonzero()):
+    for operation in (lambda: rows + torch.zeros(4, 3), lambda: rows[rows[:, 0] > 0], lambda: rows.nonzero()):
         with pytest.raises(RuntimeError):
-            wrong()
+            operation()
     rows.sum().item()
-    assert fake_gpu.asked == 1
+    assert fake_gpu.syncs == 1
 
 
-class Pictures:
-    """Stands in for a streamed folder: what its workers would bring, on the device."""
+class FakeStreamedImages:
+    """Replaces StreamedImages: yields zeros on the fake GPU."""
 
     examples, classes, size, device = 16, 2, 32, torch.device("cuda")
     train = type("Folder", (), {"targets": [0] * 16})
@@ -296,51 +301,50 @@ def fake_images(count: int) -> images.Images:
 
 
 def train_on_a_fake_gpu(data: images.Images, arm: list[str], monitor_every: int = 1) -> None:
-    """Two epochs of an arm, as `main` would train it, with the augmentation of folders (it has all parts)."""
+    """Train an arm for two epochs, with the augmentation of image folders (the only one with blur)."""
     flags = ["--batch", "32", "--epochs", "2", "--monitor-every", str(monitor_every), "--neighbours", "5"]
     args = train.parse_args([*arm, *flags, "--data-set", "folder"])
     model = train.build_model(args, data.device)
-    train.train(args, Unwritten(), model, data, train.build_optimizer(args, model))
+    train.train(args, FakeRun(), model, data, train.build_optimizer(args, model))
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_training_and_its_measures_stay_on_a_fake_gpu(arm, fake_gpu):
+def test_training_runs_on_a_fake_gpu(arm, fake_gpu):
     train_on_a_fake_gpu(fake_images(64), ARMS[arm])
-    assert fake_gpu.asked > 0
+    assert fake_gpu.syncs > 0
 
 
-def test_steps_ask_the_device_nothing(fake_gpu):
-    """How often a number is asked of the device does not depend on the number of steps."""
-    asked = []
+def test_steps_make_no_host_device_synchronisation(fake_gpu):
+    """The number of synchronisations does not depend on the number of steps."""
+    syncs = []
     for count in (64, 128):
-        fake_gpu.asked = 0
+        fake_gpu.syncs = 0
         train_on_a_fake_gpu(fake_images(count), [])
-        asked.append(fake_gpu.asked)
-    assert asked[0] == asked[1] > 0
+        syncs.append(fake_gpu.syncs)
+    assert syncs[0] == syncs[1] > 0
 
 
 @pytest.mark.parametrize("held_out", [False, True])
-def test_evaluation_stays_on_a_fake_gpu(held_out, fake_gpu):
+def test_evaluation_runs_on_a_fake_gpu(held_out, fake_gpu):
     settings = {"precision": "auto", "seed": 0, "neighbours": 5, "rehearse": None}
-    found = evaluate.evaluate(small().to("cuda"), fake_images(64), settings, held_out, None)
-    assert found["linear_accuracy"] == 100.0 * 0.5
+    metrics = evaluate.evaluate(small_model().to("cuda"), fake_images(64), settings, held_out, None)
+    assert metrics["linear_accuracy"] == 100.0 * 0.5
 
 
-def test_layerwise_scaling_by_hand():
-    """g <- g * trust * |w| / |g|; a tensor of zeros (the bias at the start) keeps its gradient."""
+def test_lars_scales_gradients_by_weight_norm():
+    """g becomes g * trust * |w| / |g|; a zero tensor (the initial bias) keeps its gradient."""
     weight, bias = nn.Parameter(torch.tensor([[3.0, 4.0]])), nn.Parameter(torch.zeros(1))
     weight.grad, bias.grad = torch.tensor([[0.0, 2.0]]), torch.tensor([7.0])
-    evaluate.scale_gradients_by_layer([weight, bias], trust=0.001)
+    evaluate.scale_gradients_lars([weight, bias], trust=0.001)
     torch.testing.assert_close(weight.grad, torch.tensor([[0.0, 0.001 * 5.0]]))
     assert bias.grad.item() == 7.0
 
 
-def test_the_probe_of_large_pictures_stays_on_a_fake_gpu(fake_gpu, monkeypatch, tmp_path):
+def test_lars_linear_probe_runs_on_a_fake_gpu(fake_gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(evaluate, "digest", lambda module: "")
     monkeypatch.setattr(checkpoints, "save", lambda *_: None)
-    model = small().to("cuda")
-    found = evaluate.probe_at_full_size(model, Pictures(), tmp_path, 0, {"epochs": 2, "batch": 4096, "lr": 0.1})
-    assert found == 50.0
+    model, probe = small_model().to("cuda"), {"epochs": 2, "batch": 4096, "lr": 0.1}
+    assert evaluate.linear_probe_lars(model, FakeStreamedImages(), tmp_path, 0, probe) == 50.0
 
 
 # ---------------------------------------------------------------------------------------------- runs
@@ -348,7 +352,7 @@ def test_the_probe_of_large_pictures_stays_on_a_fake_gpu(fake_gpu, monkeypatch, 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, pictures):
-    """One finished and evaluated run per arm, of two epochs."""
+    """Folder with one trained and evaluated run of two epochs per arm."""
     root = tmp_path_factory.mktemp("runs")
     for name, flags in ARMS.items():
         train.main(tiny(root / name / "0", pictures, *flags))
@@ -356,64 +360,64 @@ def finished(tmp_path_factory, pictures):
     return root
 
 
-def test_every_arm_trains_to_other_weights_than_base(finished):
-    weights = {arm: checkpoints.load(finished / arm / "0/model.pt")["model"] for arm in ARMS}
-    firsts = {arm: one["backbone.0.weight"] for arm, one in weights.items()}
-    for i, arm in enumerate(ARMS):
-        for other in list(ARMS)[:i]:
-            assert not torch.equal(firsts[arm], firsts[other]), (arm, other)
+def test_arms_train_to_different_weights(finished):
+    weights = {arm: checkpoints.load(finished / arm / "0/model.pt")["model"]["backbone.0.weight"] for arm in ARMS}
+    for arm, other in itertools.combinations(ARMS, 2):
+        assert not torch.equal(weights[arm], weights[other]), (arm, other)
 
 
-def test_metrics_have_the_plans_keys(finished):
+def test_metrics_json_has_all_keys(finished):
     for arm in ARMS:
-        found = json.loads((finished / arm / "0/metrics.json").read_text())
+        metrics = json.loads((finished / arm / "0/metrics.json").read_text())
         keys = "linear_accuracy knn_accuracy knn_accuracy_z train_loss std_ratio std_ratio_train_mode mean_cosine "
         keys += "effective_rank untrained_knn_accuracy untrained_std_ratio seconds examples_per_second peak_memory"
-        assert all(isinstance(found[key], float | int) for key in keys.split()), arm
-        assert found["diverged"] is False and len(found["data"]) == 64
+        assert all(isinstance(metrics[key], float | int) for key in keys.split()), arm
+        assert metrics["diverged"] is False and len(metrics["data"]) == 64
     epochs = [json.loads(line)["epoch"] for line in (finished / "base/0/train.jsonl").read_text().splitlines()]
     assert epochs == [0, 1, 2]
 
 
-def test_figures_and_tables_come_out(finished, tmp_path, capsys):
+def test_plot_writes_figures_and_tables(finished, tmp_path, capsys):
     for study in ("simsiam-projector", "simsiam-symmetric-loss"):
         plot.main([study, "--runs", str(finished), "--seeds", "0", "1", "--results", str(tmp_path)])
         for name in ("-curves.svg", "-curves.png", "-metrics.svg", ".csv", ".json"):
             assert (tmp_path / f"{study}{name}").stat().st_size > 500
-        found = files.read_json(tmp_path / f"{study}.json")
-        assert [f"{one['arm']}:{one['reference']}" for one in found["contrasts"]] == STUDIES[study]
-        assert "base: 1 of 2 missing (seed 1)." in found["notes"] and not found["not_run"]
+        summary = files.read_json(tmp_path / f"{study}.json")
+        contrasts = [f"{contrast['arm']}:{contrast['reference']}" for contrast in summary["contrasts"]]
+        assert contrasts == STUDIES[study]
+        assert "base: 1 of 2 missing (seed 1)." in summary["notes"] and not summary["not_run"]
     assert "no-projector minus base" in capsys.readouterr().out
 
 
-def test_an_arm_whose_every_seed_diverged_is_drawn_and_told(finished, tmp_path, capsys):
+def test_arm_with_only_diverged_seeds_is_plotted_and_reported(finished, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "runs")
     path = tmp_path / "runs/no-projector/0/metrics.json"
     path.write_text(json.dumps(dict.fromkeys(json.loads(path.read_text())) | {"diverged": True}))
-    words = ["--runs", str(tmp_path / "runs"), "--seeds", "0", "--results", str(tmp_path / "r")]
-    plot.main(["simsiam-projector", *words])
-    found = files.read_json(tmp_path / "r/simsiam-projector.json")
-    assert found["verdict"] == "no-projector: 1 of 1 diverged"
-    assert "no-projector: 1 of 1 diverged, not averaged (seed 0)." in found["notes"]
+    flags = ["--runs", str(tmp_path / "runs"), "--seeds", "0", "--results", str(tmp_path / "r")]
+    plot.main(["simsiam-projector", *flags])
+    summary = files.read_json(tmp_path / "r/simsiam-projector.json")
+    assert summary["verdict"] == "no-projector: 1 of 1 diverged"
+    assert "no-projector: 1 of 1 diverged, not averaged (seed 0)." in summary["notes"]
     assert (tmp_path / "r/simsiam-projector-curves.png").exists()
 
 
-def test_arms_that_were_not_run_are_named_and_left_out(finished, tmp_path, capsys):
-    """As after `make primary`; the primary contrast stays though its arm has no run."""
+def test_arms_without_runs_are_listed_and_left_out(finished, tmp_path, capsys):
+    """As after `make primary`. The primary contrast is kept although its arm has no run."""
     for arm in ("base", "projector-bn"):
         shutil.copytree(finished / arm, tmp_path / "runs" / arm)
     plot.main(["simsiam-projector", "--runs", str(tmp_path / "runs"), "--seeds", "0", "--results", str(tmp_path)])
-    found = files.read_json(tmp_path / "simsiam-projector.json")
-    assert found["not_run"] == ["narrow"] and found["notes"][0] == "Not run: narrow."
-    assert [one["arm"] for one in found["contrasts"]] == ["no-projector", "projector-bn"]
-    assert found["contrasts"][0]["word"] == "no value" and "no-projector: 1 of 1 missing (seed 0)." in found["notes"]
+    summary = files.read_json(tmp_path / "simsiam-projector.json")
+    assert summary["not_run"] == ["narrow"] and summary["notes"][0] == "Not run: narrow."
+    assert [contrast["arm"] for contrast in summary["contrasts"]] == ["no-projector", "projector-bn"]
+    assert summary["contrasts"][0]["word"] == "no value"
+    assert "no-projector: 1 of 1 missing (seed 0)." in summary["notes"]
     with pytest.raises(SystemExit) as end:
         plot.main(["simsiam-width", "--runs", str(finished), "--results", str(tmp_path / "r")])
     printed = capsys.readouterr().err
     assert end.value.code == 2 and "no study 'simsiam-width'" in printed and printed.count("\n") == 1
 
 
-def test_again_is_refused_finished_or_moved_aside(finished, pictures, tmp_path, capsys):
+def test_existing_run_is_kept_refused_or_replaced(finished, pictures, tmp_path, capsys):
     out = tmp_path / "run"
     train.main(tiny(out, pictures, "--epochs", "1"))
     before = (out / "model.pt").read_bytes()
@@ -427,21 +431,21 @@ def test_again_is_refused_finished_or_moved_aside(finished, pictures, tmp_path, 
     assert (out / "model.pt").read_bytes() != before
 
 
-def test_the_predictors_rate_follows_its_own_schedule(finished, pictures, tmp_path):
+def test_predictor_has_its_own_learning_rate_schedule(finished, pictures, tmp_path):
     train.main(tiny(tmp_path / "run", pictures, "--predictor-schedule", "cosine"))
     cosine, constant = (checkpoints.load(run / "model.pt")["model"] for run in (tmp_path / "run", finished / "base/0"))
     assert not torch.equal(cosine["predictor.0.weight"], constant["predictor.0.weight"])
-    groups = train.build_optimizer(train.parse_args([]), small()).param_groups
+    groups = train.build_optimizer(train.parse_args([]), small_model()).param_groups
     assert [group["schedule"] for group in groups] == ["cosine", "constant"]
-    assert [weight.shape for weight in groups[1]["params"]] == [w.shape for w in small().predictor.parameters()]
+    assert [weight.shape for weight in groups[1]["params"]] == [w.shape for w in small_model().predictor.parameters()]
 
 
 # ---------------------------------------------------------------------------------------------- larger scales
 
 
 @pytest.mark.parametrize("scale", ["gpu", "paper"])
-def test_every_arm_takes_two_steps_and_each_shape_is_evaluated(scale, pictures, unsaved, tmp_path, monkeypatch):
-    """True widths, a batch of four; random pixels for CIFAR, and small pictures that a worker's code decodes."""
+def test_every_arm_trains_at_larger_scales(scale, pictures, no_checkpoints, tmp_path, monkeypatch):
+    """Two steps per arm at full network width, batch size 4, on random CIFAR pixels or on images of 72 pixels."""
 
     def cifar(name, data, part):
         pixels = torch.randint(0, 256, (20, 3, 32, 32), generator=torch.Generator().manual_seed(int(part)))
@@ -451,21 +455,21 @@ def test_every_arm_takes_two_steps_and_each_shape_is_evaluated(scale, pictures, 
     arms = design("simsiam", scale)[0]
     flags = ["--scale", scale, "--batch", "4", "--rehearse", "1", "--device", "cpu", "--workers", "0"]
     flags += ["--data", str(pictures), "--size", "32" if scale == "gpu" else "72"]
-    for arm, own in arms.items():
-        train.main([*flags, *own, "--out", str(tmp_path / arm / "0")])
+    for arm, arm_flags in arms.items():
+        train.main([*flags, *arm_flags, "--out", str(tmp_path / arm / "0")])
         if arm in ("base", "no-projector", "narrow"):
             evaluate.main([str(tmp_path / arm / "0")])
             assert files.read_json(tmp_path / arm / "0/metrics.json")["linear_accuracy"] is not None
         saved = checkpoints.load(tmp_path / arm / "0/model.pt")
         width = saved["model"]["backbone.layer4.1.conv2.weight"].shape[0]
         assert width == 512 and saved["arguments"]["network"] == ("resnet18" if scale == "gpu" else "resnet50")
-        views = 4 if arm == "asymmetric-2x" else 2
-        assert saved["model"]["backbone.bn1.num_batches_tracked"] == 2 * views and saved["epoch"] == 2
+        n_views = 4 if arm == "asymmetric-2x" else 2
+        assert saved["model"]["backbone.bn1.num_batches_tracked"] == 2 * n_views and saved["epoch"] == 2
         (tmp_path / arm / "0/model.pt").unlink()
 
 
-def test_a_large_pictures_probe_learns_and_official_names_are_read(pictures, unsaved, tmp_path, monkeypatch, capsys):
-    """Two epochs of LARS on red against blue; then a checkpoint under the authors' names."""
+def test_lars_probe_learns_and_official_names_load(pictures, no_checkpoints, tmp_path, monkeypatch, capsys):
+    """Two epochs of the LARS probe on red versus blue images; then a checkpoint with the authors' parameter names."""
     out = tmp_path / "run"
     flags = ["--scale", "paper", "--data", str(pictures), "--size", "96", "--batch", "24", "--epochs", "1"]
     train.main([*flags, "--workers", "0", "--device", "cpu", "--out", str(out)])
@@ -477,16 +481,16 @@ def test_a_large_pictures_probe_learns_and_official_names_are_read(pictures, uns
     assert not (out / "eval_state.pt").exists()
     official = {"epoch": 100, "arch": "resnet50", "state_dict": {}}
     for name, tensor in before.items():
-        part, short = name.split(".", 1)
-        place = {"backbone": "encoder.", "projector": "encoder.fc.", "predictor": "predictor."}[part]
-        official["state_dict"][f"module.{place}{short}"] = tensor
+        part, parameter = name.split(".", 1)
+        prefix = {"backbone": "encoder.", "projector": "encoder.fc.", "predictor": "predictor."}[part]
+        official["state_dict"][f"module.{prefix}{parameter}"] = tensor
     torch.save(official, tmp_path / "official.pth.tar")
-    found = evaluate.official_weights(tmp_path / "official.pth.tar")
-    names = {f"{part}.{name}" for part, state in found.items() for name in state}
+    states = evaluate.official_weights(tmp_path / "official.pth.tar")
+    names = {f"{part}.{name}" for part, state in states.items() for name in state}
     assert names == {name for name in before if not name.startswith("predictor.")}
     del official["state_dict"]["module.encoder.layer1.0.conv1.weight"]
     torch.save(official, tmp_path / "official.pth.tar")
     state = evaluate.official_weights(tmp_path / "official.pth.tar")["backbone"]
     with pytest.raises(SystemExit):
-        checkpoints.fit(net.build_backbone("resnet50", 224), state, tmp_path)
+        checkpoints.load_weights(net.build_backbone("resnet50", 224), state, tmp_path)
     assert "layer1.0.conv1.weight" in capsys.readouterr().err

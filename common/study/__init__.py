@@ -1,14 +1,21 @@
-"""From runs to statements: the experimental design, make's rules, statistics, figures, tables and the page.
+"""Experimental designs, generated make rules, and the analysis of finished runs.
 
-design.py says what a study is, request.py what was asked, rules.py what make runs (`run_rules`; seed by seed in the
-Makefile), slots.py on which GPU, cost.py how long it takes. results.py reads the runs. analysis.py makes the verdict
-(`judge`, from the word of `verdict` in statistics.py); sweeps.py and ConMIM's plot.py may replace it. plotting.py calls
-`draw` of a paper's plot.py, or of sweeps.py; figures.py has the common figures. tables.py and page.py write,
-publish.py copies to results/.
+| step | module |
+| --- | --- |
+| declare arms, contrasts and studies | design.py |
+| check make's variables, write the rules for runs | request.py, rules.py (`run_rules`) |
+| choose a GPU, estimate the cost | slots.py, cost.py |
+| read the runs | results.py |
+| intervals and verdicts | statistics.py (`verdict`), analysis.py (`guarded_verdict`), sweeps.py (robustness) |
+| figures | plotting.py (calls `draw` of a paper's plot.py or of sweeps.py), figures.py |
+| tables and HTML page | tables.py, page.py |
+| copy to results/ | publish.py |
+
+ConMIM's plot.py may replace the verdict of a study.
 """
 
 import sys
 
-if sys.hexversion < 0x030B0000:  # here, before a module is compiled whose syntax an older Python does not know
+if sys.hexversion < 0x030B0000:  # checked before any module is compiled whose syntax an older Python rejects
     print("error: Python " + sys.version.split()[0] + " is older than 3.11: install a newer one, or make PYTHON=...")
     sys.exit(2)

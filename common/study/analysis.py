@@ -1,7 +1,7 @@
-"""One study from its runs: contrasts over seeds, baselines, and the verdict that they allow.
+"""Analyse the runs of one study: contrasts over seeds, baselines and the verdict.
 
-An arm is a run folder's name, "arm@setting" where there is a second factor; settings are never pooled. A diverged run
-is counted, never averaged.
+An arm is the name of a run folder. With a second factor the name is "arm@setting", and settings are never pooled.
+Diverged runs are counted and never averaged.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,22 +13,23 @@ from common.study.results import Runs, notes, provenance, values
 from common.study.statistics import paired, summary, verdict, welch
 from common.study.tables import NOT_INFORMATIVE, ONE_SEED, finding
 
-WORDS = ("lower", "higher", "no difference")  # the verdicts that count as a finding
+FINDINGS = ("lower", "higher", "no difference")  # the verdicts that count as a finding
+NO_BASELINE = "no interval for the baseline"
 Rule = Callable[[list[dict[str, Any]]], str | None]
 
 
 def summarise(study: Study, runs: Runs, metrics: Mapping[str, Metric], rule: Rule | None = None) -> dict[str, Any]:
-    """All that the tables and the page say of a study, as one dictionary that JSON can hold.
+    """Return the study's contrasts, baselines, arms, notes, provenance and verdict as a JSON-serialisable dictionary.
 
-    `runs` are those of `study.arms`. `rule` turns the metrics of an arm's finished, not diverged seeds into the
-    paper's own word: a phrase that reads on after the arm's name ("collapsed in every seed"), or None.
+    `runs` holds the runs of `study.arms`. `rule` takes the metrics of an arm's finished seeds, without diverged ones.
+    It returns a remark that follows the arm's name in a sentence ("collapsed in every seed"), or None.
     """
     key = study.metric
-    every = [
+    contrasts = [
         _contrast(runs, arm, reference, name, metric, study.margin if name == key else None)
-        | {"primary": name == key and place < study.primary}
+        | {"primary": name == key and index < study.primary}
         for name, metric in metrics.items()
-        for place, (arm, reference) in enumerate(study.pairs)
+        for index, (arm, reference) in enumerate(study.pairs)
     ]
     result: dict[str, Any] = {
         "study": study.name,
@@ -38,85 +39,98 @@ def summarise(study: Study, runs: Runs, metrics: Mapping[str, Metric], rule: Rul
         "margin": study.margin,
         "seeds": sorted({seed for by_seed in runs.values() for seed in by_seed}),
         "metrics": {name: asdict(metric) for name, metric in metrics.items()},
-        "contrasts": [contrast for contrast in every if contrast["metric"] == key],
-        "all_contrasts": every,
-        "controls": [_control(runs, one, metrics[one.metric].better == "lower") for one in study.must_beat],
+        "contrasts": [contrast for contrast in contrasts if contrast["metric"] == key],
+        "all_contrasts": contrasts,
+        "controls": [_baseline(runs, guard, metrics[guard.metric].better == "lower") for guard in study.must_beat],
         "rows": [_row(runs, arm, metrics, rule) for arm in runs],
         "notes": notes(runs, metrics),
         "provenance": provenance(runs),
     }
     primary = [contrast for contrast in result["contrasts"] if contrast["primary"]]
-    for control in result["controls"]:
-        control["primary"] = any(control in _guards(contrast, result["controls"]) for contrast in primary)
+    for baseline in result["controls"]:
+        baseline["primary"] = any(baseline in _guards(contrast, result["controls"]) for contrast in primary)
     arms = [contrast["arm"] for contrast in primary]
-    verdicts = {
-        one["arm"] if arms.count(one["arm"]) == 1 else f"{one['arm']}:{one['reference']}": judge(
-            one, result["controls"]
-        )
-        for one in primary
-    }
-    alike = len(set(verdicts.values())) == 1
-    named = [f"{arm}: {word}" for arm, word in verdicts.items()]
-    result["verdict"] = next(iter(verdicts.values())) if alike else "; ".join(named)
-    result["counted"] = any(word in WORDS for word in verdicts.values())
+    verdicts = {}
+    for contrast in primary:
+        arm, reference = contrast["arm"], contrast["reference"]
+        name = arm if arms.count(arm) == 1 else f"{arm}:{reference}"
+        verdicts[name] = guarded_verdict(contrast, result["controls"])
+    if len(set(verdicts.values())) == 1:
+        result["verdict"] = next(iter(verdicts.values()))
+    else:
+        result["verdict"] = "; ".join(f"{name}: {word}" for name, word in verdicts.items())
+    result["counted"] = any(word in FINDINGS for word in verdicts.values())
     return result | {"finding": finding(result)}
 
 
 def _contrast(runs: Runs, arm: str, reference: str, key: str, metric: Metric, margin: float | None) -> dict[str, Any]:
-    one, other = values(runs, arm, key), values(runs, reference, key)
-    empty = ("mean", "low", "high", "paired_mean", "paired_low", "paired_high", "correlation")
-    result = {"arm": arm, "reference": reference, "metric": key, **dict.fromkeys(empty)}
-    result |= {"n": len(one), "n_reference": len(other), "word": "no value"}
-    if not one or not other:
+    """Compare an arm with its reference on one metric: Welch and paired differences, and the verdict ("word")."""
+    by_seed, reference_by_seed = values(runs, arm, key), values(runs, reference, key)
+    numbers = ("mean", "low", "high", "paired_mean", "paired_low", "paired_high", "correlation")
+    result = {"arm": arm, "reference": reference, "metric": key, **dict.fromkeys(numbers)}
+    result |= {"n": len(by_seed), "n_reference": len(reference_by_seed), "word": "no value"}
+    if not by_seed or not reference_by_seed:
         for name in (arm, reference):
             diverged = sum(bool(run.metrics and run.metrics.get("diverged")) for run in runs[name].values())
             if diverged:
                 result["word"] = f"{name}: {diverged} of {len(runs[name])} diverged"
         return result
-    difference = welch(list(one.values()), list(other.values()))
-    word = ONE_SEED if difference.low is None else verdict(difference, margin)
-    result |= asdict(difference) | {"word": word if metric.judged else "not judged"}
-    if both := sorted(one.keys() & other.keys()):
-        matched, correlation = paired([one[seed] for seed in both], [other[seed] for seed in both])
+    difference = welch(list(by_seed.values()), list(reference_by_seed.values()))
+    result |= asdict(difference)
+    if not metric.judged:
+        result["word"] = "not judged"
+    else:
+        result["word"] = ONE_SEED if difference.low is None else verdict(difference, margin)
+    shared_seeds = sorted(by_seed.keys() & reference_by_seed.keys())
+    if shared_seeds:
+        matched, correlation = paired(
+            [by_seed[seed] for seed in shared_seeds], [reference_by_seed[seed] for seed in shared_seeds]
+        )
         result |= {"paired_mean": matched.mean, "paired_low": matched.low, "paired_high": matched.high}
         result["correlation"] = correlation
     return result
 
 
-def _control(runs: Runs, one: MustBeat, lower_wins: bool) -> dict[str, Any]:
-    """`passed`: arm minus baseline lies wholly on the better side of zero; None without an interval."""
-    own = values(runs, one.arm, one.metric)
-    other = values(runs, one.baseline_arm or one.arm, one.baseline_metric or one.metric)
-    result = asdict(one) | {"lower_wins": lower_wins} | dict.fromkeys(("mean", "low", "high", "passed"))
-    if own and other:
-        difference = welch(list(own.values()), list(other.values()))
+def _baseline(runs: Runs, guard: MustBeat, lower_wins: bool) -> dict[str, Any]:
+    """Compare an arm with the baseline that it must beat.
+
+    `passed` is True if the interval of arm minus baseline excludes zero on the better side, and None without an
+    interval.
+    """
+    arm = list(values(runs, guard.arm, guard.metric).values())
+    baseline = list(values(runs, guard.baseline_arm or guard.arm, guard.baseline_metric or guard.metric).values())
+    result = asdict(guard) | {"lower_wins": lower_wins} | dict.fromkeys(("mean", "low", "high", "passed"))
+    if arm and baseline:
+        difference = welch(arm, baseline)
         result |= asdict(difference)
-        result["arm_mean"], result["control_mean"] = (summary(list(x.values())).mean for x in (own, other))
+        result["arm_mean"] = summary(arm).mean
+        result["control_mean"] = summary(baseline).mean
         if difference.low is not None:
             result["passed"] = verdict(difference) == ("lower" if lower_wins else "higher")
     return result
 
 
-def _guards(contrast: dict[str, Any], controls: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The baselines that guard a contrast."""
-    places = guards_of(contrast["arm"], contrast["reference"], [control["arm"] for control in controls])
-    return [controls[place] for place in places]
+def _guards(contrast: dict[str, Any], baselines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the baselines that guard a contrast."""
+    indices = guards_of(contrast["arm"], contrast["reference"], [baseline["arm"] for baseline in baselines])
+    return [baselines[index] for index in indices]
 
 
-def judge(contrast: dict[str, Any], controls: list[dict[str, Any]]) -> str:
-    """A contrast's word, after the positive controls that guard it have been asked."""
-    passed = [control["passed"] for control in _guards(contrast, controls)]
+def guarded_verdict(contrast: dict[str, Any], baselines: list[dict[str, Any]]) -> str:
+    """Return the verdict of a contrast, or why it has none if a baseline that guards it was not beaten."""
+    passed = [baseline["passed"] for baseline in _guards(contrast, baselines)]
     if False in passed:
         return NOT_INFORMATIVE
     if contrast["low"] is not None and (not passed or None in passed):
-        return "no positive control"
+        return NO_BASELINE
     return contrast["word"]
 
 
 def _row(runs: Runs, arm: str, metrics: Mapping[str, Metric], rule: Rule | None) -> dict[str, Any]:
-    found = {seed: run.metrics for seed, run in runs[arm].items() if run.metrics}
-    diverged = [seed for seed, one in found.items() if one.get("diverged")]
-    finished = [one for one in found.values() if not one.get("diverged")]
+    """Summarise one arm: flags, remark of `rule`, statistics of every metric, diverged and missing seeds."""
+    measured = {seed: run.metrics for seed, run in runs[arm].items() if run.metrics}
+    diverged = [seed for seed, run_metrics in measured.items() if run_metrics.get("diverged")]
+    finished = [run_metrics for run_metrics in measured.values() if not run_metrics.get("diverged")]
     by_metric = {name: values(runs, arm, name) for name in metrics}
     return {
         "arm": arm,
@@ -129,5 +143,5 @@ def _row(runs: Runs, arm: str, metrics: Mapping[str, Metric], rule: Rule | None)
             if by_seed
         },
         "diverged": diverged,
-        "missing": [seed for seed in runs[arm] if seed not in found],
+        "missing": [seed for seed in runs[arm] if seed not in measured],
     }

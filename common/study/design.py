@@ -1,7 +1,7 @@
-"""The experimental design of one paper as data: arms, contrasts, studies and metrics.
+"""Classes that declare the experimental design of a paper: arms, contrasts, studies and metrics.
 
-<paper>/studies.py has one function, `design(scale, settings)`, that returns a Design. make's rules, plot.py, the page,
-the costs and the tests read it. Standard library alone: make reads it before any environment exists.
+<paper>/studies.py defines `design(scale, settings)`, which returns a Design. make's rules, plot.py, the HTML page,
+`make cost` and the tests read it. Needs only the standard library, because make reads it before .venv exists.
 """
 
 import importlib
@@ -13,21 +13,21 @@ from dataclasses import dataclass, field, replace
 
 from common.cli import SCALES
 
-RATES = {"third": "--lr-factor 0.333", "triple": "--lr-factor 3"}  # setting of an arm -> its flags
+RATES = {"third": "--lr-factor 0.333", "triple": "--lr-factor 3"}  # setting of an arm -> flags
 ROBUSTNESS = "Do the primary contrasts hold at a third and at three times the learning rate?"
 
 
 class DesignError(ValueError):
-    """The design is wrong; the message is one sentence for the user."""
+    """The design is invalid. The message is one sentence for the user."""
 
 
 class SettingError(DesignError):
-    """PAIRS or TASKS is wrong, not the design."""
+    """The variable PAIRS or TASKS is invalid, not the design."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a user may choose about a design: make's PAIRS and TASKS, and whether EXTRA or DATA names other data."""
+    """User settings of a design: make's PAIRS and TASKS. `own_data`: EXTRA or DATA selects another data set."""
 
     pairs: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
@@ -36,9 +36,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Metric:
-    """A number of metrics.json: its label, unit and digits, and which way is `better` ("higher", "lower", or neither).
+    """A number in metrics.json: label, unit, decimal places, and which direction is `better` ("higher", "lower" or "").
 
-    `judged` is False where no verdict is due (the training loss of arms with different losses).
+    `judged` is False if the metric gets no verdict (for example the training loss of arms with different losses).
     """
 
     label: str
@@ -49,15 +49,15 @@ class Metric:
 
     @property
     def title(self) -> str:
-        """Label and unit, as a panel is headed."""
+        """Label and unit, the title of a panel."""
         return f"{self.label} ({self.unit})" if self.unit else self.label
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One setting of the flags of train.py. In a study's list of contrasts, `against` names its reference.
+    """One setting of the flags of train.py. `against` names its reference in a study's list of contrasts.
 
-    `needs` is the teacher whose weights it gets. Its name may end in "@setting" (a task, a pair of networks).
+    `needs` names the teacher whose weights it loads. `name` may end in "@setting" (a task or a pair of networks).
     """
 
     name: str
@@ -68,9 +68,10 @@ class Arm:
 
 @dataclass(frozen=True)
 class MustBeat:
-    """`arm` must be better in `metric` than a baseline, else contrasts to it tell nothing.
+    """Baseline that `arm` must beat in `metric`. Otherwise contrasts with this arm are not informative.
 
-    The baseline is another metric of the same arm (`baseline_metric`) or the same metric of another `baseline_arm`.
+    The baseline is another metric of the same arm (`baseline_metric`) or the same metric of `baseline_arm`.
+    `name` is its label on the page.
     """
 
     arm: str
@@ -82,9 +83,9 @@ class MustBeat:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A study along one number. `metrics`: what is drawn. `argument`: the argument of train.py that varies.
+    """A study that sweeps one argument of train.py. `metrics` are plotted, `label` is the x axis.
 
-    Without an argument it is the paper's robustness study. `moving`: arguments that change together with it.
+    `moving` names arguments that change together with `argument`. Without `argument` it is the robustness study.
     """
 
     metrics: Sequence[str]
@@ -97,9 +98,9 @@ class Sweep:
 class Study:
     """One question. Its name is a make target.
 
-    `contrasts` are "arm:reference", or an Arm that is declared here and names its reference. The first `primary` of
-    them carry the verdict, on `metric`. "No difference" is said only within `margin`, in the metric's unit, which is
-    declared before any run.
+    A contrast is "arm:reference", or an Arm that is declared here and names its reference. The verdict comes from the
+    first `primary` contrasts on `metric`. The verdict "no difference" requires an interval within ± `margin`, in the
+    unit of the metric. The margin is declared before any run.
     """
 
     name: str
@@ -117,50 +118,56 @@ class Study:
     @property
     def pairs(self) -> list[tuple[str, str]]:
         """(arm, reference) of every contrast."""
-        return [(arm, reference) for arm, _, reference in (str(one).partition(":") for one in self.contrasts)]
+        parts = [str(contrast).partition(":") for contrast in self.contrasts]
+        return [(arm, reference) for arm, _, reference in parts]
 
     @property
     def arms(self) -> list[str]:
-        """Every arm that is needed: references first, then the others as declared, then baselines."""
-        baselines = [arm for one in self.must_beat for arm in (one.arm, one.baseline_arm) if arm]
-        return list(dict.fromkeys([b for _, b in self.pairs] + [a for a, _ in self.pairs] + baselines))
+        """All arms that the study runs: references first, then the other arms as declared, then baselines."""
+        references = [reference for _, reference in self.pairs]
+        arms = [arm for arm, _ in self.pairs]
+        baselines = [arm for guard in self.must_beat for arm in (guard.arm, guard.baseline_arm) if arm]
+        return list(dict.fromkeys(references + arms + baselines))
 
     @property
     def primary_only(self) -> "Study":
-        """The study with its primary contrasts alone, and the baselines that guard them."""
+        """A copy of the study with only its primary contrasts and the baselines that guard them."""
         contrasts = self.contrasts[: self.primary]
         return replace(self, contrasts=contrasts, must_beat=self.primary_guards)
 
     @property
     def primary_guards(self) -> list[MustBeat]:
         """The baselines that guard the primary contrasts."""
-        arms = [one.arm for one in self.must_beat]
-        places = {place for one in self.pairs[: self.primary] for place in guards_of(*one, arms)}
-        return [self.must_beat[place] for place in sorted(places)]
+        guarded = [guard.arm for guard in self.must_beat]
+        indices = {index for pair in self.pairs[: self.primary] for index in guards_of(*pair, guarded)}
+        return [self.must_beat[index] for index in sorted(indices)]
 
     @property
     def group(self) -> str:
-        """The make target that runs it together with others: all, robustness, curves, or none for other extras."""
+        """The make target that includes the study: "all", "robustness", "curves", or "" for other extras."""
         if not self.extra:
             return "all"
-        return ("curves" if self.sweep.argument else "robustness") if self.sweep else ""
+        if not self.sweep:
+            return ""
+        return "curves" if self.sweep.argument else "robustness"
 
 
 def guards_of(arm: str, reference: str, guarded: Sequence[str]) -> list[int]:
-    """Which of the `guarded` arms (places in the list) must beat their baseline for arm:reference to tell something.
+    """Return the indices of the `guarded` arms that must beat their baseline for arm:reference to be informative.
 
-    The reference if it is among them, else the arm, else all arms of the reference's setting.
+    These are the reference if it is guarded, else the arm if it is guarded, else all guarded arms of the reference's
+    setting.
     """
     for name in (reference, arm):
-        if own := [place for place, one in enumerate(guarded) if one == name]:
-            return own
+        if name in guarded:
+            return [index for index, other in enumerate(guarded) if other == name]
     setting = reference.partition("@")[2]
-    return [place for place, one in enumerate(guarded) if one.partition("@")[2] == setting]
+    return [index for index, other in enumerate(guarded) if other.partition("@")[2] == setting]
 
 
 @dataclass(frozen=True)
 class Robustness:
-    """How a paper's robustness study is derived: the metrics that it draws, and its baselines if not the studies'."""
+    """Options of a paper's robustness study: the plotted metrics, and baselines if not those of the main studies."""
 
     metrics: Sequence[str]
     must_beat: Sequence[MustBeat] | None = None
@@ -170,11 +177,11 @@ class Robustness:
 
 @dataclass
 class Design:
-    """All arms and studies of a paper at one scale. Raises DesignError where a name is not declared, or twice.
+    """All arms and studies of a paper at one scale. Raises DesignError if a name is undeclared or declared twice.
 
-    `paper` is the folder, `data` the file under DATA that the runs need ("" for none). `arms` are those that no study
-    declares, `baselines` the metrics that an arm of its own must beat and that no table shows. Afterwards `arm` and
-    `study` find by name, and every study's contrasts are "arm:reference".
+    `paper` is the folder. `data` is the file under DATA that the runs need ("" for none). `arms` lists arms that no
+    study declares. `baselines` lists metrics that serve only as baselines and appear in no table. After construction
+    every contrast is a string "arm:reference".
     """
 
     paper: str
@@ -190,121 +197,130 @@ class Design:
 
     def __post_init__(self) -> None:
         declared = [*self.arms, *self.teachers]
-        declared += [one for study in self.studies for one in study.contrasts if isinstance(one, Arm)]
+        declared += [arm for study in self.studies for arm in study.contrasts if isinstance(arm, Arm)]
         self.studies = [
-            replace(study, contrasts=[_text(study, one) for one in study.contrasts]) for study in self.studies
+            replace(study, contrasts=[_contrast_name(study, contrast) for contrast in study.contrasts])
+            for study in self.studies
         ]
         if self.robustness:
-            study = _robustness(self)
+            robustness = _robustness(self)
             declared += [
                 replace(arm, name=f"{arm.name}@{rate}", flags=f"{arm.flags} {flags}".strip())
                 for rate, flags in RATES.items()
                 for arm in declared
-                if arm.name in study.arms
+                if arm.name in robustness.arms
             ]
-            place = next((place for place, one in enumerate(self.studies) if one.extra), len(self.studies))
-            self.studies = [*self.studies[:place], study, *self.studies[place:]]
-        if odd := [key for key, metric in self.metrics.items() if metric.better not in ("higher", "lower", "")]:
-            raise DesignError(f"metric '{odd[0]}': better is 'higher', 'lower' or nothing")
+            main_studies = [study for study in self.studies if not study.extra]
+            extras = [study for study in self.studies if study.extra]
+            self.studies = [*main_studies, robustness, *extras]
+        for key, metric in self.metrics.items():
+            if metric.better not in ("higher", "lower", ""):
+                raise DesignError(f"metric '{key}': set better to 'higher', 'lower' or ''")
         names = [arm.name for arm in declared]
-        if odd := [name for name in names if not re.fullmatch(r"[\w+-][\w.+-]*(@[\w.+-]+)*", name)]:
-            raise DesignError(f"arm '{odd[0]}': letters, digits and ._+- make a name, and @ its setting")
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise DesignError(f"arm '{twice[0]}' is declared twice")
+        for name in names:
+            if not re.fullmatch(r"[\w+-][\w.+-]*(@[\w.+-]+)*", name):
+                raise DesignError(f"invalid arm name '{name}': use letters, digits and ._+-, and @ before a setting")
+        for name in names:
+            if names.count(name) > 1:
+                raise DesignError(f"arm '{name}' is declared twice")
         self.by_name = dict(zip(names, declared, strict=True))
         for study in self.studies:
             self._check(study)
         for arm in declared:
             if arm.needs and arm.needs not in {teacher.name for teacher in self.teachers}:
-                raise DesignError(f"arm '{arm.name}' needs '{arm.needs}', which is not a declared teacher")
+                raise DesignError(f"arm '{arm.name}' needs the undeclared teacher '{arm.needs}'")
 
     def _check(self, study: Study) -> None:
-        """Raise DesignError where the study names what is not declared, or cannot tell anything."""
-        names = [one.name for one in self.studies]
+        """Raise DesignError if the study uses an undeclared name, or if its verdict could never be informative."""
+        names = [other.name for other in self.studies]
         if names.count(study.name) > 1:
             raise DesignError(f"study '{study.name}' is declared twice")
         if not re.fullmatch(rf"{self.paper}-[a-z0-9-]+", study.name):
             raise DesignError(
-                f"study '{study.name}': its name is '{self.paper}-' and small letters, digits and hyphens"
+                f"invalid study name '{study.name}': start with '{self.paper}-', then lower-case letters, digits and -"
             )
         if not study.seeds or len(set(study.seeds)) < len(study.seeds) or min(study.seeds) < 0:
-            raise DesignError(f"{study.name}: seeds are different whole numbers, at least one")
+            raise DesignError(f"{study.name}: give at least one seed; seeds are distinct non-negative integers")
         for arm in study.arms:
             if arm not in self.by_name:
-                raise DesignError(f"{study.name} names the arm '{arm}', which is not declared")
-        metrics = [
-            study.metric,
-            *(one.metric for one in study.must_beat),
-            *(study.sweep.metrics if study.sweep else ()),
-        ]
+                raise DesignError(f"{study.name} uses the undeclared arm '{arm}'")
+        metrics = [study.metric] + [guard.metric for guard in study.must_beat]
+        if study.sweep:
+            metrics += study.sweep.metrics
         for metric in metrics:
             if metric not in self.metrics:
-                raise DesignError(f"{study.name} names the metric '{metric}', which is not declared")
-        for one in study.must_beat:
-            if bool(one.baseline_metric) == bool(one.baseline_arm):
-                raise DesignError(f"{study.name}: '{one.arm}' must beat one baseline, a metric or an arm")
-            if one.baseline_metric and one.baseline_metric not in {*self.metrics, *self.baselines}:
-                raise DesignError(f"{study.name} names the baseline '{one.baseline_metric}', which is not declared")
-            if not self.metrics[one.metric].better:
-                raise DesignError(f"{study.name}: '{one.metric}' does not say which way is better")
+                raise DesignError(f"{study.name} uses the undeclared metric '{metric}'")
+        for guard in study.must_beat:
+            if bool(guard.baseline_metric) == bool(guard.baseline_arm):
+                raise DesignError(f"{study.name}: give '{guard.arm}' either a baseline_metric or a baseline_arm")
+            if guard.baseline_metric and guard.baseline_metric not in {*self.metrics, *self.baselines}:
+                raise DesignError(f"{study.name} uses the undeclared baseline '{guard.baseline_metric}'")
+            if not self.metrics[guard.metric].better:
+                raise DesignError(f"{study.name}: metric '{guard.metric}' must declare better='higher' or 'lower'")
         if not self.metrics[study.metric].judged:
-            raise DesignError(f"{study.name}: '{study.metric}' is not judged, so it cannot be the primary metric")
+            raise DesignError(f"{study.name}: its primary metric '{study.metric}' has judged=False")
         if not 1 <= study.primary <= len(study.contrasts):
             raise DesignError(
-                f"{study.name} has {len(study.contrasts)} contrasts, of which {study.primary} are primary"
+                f"{study.name}: primary={study.primary} is not between 1 and its {len(study.contrasts)} contrasts"
             )
         if len(set(study.contrasts)) < len(study.contrasts):
-            raise DesignError(f"{study.name} names a contrast twice")
+            raise DesignError(f"{study.name} declares a contrast twice")
         for arm, reference in study.pairs[: study.primary]:
-            if not guards_of(arm, reference, [one.arm for one in study.must_beat]):
-                raise DesignError(f"{study.name}: nothing is declared that {reference} must beat in {arm}:{reference}")
+            if not guards_of(arm, reference, [guard.arm for guard in study.must_beat]):
+                raise DesignError(f"{study.name}: declare a baseline that {reference} must beat in {arm}:{reference}")
         if study.sweep and study.metric not in study.sweep.metrics:
-            raise DesignError(f"{study.name}: its sweep does not show '{study.metric}', on which it is judged")
+            raise DesignError(f"{study.name}: add its primary metric '{study.metric}' to the metrics of its sweep")
         by_flags: dict[tuple[str, ...], str] = {}
         for arm in study.arms:
             other = by_flags.setdefault(tuple(shlex.split(self.by_name[arm].flags)), arm)
             if other != arm:
                 raise DesignError(f"{study.name}: the arms '{other}' and '{arm}' have the same flags")
-        words = {word for arm in study.arms for word in self.by_name[arm].flags.split()}
+        flags = {word for arm in study.arms for word in self.by_name[arm].flags.split()}
         for argument in (study.sweep.argument, *study.sweep.moving) if study.sweep else ():
-            if argument and f"--{argument.replace('_', '-')}" not in words:
-                raise DesignError(f"{study.name} sweeps '{argument}', which no flag of its arms sets")
+            if argument and f"--{argument.replace('_', '-')}" not in flags:
+                raise DesignError(f"{study.name} sweeps '{argument}', but no flag of its arms sets it")
 
     def study(self, name: str) -> Study:
-        """The study of this name. Raises DesignError."""
+        """Return the study with this name. Raises DesignError if it is not declared."""
         for study in self.studies:
             if study.name == name:
                 return study
-        raise DesignError(f"{self.paper} has no study '{name}': it has {', '.join(one.name for one in self.studies)}")
+        names = ", ".join(study.name for study in self.studies)
+        raise DesignError(f"{self.paper} has no study '{name}': give one of {names}")
 
     def arm(self, name: str) -> Arm:
-        """The arm of this name, teachers included. Raises DesignError."""
+        """Return the arm or teacher with this name. Raises DesignError if it is not declared."""
         if name not in self.by_name:
             raise DesignError(f"{self.paper} has no arm '{name}'")
         return self.by_name[name]
 
     def teacher_names(self) -> set[str]:
+        """Return the names of all teachers."""
         return {arm.name for arm in self.teachers}
 
 
-def _text(study: Study, contrast: str | Arm) -> str:
-    """A contrast as "arm:reference"."""
-    text = contrast if isinstance(contrast, str) else f"{contrast.name}:{contrast.against}"
-    arm, _, reference = text.partition(":")
+def _contrast_name(study: Study, contrast: str | Arm) -> str:
+    """Return a contrast as "arm:reference"."""
+    name = contrast if isinstance(contrast, str) else f"{contrast.name}:{contrast.against}"
+    arm, _, reference = name.partition(":")
     if not arm or not reference or ":" in reference:
-        raise DesignError(f"{study.name}: the contrast '{text}' needs an arm and a reference, arm:reference")
-    return text
+        raise DesignError(f"{study.name}: invalid contrast '{name}': write arm:reference")
+    return name
 
 
 def _robustness(design: Design) -> Study:
-    """The primary contrasts of all plan studies, then the same at other rates, then their baselines as contrasts."""
+    """Build the robustness study: the primary contrasts of all main studies at three learning rates.
+
+    Contrasts of arms with their baseline arms follow, at the same rates.
+    """
     assert design.robustness
-    plan = [study for study in design.studies if not study.extra]
-    primary = list(dict.fromkeys(pair for study in plan for pair in study.pairs[: study.primary]))
+    main_studies = [study for study in design.studies if not study.extra]
+    primary = list(dict.fromkeys(pair for study in main_studies for pair in study.pairs[: study.primary]))
     guards = design.robustness.must_beat
     if guards is None:
-        guards = list(dict.fromkeys(one for study in plan for one in study.primary_guards))
-    baselines = [pair for one in guards if one.baseline_arm and (pair := (one.arm, one.baseline_arm)) not in primary]
+        guards = list(dict.fromkeys(guard for study in main_studies for guard in study.primary_guards))
+    baselines = [(guard.arm, guard.baseline_arm) for guard in guards if guard.baseline_arm]
+    baselines = [pair for pair in baselines if pair not in primary]
 
     def at(rate: str, name: str) -> str:
         return f"{name}@{rate}" if rate and name else name
@@ -312,29 +328,41 @@ def _robustness(design: Design) -> Study:
     rates = ["", *RATES]
     contrasts = [f"{at(rate, arm)}:{at(rate, reference)}" for rate in rates for arm, reference in primary]
     contrasts += [f"{at(rate, arm)}:{at(rate, reference)}" for rate in rates for arm, reference in baselines]
-    beaten = [
-        replace(one, arm=at(rate, one.arm), baseline_arm=at(rate, one.baseline_arm)) for rate in rates for one in guards
-    ]
-    first = plan[0]
     return Study(
-        f"{design.paper}-robustness", ROBUSTNESS, contrasts, first.metric, len(primary), beaten, first.margin,
-        design.robustness.published, seeds=design.robustness.seeds, extra=True, sweep=Sweep(design.robustness.metrics),
-    )  # fmt: skip
+        name=f"{design.paper}-robustness",
+        question=ROBUSTNESS,
+        contrasts=contrasts,
+        metric=main_studies[0].metric,
+        primary=len(primary),
+        must_beat=[
+            replace(guard, arm=at(rate, guard.arm), baseline_arm=at(rate, guard.baseline_arm))
+            for rate in rates
+            for guard in guards
+        ],
+        margin=main_studies[0].margin,
+        published=design.robustness.published,
+        seeds=design.robustness.seeds,
+        extra=True,
+        sweep=Sweep(design.robustness.metrics),
+    )
 
 
 def load(paper: str, scale: str, settings: Settings | None = None) -> Design:
-    """The design of `paper` at `scale`. Raises DesignError, in one sentence that names the file."""
+    """Load the design of `paper` at `scale`. Raises DesignError with one sentence that names file and line."""
     if scale not in SCALES:
-        raise DesignError(f"SCALE: there is no '{scale}', but {', '.join(SCALES)}")
+        raise DesignError(f"invalid SCALE={scale}: give {', '.join(SCALES[:-1])} or {SCALES[-1]}")
     try:
         return importlib.import_module(f"{paper}.studies").design(scale, settings or Settings())
     except SettingError:
         raise
     except DesignError as error:
         raise DesignError(f"{paper}/studies.py: {error}") from None
-    except Exception as error:  # a broken table may raise anything
+    except Exception as error:  # code in studies.py may raise any exception
         if isinstance(error, ModuleNotFoundError) and error.name in (paper, f"{paper}.studies"):
-            raise DesignError(f"PAPERS: there is no paper '{paper}'") from None
-        frames = [one for one in traceback.extract_tb(error.__traceback__) if one.filename.endswith("studies.py")]
-        line = error.lineno if isinstance(error, SyntaxError) else frames[-1].lineno if frames else "?"
+            raise DesignError(f"invalid PAPERS: no paper '{paper}' (no {paper}/studies.py)") from None
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename.endswith("studies.py")]
+        if isinstance(error, SyntaxError):
+            lines.append(error.lineno)
+        line = lines[-1] if lines else "?"
         raise DesignError(f"{paper}/studies.py, line {line}: {type(error).__name__}: {error}") from None

@@ -1,4 +1,4 @@
-"""What was asked of make: its variables, checked, and the designs that they choose. Standard library alone."""
+"""Validate make's variables and load the designs that they select. Needs only the standard library."""
 
 import re
 import shlex
@@ -9,116 +9,126 @@ from pathlib import Path
 from common.study.design import Arm, Design, DesignError, Settings, Study, load
 
 VARIABLES = ("PAPERS", "SCALE", "SEEDS", "DEVICE", "DATA", "EXTRA", "RUNS", "RESULTS", "PAIRS", "TASKS")
-OWN_FLAGS = {"--scale": "SCALE", "--seed": "SEEDS", "--device": "DEVICE", "--data": "DATA", "--out": "RUNS"}
-MATRICES = (".npy", ".npz", ".safetensors")
+VARIABLE_OF_FLAG = {"--scale": "SCALE", "--seed": "SEEDS", "--device": "DEVICE", "--data": "DATA", "--out": "RUNS"}
+MATRIX_SUFFIXES = (".npy", ".npz", ".safetensors")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked of make. `seeds` is None where every study takes its own; `extra` are flags for every train.py."""
+    """The validated variables of one make command, and the designs of its papers."""
 
-    given: dict[str, str]  # the variables as they were given
+    variables: dict[str, str]  # as given
     scale: str
-    seeds: tuple[int, ...] | None
-    first: bool  # only the first of a study's own seeds
+    seeds: tuple[int, ...] | None  # None: the seeds that each study declares
+    first_seed_only: bool  # only the first seed that each study declares
     device: str
     data: str
-    extra: tuple[str, ...]
+    extra: tuple[str, ...]  # flags for every train.py
     runs: Path
     results: Path
     designs: dict[str, Design]
 
     @classmethod
     def parse(cls, words: Iterable[str]) -> "Request":
-        """From words NAME=VALUE. Raises DesignError."""
-        given = dict(word.partition("=")[::2] for word in words)
-        if unknown := given.keys() - set(VARIABLES):
-            raise DesignError(f"{sorted(unknown)[0]} is not one of the variables {', '.join(VARIABLES)}")
-        if broken := [name for name, value in given.items() if "\n" in value]:
-            raise DesignError(f"{broken[0]} holds a line break")
+        """Parse words NAME=VALUE. Raises DesignError if a variable or a design is invalid."""
+        variables = dict(word.partition("=")[::2] for word in words)
+        for name, value in sorted(variables.items()):
+            if name not in VARIABLES:
+                raise DesignError(f"unknown variable {name}: give one of {', '.join(VARIABLES)}")
+            if "\n" in value:
+                raise DesignError(f"invalid {name}: remove the line break")
         for name in ("RUNS", "RESULTS"):
-            if odd := re.sub(r"[\w ./+@#$,-]", "", given.get(name, "")):
-                raise DesignError(
-                    f"{name}={given[name]}: a folder without {odd[0]} is needed, as make reads it as a sign"
-                )
-        scale = given.get("SCALE", "gpu").strip()
-        data = given.get("DATA", "data").strip()
+            if special := re.sub(r"[\w ./+@#$,-]", "", variables.get(name, "")):
+                raise DesignError(f"invalid {name}={variables[name]}: give a path without {special[0]}")
+        scale = variables.get("SCALE", "gpu").strip()
+        data = variables.get("DATA", "data").strip()
         try:
-            extra = tuple(shlex.split(given.get("EXTRA", "")))
+            extra = tuple(shlex.split(variables.get("EXTRA", "")))
         except ValueError as error:
-            raise DesignError(f"EXTRA={given['EXTRA']}: {error}") from None
+            raise DesignError(f"invalid EXTRA={variables['EXTRA']}: {error}") from None
         for word in extra:
-            if (flag := word.split("=")[0]) in OWN_FLAGS:
-                raise DesignError(f"EXTRA={given['EXTRA']}: make sets {flag} itself, from {OWN_FLAGS[flag]}")
-        seeds = given.get("SEEDS", "own").split()
+            flag = word.split("=")[0]
+            if flag in VARIABLE_OF_FLAG:
+                raise DesignError(f"invalid EXTRA={variables['EXTRA']}: set {VARIABLE_OF_FLAG[flag]} instead of {flag}")
+        seeds = variables.get("SEEDS", "own").split()
+        declared_seeds = seeds in (["own"], ["first"])
         if not seeds:
-            raise DesignError("SEEDS is empty: name at least one")
-        if seeds not in (["own"], ["first"]) and not all(re.fullmatch(r"\d+", seed) for seed in seeds):
-            raise DesignError(f"SEEDS={given['SEEDS']}: whole numbers are needed, or the word first")
+            raise DesignError("SEEDS is empty: give at least one seed")
+        if not declared_seeds and not all(re.fullmatch(r"\d+", seed) for seed in seeds):
+            raise DesignError(f"invalid SEEDS={variables['SEEDS']}: give integers separated by spaces, or first")
         if len({seed.lstrip("0") for seed in seeds}) < len(seeds):
-            raise DesignError(f"SEEDS={given['SEEDS']}: a seed is named twice")
-        own_data = data.endswith(MATRICES) or any(word.split("=")[0] == "--data-set" for word in extra)
-        settings = Settings(tuple(given.get("PAIRS", "").split()), tuple(given.get("TASKS", "").split()), own_data)
-        papers = given.get("PAPERS", "").split()
+            raise DesignError(f"invalid SEEDS={variables['SEEDS']}: give each seed once")
+        papers = variables.get("PAPERS", "").split()
         if not papers:
-            raise DesignError("PAPERS is empty: name at least one")
-        runs = Path(given.get("RUNS") or f"runs/{scale}")
+            raise DesignError("PAPERS is empty: give at least one paper")
+        settings = Settings(
+            pairs=tuple(variables.get("PAIRS", "").split()),
+            tasks=tuple(variables.get("TASKS", "").split()),
+            own_data=data.endswith(MATRIX_SUFFIXES) or any(word.split("=")[0] == "--data-set" for word in extra),
+        )
+        runs = Path(variables.get("RUNS") or f"runs/{scale}")
         return cls(
-            given,
-            scale,
-            None if seeds in (["own"], ["first"]) else tuple(map(int, seeds)),
-            seeds == ["first"],
-            given.get("DEVICE", "auto"),
-            data,
-            extra,
-            runs,
-            Path(given.get("RESULTS") or runs / "report"),
-            {paper: load(paper, scale, settings) for paper in dict.fromkeys(papers)},
+            variables=variables,
+            scale=scale,
+            seeds=None if declared_seeds else tuple(map(int, seeds)),
+            first_seed_only=seeds == ["first"],
+            device=variables.get("DEVICE", "auto"),
+            data=data,
+            extra=extra,
+            runs=runs,
+            results=Path(variables.get("RESULTS") or runs / "report"),
+            designs={paper: load(paper, scale, settings) for paper in dict.fromkeys(papers)},
         )
 
     @property
-    def own_matrix(self) -> bool:
-        """Whether DATA is a matrix of the user's own, so that runs on it are other runs. A folder is but a place."""
-        return self.data.endswith(MATRICES)
+    def data_is_matrix(self) -> bool:
+        """Whether DATA is the user's matrix file, which is then part of a run's flags. A folder is only a location."""
+        return self.data.endswith(MATRIX_SUFFIXES)
 
     def seeds_of(self, study: Study) -> tuple[int, ...]:
-        """The seeds that a study is run over."""
-        return self.seeds or (study.seeds[:1] if self.first else study.seeds)
+        """Return the seeds of a study's runs."""
+        if self.seeds:
+            return self.seeds
+        return study.seeds[:1] if self.first_seed_only else study.seeds
 
     def flags(self, design: Design, arm: Arm) -> list[str]:
-        """The flags of an arm's runs. A teacher takes of EXTRA only that this is a rehearsal."""
+        """Return the flags of an arm's runs, EXTRA included. From EXTRA a teacher gets only --rehearse."""
         extra = list(self.extra)
         if arm.name in design.teacher_names():
-            joined = re.findall(r"--rehearse[ =](\d+)", " ".join(extra))
-            extra = [f"--rehearse={steps}" for steps in joined[-1:]]
+            rehearsals = re.findall(r"--rehearse[ =](\d+)", " ".join(extra))
+            extra = [f"--rehearse={steps}" for steps in rehearsals[-1:]]
         return [*shlex.split(arm.flags), *extra]
 
     def flags_text(self, design: Design, arm: Arm) -> str:
-        """What the file `flags` of an up-to-date run holds."""
-        matrix = ["--data", self.data] if self.own_matrix else []
+        """Return the content that the file `flags` of an up-to-date run has."""
+        matrix = ["--data", self.data] if self.data_is_matrix else []
         return " ".join(["flags:", shlex.join([*self.flags(design, arm), *matrix])]).strip()
 
     def folder(self, design: Design, arm: str, seed: int) -> Path:
-        """The folder of a run."""
+        """Return the folder of a run. A teacher is trained once, in the folder of seed 0."""
         return self.runs / design.paper / arm / str(0 if arm in design.teacher_names() else seed)
 
     def command(self, goal: str) -> str:
-        """The make command that reproduces `goal`."""
-        words = [f"{name}={shlex.quote(value)}" for name in ("SCALE", "SEEDS", "EXTRA", "PAIRS", "TASKS")
-                 if (value := self.given.get(name, "").strip())]  # fmt: skip
-        matrix = [f"DATA={shlex.quote(self.data)}"] if self.own_matrix else []
-        return " ".join(["make", goal, *words, *matrix])
+        """Return the make command that reproduces `goal`."""
+        words = ["make", goal]
+        for name in ("SCALE", "SEEDS", "EXTRA", "PAIRS", "TASKS"):
+            value = self.variables.get(name, "").strip()
+            if value:
+                words.append(f"{name}={shlex.quote(value)}")
+        if self.data_is_matrix:
+            words.append(f"DATA={shlex.quote(self.data)}")
+        return " ".join(words)
 
     @property
     def studies(self) -> list[tuple[Design, Study]]:
-        """Every study of the papers: the plan's, then robustness, curves and the other extras."""
-        every = [(design, study) for design in self.designs.values() for study in design.studies]
+        """All studies of the papers: main studies first, then robustness, curves and the other extras."""
+        pairs = [(design, study) for design in self.designs.values() for study in design.studies]
         order = ("all", "robustness", "curves", "")
-        return sorted(every, key=lambda one: order.index(one[1].group))
+        return sorted(pairs, key=lambda pair: order.index(pair[1].group))
 
 
-def read(path: Path) -> str | None:
-    """A one-line file, None where it is missing."""
+def read_text(path: Path) -> str | None:
+    """Return the stripped content of a text file, None if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8").strip()
     except OSError:

@@ -1,4 +1,4 @@
-"""What the run folders of a study hold: metrics, arguments and logs, and what is missing or mixed."""
+"""Read the run folders of a study: metrics, arguments, logs, and notes on missing or inconsistent runs."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from common.cli import NON_METHOD_FLAGS
 from common.files import read_json
 from common.study.design import Study
 
-FACTS = {  # of args.json's provenance, and what a mixture of each is called
+PROVENANCE = {  # key in args.json's provenance -> plural for the note about differing values
     "source": "versions of the code (sha256)",
     "data": "data digests",
     "device": "devices",
@@ -23,7 +23,7 @@ FACTS = {  # of args.json's provenance, and what a mixture of each is called
 
 @dataclass(frozen=True)
 class Record:
-    """One run; `metrics` is None where metrics.json is missing or unreadable."""
+    """The files of one run. `metrics` is None if metrics.json is missing or unreadable."""
 
     metrics: dict[str, Any] | None
     args: dict[str, Any]
@@ -38,7 +38,7 @@ Curve = tuple[list[float], list[float]]
 
 @dataclass
 class View:
-    """What a paper's figures are drawn from. `data`: data and recipe in words; `caption`: the same as a sentence."""
+    """Everything that the figures of a study need. `data` describes data and training; `caption` is its sentence."""
 
     args: Any
     study: Study
@@ -54,95 +54,111 @@ class View:
 
 
 def read_runs(folder: Path, arms: Sequence[str], seeds: Sequence[int]) -> dict[str, dict[int, Record]]:
-    """The runs <folder>/<arm>/<seed>/. What cannot be read becomes a sentence in its notes."""
-    return {arm: {seed: _read(Path(folder), arm, seed) for seed in seeds} for arm in arms}
+    """Read the runs <folder>/<arm>/<seed>/. Unreadable files are reported in the notes of the run."""
+    return {arm: {seed: _read_run(Path(folder), arm, seed) for seed in seeds} for arm in arms}
 
 
-def _read(folder: Path, arm: str, seed: int) -> Record:
-    folder, name = folder / arm / str(seed), f"{arm}, seed {seed}"
-    parts: dict[str, dict[str, Any] | None] = {"metrics": None, "args": None}
+def _read_run(folder: Path, arm: str, seed: int) -> Record:
+    """Read the files of one run."""
+    folder, run_name = folder / arm / str(seed), f"{arm}, seed {seed}"
+    contents: dict[str, dict[str, Any] | None] = {"metrics": None, "args": None}
     log, notes = [], []
-    for part in parts:
+    for name in contents:
         try:
-            parts[part] = dict(read_json(folder / f"{part}.json"))
+            contents[name] = dict(read_json(folder / f"{name}.json"))
         except FileNotFoundError:
             pass
         except (ValueError, TypeError, OSError):
-            mend = ": delete it, and make evaluates the run again" if part == "metrics" else ""
-            notes.append(f"{name}: {part}.json cannot be read{mend}.")
-    path = folder / "train.jsonl"
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-        try:
-            log.append(dict(json.loads(line)))
-        except (ValueError, TypeError):  # a kill in the middle of the write
-            notes.append(f"{name}: an unreadable line of train.jsonl is left out.")
-    flags = (
-        (folder / "flags").read_text(encoding="utf-8").removeprefix("flags:").strip()
-        if (folder / "flags").exists()
-        else ""
-    )
-    return Record(parts["metrics"], parts["args"] or {}, log, flags, notes)
+            remedy = ": delete it, and make evaluates the run again" if name == "metrics" else ""
+            notes.append(f"{run_name}: {name}.json cannot be read{remedy}.")
+    if (folder / "train.jsonl").exists():
+        for line in (folder / "train.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                log.append(dict(json.loads(line)))
+            except (ValueError, TypeError):  # the process was killed during the write
+                notes.append(f"{run_name}: skipped an unreadable line of train.jsonl.")
+    flags = ""
+    if (folder / "flags").exists():
+        flags = (folder / "flags").read_text(encoding="utf-8").removeprefix("flags:").strip()
+    return Record(contents["metrics"], contents["args"] or {}, log, flags, notes)
 
 
 def _finite(value: object) -> bool:
+    """Return whether `value` is a finite number."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 
+def _all_runs(runs: Runs) -> list[Record]:
+    """Return the runs of all arms and seeds."""
+    return [run for by_seed in runs.values() for run in by_seed.values()]
+
+
 def values(runs: Runs, arm: str, metric: str) -> dict[int, float]:
-    """One arm's finite values of a metric by seed, diverged runs left out."""
-    found = {seed: run.metrics for seed, run in runs.get(arm, {}).items() if run.metrics}
-    kept = {seed: metrics.get(metric) for seed, metrics in found.items() if not metrics.get("diverged")}
-    return {seed: float(value) for seed, value in kept.items() if value is not None and _finite(value)}
+    """Return seed -> value of a metric for one arm. Diverged runs and non-finite values are excluded."""
+    result = {}
+    for seed, run in runs.get(arm, {}).items():
+        if run.metrics and not run.metrics.get("diverged"):
+            value = run.metrics.get(metric)
+            if value is not None and _finite(value):
+                result[seed] = float(value)
+    return result
 
 
 def first_arguments(runs: Runs) -> dict[str, Any]:
-    """The arguments of the first run that is there; {} where there is none."""
-    every = [run for by_seed in runs.values() for run in by_seed.values()]
-    return next((run.args["arguments"] for run in every if run.args), {})
+    """Return the arguments of the first run that has any, {} if there is none."""
+    return next((run.args["arguments"] for run in _all_runs(runs) if run.args), {})
 
 
 def series(runs: Runs, key: str, x: str = "epoch") -> dict[str, list[Curve]]:
-    """By arm, one curve a seed: the x and y of train.jsonl where both are finite. For `figures.curves`."""
+    """Return for each arm one curve (x, y) per seed from train.jsonl, for `figures.curves`.
+
+    Records in which x or y is not finite are skipped.
+    """
     result: dict[str, list[Curve]] = {}
     for arm, by_seed in runs.items():
-        logs = [[one for one in run.log if _finite(one.get(x)) and _finite(one.get(key))] for run in by_seed.values()]
-        result[arm] = [([one[x] for one in log], [one[key] for one in log]) for log in logs if log]
+        result[arm] = []
+        for run in by_seed.values():
+            records = [record for record in run.log if _finite(record.get(x)) and _finite(record.get(key))]
+            if records:
+                result[arm].append(([record[x] for record in records], [record[key] for record in records]))
     return result
 
 
 def provenance(runs: Runs) -> dict[str, Any]:
-    """The facts of args.json, one value where all runs agree, else their list; runs and hours."""
-    every = [run for by_seed in runs.values() for run in by_seed.values()]
+    """Return the provenance of args.json, number of runs and hours. A value on which runs differ becomes a list."""
     result: dict[str, Any] = {}
-    for key in (*FACTS, "commit", "dirty"):
-        found = {run.args["provenance"].get(key) for run in every if run.args.get("provenance")}
-        result[key] = next(iter(found), None) if len(found) < 2 else sorted(found, key=str)
-    seconds = [run.metrics.get("seconds") or 0 for run in every if run.metrics]
+    for key in (*PROVENANCE, "commit", "dirty"):
+        distinct = {run.args["provenance"].get(key) for run in _all_runs(runs) if run.args.get("provenance")}
+        result[key] = next(iter(distinct), None) if len(distinct) < 2 else sorted(distinct, key=str)
+    seconds = [run.metrics.get("seconds") or 0 for run in _all_runs(runs) if run.metrics]
     return result | {"runs": len(seconds), "hours": round(sum(seconds) / 3600, 2)}
 
 
 def notes(runs: Runs, metrics: Iterable[str]) -> list[str]:
-    """One sentence for each hole, divergence, unreadable file and mixture."""
+    """Return one sentence for each missing or diverged run, absent metric, unreadable file and inconsistency."""
     result = []
     for arm, by_seed in runs.items():
-        found = {seed: run.metrics for seed, run in by_seed.items() if run.metrics}
-        holes = {"missing": [seed for seed in by_seed if seed not in found]}
-        holes["diverged, not averaged"] = [seed for seed, one in found.items() if one.get("diverged")]
-        holes |= {f"without {key}": [seed for seed, one in found.items() if key not in one] for key in metrics}
-        for what, seeds in holes.items():
+        measured = {seed: run.metrics for seed, run in by_seed.items() if run.metrics}
+        gaps = {"missing": [seed for seed in by_seed if seed not in measured]}
+        gaps["diverged, not averaged"] = [seed for seed, found in measured.items() if found.get("diverged")]
+        gaps |= {f"without {key}": [seed for seed, found in measured.items() if key not in found] for key in metrics}
+        for gap, seeds in gaps.items():
             if seeds:
                 listed = ", ".join(map(str, seeds))
-                result.append(f"{arm}: {len(seeds)} of {len(by_seed)} {what} (seed {listed}).")
+                result.append(f"{arm}: {len(seeds)} of {len(by_seed)} {gap} (seed {listed}).")
         result += [note for run in by_seed.values() for note in run.notes]
         arguments = [run.args["arguments"] for run in by_seed.values() if run.args.get("arguments")]
-        for name in sorted({name for one in arguments for name in one} - NON_METHOD_FLAGS - {"seed"}):
-            if len(told := sorted({str(one.get(name)) for one in arguments})) > 1:
-                result.append(f"{arm}: its seeds differ in --{name.replace('_', '-')} ({', '.join(told)}).")
-    packed = [run.args.get("provenance", {}).get("runs_on_this_gpu", 1) for by in runs.values() for run in by.values()]
-    if most := max([one for one in packed if one > 1], default=0):
-        result.append(f"Up to {most} runs shared a GPU: speeds and seconds are not those of a run alone.")
+        names = {name for run_arguments in arguments for name in run_arguments}
+        for name in sorted(names - NON_METHOD_FLAGS - {"seed"}):
+            distinct = sorted({str(run_arguments.get(name)) for run_arguments in arguments})
+            if len(distinct) > 1:
+                result.append(f"{arm}: its seeds differ in --{name.replace('_', '-')} ({', '.join(distinct)}).")
+    shared = max((run.args.get("provenance", {}).get("runs_on_this_gpu", 1) for run in _all_runs(runs)), default=1)
+    if shared > 1:
+        result.append(f"Up to {shared} runs shared a GPU: their times and speeds are not those of a single run.")
     for key, value in provenance(runs).items():
-        if key in FACTS and isinstance(value, list):
-            shown = ", ".join(str(one)[: 12 if key in ("source", "data") else None] for one in value)
-            result.append(f"The runs mix {FACTS[key]}: {shown}.")
+        if key in PROVENANCE and isinstance(value, list):
+            length = 12 if key in ("source", "data") else None
+            shown = ", ".join(str(item)[:length] for item in value)
+            result.append(f"The runs mix {PROVENANCE[key]}: {shown}.")
     return result

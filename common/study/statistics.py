@@ -1,7 +1,7 @@
-"""Means, intervals and differences over training seeds, in numpy alone.
+"""Means, confidence intervals and differences over training seeds. Needs only numpy.
 
-Student-t intervals, because with 3 to 10 seeds a percentile bootstrap of nominally 95 % covers 75 to 90 %.
-An interval here covers what changes with the seed; data, split and teacher are fixed.
+Student-t intervals are used because a nominal 95 % percentile bootstrap over 3 to 10 seeds covers only 75 to 90 %.
+The intervals cover the variation with the training seed. Data, split and teacher are fixed.
 """
 
 import math
@@ -14,10 +14,13 @@ LEVEL = 0.95
 
 
 def _incomplete_beta(x: float, y: float, a: float, b: float) -> float:
-    """Regularised incomplete beta I_x(a, b), y = 1 - x: continued fraction (DLMF 8.17.22), modified Lentz."""
+    """Regularised incomplete beta function I_x(a, b), with y = 1 - x.
+
+    Evaluates the continued fraction DLMF 8.17.22 by the modified Lentz method.
+    """
     if x <= 0 or y <= 0:
         return float(y <= 0)
-    if x > (a + 1) / (a + b + 2):  # the fraction converges fast only below this point
+    if x > (a + 1) / (a + b + 2):  # the continued fraction converges fast only below this point
         return 1 - _incomplete_beta(y, x, b, a)
     factor = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log(y))
     fraction, numerator, denominator = 1.0, 1.0, 0.0
@@ -38,13 +41,13 @@ def _incomplete_beta(x: float, y: float, a: float, b: float) -> float:
 
 
 def student_t_quantile(p: float, df: float) -> float:
-    """The t with P(T <= t) = p for Student's distribution with `df` > 0 degrees of freedom, any real.
+    """Return t with P(T <= t) = p for Student's t distribution with `df` degrees of freedom, a positive real number.
 
-    P(T > t) = I_x(df/2, 1/2) / 2 with x = df / (df + t^2) for t >= 0, solved by bisection to the last bit.
-    Raises ValueError outside 0 < p < 1 or df > 0.
+    Solves P(T > t) = I_x(df/2, 1/2) / 2 with x = df / (df + t^2), for t >= 0, by bisection to machine precision.
+    Raises ValueError unless 0 < p < 1 and df > 0.
     """
     if not (0 < p < 1 and df > 0):
-        raise ValueError(f"a t quantile needs 0 < p < 1 and df > 0, not p = {p}, df = {df}")
+        raise ValueError(f"t quantile needs 0 < p < 1 and df > 0, got p = {p}, df = {df}")
 
     def tail(t: float) -> float:
         square = t * t
@@ -62,7 +65,7 @@ def student_t_quantile(p: float, df: float) -> float:
 
 @dataclass(frozen=True)
 class Summary:
-    """Mean, sample standard deviation and 95 % interval of n values; sd, low, high are None at n = 1."""
+    """Mean, sample standard deviation and 95 % interval of n values. sd, low and high are None if n = 1."""
 
     mean: float
     sd: float | None
@@ -73,7 +76,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of n values minus mean of n_reference, with its 95 % interval; None where either n is below 2."""
+    """Mean of n values minus mean of n_reference values, with its 95 % interval. No interval if either n is below 2."""
 
     mean: float
     low: float | None
@@ -83,57 +86,57 @@ class Difference:
 
 
 def summary(values: Sequence[float]) -> Summary:
-    """Mean and 95 % Student-t interval, in the values' unit. Raises ValueError if none or not finite."""
+    """Mean and 95 % Student-t interval, in the unit of the values. Raises ValueError if empty or not finite."""
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or not array.size or not np.isfinite(array).all():
-        raise ValueError(f"a summary needs finite values, not {list(values)}")
-    shifted = array - array[0]  # equal values get exactly their own mean and an sd of exactly 0
+        raise ValueError(f"summary needs finite values, got {list(values)}")
+    shifted = array - array[0]  # makes mean and sd of equal values exact
     mean, n = float(array[0] + shifted.mean()), array.size
     if n == 1:
         return Summary(mean, None, 1, None, None)
     sd = float(shifted.std(ddof=1))
-    half = student_t_quantile((1 + LEVEL) / 2, n - 1) * sd / math.sqrt(n)
-    return Summary(mean, sd, n, mean - half, mean + half)
+    half_width = student_t_quantile((1 + LEVEL) / 2, n - 1) * sd / math.sqrt(n)
+    return Summary(mean, sd, n, mean - half_width, mean + half_width)
 
 
 def welch(values: Sequence[float], reference: Sequence[float]) -> Difference:
     """Difference of two means with Welch's 95 % interval (unequal variances, Welch-Satterthwaite df).
 
-    Where neither side varies the interval is the difference itself. Raises ValueError as `summary` does.
+    If both variances are zero, the interval has zero width. Raises ValueError as `summary` does.
     """
-    one, other = summary(values), summary(reference)
-    mean = one.mean - other.mean
-    if one.sd is None or other.sd is None:
-        return Difference(mean, None, None, one.n, other.n)
-    a, b = one.sd**2 / one.n, other.sd**2 / other.n
-    half = 0.0
+    arm, ref = summary(values), summary(reference)
+    mean = arm.mean - ref.mean
+    if arm.sd is None or ref.sd is None:
+        return Difference(mean, None, None, arm.n, ref.n)
+    a, b = arm.sd**2 / arm.n, ref.sd**2 / ref.n  # variances of the two means
+    half_width = 0.0
     if a + b > 0:
-        share = a / (a + b)  # of the variance: keeps the df free of underflow
-        df = 1 / (share**2 / (one.n - 1) + (1 - share) ** 2 / (other.n - 1))
-        half = student_t_quantile((1 + LEVEL) / 2, df) * math.sqrt(a + b)
-    return Difference(mean, mean - half, mean + half, one.n, other.n)
+        share = a / (a + b)  # dividing first avoids underflow of tiny variances
+        df = 1 / (share**2 / (arm.n - 1) + (1 - share) ** 2 / (ref.n - 1))
+        half_width = student_t_quantile((1 + LEVEL) / 2, df) * math.sqrt(a + b)
+    return Difference(mean, mean - half_width, mean + half_width, arm.n, ref.n)
 
 
 def paired(values: Sequence[float], reference: Sequence[float]) -> tuple[Difference, float | None]:
-    """Mean of value minus reference of the same seed, its 95 % interval, and the correlation over seeds.
+    """Mean difference of values of the same seed, its 95 % interval, and the correlation over seeds.
 
-    The interval is narrower than Welch's only where the seeds correlate (above about 0.3 at n = 5). The
-    correlation is None below n = 3 or where a side does not vary. Raises ValueError if the lengths differ.
+    The interval is narrower than Welch's only if the seeds correlate (above about 0.3 at n = 5). The correlation is
+    None if n is below 3 or one side is constant. Raises ValueError if the lengths differ.
     """
     if len(values) != len(reference):
-        raise ValueError(f"{len(values)} values cannot be paired with {len(reference)}")
-    one, other = np.asarray(values, dtype=np.float64), np.asarray(reference, dtype=np.float64)
-    result = summary((one - other).tolist())
-    varies = len(one) > 2 and np.ptp(one) > 0 and np.ptp(other) > 0
-    correlation = float(np.corrcoef(one, other)[0, 1]) if varies else None
-    return Difference(result.mean, result.low, result.high, result.n, result.n), correlation
+        raise ValueError(f"cannot pair {len(values)} values with {len(reference)}")
+    arm, ref = np.asarray(values, dtype=np.float64), np.asarray(reference, dtype=np.float64)
+    stats = summary((arm - ref).tolist())
+    varies = len(arm) > 2 and np.ptp(arm) > 0 and np.ptp(ref) > 0
+    correlation = float(np.corrcoef(arm, ref)[0, 1]) if varies else None
+    return Difference(stats.mean, stats.low, stats.high, stats.n, stats.n), correlation
 
 
 def verdict(difference: Difference, margin: float | None = None) -> str:
-    """The word that the interval allows: lower, higher, no difference, or not resolved at n = ...
+    """Return the verdict of an interval: "lower", "higher", "no difference" or "not resolved at n = ...".
 
-    `margin` (same unit) is declared beforehand; without it "no difference" is never said. An interval that
-    excludes zero stays lower or higher even inside the margin.
+    "No difference" requires an interval within ± `margin`, in the unit of the values. An interval that excludes zero
+    is "lower" or "higher", even inside the margin.
     """
     low, high = difference.low, difference.high
     if low is not None and high is not None:
@@ -147,5 +150,5 @@ def verdict(difference: Difference, margin: float | None = None) -> str:
 
 
 def counts(n: int, n_reference: int) -> str:
-    """ "5", or "4 and 5" where the two sides differ."""
+    """Return "5" if both numbers of seeds are 5, else for example "4 and 5"."""
     return str(n) if n == n_reference else f"{n} and {n_reference}"

@@ -1,12 +1,12 @@
-"""Studies along one number: curves between two arms, and contrasts at other learning rates.
+"""Sweeps over one argument ("curves"), and robustness to the learning rate: findings, verdicts and figures.
 
-A curve is a study whose arms differ in one argument, its dose. Its first contrast names the plan's arms; those between
-and beyond them show what such a contrast cannot: where the effect sets in. A robustness study has its primary contrasts
-first, arm:reference, then each again as arm@third:reference@third and arm@triple:reference@triple.
+The arms of a curve differ in one argument, the swept argument. Its first contrast compares two arms of a main study.
+The other arms take values between and beyond these and show where the effect begins. A robustness study has the
+primary contrasts arm:reference first, then each of them as arm@third:reference@third and arm@triple:reference@triple.
 """
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import matplotlib
@@ -18,235 +18,260 @@ from common.cli import NON_METHOD_FLAGS
 from common.study import analysis, figures, results, tables
 from common.study.design import Sweep
 
-RATES = {"third": "a third", "": "base's rate", "triple": "three times"}  # by what stands behind the arm's last "@"
-ALL, ONLY, NOT = "holds at all three rates", "only at base's rate", "no finding at base's rate"
-SOME, TURNS = "holds at base's rate and one other", "is the reverse at another rate"
+RATES = {"third": "a third", "": "base's rate", "triple": "three times"}  # text after an arm's last "@" -> label
+# Verdicts of a robustness study.
+ALL_RATES = "holds at all three rates"
+TWO_RATES = "holds at base's rate and one other"
+BASE_RATE_ONLY = "only at base's rate"
+NO_FINDING = "no finding at base's rate"
+REVERSED = "is reversed at another rate"
 
 
 # ------------------------------------------------------------------------------------------------- curves
 
 
-def doses(runs: results.Runs, reference: str, sweep: Sweep) -> dict[str, float]:
-    """By arm its dose, rising: the arms that differ from `reference` in the dose alone, and have a run."""
-    found = {arm: next((run.args["arguments"] for run in by.values() if run.args), None) for arm, by in runs.items()}
-    apart = {sweep.argument, *sweep.moving, "seed", *NON_METHOD_FLAGS}
+def swept_values(runs: results.Runs, reference: str, sweep: Sweep) -> dict[str, float]:
+    """Return arm -> value of the swept argument, in rising order.
 
-    def rest(arguments: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: one for key, one in arguments.items() if key not in apart}
-
-    own = found.get(reference)
-    along = {
-        arm: float(arguments[sweep.argument])
-        for arm, arguments in found.items()
-        if own and arguments and rest(arguments) == rest(own)
-    }
-    return dict(sorted(along.items(), key=lambda item: item[1]))
-
-
-def onset(summary: Mapping[str, Any], along: Mapping[str, float], metric: str) -> str:
-    """From which dose on, seen from the reference, every dose differs in the same direction: a phrase, "" without one.
-
-    There is none without intervals, or where the reference has no run.
+    Contains the arms that have a run and whose arguments otherwise equal those of `reference`.
     """
-    reference = next(one["reference"] for one in summary["contrasts"] if one["primary"])
-    words = {one["arm"]: one["word"] for one in summary["all_contrasts"] if one["metric"] == metric and
-             one["reference"] == reference}  # fmt: skip
-    order, told = list(along), []
+    arguments = {}
+    for arm, by_seed in runs.items():
+        arguments[arm] = next((run.args["arguments"] for run in by_seed.values() if run.args), None)
+    varying = {sweep.argument, *sweep.moving, "seed", *NON_METHOD_FLAGS}
+
+    def fixed(arm_arguments: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in arm_arguments.items() if name not in varying}
+
+    reference_arguments = arguments.get(reference)
+    if not reference_arguments:
+        return {}
+    swept = {
+        arm: float(arm_arguments[sweep.argument])
+        for arm, arm_arguments in arguments.items()
+        if arm_arguments and fixed(arm_arguments) == fixed(reference_arguments)
+    }
+    return dict(sorted(swept.items(), key=lambda item: item[1]))
+
+
+def onset(summary: Mapping[str, Any], swept: Mapping[str, float], metric: str) -> str:
+    """Describe from which value on, seen from the reference, all arms differ in the same direction.
+
+    Returns "" if there are no intervals or the reference has no run.
+    """
+    reference = next(contrast["reference"] for contrast in summary["contrasts"] if contrast["primary"])
+    verdicts = {}
+    for contrast in summary["all_contrasts"]:
+        if contrast["metric"] == metric and contrast["reference"] == reference:
+            verdicts[contrast["arm"]] = contrast["word"]
+    order, phrases = list(swept), []
     if reference not in order:
         return ""
-    place = order.index(reference)
-    for side, arms in (("up", order[place + 1 :]), ("down", order[:place][::-1])):
-        known = [words.get(arm, "") for arm in arms]
-        if not known or tables.ONE_SEED in known:
+    index = order.index(reference)
+    for direction, arms in (("up", order[index + 1 :]), ("down", order[:index][::-1])):
+        side = [verdicts.get(arm, "") for arm in arms]
+        if not side or tables.ONE_SEED in side:
             continue
-        ends = known[-1]
-        first = next((i for i in range(len(known)) if set(known[i:]) == {ends}), None)
-        if ends in ("lower", "higher") and first is not None:
-            told.append(f"{ends} from {along[arms[first]]:g} {side}")
+        outermost = side[-1]
+        first = next(i for i in range(len(side)) if set(side[i:]) == {outermost})
+        if outermost in ("lower", "higher"):
+            phrases.append(f"{outermost} from {swept[arms[first]]:g} {direction}")
         else:
-            told.append(f"no lasting difference {side} to {along[arms[-1]]:g}")
-    return "; ".join(told)
+            phrases.append(f"no lasting difference {direction} to {swept[arms[-1]]:g}")
+    return "; ".join(phrases)
 
 
-def curve_finding(summary: Mapping[str, Any], along: Mapping[str, float], sweep: Sweep) -> str:
-    """The means in the order of the dose, and where the difference to the reference sets in."""
+def curve_finding(summary: Mapping[str, Any], swept: Mapping[str, float], sweep: Sweep) -> str:
+    """Return for each metric the means in the order of the swept values, and the onset of the difference."""
     rows, sentences = {row["arm"]: row["metrics"] for row in summary["rows"]}, []
-    reference = next(one["reference"] for one in summary["contrasts"] if one["primary"])
-    for metric in sweep.metrics:
-        described = summary["metrics"][metric]
+    reference = next(contrast["reference"] for contrast in summary["contrasts"] if contrast["primary"])
+    for name in sweep.metrics:
+        metric = summary["metrics"][name]
         points = [
-            f"{tables.number(rows[arm][metric]['mean'], described)} at {dose:g}"
-            for arm, dose in along.items()
-            if metric in rows[arm]
+            f"{tables.number(rows[arm][name]['mean'], metric)} at {value:g}"
+            for arm, value in swept.items()
+            if name in rows[arm]
         ]
         if not points:
             continue
-        against = onset(summary, along, metric) if described["judged"] else ""
-        against = f"; against {reference}: {against}" if against else ""
-        sentences.append(f"{described['label']}: {', '.join(points)}{against}.")
+        phrase = onset(summary, swept, name) if metric["judged"] else ""
+        against = f"; against {reference}: {phrase}" if phrase else ""
+        sentences.append(f"{metric['label']}: {', '.join(points)}{against}.")
     return " ".join(sentences) or "No value yet."
 
 
-def curve(
-    runs: results.Runs, along: Mapping[str, float], named: Sequence[str], sweep: Sweep,
-    metrics: Mapping[str, Mapping[str, Any]], caption: str,
-) -> Figure:  # fmt: skip
-    """A panel a metric over the doses, evenly spaced: a dot a seed, a line through the means; `named` arms by name."""
-    arms = list(along)
-    ticks = [
-        f"{dose:g}" + (f"\n{textwrap.fill(short(arm), 13)}" if arm in named else "") for arm, dose in along.items()
-    ]
+def curve(view: results.View, swept: Mapping[str, float], sweep: Sweep) -> Figure:
+    """Return a figure with one panel per metric: a dot per seed and a line through the means.
+
+    The swept values are evenly spaced. The two arms of the first contrast are labelled by name.
+    """
+    arms, named = list(swept), view.study.pairs[0]
+    ticks = []
+    for arm, value in swept.items():
+        ticks.append(f"{value:g}" + (f"\n{textwrap.fill(without_setting(arm), 13)}" if arm in named else ""))
     with matplotlib.rc_context(figures.STYLE):
         figure, axes = figures.grid(len(sweep.metrics), max(4.4, 0.58 * len(arms)), 3.0)
         for axis, metric in zip(axes, sweep.metrics, strict=True):
-            values = {arm: list(results.values(runs, arm, metric).values()) for arm in arms}
-            means = [(place, float(np.mean(values[arm]))) for place, arm in enumerate(arms) if values[arm]]
-            axis.plot([x for x, _ in means], [y for _, y in means], color=figures.COLOURS[0], zorder=2)
-            for place, arm in enumerate(arms):
+            values = {arm: list(results.values(view.runs, arm, metric).values()) for arm in arms}
+            means = [(x, float(np.mean(values[arm]))) for x, arm in enumerate(arms) if values[arm]]
+            axis.plot([x for x, _ in means], [mean for _, mean in means], color=figures.COLOURS[0], zorder=2)
+            for x, arm in enumerate(arms):
                 colour = figures.REFERENCE if arm in named else figures.COLOURS[0]
-                axis.plot([place] * len(values[arm]), values[arm], "o", color=colour, ms=4, alpha=0.6, mec="none")
-            for place, mean in means:
-                colour = figures.REFERENCE if arms[place] in named else figures.COLOURS[0]
-                axis.plot(place, mean, "s" if arms[place] in named else "_", color=colour, ms=8, mew=2, zorder=3)
+                axis.plot([x] * len(values[arm]), values[arm], "o", color=colour, ms=4, alpha=0.6, mec="none")
+            for x, mean in means:
+                colour = figures.REFERENCE if arms[x] in named else figures.COLOURS[0]
+                axis.plot(x, mean, "s" if arms[x] in named else "_", color=colour, ms=8, mew=2, zorder=3)
             axis.set(xlabel=sweep.label, axisbelow=True, xlim=(-0.4, len(arms) - 0.6))
-            axis.set_title(tables.title(metrics[metric]))
+            axis.set_title(tables.title(view.summary["metrics"][metric]))
             axis.set_xticks(range(len(arms)), ticks)
             axis.grid(axis="y", color="#E5E5E5", linewidth=0.8)
-        marks: dict[str, dict[str, Any]] = {
-            "the plan's arms (mean)": {"color": figures.REFERENCE, "marker": "s", "linestyle": "", "markersize": 8},
-            "between and beyond": {"color": figures.COLOURS[0]},
+        markers: dict[str, dict[str, Any]] = {
+            "arms of the main study (mean)": {
+                "color": figures.REFERENCE,
+                "marker": "s",
+                "linestyle": "",
+                "markersize": 8,
+            },
+            "other values": {"color": figures.COLOURS[0]},
         }
-        return figures.finish(figure, marks, f"Dots: training seeds; line: means; doses evenly spaced. {caption}")
+        text = f"Dots: training seeds; line: means; values evenly spaced. {view.caption}"
+        return figures.finish(figure, markers, text)
 
 
-def short(arm: str) -> str:
-    """An arm without its setting."""
+def without_setting(arm: str) -> str:
+    """Return the name of an arm without "@setting"."""
     return arm.partition("@")[0]
 
 
 # ------------------------------------------------------------------------------------------------- robustness
 
 
-def at_rates(summary: Mapping[str, Any], metric: str) -> dict[str, dict[str, dict[str, Any]]]:
-    """By primary contrast, "arm:reference", its contrast at every rate of RATES that was asked for, on `metric`."""
-    every = {(one["arm"], one["reference"]): one for one in summary["all_contrasts"] if one["metric"] == metric}
-    found: dict[str, dict[str, dict[str, Any]]] = {}
-    for one in summary["contrasts"]:
-        if one["primary"]:
-            arm, reference = one["arm"], one["reference"]
-            at = {rate: (f"{arm}@{rate}", f"{reference}@{rate}") if rate else (arm, reference) for rate in RATES}
-            found[f"{arm}:{reference}"] = {rate: every[pair] for rate, pair in at.items() if pair in every}
-    return found
+def contrasts_by_rate(summary: Mapping[str, Any], metric: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return "arm:reference" -> rate -> contrast on `metric`, for every primary contrast and declared rate of RATES."""
+    contrasts = {}
+    for contrast in summary["all_contrasts"]:
+        if contrast["metric"] == metric:
+            contrasts[contrast["arm"], contrast["reference"]] = contrast
+    result: dict[str, dict[str, dict[str, Any]]] = {}
+    for contrast in summary["contrasts"]:
+        if contrast["primary"]:
+            arm, reference = contrast["arm"], contrast["reference"]
+            pairs = {rate: (f"{arm}@{rate}", f"{reference}@{rate}") if rate else (arm, reference) for rate in RATES}
+            by_rate = {rate: contrasts[pair] for rate, pair in pairs.items() if pair in contrasts}
+            result[f"{arm}:{reference}"] = by_rate
+    return result
 
 
-def held(words: Mapping[str, str]) -> str:
-    """What the words at the rates amount to: one of ALL, SOME, ONLY, TURNS, NOT."""
-    own = words.get("", "")
-    if own not in analysis.WORDS:
-        return NOT
-    if {"lower", "higher"} <= set(words.values()):
-        return TURNS
-    same = sum(word == own for word in words.values())
-    return ALL if same == len(RATES) else SOME if same == 2 else ONLY
+def robustness_verdict(verdicts: Mapping[str, str]) -> str:
+    """Combine the verdicts (rate -> verdict) of one contrast into its robustness verdict."""
+    at_base_rate = verdicts.get("", "")
+    if at_base_rate not in analysis.FINDINGS:
+        return NO_FINDING
+    if {"lower", "higher"} <= set(verdicts.values()):
+        return REVERSED
+    same = sum(verdict == at_base_rate for verdict in verdicts.values())
+    if same == len(RATES):
+        return ALL_RATES
+    return TWO_RATES if same == 2 else BASE_RATE_ONLY
 
 
 def robustness(summary: dict[str, Any], sweep: Sweep) -> dict[str, Any]:
-    """The summary with its verdict, and a sentence for every primary contrast, over the three rates."""
-    verdicts: dict[str, list[str]] = {}
-    controls, sentences = summary["controls"], []
-    for metric in sweep.metrics:
-        described, primary = summary["metrics"][metric], metric == summary["primary_metric"]
-        for name, by_rate in at_rates(summary, metric).items():
-            judged = {rate: analysis.judge(one, controls) if primary else one["word"] for rate, one in by_rate.items()}
-            words = {rate: word.removesuffix(" at this scale") for rate, word in judged.items()}
+    """Return the summary with the verdict and the finding over the three rates, one sentence per primary contrast."""
+    names_by_verdict: dict[str, list[str]] = {}
+    sentences = []
+    for key in sweep.metrics:
+        metric, primary = summary["metrics"][key], key == summary["primary_metric"]
+        for name, by_rate in contrasts_by_rate(summary, key).items():
+            verdicts, numbers = {}, []
+            for rate, contrast in by_rate.items():
+                verdict = analysis.guarded_verdict(contrast, summary["controls"]) if primary else contrast["word"]
+                verdicts[rate] = verdict.removesuffix(" at this scale")
+                bounds = "" if contrast["low"] is None else f" ({tables.interval(contrast, metric)})"
+                numbers.append(f"{RATES[rate]} {tables.number(contrast['mean'], metric)}{bounds}")
             if primary:
-                verdicts.setdefault(held(words), []).append(name)
-            alike = dict.fromkeys(words.values())
-            told = (
-                f"{next(iter(alike))} at all three rates"
-                if len(alike) == 1 and len(words) == len(RATES)
-                else "; ".join(f"{word} at {RATES[rate]}" for rate, word in words.items())
-            )
-            values = ", ".join(
-                f"{RATES[rate]} {tables.number(one['mean'], described)}"
-                + ("" if one["low"] is None else f" ({tables.interval(one, described)})")
-                for rate, one in by_rate.items()
-            )
-            sentences.append(f"{described['label']}, {name}: {told} [{values}]")
-    verdict = "; ".join(f"{word}: {', '.join(names)}" for word, names in verdicts.items())
-    text = ". ".join(sentences) + "."
-    return summary | {"verdict": verdict, "finding": text, "counted": ALL in verdicts}
+                names_by_verdict.setdefault(robustness_verdict(verdicts), []).append(name)
+            if len(set(verdicts.values())) == 1 and len(verdicts) == len(RATES):
+                phrase = f"{verdicts['']} at all three rates"
+            else:
+                phrase = "; ".join(f"{verdict} at {RATES[rate]}" for rate, verdict in verdicts.items())
+            sentences.append(f"{metric['label']}, {name}: {phrase} [{', '.join(numbers)}]")
+    return summary | {
+        "verdict": "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in names_by_verdict.items()),
+        "finding": ". ".join(sentences) + ".",
+        "counted": ALL_RATES in names_by_verdict,
+    }
 
 
 def rates_figure(runs: results.Runs, summary: Mapping[str, Any], sweep: Sweep, caption: str) -> Figure:
-    """A row a metric, a column a primary contrast: its difference at the three rates, a faint dot a seed."""
-    columns = list(at_rates(summary, summary["primary_metric"]))
+    """Return a figure of differences at the three rates: a row per metric, a column per primary contrast."""
+    columns = list(contrasts_by_rate(summary, summary["primary_metric"]))
     with matplotlib.rc_context(figures.STYLE):
         size = (max(5.0, 3.3 * len(columns)), 2.7 * len(sweep.metrics) + 0.9)
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots(len(sweep.metrics), len(columns), squeeze=False, sharey="row")
         for row, metric in enumerate(sweep.metrics):
-            found = at_rates(summary, metric)
-            guards = summary["controls"] if metric == summary["primary_metric"] else None
+            contrasts = contrasts_by_rate(summary, metric)
+            baselines = summary["controls"] if metric == summary["primary_metric"] else None
             for axis, name in zip(axes[row], columns, strict=True):
-                rates_panel(axis, runs, found[name], metric, guards)
+                rates_panel(axis, runs, contrasts[name], baselines)
                 if row == 0:
-                    axis.set_title(titled(name))
+                    axis.set_title(panel_title(name))
                 if row == len(axes) - 1:
                     axis.set_xlabel("times the learning rate")
             axes[row][0].set_ylabel(tables.title(summary["metrics"][metric]))
-        marks = {
-            "clear of zero": {"color": figures.COLOURS[0], "marker": "o"},
+        markers = {
+            "interval excludes zero": {"color": figures.COLOURS[0], "marker": "o"},
             "not resolved, or not informative": {"color": figures.COLOURS[0], "marker": "o", "mfc": "white"},
         }
-        text = "Difference of the means with Welch's 95 % interval; faint: seed by seed. "
-        return figures.finish(figure, marks, text + caption)
+        text = "Difference of the means with Welch's 95 % interval; faint dots: differences of equal seeds. "
+        return figures.finish(figure, markers, text + caption)
 
 
-def titled(contrast: str) -> str:
-    """ "arm:reference" as a panel is headed, with the arm's setting once."""
+def panel_title(contrast: str) -> str:
+    """Return the title of a panel for "arm:reference". The setting is shown once."""
     arm, reference = contrast.split(":")
     setting = arm.partition("@")[2]
-    return f"{short(arm)}\nminus {short(reference)}" + (f"\n({setting})" if setting else "")
+    return f"{without_setting(arm)}\nminus {without_setting(reference)}" + (f"\n({setting})" if setting else "")
 
 
 def rates_panel(
-    axis: Axes, runs: results.Runs, by_rate: Mapping[str, Mapping[str, Any]], metric: str,
-    controls: list[dict[str, Any]] | None,
-) -> None:  # fmt: skip
-    """One contrast's differences at its rates."""
+    axis: Axes,
+    runs: results.Runs,
+    by_rate: Mapping[str, dict[str, Any]],
+    baselines: list[dict[str, Any]] | None,
+) -> None:
+    """Draw the differences of one contrast at its rates. `baselines` guard the verdict of the primary metric."""
     colour = figures.COLOURS[0]
     axis.axhline(0, color=figures.GREY, linewidth=1)
     axis.set(xlim=(-0.5, len(RATES) - 0.5), axisbelow=True)
     axis.set_xticks(range(len(RATES)), ["⅓", "1", "3"])
     axis.grid(axis="y", color="#E5E5E5", linewidth=0.8)
-    for place, rate in enumerate(RATES):
-        one = by_rate.get(rate)
-        if one is None or one["mean"] is None:
-            axis.text(place, 0.5, "no value", ha="center", transform=axis.get_xaxis_transform(), **figures.SMALL)
+    for x, rate in enumerate(RATES):
+        contrast = by_rate.get(rate)
+        if contrast is None or contrast["mean"] is None:
+            axis.text(x, 0.5, "no value", ha="center", transform=axis.get_xaxis_transform(), **figures.SMALL)
             continue
-        word = one["word"] if controls is None else analysis.judge(dict(one), controls)
-        mine, other = (results.values(runs, one[side], metric) for side in ("arm", "reference"))
-        seeds = sorted(mine.keys() & other.keys())
-        axis.plot([place + 0.16] * len(seeds), [mine[s] - other[s] for s in seeds], "o", color=colour, ms=4, alpha=0.5,
-                  mec="none")  # fmt: skip
-        if one["low"] is not None:
-            axis.plot([place, place], [one["low"], one["high"]], color=colour, linewidth=1.8)
-        filled: dict[str, Any] = {} if word in analysis.WORDS else {"mfc": "white"}
-        axis.plot(place, one["mean"], "o", color=colour, ms=7, **filled)
+        verdict = contrast["word"] if baselines is None else analysis.guarded_verdict(contrast, baselines)
+        arm = results.values(runs, contrast["arm"], contrast["metric"])
+        reference = results.values(runs, contrast["reference"], contrast["metric"])
+        differences = [arm[seed] - reference[seed] for seed in sorted(arm.keys() & reference.keys())]
+        axis.plot([x + 0.16] * len(differences), differences, "o", color=colour, ms=4, alpha=0.5, mec="none")
+        if contrast["low"] is not None:
+            axis.plot([x, x], [contrast["low"], contrast["high"]], color=colour, linewidth=1.8)
+        face: dict[str, Any] = {} if verdict in analysis.FINDINGS else {"mfc": "white"}
+        axis.plot(x, contrast["mean"], "o", color=colour, ms=7, **face)
 
 
-# ------------------------------------------------------------------------------------------------- both
+# ------------------------------------------------------------------------------------------------- entry point
 
 
 def draw(view: results.View) -> dict[str, Figure]:
-    """The figure of a sweep; its finding, and of robustness its verdict too, replace those of the summary."""
-    sweep, summary, runs = view.study.sweep, view.summary, view.runs
+    """Return the figure of a sweep. Replaces the finding of `view.summary`, and its verdict if it is robustness."""
+    sweep, summary = view.study.sweep, view.summary
     assert sweep
     if sweep.argument:
-        named = list(view.study.pairs[0])
-        along = doses(runs, named[1], sweep)
-        summary["finding"] = curve_finding(summary, along, sweep)
-        return {"sweep": curve(runs, along, named, sweep, summary["metrics"], view.caption)}
+        swept = swept_values(view.runs, view.reference, sweep)
+        summary["finding"] = curve_finding(summary, swept, sweep)
+        return {"sweep": curve(view, swept, sweep)}
     summary |= robustness(summary, sweep)
-    return {"sweep": rates_figure(runs, summary, sweep, view.caption)}
+    return {"sweep": rates_figure(view.runs, summary, sweep, view.caption)}
