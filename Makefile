@@ -12,6 +12,7 @@
 ##
 ## PAPERS SCALE=gpu|demo|paper SEEDS="0 1"|first DEVICE=auto DATA=data EXTRA="--flags for every train.py"
 ## RUNS=runs/SCALE RESULTS=RUNS/report PAIRS="resnet56-resnet20" TASKS="4x4 lis"
+## RESUME=elsewhere (unfinished runs go on with another GPU or torch version; recorded)
 ## GPUS="0 1"|"0 0 0 0" (with -j: each run takes a free slot) LAUNCH="srun ..." PYTHON=your-python
 ##
 ## Figures, tables and the page go to RUNS/report. Studies and arms (* primary) at this scale:
@@ -31,10 +32,10 @@ MAKEFLAGS += --no-builtin-rules
 # ---------------------------------------------------------------------------------------------------- variables
 
 # The variables that common.study.request reads, and all that a command line may set.
-REQUEST := PAPERS SCALE SEEDS DEVICE DATA EXTRA RUNS RESULTS PAIRS TASKS
+REQUEST := PAPERS SCALE SEEDS DEVICE DATA EXTRA RUNS RESULTS PAIRS TASKS RESUME
 KNOWN   := $(REQUEST) GPUS LAUNCH PYTHON PARTS MINUTES REPORT SHELL MAKEFLAGS
 $(foreach v,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $v))),$(if $(filter-out $(KNOWN),$v),$(error \
-	unknown variable $v: give one of $(wordlist 1,16,$(KNOWN))))))
+	unknown variable $v: give one of $(wordlist 1,17,$(KNOWN))))))
 
 # $(call given,NAME): the value that the user gave, empty for a default of this file.
 given    = $(if $(filter-out file undefined,$(firstword $(origin $1))),$($1))

@@ -32,7 +32,7 @@ from bsa.train import BSA, Splits, build_model, encode, load_splits, reconstruct
 from common import checkpoints, cli, devices, files
 from common.cli import fail
 from common.lock import run_lock
-from common.run import load_finished
+from common.run import load_finished, read_log
 
 N_QUERIES = 1000  # test rows whose nearest neighbours are compared
 KNN_K = 10
@@ -342,13 +342,8 @@ def print_neighbours(name: str, x: Tensor, z: Tensor, names: list[str]) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     arguments, provenance, saved = load_finished(args.folder, "bsa/train.py")
-    try:
-        log = files.read_lines(args.folder / "train.jsonl")
-        epochs = [line for line in log if line["epoch"]]
-        if not epochs and not saved["diverged"]:
-            raise files.DamagedFile("it is empty")
-    except (files.DamagedFile, KeyError) as error:
-        fail(f"{args.folder / 'train.jsonl'} is damaged ({error}): move {args.folder} away and train this run again")
+    log = read_log(args.folder, saved["epoch"])
+    epochs = log[1:]
     torch.set_num_threads(args.threads or arguments["threads"])
     device = devices.select_device(args.device or arguments["device"], arguments["scale"])
     started = time.perf_counter()

@@ -31,6 +31,7 @@ Our choices, not the paper's:
 
 import argparse
 import math
+import re
 import sys
 import time
 import zipfile
@@ -64,7 +65,23 @@ SCALES = {  #          demo         gpu      paper
     "lr":       (0.01,         0.01,    0.001),
 }  # fmt: skip
 FORMATS = (".npy", ".npz", ".safetensors")
+CACHE_NAMES = r"mesh-minilm\.npy|(train|val)-\d+-[0-9a-f]{12}\.npy"  # files that this project puts into --data
+SMALLEST, LARGEST = 1e-15, 1e15  # of the numbers of a matrix: their squares are float32
 EPOCHS = 20  # metrics are logged and the state is saved once per epoch
+
+
+def choose_data_set(data_set: str, data: Path) -> str:
+    """Return "file" if `data` is a matrix file. Exits with code 2 if `data` would be ignored."""
+    formats = ", ".join(FORMATS)
+    if not data.is_dir() and data.suffix.lower() in FORMATS:
+        return "file"
+    if data_set == "file" or data.is_file() or (data.suffix and not data.exists()):
+        fail(f"invalid --data {data}: give a matrix, a file ending in {formats}, or an existing folder")
+    for path in sorted(data.glob("*.*")):
+        if path.suffix.lower() in FORMATS and not re.fullmatch(CACHE_NAMES, path.name):
+            fail(f"--data {data} is a folder, but --data-set {data_set} does not read {path}: give the file itself, or "
+                 "another folder")  # fmt: skip
+    return data_set
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -98,12 +115,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         "largest features on; topk-values: their values (a TopK autoencoder)")  # fmt: skip
     args = cli.parse(parser, SCALES, argv)
 
-    args.lr *= args.lr_factor
-    del args.lr_factor
-    if args.data.suffix in FORMATS:
-        args.data_set = "file"
-    elif args.data_set == "file":
-        fail(f"invalid --data {args.data}: --data-set file needs a matrix, a file ending in {', '.join(FORMATS)}")
+    cli.apply_lr_factor(args)
+    args.data_set = choose_data_set(args.data_set, args.data)
     if args.active >= args.latent:
         fail(f"--active {args.active} must be less than --latent {args.latent}: otherwise all features are on")
     factor, matched, rest = args.alpha.partition("matched")
@@ -278,11 +291,11 @@ def read_matrix(path: Path) -> np.ndarray:
     Exits with code 2 if the file is missing or damaged, or has no matrix or several.
     """
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             arrays = checkpoints.read_safetensors(path)
         else:
             loaded = np.load(path, allow_pickle=False)
-            arrays = dict(loaded) if path.suffix == ".npz" else {"": loaded}
+            arrays = dict(loaded) if path.suffix.lower() == ".npz" else {"": loaded}
     except FileNotFoundError:
         fail(f"--data {path}: no such file")
     except (OSError, EOFError, ValueError, files.DamagedFile, zipfile.BadZipFile) as error:
@@ -290,19 +303,22 @@ def read_matrix(path: Path) -> np.ndarray:
     matrices = [array for array in arrays.values() if array.ndim == 2 and array.dtype.kind in "fiu"]
     if len(matrices) != 1:
         fail(f"--data {path} has {len(matrices)} numeric matrices: give a file with one, one row per concept")
+    if (np.isfinite(matrices[0]) & (np.abs(matrices[0]) > LARGEST)).any():
+        fail(f"--data {path} has numbers above {LARGEST:g}, whose squares overflow in float32: rescale the matrix")
     return matrices[0].astype(np.float32)
 
 
 def load_splits(data_set: str, data: Path, device: torch.device) -> Splits:
     """Return a data set without duplicate rows, split 8 : 1 : 1 by the data seed.
 
-    Exits with code 2 if rows are not finite or have norm 0; the message gives their indices, counted from 0.
+    Exits with code 2 if rows are not finite or (nearly) zero; the message gives their indices, counted from 0.
     """
     path = data if data_set == "file" else data / "mesh-minilm.npy"
     if data_set == "mesh" and not path.exists():
         fail(f"{path} not found: create it with `python -m bsa.concepts --data {data}`")
     matrix = planted_concepts().rows if data_set == "planted" else read_matrix(path)
-    checks = {"are not finite": ~np.isfinite(matrix).all(1), "have norm 0": ~matrix.any(1)}
+    too_small = (np.abs(matrix) < SMALLEST).all(1)
+    checks = {"are not finite": ~np.isfinite(matrix).all(1), f"have no number above {SMALLEST:g}": too_small}
     for problem, bad in checks.items():
         if bad.any():
             listed = ", ".join(map(str, np.flatnonzero(bad)[:5]))
@@ -419,6 +435,7 @@ def main(argv: list[str] | None = None) -> None:
         run.write_config(
             f"{args.data_set}, code of {args.latent} features",
             devices.environment(device) | {"data": data.digest, "steps": args.steps},
+            args.resume_elsewhere,
         )
         model = build_model(args, data.train.shape[1], device)
         model.mean.copy_(data.train.mean(0))

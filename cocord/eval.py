@@ -23,7 +23,7 @@ from cocord.train import accuracy, build_model, load_data, student_weights
 from common import checkpoints, cli, devices, files
 from common.cli import fail
 from common.lock import run_lock
-from common.run import load_finished
+from common.run import load_finished, read_log
 
 METRICS_IF_FINITE = (  # null in metrics.json of a diverged run
     "accuracy",
@@ -76,10 +76,7 @@ def training_metrics(log: list[dict[str, Any]], arguments: dict[str, Any]) -> di
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     arguments, provenance, saved = load_finished(args.folder, "cocord/train.py")
-    try:
-        from_log = training_metrics(files.read_lines(args.folder / "train.jsonl"), arguments)
-    except (files.DamagedFile, IndexError, KeyError) as error:
-        fail(f"{args.folder / 'train.jsonl'} is damaged ({error}): move {args.folder} away and train this run again")
+    from_log = training_metrics(read_log(args.folder, saved["epoch"]), arguments)
     torch.set_num_threads(args.threads or arguments["threads"])
     device = devices.select_device(args.device or arguments["device"], arguments["scale"])
     start_time = time.perf_counter()

@@ -7,7 +7,6 @@ pixels. S may also be a larger multiple of 4.
 """
 
 import itertools
-import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,11 +17,11 @@ from torch import Tensor, nn
 
 from common import checkpoints
 from common.cli import fail
-from common.files import DamagedFile
+from common.weights import read_weights, recorded_accuracy
 
 Output = tuple[Tensor, Tensor]  # feature (B, width), logits (B, classes)
-PREFIXES = ("module.student.", "module.")  # of parameter names that were saved from a wrapping module
-STATE_DICT_KEYS = ("model", "s_model_dict", "state_dict")  # keys of the state dict in published checkpoints
+PREFIXES = ("student.",)  # of parameter names that were saved from a wrapping module
+STATE_DICT_KEYS = ("s_model_dict",)  # keys of the state dict in published checkpoints
 
 
 def global_avg_pool(x: Tensor) -> Tensor:
@@ -507,48 +506,22 @@ def weights_to_bfloat16(network: nn.Module) -> None:
 # ------------------------------------------------------------------------------------------------- published weights
 
 
-def read_weights(path: Path) -> tuple[dict[str, Tensor], float | None]:
-    """Read the weights of a run of teacher.py (a folder) or of a published checkpoint (a file).
+def load(name: str, classes: int, path: Path) -> tuple[nn.Module, float | None]:
+    """Return the network `name` with the weights from `path`, and the accuracy recorded there in percent or None.
 
-    Returns (state dict on the CPU, accuracy recorded in the file or None). The state dict may be bare or under one of
-    STATE_DICT_KEYS; one of PREFIXES is removed from its names. Nothing from the file is executed.
-    Exits with code 2 if the file is absent or unreadable, has no weights, or comes from a diverged run.
+    `path` is a run of teacher.py (a folder) or a published checkpoint (a file). Exits with code 2 if it is absent or
+    unreadable, comes from a diverged run, or does not fit the network.
     """
     path = path / "model.pt" if path.is_dir() else path
-    try:
-        if path.exists() and not zipfile.is_zipfile(path):  # the format before torch 1.6, which has no checksums
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        else:
-            checkpoint = checkpoints.load(path)
-    except FileNotFoundError:
+    if not path.exists():
         fail(
             f"teacher weights {path} do not exist: train them with make cocord-teachers (into runs/SCALE/cocord/) or "
             "cocord/teacher.py --network NAME, or give --weights PATH"
         )
-    except Exception as error:  # torch raises many exception types for a truncated or hostile file
-        reason = error if isinstance(error, DamagedFile) else f"{path} cannot be read ({type(error).__name__})"
-        fail(f"{reason}; only tensors and numbers are loaded, so RepDistiller's *_last.pth files are refused")
-    if not isinstance(checkpoint, dict):
-        checkpoint = {}
-    if checkpoint.get("diverged"):
-        fail(f"{path}: the training of this teacher diverged; train it again with a smaller --lr")
-    accuracy = checkpoint.get("accuracy")
-    nested = [checkpoint[key] for key in STATE_DICT_KEYS if isinstance(checkpoint.get(key), dict)]
-    state = nested[0] if nested else checkpoint
-    if not any(isinstance(value, Tensor) for value in state.values()):
-        fail(f"{path} contains no weights, neither at its top level nor under {', '.join(STATE_DICT_KEYS)}")
-    for prefix in PREFIXES:
-        if all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return state, None if accuracy is None else float(accuracy)
-
-
-def load(name: str, classes: int, path: Path) -> tuple[nn.Module, float | None]:
-    """Return the network `name` with the weights from `path`, and the accuracy recorded there or None.
-
-    Exits with code 2 if the weights do not fit the network.
-    """
-    state, accuracy = read_weights(path)
+    weights = read_weights(path, "--weights", f"the weights of a {name}", STATE_DICT_KEYS, PREFIXES)
+    if weights.other.get("diverged"):
+        fail(f"--weights {path}: the training of this teacher diverged; train it again with a smaller --lr")
+    state, accuracy = weights.tensors, recorded_accuracy(weights, "--weights", path)
     network = build(name, classes)
     initial = network.state_dict()
     for key, value in initial.items():

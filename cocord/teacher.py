@@ -28,7 +28,7 @@ from cocord import net
 from cocord.train import accuracy, batches, build_optimizer, load_data, lr_multiplier, optimisation_flags
 from common import cli, devices, files, images, seeding
 from common.lock import run_lock
-from common.run import Run
+from common.run import Run, read_log
 
 SCALES = {  #    demo        gpu         paper
     "data_set": ("glyphs36", "cifar100", "cifar100"),
@@ -92,7 +92,7 @@ def train(
         }
         run.end_epoch(epoch + 1, final_epoch, epoch_metrics)
     final_accuracy = accuracy(network, data)
-    log = files.read_lines(run.folder / "train.jsonl")[1:]
+    log = read_log(run.folder, final_epoch)[1:]
     metrics = {
         "accuracy": final_accuracy,
         "accuracy_best_epoch": max(line["test_accuracy"] for line in log),
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
         data = load_data(args.data_set, args.data, args.held_out, device)
         steps = args.epochs * math.ceil(data.examples / args.batch)
         provenance = devices.environment(device) | {"data": data.digest, "steps": steps}
-        run.write_config(f"{args.data_set}, {args.network}", provenance)
+        run.write_config(f"{args.data_set}, {args.network}", provenance, args.resume_elsewhere)
         if args.rehearse:
             data = data.subset(args.rehearse * args.batch)
         with seeding.forked(args.seed, "teacher"):

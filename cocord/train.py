@@ -147,8 +147,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     if args.lr is None:
         args.lr = net.default_lr(args.student)
-    args.lr *= args.lr_factor
-    del args.lr_factor
+    cli.apply_lr_factor(args)
     if args.teacher == "none":
         if args.lambda_contrast or args.lambda_kd:
             fail("--teacher none allows no contrastive or distillation loss: give --lambda-contrast 0 --lambda-kd 0")
@@ -422,27 +421,28 @@ class Teacher(NamedTuple):
     accuracy: float | None = None
 
 
-def load_teacher(name: str, path: Path, data: images.Images, precision: str, rehearse: bool) -> Teacher:
+def load_teacher(args: argparse.Namespace, data: images.Images) -> Teacher:
     """Load the frozen teacher and measure its test accuracy.
 
-    Exits with code 2 if the accuracy is below half of the expected one, unless `rehearse`. The expected accuracy is
-    the one in the checkpoint, or RepDistiller's for CIFAR-100.
+    Exits with code 2 if the accuracy is below half of the expected one, unless --rehearse is given. The expected
+    accuracy is the one in the checkpoint, or RepDistiller's for CIFAR-100.
     """
+    name, path = args.teacher, args.weights
     network, expected = net.load(name, data.classes, path)
-    if expected is None and data.classes == 100:
+    if expected is None and args.data_set == "cifar100":
         expected = net.EXPECTED_ACCURACY.get(name)
     digest = checkpoints.sha256(*network.state_dict().values())
     network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last).to(data.device)
     measured = accuracy(network, data)
     comparison = "" if expected is None else f", expected {expected:.2f} %"
     print(f"teacher {name} from {path}: test accuracy {measured:.2f} %{comparison}", flush=True)
-    if expected is not None and measured < expected / 2 and not rehearse:
+    if expected is not None and measured < expected / 2 and not args.rehearse:
         fail(
             f"--weights {path}: {name} has a test accuracy of {measured:.2f} %, expected {expected:.2f} %: "
             "give weights that were trained on the data set of --data-set"
         )
     network = net.fold_batch_norms(network)
-    if devices.uses_bfloat16(precision, data.device):
+    if devices.uses_bfloat16(args.precision, data.device):
         net.weights_to_bfloat16(network)
     return Teacher(network, digest, measured)
 
@@ -589,9 +589,9 @@ def main(argv: list[str] | None = None) -> None:
             data = data.subset(args.rehearse * args.batch)
         teacher = Teacher()
         if args.teacher != "none":
-            teacher = load_teacher(args.teacher, args.weights, data, args.precision, bool(args.rehearse))
+            teacher = load_teacher(args, data)
         provenance |= {"teacher_weights": teacher.digest}
-        run.write_config(f"{args.data_set}, {args.teacher} -> {args.student}", provenance)
+        run.write_config(f"{args.data_set}, {args.teacher} -> {args.student}", provenance, args.resume_elsewhere)
         model = build_model(args, data.classes, device)
         optimizer = build_optimizer(args, [model.student, model.head, model.predictor])
         train(args, run, model, data, optimizer, teacher)

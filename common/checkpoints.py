@@ -33,7 +33,7 @@ def save(path: Path, value: Any) -> None:
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> Any:
-    """Load a file written by `save`, with weights_only=True and after verifying the checksums.
+    """Load a file written by `save`: tensors and plain values only, after verifying the checksums.
 
     Raises FileNotFoundError, or DamagedFile if the file is truncated, altered or holds other types of objects.
     """

@@ -12,7 +12,8 @@ EXIT_DISK = 4  # the disk is full or failed; finished files stay valid
 EXIT_INTERRUPTED = 75  # SIGTERM or SIGINT; the same command resumes the run
 
 RUNS_ON_THIS_GPU = "RUNS_ON_THIS_GPU"  # environment variable set by common.study.slots: runs that share this GPU
-NON_METHOD_FLAGS = frozenset({"out", "replace", "data", "device", "workers", "weights"})  # paths and hardware only
+# Flags for paths and hardware: they do not define a run.
+NON_METHOD_FLAGS = frozenset({"out", "replace", "data", "device", "workers", "weights", "resume_elsewhere"})
 SCALES = ("demo", "gpu", "paper")
 Defaults = Mapping[str, tuple[Any, Any, Any]]  # flag -> its default at demo, gpu and paper scale
 
@@ -55,6 +56,8 @@ def run_flags(parser: Parser) -> argparse._ArgumentGroup:
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     run.add_argument("--threads", type=int_min(1), default=1, help="CPU threads; another number rounds differently")
     run.add_argument("--replace", action="store_true", help="move an old run with other flags aside")
+    run.add_argument("--resume-elsewhere", action="store_true", help="resume on another device, torch version, number "
+                     "of threads or processes; recorded in args.json, and not bit-identical")  # fmt: skip
     run.add_argument("--rehearse", type=int_min(1), help="smoke test: two epochs of N steps on a subset", metavar="N")
     data = parser.add_argument_group("data")
     data.add_argument("--data", type=Path, default=Path("data"), help="folder of data sets and caches")
@@ -66,6 +69,14 @@ def parse(parser: Parser, defaults: Defaults, argv: Sequence[str] | None) -> arg
     column = SCALES.index(parser.parse_known_args(argv)[0].scale)
     parser.set_defaults(**{name: row[column] for name, row in defaults.items()})
     return parser.parse_args(argv)
+
+
+def apply_lr_factor(args: argparse.Namespace) -> None:
+    """Multiply --lr by --lr-factor, which is then removed. Exits with code 2 if the product is infinite."""
+    args.lr *= args.lr_factor
+    if args.lr == float("inf"):
+        fail(f"invalid --lr-factor {args.lr_factor:g}: --lr times --lr-factor is too large")
+    del args.lr_factor
 
 
 def int_min(minimum: int):

@@ -171,6 +171,9 @@ def report_oom(device: torch.device, setting: str, remedy: str) -> Iterator[None
         fail(f"out of memory on {device} with {setting}: peak {peak:.1f} GiB{shared}. {remedy}")
 
 
+ENVIRONMENT = ("torch", "device", "threads", "world")  # a resumed run is bit-identical only if these are equal
+
+
 def environment(device: torch.device) -> dict[str, object]:
     """Return the environment that must match when a run resumes: torch, device, threads, world size."""
     return {

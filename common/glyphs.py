@@ -5,12 +5,16 @@ are random. kNN on raw pixels or on an untrained network is poor because colours
 is nearly perfect. The presets set the difficulty. Nothing is downloaded or cached here.
 """
 
+import functools
+import hashlib
+import importlib.util
 import math
 import string
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import PIL
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
@@ -78,17 +82,37 @@ def generate(name: str, count: int, split: str) -> tuple[Tensor, Tensor]:
     return images, labels
 
 
+@functools.cache
+def fingerprint() -> str:
+    """Return the sha256 of all that the images depend on: this file, the fonts, and the versions of the libraries."""
+    sha256 = hashlib.sha256(Path(__file__).read_bytes())
+    sha256.update(f"Pillow {PIL.__version__}, torch {torch.__version__}, numpy {np.__version__}".encode())
+    for name in FONTS:
+        sha256.update((font_folder() / f"{name}.ttf").read_bytes())
+    return sha256.hexdigest()
+
+
+def font_folder() -> Path:
+    """Return the folder of matplotlib's fonts, found without importing matplotlib, which takes a second."""
+    specification = importlib.util.find_spec("matplotlib")
+    if specification is None or specification.origin is None:
+        raise OSError("matplotlib, whose fonts the glyphs are drawn with, is not installed")
+    folder = Path(specification.origin).parent / "mpl-data" / "fonts" / "ttf"
+    if not folder.is_dir():  # a distribution's package keeps them elsewhere
+        import matplotlib
+
+        folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
+    return folder
+
+
 def render_masks(characters: str) -> Tensor:
     """Render the characters in every font: masks (fonts, characters, 48, 48) uint8, each character centred.
 
     Raises OSError if a font file of matplotlib is missing.
     """
-    import matplotlib  # imported here because runs that find cached glyphs do not need it
-
-    folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
     masks = torch.zeros(len(FONTS), len(characters), MASK_SIZE, MASK_SIZE, dtype=torch.uint8)
     for row, name in enumerate(FONTS):
-        font = ImageFont.truetype(str(folder / f"{name}.ttf"), FONT_SIZE, layout_engine=ImageFont.Layout.BASIC)
+        font = ImageFont.truetype(str(font_folder() / f"{name}.ttf"), FONT_SIZE, layout_engine=ImageFont.Layout.BASIC)
         for column, character in enumerate(characters):
             canvas = Image.new("L", (2 * MASK_SIZE, 2 * MASK_SIZE))
             ImageDraw.Draw(canvas).text((MASK_SIZE / 2, MASK_SIZE / 2), character, fill=255, font=font)

@@ -5,7 +5,9 @@ import fcntl
 import hashlib
 import os
 import signal
-from collections.abc import Callable, Iterator
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,21 +21,60 @@ from tqdm import tqdm
 from common import seeding
 from common.cli import EXIT_DISK, EXIT_USER, fail
 from common.files import PERMANENT_ERRORS
+from common.pictures import UnreadableImage, open_rgb
 
 if TYPE_CHECKING:  # imported inside the functions: it takes 2 s, and the demo starts a hundred processes
     from torchvision import datasets
 
 BLOCK = 256  # images per batch in decoding and evaluation
+SAMPLED = 500  # images per split whose bytes count in the digest of a streamed folder
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}  # as torchvision reads
 
 
 def open_folder(root: Path) -> "datasets.ImageFolder":
-    """Open torchvision's ImageFolder. Exits with code 2 if `root` has no class folders with images."""
+    """Open torchvision's ImageFolder with `open_rgb` as its loader, without hidden files and folders.
+
+    Prints one line about files that are left out. Exits with code 2 if `root` has no class folders with images, or a
+    class folder without one.
+    """
     from torchvision import datasets
 
     try:
-        return datasets.ImageFolder(str(root))
-    except (FileNotFoundError, OSError) as error:
+        folder = datasets.ImageFolder(str(root), loader=open_rgb, allow_empty=True)
+    except OSError as error:
         fail(f"invalid --data: {root} has no class folders with images ({error})")
+    classes = [name for name in folder.classes if not name.startswith(".")]
+    samples = []
+    for path, label in folder.samples:
+        if folder.classes[label] in classes and not Path(path).name.startswith("."):
+            samples.append((path, classes.index(folder.classes[label])))
+    if not classes:
+        fail(f"invalid --data: {root} has no class folders with images")
+    if empty := set(range(len(classes))) - {label for _, label in samples}:
+        fail(f"invalid --data: {root / classes[min(empty)]} has no image that can be read (suffixes: "
+             f"{', '.join(datasets.folder.IMG_EXTENSIONS)})")  # fmt: skip
+    folder.classes, folder.class_to_idx = classes, {name: label for label, name in enumerate(classes)}
+    folder.samples = folder.imgs = samples
+    folder.targets = [label for _, label in samples]
+    if left_out := describe_left_out(root, len(samples)):
+        print(f"warning: {root}: {left_out} left out", file=sys.stderr)
+    return folder
+
+
+def describe_left_out(root: Path, used: int) -> str:
+    """Return how many files, hidden and unreadable folders `root` has beside the `used` images; "" if none."""
+    unreadable: list[OSError] = []
+    suffixes: Counter[str] = Counter()
+    for _, _, names in os.walk(root, onerror=unreadable.append, followlinks=True):
+        suffixes.update("hidden" if name.startswith(".") else Path(name).suffix.lower() for name in names)
+    count = suffixes.total() - used
+    parts = []
+    if count:
+        common = [suffix or "no suffix" for suffix, _ in suffixes.most_common() if suffix not in IMAGE_SUFFIXES]
+        parts.append(f"{count} files ({', '.join(common[:4])})")
+    if unreadable:
+        parts.append(f"{len(unreadable)} folders that cannot be read ({unreadable[0].filename})")
+    return " and ".join(parts)
 
 
 def open_splits(data: Path) -> "tuple[datasets.ImageFolder, datasets.ImageFolder]":
@@ -44,17 +85,48 @@ def open_splits(data: Path) -> "tuple[datasets.ImageFolder, datasets.ImageFolder
     return train, test
 
 
-def digest(data: Path) -> str:
-    """Return the sha256 of the names and sizes of all images: a cheap fingerprint of a large folder."""
+def looks_like_images(data: Path) -> bool:
+    """Return whether `data` holds an image folder: train/ or val/, or images in it or in one of its folders."""
+    if (data / "train").is_dir() or (data / "val").is_dir():
+        return True
+    for folder in (data, *(path for path in data.glob("*") if path.is_dir())):
+        if any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.glob("*.*")):
+            return True
+    return False
+
+
+def file_status(path: str) -> os.stat_result:
+    """Return os.stat of an image. Exits with code 2 if that fails, for example for a dangling link."""
+    try:
+        return os.stat(path)
+    except OSError as error:
+        fail(f"--data: {path} cannot be read ({error.strerror}): restore or remove it")
+
+
+def content_digest(data: Path, splits: "Sequence[datasets.ImageFolder]") -> str:
+    """Return a sha256 of the names and sizes of all images and of the bytes of up to SAMPLED images of each split.
+
+    It does not change when the folder is copied. A change of a few images of equal size can stay unnoticed.
+    """
     sha256 = hashlib.sha256()
-    for split in open_splits(data):
-        for path, _ in split.samples:
-            sha256.update(f"{Path(path).relative_to(data)} {os.path.getsize(path)}\n".encode())
+    for folder in splits:
+        step = max(1, len(folder.samples) // SAMPLED)
+        for index, (path, _) in enumerate(folder.samples):
+            entry = f"{Path(path).relative_to(data)} {file_status(path).st_size}\n"
+            sha256.update(entry.encode("utf-8", "surrogateescape"))
+            if index % step == 0:
+                sha256.update(Path(path).read_bytes())
     return sha256.hexdigest()
 
 
-class DecodeError(Exception):
-    """An image file that cannot be decoded; the message names it."""
+def cache_key(folder: "datasets.ImageFolder") -> str:
+    """Return a sha256 of name, size, and times of last change of all images. Replacing any image changes it."""
+    sha256 = hashlib.sha256()
+    for path, _ in folder.samples:
+        status = file_status(path)
+        entry = f"{Path(path).relative_to(folder.root)} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}\n"
+        sha256.update(entry.encode("utf-8", "surrogateescape"))
+    return sha256.hexdigest()
 
 
 class TransformedImages(Dataset):
@@ -64,7 +136,7 @@ class TransformedImages(Dataset):
         self.folder, self.transform = folder, transform
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, label = read_image(self.folder, index)
+        image, label = self.folder[index]
         return self.transform(image), label
 
 
@@ -78,20 +150,12 @@ class RandomViews(Dataset):
         self.folder, self.transform, self.views, self.seed, self.epoch = folder, transform, views, seed, epoch
 
     def __getitem__(self, index: int) -> list[Tensor]:
-        image, _ = read_image(self.folder, index)
+        image, _ = self.folder[index]
         views = []
         for view in range(self.views):
             with seeding.forked(self.seed, f"view {view} of epoch {self.epoch} of image {index}"):
                 views.append(self.transform(image))
         return views
-
-
-def read_image(folder: "datasets.ImageFolder", index: int):
-    """Return (PIL image, label). Raises DecodeError."""
-    try:
-        return folder[index]
-    except (OSError, SyntaxError) as error:
-        raise DecodeError(f"{folder.samples[index][0]} cannot be decoded ({error})") from None
 
 
 def load_batches(dataset: Dataset, batches: list[list[int]], workers: int, device: torch.device) -> Iterator:
@@ -109,8 +173,8 @@ def load_batches(dataset: Dataset, batches: list[list[int]], workers: int, devic
     )
     try:
         yield from loader
-    except DecodeError as error:  # from a worker, the message comes after its traceback
-        fail(f"{str(error).strip().splitlines()[-1].split('DecodeError: ')[-1]}: restore or remove that file")
+    except UnreadableImage as error:  # from a worker, the message comes after its traceback
+        fail(f"{str(error).strip().splitlines()[-1].split('UnreadableImage: ')[-1]}; or remove that file")
 
 
 def ignore_sigint(worker: int) -> None:
@@ -124,7 +188,9 @@ class StreamedImages:
     def __init__(self, data: Path, size: int, workers: int, device: torch.device):
         self.train, self.test = open_splits(data)
         self.size, self.workers, self.device = size, workers, device
-        self.examples, self.classes, self.digest = len(self.train), len(self.train.classes), digest(data)
+        self.examples, self.classes = len(self.train), len(self.train.classes)
+        self.digest = content_digest(data, (self.train, self.test))
+        check_contrast(self.train)
         self.mean = torch.tensor([0.485, 0.456, 0.406], device=device).view(3, 1, 1)  # ImageNet's statistics
         self.std = torch.tensor([0.229, 0.224, 0.225], device=device).view(3, 1, 1)
 
@@ -168,16 +234,29 @@ class StreamedImages:
             yield self.normalise(x.to(self.device, non_blocking=True)), y.to(self.device, non_blocking=True)
 
 
-def load_cached(root: Path, size: int, cache: Path, workers: int, fingerprint: str) -> tuple[Tensor, Tensor]:
-    """Return all images of `root` as one uint8 tensor (N, 3, size, size) on the CPU, and labels (N,) int64.
+def check_contrast(folder: "datasets.ImageFolder") -> None:
+    """Decode a few images. Exits with code 2 if one cannot be decoded or all have one and the same colour."""
+    colours: set[int] = set()
+    for index in range(0, len(folder), max(1, len(folder) // 20)):
+        try:
+            colours |= set(np.unique(np.asarray(folder[index][0])).tolist())
+        except UnreadableImage as error:
+            fail(f"{error}; or remove that file")
+    if len(colours) == 1:
+        fail(f"invalid --data: the images of {folder.root} have one and the same colour")
+
+
+def load_cached(
+    folder: "datasets.ImageFolder", name: str, size: int, cache: Path, workers: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Return all images as one uint8 tensor (N, 3, size, size) on the CPU, and labels (N,) int64.
 
     The shorter side is resized to `size`, then the centre is cropped. Images are decoded once into a file in `cache`,
-    named after `fingerprint`. A file lock makes other processes wait, and interrupted decoding resumes. Exits with
-    code 2 if `cache` is not writable or the file is damaged, with code 4 if the disk is full.
+    named after `name` and `cache_key`. A file lock makes other processes wait, and interrupted decoding resumes. Exits
+    with code 2 if `cache` is not writable or the file is damaged, with code 4 if the disk is full.
     """
-    folder = open_folder(root)
     shape = (len(folder), 3, size, size)
-    path = cache / f"{root.name}-{size}-{fingerprint[:12]}.npy"
+    path = cache / f"{name}-{size}-{cache_key(folder)[:12]}.npy"
     partial = path.with_suffix(".part")
     if not path.exists():
         try:
@@ -192,7 +271,9 @@ def load_cached(root: Path, size: int, cache: Path, workers: int, fingerprint: s
                  "it writable", code)  # fmt: skip
     try:
         pixels = np.load(path)
-    except ValueError as error:
+        if pixels.shape != shape or pixels.dtype != np.uint8:
+            raise ValueError(f"{pixels.dtype} of shape {pixels.shape}")
+    except (ValueError, EOFError) as error:
         fail(f"{path} is damaged ({error}): remove it, and the images are decoded again")
     return torch.from_numpy(pixels), torch.tensor(folder.targets)
 

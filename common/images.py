@@ -1,5 +1,6 @@
 """Image data sets as uint8 tensors that stay on the device, and fixed splits and subsets of them."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ class Images(NamedTuple):
     classes: int
     mean: Tensor  # (3, 1, 1), of the training images scaled to [0, 1]
     std: Tensor  # (3, 1, 1)
-    digest: str  # sha256 of the images and labels; for an image folder, of file names and sizes
+    digest: str  # sha256 of the images and labels
 
     @property
     def examples(self) -> int:
@@ -73,37 +74,58 @@ def load(name: str, data: Path, size: int, device: torch.device, workers: int = 
 
     `size` (pixels) applies to image folders only. They are decoded once into a cache file.
     """
+    check_data_folder(name, data)
     if name == "folder":
-        digest = image_folder.digest(data)
-        splits = [image_folder.load_cached(data / split, size, data, workers, digest) for split in ("train", "val")]
-        classes = int(splits[0][1].max()) + 1
+        folders = image_folder.open_splits(data)
+        splits = [
+            image_folder.load_cached(folder, split, size, data, workers)
+            for folder, split in zip(folders, ("train", "val"), strict=True)
+        ]
+        classes = len(folders[0].classes)
     elif name in glyphs.PRESETS:
         splits = [cached_glyphs(name, split, data) for split in GLYPH_COUNTS]
-        digest = checkpoints.sha256(*splits[0], *splits[1])
         classes = glyphs.classes(name)
     else:
         splits = [cifar(name, data, train) for train in (True, False)]
-        digest = checkpoints.sha256(*splits[0], *splits[1])
         classes = int(name.removeprefix("cifar"))
     (train, train_labels), (test, test_labels) = splits
+    digest = checkpoints.sha256(*splits[0], *splits[1])
     train, test = train.to(device), test.to(device)
     mean, std = channel_statistics(train)
+    constant = std.flatten() == 0
+    if constant.all():
+        fail(f"invalid --data {data}: all training images have one and the same colour")
+    if constant.any():
+        channels = ", ".join(channel for channel, same in zip(("red", "green", "blue"), constant, strict=True) if same)
+        print(f"warning: --data {data}: constant in {channels}: not divided by its standard deviation", file=sys.stderr)
+        std = torch.where(std == 0, 1.0, std)
     return Images(train, train_labels.to(device), test, test_labels.to(device), classes, mean, std, digest)
 
 
 def load_or_stream(name: str, data: Path, size: int, device: torch.device, workers: int) -> Data:
     """Like `load`, but image folders above MAX_RESIDENT_SIZE are streamed by DataLoader workers."""
+    check_data_folder(name, data)
     if name == "folder" and size > MAX_RESIDENT_SIZE:
         return image_folder.StreamedImages(data, size, workers, device)
     return load(name, data, size, device, workers)
 
 
+def check_data_folder(name: str, data: Path) -> None:
+    """Exit with code 2 if `data` is a file, or holds images that the data set `name` would not use."""
+    if data.exists() and not data.is_dir():
+        fail(f"invalid --data {data}: it is a file; give a folder")
+    if name != "folder" and image_folder.looks_like_images(data):
+        fail(f"--data {data} holds images, but --data-set {name} does not read them: add --data-set folder, or give "
+             "another --data for downloads and caches")  # fmt: skip
+
+
 def cached_glyphs(name: str, split: str, data: Path) -> tuple[Tensor, Tensor]:
     """Load glyphs from the cache file in `data`, or generate and cache them.
 
-    A missing, damaged or unwritable cache is no error: the glyphs are generated again.
+    The file's name has the fingerprint of the code and fonts that drew them. A missing, damaged or unwritable cache is
+    not an error: the glyphs are generated again.
     """
-    path = data / f"{name}-{split}-{GLYPH_COUNTS[split]}.pt"
+    path = data / f"{name}-{split}-{GLYPH_COUNTS[split]}-{glyphs.fingerprint()[:12]}.pt"
     try:
         cached = checkpoints.load(path)
         return cached["images"], cached["labels"]
@@ -138,14 +160,19 @@ def cifar(name: str, data: Path, train: bool) -> tuple[Tensor, Tensor]:
 
 
 def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of each channel of uint8 images scaled to [0, 1], (3, 1, 1) each."""
+    """Return mean and standard deviation of each channel of uint8 images scaled to [0, 1], (3, 1, 1) each.
+
+    A constant channel has a standard deviation of exactly 0.
+    """
     count = images.numel() // 3
     sums = torch.zeros(2, 3, dtype=torch.float64, device=images.device)
     for block in images.split(4096):
         scaled = block.double() / 255
         sums += torch.stack([scaled.sum((0, 2, 3)), scaled.square().sum((0, 2, 3))])
     mean, mean_square = sums / count
-    return mean.float().view(3, 1, 1), (mean_square - mean**2).sqrt().float().view(3, 1, 1)
+    std = (mean_square - mean**2).clamp_min(0).sqrt()
+    constant = images.amin((0, 2, 3)) == images.amax((0, 2, 3))  # rounding leaves such a channel a tiny variance
+    return mean.float().view(3, 1, 1), std.masked_fill(constant, 0).float().view(3, 1, 1)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -154,6 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("names", nargs="+", choices=CIFAR)
     parser.add_argument("--data", type=Path, default=Path("data"))
     args = parser.parse_args(argv)
+    check_data_folder(args.names[0], args.data)
     for name in args.names:
         try:
             torchvision_class(name)(str(args.data), download=True)

@@ -30,6 +30,8 @@ from tqdm import tqdm
 from common import checkpoints, devices, files
 from common.cli import NON_METHOD_FLAGS, RUNS_ON_THIS_GPU, fail
 
+FILE_FLAGS = ("data", "data_file", "init_from")  # flags that may name a file whose content defines the run
+
 
 class Run:
     """A run folder. The caller holds its lock (`run_lock`). Only rank 0 writes.
@@ -42,7 +44,9 @@ class Run:
         self.folder, self.rank, self.source = Path(out), rank, Path(source)
         self.name = "/".join(self.folder.parts[-2:])
         self.arguments = json.loads(json.dumps(dict(arguments), default=str))
-        self.method_arguments = method_arguments(self.arguments)
+        self.digests = digests_of_files(self.arguments)
+        self.method_arguments = method_arguments(self.arguments, self.digests)
+        self.log: list[str] = []  # the lines of train.jsonl
         if rank == 0:
             self._check_existing(replace)
         devices.barrier()
@@ -71,32 +75,48 @@ class Run:
         """Return `--flag old -> new` for each flag in which the run in this folder differs."""
         if not (self.folder / "args.json").exists():
             return []
-        old = method_arguments(read_arguments(self.folder)[0])
+        arguments, provenance = read_arguments(self.folder)
+        old = method_arguments(arguments, provenance.get("files", {}))
         return [
             f"--{name.replace('_', '-')} {old.get(name)} -> {self.method_arguments.get(name)}"
             for name in sorted({*old, *self.method_arguments})
             if old.get(name) != self.method_arguments.get(name)
         ]
 
-    def write_config(self, setting: str, environment: Mapping[str, Any]) -> None:
+    def write_config(self, setting: str, environment: Mapping[str, Any], resume_elsewhere: bool = False) -> None:
         """Write args.json. In a resumed run, check that data, device and world size are those of args.json.
 
-        Prints the first line of the run: its name, `setting` (data set and network) and device.
+        `environment` are the facts of `devices.environment`, digests of data and weights, and the number of steps.
+        With `resume_elsewhere` the former may differ; the change is added to args.json. Prints the first line of the
+        run: its name, `setting` (data set and network) and device.
         """
         if self.rank:
             return
         print(f"{self.name}: {setting}, {environment['device']}", flush=True)
         path, provenance = self.folder / "args.json", script_provenance(self.source)
         if not path.exists():
-            files.write_json(path, {"arguments": self.arguments, "provenance": {**environment, **provenance}})
+            recorded = {**environment, "files": self.digests, **provenance}
+            files.write_json(path, {"arguments": self.arguments, "provenance": recorded})
             return
-        old = read_arguments(self.folder)[1]
+        arguments, old = read_arguments(self.folder)
+        current = old | (old["resumed"][-1] if old.get("resumed") else {})
+        changes = {}
         for name, value in {**environment, "script": provenance["script"]}.items():
-            if old.get(name) != value:
+            if current.get(name) == value:
+                continue
+            if name not in devices.ENVIRONMENT:
                 fail(
-                    f"{self.folder} began with {name} {old.get(name)}, now it is {value}: resume with the old value, "
-                    "or choose another --out"
+                    f"{self.folder} began with {name} {current.get(name)}, now it is {value}: resume with the old "
+                    "value, or choose another --out"
                 )
+            changes[name] = value
+        if changes and not resume_elsewhere:
+            described = ", ".join(f"{name} {current.get(name)} -> {value}" for name, value in changes.items())
+            fail(f"{self.folder} began elsewhere ({described}): resume it there, choose another --out, or add "
+                 "--resume-elsewhere (make: RESUME=elsewhere)")  # fmt: skip
+        if changes:
+            old["resumed"] = [*old.get("resumed", []), {name: environment[name] for name in devices.ENVIRONMENT}]
+            files.write_json(path, {"arguments": arguments, "provenance": old})
         if old.get("source") != provenance["source"]:
             changed = f"{self.source.name} or an imported module has changed since {self.folder} began"
             print(f"warning: {changed}", file=sys.stderr)
@@ -107,12 +127,11 @@ class Run:
         Exits with code 2 if the run has begun but no state is usable: it never restarts from scratch silently.
         """
         state, damaged = self._newest_state(device)
-        log = self._read_log()
-        if state is None and (damaged or any(line["epoch"] > 0 for line in log)):
+        if state is None and (damaged or self._has_epochs()):
             fail(f"{self.folder} has begun, but it has no usable state: move the folder away to start again")
+        self.log = state["log"] if state else []
         if self.rank == 0:
-            kept = [line for line in log if state and line["epoch"] <= state["epoch"]]
-            files.write_text(self.folder / "train.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+            self._write_log()
             if state:
                 print(f"{self.name}: resuming after epoch {state['epoch']}", flush=True)
         return state
@@ -125,6 +144,8 @@ class Run:
                 state = checkpoints.load(path, device)
                 if not isinstance(state, dict) or state.get("arguments") != self.method_arguments:
                     raise files.DamagedFile(f"{path} belongs to another run")
+                if "log" not in state:
+                    raise files.DamagedFile(f"{path} was written by an older version of this code")
                 return state, damaged
             except FileNotFoundError:
                 continue
@@ -134,11 +155,15 @@ class Run:
                     print(f"warning: {error}", file=sys.stderr)
         return None, damaged
 
-    def _read_log(self) -> list[dict[str, Any]]:
+    def _write_log(self) -> None:
+        files.write_text(self.folder / "train.jsonl", "".join(line + "\n" for line in self.log))
+
+    def _has_epochs(self) -> bool:
+        """Return whether train.jsonl has a line that is not of epoch 0, damaged lines included."""
         try:
-            return files.read_lines(self.folder / "train.jsonl")
-        except files.DamagedFile as error:
-            fail(f"{error}: move the folder away to start again")
+            return any(line.get("epoch") != 0 for line in files.read_lines(self.folder / "train.jsonl"))
+        except files.DamagedFile:
+            return True
 
     def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int | None:
         """Load the last saved state into `model` and `optimizer`, which `end_epoch` will save.
@@ -151,7 +176,7 @@ class Run:
             return None
         checkpoints.load_weights(model, saved["model"], self.folder)
         optimizer.load_state_dict(saved["optimizer"])
-        standard = ("epoch", "arguments", "model", "optimizer")
+        standard = ("epoch", "arguments", "log", "model", "optimizer")
         self.extra = {name: value for name, value in saved.items() if name not in standard}
         return saved["epoch"]
 
@@ -184,14 +209,18 @@ class Run:
             self.log_epoch(epoch, final_epoch, metrics)
 
     def save(self, epoch: int, metrics: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-        """Append `metrics` to train.jsonl, then replace state.pt. The old state becomes state.previous.pt."""
+        """Append `metrics` to train.jsonl, then replace state.pt. The old state becomes state.previous.pt.
+
+        The state has all lines of the log, so a damaged train.jsonl is restored when the run resumes.
+        """
         if self.rank:
             return
-        files.append_line(self.folder / "train.jsonl", json.dumps({"epoch": epoch, **metrics}))
+        self.log.append(json.dumps({"epoch": epoch, **metrics}))
+        files.append_line(self.folder / "train.jsonl", self.log[-1])
         path = self.folder / "state.pt"
         if path.exists():
             os.replace(path, self.folder / "state.previous.pt")
-        checkpoints.save(path, {"epoch": epoch, "arguments": self.method_arguments, **state})
+        checkpoints.save(path, {"epoch": epoch, "arguments": self.method_arguments, "log": self.log, **state})
 
     def save_model(self, weights: Mapping[str, Any]) -> None:
         """Write model.pt, which marks the run as finished, and delete the states."""
@@ -210,6 +239,8 @@ class Run:
         last, _ = self._newest_state(device)
         if last is None:
             fail(f"{self.folder} diverged in epoch {epoch} and has no usable earlier state: move the folder away")
+        self.log = last["log"]
+        self._write_log()
         print(f"{self.name}: diverged in epoch {epoch}; kept the weights of epoch {last['epoch']}", flush=True)
         self.save_model({"model": last["model"], "epoch": last["epoch"], "diverged": True})
 
@@ -224,10 +255,28 @@ class Run:
             (self.folder / name).unlink(missing_ok=True)
 
 
-def method_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments that define a run: all but paths and hardware. A data file given by --data counts."""
-    ignored = NON_METHOD_FLAGS - {"data"} if arguments.get("data_set") == "file" else NON_METHOD_FLAGS
-    return {name: value for name, value in arguments.items() if name not in ignored}
+def digests_of_files(arguments: Mapping[str, Any]) -> dict[str, str]:
+    """Return the sha256 of the files that FILE_FLAGS name. Exits with code 2 where one is absent or unreadable."""
+    digests = {}
+    for name in FILE_FLAGS:
+        path = arguments.get(name)
+        if path is None or (name == "data" and not Path(path).is_file()):  # --data may be a folder
+            continue
+        try:
+            with open(path, "rb") as file:
+                digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            fail(f"--{name.replace('_', '-')} {path} cannot be read ({error.strerror})")
+    return digests
+
+
+def method_arguments(arguments: Mapping[str, Any], digests: Mapping[str, str]) -> dict[str, Any]:
+    """Return the arguments that define a run: all but paths and hardware. Files count by content, not by place."""
+    return {
+        name: digests.get(name, value)
+        for name, value in arguments.items()
+        if name in digests or name not in NON_METHOD_FLAGS
+    }
 
 
 def read_arguments(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -243,8 +292,23 @@ def read_arguments(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         fail(f"{path} is damaged ({error}): move the folder away and train this run again")
 
 
+def read_log(folder: Path, epoch: int) -> list[dict[str, Any]]:
+    """Return the lines of train.jsonl, epochs 0 to `epoch`. Exits with code 2 where one is missing or damaged."""
+    path = Path(folder) / "train.jsonl"
+    try:
+        lines = files.read_lines(path)
+        problem = "" if [line.get("epoch") for line in lines] == list(range(epoch + 1)) else "epochs are missing"
+    except (files.DamagedFile, OSError) as error:
+        problem = str(error)
+    if problem:
+        fail(f"{path} is damaged ({problem}): move {folder} away and train this run again")
+    return lines
+
+
 def load_finished(folder: Path, script: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Return (arguments, provenance, content of model.pt) of a finished run of `script` ("simsiam/train.py").
+
+    The provenance has numbers and strings only; `resumed` counts how often the run was resumed elsewhere.
 
     Exits with code 2 if the run is missing, unfinished, damaged or of another script, or if model.pt does not belong
     to args.json.
@@ -259,8 +323,12 @@ def load_finished(folder: Path, script: str) -> tuple[dict[str, Any], dict[str, 
         fail(f"{error}: move {folder} away and train this run again")
     if provenance.get("script") != script:
         fail(f"{folder} holds a run of {provenance.get('script')}, not of {script}: give another folder")
-    if not isinstance(model, dict) or model.get("arguments") != method_arguments(arguments):
+    expected = method_arguments(arguments, provenance.get("files", {}))
+    if not isinstance(model, dict) or model.get("arguments") != expected:
         fail(f"{folder / 'model.pt'} does not belong to args.json: move the folder away and train this run again")
+    provenance.pop("files", None)
+    if "resumed" in provenance:
+        provenance["resumed"] = len(provenance["resumed"])
     return arguments, provenance, model
 
 

@@ -36,7 +36,8 @@ from common import augment, checkpoints, cli, devices, files, image_folder, imag
 from common.cli import fail
 from common.images import Data
 from common.lock import run_lock
-from common.run import load_finished
+from common.run import load_finished, read_log
+from common.weights import read_weights
 from conmim import net, train
 from conmim.net import NETWORKS, Classifier, ViT
 from conmim.train import ConMIM, build_model
@@ -414,7 +415,7 @@ def evaluate(
         labels = data.train_labels.cpu()
     subset = Subset(balanced_subset(labels, recipe["labels"], data.classes), labels.to(data.device))
     bank = balanced_subset(labels, recipe["bank"], data.classes)
-    identity = evaluation_identity(networks, [*recipe.items(), held_out])
+    identity = evaluation_identity(networks, [*recipe.items(), held_out, data.digest])
     progress = Progress(folder / "eval_state.pt", identity, data.device)
     for suffix, network in networks.items():
         progress.start(f"finetune_accuracy{suffix}")
@@ -456,44 +457,32 @@ def evaluate_run(
     return metrics
 
 
-def training_metrics(folder: Path) -> dict[str, float | None]:
-    """Return the metrics recorded in train.jsonl. A run of zero epochs has only the line of epoch 0.
-
-    Exits with code 2 if the file is damaged or empty.
-    """
-    try:
-        first, *epochs = files.read_lines(folder / "train.jsonl")
-        last = epochs[-1] if epochs else first
-        return {
-            **{name: last[name] for name in DIAGNOSTICS},
-            "train_loss": last.get("loss"),
-            "clipped_fraction": last.get("clipped_fraction"),
-            "examples_per_second": median(line["examples_per_second"] for line in epochs or [first]),
-            "train_seconds": sum(line["seconds"] for line in epochs or [first]),
-            "peak_memory": last["peak_memory"],
-        }
-    except (ValueError, KeyError) as error:
-        fail(f"{folder / 'train.jsonl'} is damaged or empty ({error}): move {folder} away and train again")
+def training_metrics(log: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Return the metrics of train.jsonl. A run of zero epochs has only the line of epoch 0."""
+    first, *epochs = log
+    last = epochs[-1] if epochs else first
+    return {
+        **{name: last[name] for name in DIAGNOSTICS},
+        "train_loss": last.get("loss"),
+        "clipped_fraction": last.get("clipped_fraction"),
+        "examples_per_second": median(line["examples_per_second"] for line in epochs or [first]),
+        "train_seconds": sum(line["seconds"] for line in epochs or [first]),
+        "peak_memory": last["peak_memory"],
+    }
 
 
 def official_weights(path: Path) -> dict[str, Tensor]:
     """Return the tensors of an official checkpoint, pre-trained or fine-tuned.
 
-    They are under `model`, else under `module`, else at the top level. Exits with code 2 if the file cannot be read or
-    is not a BEiT.
+    Exits with code 2 if the file cannot be read or is not a BEiT.
     """
-    torch.serialization.add_safe_globals([argparse.Namespace])  # the authors save their arguments in the file
-    try:
-        state = checkpoints.load(path)
-    except FileNotFoundError:
-        fail(f"--weights {path}: no such file")
-    except files.DamagedFile as error:
-        fail(f"--weights: {error}")
-    state = state.get("model", state.get("module", state))
+    expected = "a checkpoint of the authors' code"
+    # The authors save their arguments in the file.
+    state = read_weights(path, "--weights", expected, safe=(argparse.Namespace,)).tensors
     if "patch_embed.proj.weight" not in state:
         fail(
             f"--weights {path}: no parameter patch_embed.proj.weight (the first is {next(iter(state), None)}): "
-            "give a checkpoint of the authors' code"
+            f"give {expected}"
         )
     return state
 
@@ -531,7 +520,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         arguments, provenance, saved = load_finished(args.folder, "conmim/train.py")
         run_args = argparse.Namespace(**arguments)
-        recorded = {**training_metrics(args.folder), **provenance}
+        recorded = {**training_metrics(read_log(args.folder, saved["epoch"])), **provenance}
     torch.set_num_threads(args.threads or run_args.threads)
     device_name = args.device or run_args.device
     device = devices.select_device(device_name, run_args.scale)

@@ -133,8 +133,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.no_stop_gradient and args.gradient_leak not in (None, 1.0):
         fail(f"--no-stop-gradient means --gradient-leak 1, not --gradient-leak {args.gradient_leak}: drop one of them")
     args.gradient_leak = 1.0 if args.no_stop_gradient else args.gradient_leak or 0.0
-    args.lr *= args.lr_factor
-    del args.no_stop_gradient, args.lr_factor
+    cli.apply_lr_factor(args)
+    del args.no_stop_gradient
     if args.data_set != "folder" and args.size != 32:
         fail(f"invalid --size {args.size}: {args.data_set} has 32 pixels; --size is for --data-set folder only")
     patch = NETWORKS[args.network].patch
@@ -510,9 +510,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.batch > data.examples:
             fail(f"invalid --batch {args.batch}: there are only {data.examples} training images")
         steps = args.epochs * (data.examples // args.batch)
-        run.write_config(
-            f"{args.data_set}, {args.network}", devices.environment(device) | {"data": data.digest, "steps": steps}
-        )
+        provenance = devices.environment(device) | {"data": data.digest, "steps": steps}
+        run.write_config(f"{args.data_set}, {args.network}", provenance, args.resume_elsewhere)
         if args.rehearse:
             data = data.subset(args.rehearse * args.batch)
         model = build_model(args, device)

@@ -30,7 +30,7 @@ if not __package__:  # run as a script: import from this clone, not from an inst
 from common import checkpoints, cli, devices, files
 from common.cli import fail
 from common.lock import run_lock
-from common.run import load_finished
+from common.run import load_finished, read_log
 from seqvcr import tasks
 from seqvcr.net import GPT
 from seqvcr.train import ETA, SeqVCR, build_model, encode, token_correct, variance_covariance, vocabulary
@@ -49,11 +49,13 @@ METRICS_IF_FINITE = (  # null in a diverged run
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     parser.add_argument("folder", type=Path, help="folder of a finished run")
-    parser.add_argument("--data", type=Path, help="ignored: the tasks are generated")
+    parser.add_argument("--data", type=Path, help="not needed: the tasks are generated")
+    parser.add_argument("--data-file", type=Path, help="where the rows of --data-file are now; default: as in training")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N; default: as in training")
     parser.add_argument("--threads", type=cli.int_min(1), help="default: as in training")
     parser.add_argument("--held-out", action="store_true", help="evaluate on validation rows, for tuning")
-    parser.add_argument("--alpha", type=cli.float_in(0), default=1.0, help="order of the entropies; paper: 1")
+    parser.add_argument("--alpha", type=cli.float_in(0), default=1.0, help="order of the entropies; paper: 1. Other "
+                        "orders are written to metrics-alpha-ALPHA.json")  # fmt: skip
     parser.add_argument("--show", type=cli.int_min(1), metavar="N", help="print N answers and write nothing")
     return parser.parse_args(argv)
 
@@ -204,12 +206,9 @@ def print_answers(gpt: GPT, task: tasks.Task, raw: Tensor, rows: Tensor, gpt2: b
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     arguments, provenance, saved = load_finished(args.folder, "seqvcr/train.py")
-    try:
-        epochs = [line for line in files.read_lines(args.folder / "train.jsonl") if line["epoch"]]
-        if not epochs and not saved["diverged"]:
-            raise files.DamagedFile("it is empty")
-    except (files.DamagedFile, KeyError) as error:
-        fail(f"{args.folder / 'train.jsonl'} is damaged ({error}): move {args.folder} away and train again")
+    if args.data_file and not arguments["data_file"]:
+        fail(f"--data-file {args.data_file}: the rows of {args.folder} were generated; drop this flag")
+    epochs = read_log(args.folder, saved["epoch"])[1:]
     torch.set_num_threads(args.threads or arguments["threads"])
     device = devices.select_device(args.device or arguments["device"], arguments["scale"])
     start_time = time.perf_counter()
@@ -218,11 +217,11 @@ def main(argv: list[str] | None = None) -> None:
         task, row_count = tasks.build_task(arguments["task"], arguments["size"]), arguments["train_size"]
         if arguments["rehearse"]:
             row_count, task.eval_rows = min(row_count, 100 * arguments["batch"]), arguments["batch"]
-        data_file = Path(arguments["data_file"]) if arguments["data_file"] else None
+        data_file = Path(args.data_file or arguments["data_file"]) if arguments["data_file"] else None
         data = tasks.load(task, row_count, data_file, device)
         if checkpoints.sha256(*(rows.cpu() for rows in data)) != provenance["data"]:
-            fail(f"{args.folder} was trained on other rows than this code and --data-file give: evaluate it with the "
-                 "code and the file that it was trained with")  # fmt: skip
+            fail(f"{args.folder} was trained on other rows than this code and --data-file {data_file} give: evaluate "
+                 "it with the code and the file that it was trained with")  # fmt: skip
         train_args = argparse.Namespace(**arguments)
         model = build_model(train_args, task, device).eval()
         checkpoints.load_weights(model, saved["model"], args.folder / "model.pt")
@@ -256,7 +255,10 @@ def main(argv: list[str] | None = None) -> None:
             "peak_memory": epochs[-1]["peak_memory"] if epochs else None,
             "seconds": sum(line["seconds"] for line in epochs) + time.perf_counter() - start_time,
         }
-        files.write_json(args.folder / ("held_out.json" if args.held_out else "metrics.json"), metrics)
+        name = "held_out" if args.held_out else "metrics"
+        if args.alpha != 1:  # entropies of another order must not pass for those of a study
+            name += f"-alpha-{args.alpha:g}"
+        files.write_json(args.folder / f"{name}.json", metrics)
         printed = (f"{name} {metrics[name]:.4g}" for name in METRICS_IF_FINITE if isinstance(metrics.get(name), float))
         print(f"{args.folder}: {'  '.join(printed)}")
 

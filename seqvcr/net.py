@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from common import checkpoints, seeding
 from common.cli import fail
-from common.files import DamagedFile
+from common.weights import read_weights
 
 # Byte-pair tokens of GPT-2, each with a leading space. "=" ends the question, so it is mapped to eos.
 GPT2_TOKENS = {
@@ -119,38 +119,27 @@ def read_gpt2(path: Path) -> dict[str, Tensor]:
     Accepts files of the bare network and of the language model (prefix `transformer.`), with or without causal masks.
     Exits with code 2 if the file cannot be read, or if its head is not tied to the token embedding.
     """
-    try:
-        if path.suffix == ".safetensors":
-            tensors = {name: torch.from_numpy(array) for name, array in checkpoints.read_safetensors(path).items()}
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-        weights = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
-        head = weights.pop("lm_head.weight", weights["wte.weight"])
-    except FileNotFoundError:
-        fail(f"--init-from {path}: no such file")
-    except KeyError:
+    tensors = read_weights(path, "--init-from", "a GPT-2 checkpoint (model.safetensors)").tensors
+    weights = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    if "wte.weight" not in weights:
         fail(f"--init-from {path} is not a GPT-2 checkpoint: it has no wte.weight")
-    except DamagedFile as error:
-        fail(f"--init-from {error}")
-    except Exception as error:  # for a damaged file torch raises many types
-        fail(f"--init-from {path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})")
-    if not torch.equal(head, weights["wte.weight"]):
+    if not torch.equal(weights.pop("lm_head.weight", weights["wte.weight"]), weights["wte.weight"]):
         fail(f"--init-from {path} is not a GPT-2 checkpoint: its head (lm_head.weight) is not tied to wte.weight")
     parameters = {name: tensor.float() for name, tensor in weights.items() if not name.endswith(MASK_BUFFERS)}
     return {name: tensor.T.contiguous() if name.endswith(TRANSPOSED) else tensor for name, tensor in parameters.items()}
 
 
-def init_from_gpt2(model: GPT, path: Path) -> None:
+def init_from_gpt2(model: GPT, path: Path, new_tokens: int) -> None:
     """Load the weights of a GPT-2 file into `model`. Exits with code 2 if shapes or names differ.
 
-    Positions beyond the model's length are dropped. Tokens that the file lacks (the pause tokens) keep their initial
-    embedding.
+    Positions beyond the model's length are dropped. The last `new_tokens` tokens of the model (the pause tokens) are
+    not in the file and keep their initial embedding.
     """
     weights = read_gpt2(path)
     wte, wpe = model.wte.weight.detach().cpu(), model.wpe.weight.detach().cpu()
-    file_tokens = len(weights["wte.weight"])
-    if file_tokens > len(wte):
-        fail(f"--init-from {path} has {file_tokens} tokens, more than the {len(wte)} of GPT-2 and pause tokens")
-    weights["wte.weight"] = torch.cat([weights["wte.weight"], wte[file_tokens:]])
+    tokens, expected = len(weights["wte.weight"]), len(wte) - new_tokens
+    if tokens != expected:
+        fail(f"--init-from {path} has {tokens} tokens instead of {expected}: give GPT-2 with its own vocabulary")
+    weights["wte.weight"] = torch.cat([weights["wte.weight"], wte[tokens:]])
     weights["wpe.weight"] = weights.get("wpe.weight", wpe)[: len(wpe)]
     checkpoints.load_weights(model, weights, f"--init-from {path}")

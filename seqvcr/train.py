@@ -87,6 +87,7 @@ WARM_UP = 0.05  # fraction of the steps
 MAX_GRAD_NORM = 1.0
 WEIGHT_DECAY = 0.01
 GPT2_VOCABULARY = 50257
+GPT2_HEAD_WIDTH = 64  # in all sizes of GPT-2
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -132,8 +133,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         "0: no markers either; paper: 2 (section 3.5)")  # fmt: skip
     args = cli.parse(parser, SCALES, argv)
 
-    args.lr *= args.lr_factor
-    del args.lr_factor
+    cli.apply_lr_factor(args)
     for name in ("lambda1", "lambda2", "covariance_batch", "train_size", "size"):
         row = TASK_DEFAULTS["size at demo" if name == "size" and args.scale == "demo" else name]
         if getattr(args, name) is None:
@@ -154,6 +154,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
              "scratch")  # fmt: skip
     if str(args.init_from) == "none":
         args.init_from = None
+    if args.init_from and args.width != GPT2_HEAD_WIDTH * args.heads:
+        heads = args.width // GPT2_HEAD_WIDTH
+        fail(f"invalid --heads {args.heads} with --init-from: a GPT-2 of --width {args.width} has {heads} heads")
+    if args.data.is_file():
+        fail(f"--data {args.data} is a file, and the rows are generated: give a file of rows as --data-file")
     return args
 
 
@@ -397,15 +402,14 @@ def main(argv: list[str] | None = None) -> None:
             row_count, task.eval_rows = min(row_count, 100 * args.batch), args.batch
         model = build_model(args, task, device)
         if args.init_from:
-            init_from_gpt2(model.gpt, args.init_from)
+            init_from_gpt2(model.gpt, args.init_from, len(tasks.PAUSES))
         data = tasks.load(task, row_count, args.data_file, device)
         if args.train_size != STREAM and args.batch > len(data.train):
             fail(f"--batch {args.batch} is larger than the training set of {len(data.train)} rows: give a smaller one")
         setting = f"{args.task} of size {args.size}, GPT of {args.layers} blocks of width {args.width}"
-        run.write_config(
-            setting,
-            devices.environment(device) | {"data": checkpoints.sha256(*(x.cpu() for x in data)), "steps": args.steps},
-        )
+        digest = checkpoints.sha256(*(rows.cpu() for rows in data))
+        provenance = devices.environment(device) | {"data": digest, "steps": args.steps}
+        run.write_config(setting, provenance, args.resume_elsewhere)
         data = tasks.Splits(*(encode(args, task, rows) for rows in data))
         train(args, run, model, task, data, build_optimizer(args, model))
 

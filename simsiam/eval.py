@@ -29,11 +29,12 @@ from common import checkpoints, cli, devices, files, image_folder, images, probe
 from common.cli import fail
 from common.images import Data
 from common.lock import run_lock
-from common.run import load_finished
+from common.run import load_finished, read_log
+from common.weights import read_weights
 from simsiam import train
 from simsiam.train import SimSiam, build_model, extract_features, representation_metrics
 
-PREFIXES = ("module.encoder.", "encoder.", "module.backbone.", "backbone.")  # of parameter names in checkpoints
+PREFIXES = ("encoder.", "backbone.")  # of parameter names in checkpoints
 METRICS_IF_FINITE = (  # null if the run diverged
     "linear_accuracy",
     "knn_accuracy",
@@ -63,15 +64,9 @@ def official_weights(path: Path) -> dict[str, dict[str, Tensor]]:
     """Return the state dicts {"backbone": ..., "projector": ...} of a checkpoint with the authors' parameter names.
 
     Names begin with one of PREFIXES; the projector is called `fc`. Linear classifiers and predictors are ignored. Exits
-    with code 2 if no name begins with a known prefix.
+    with code 2 if the file cannot be read, or no name begins with a known prefix.
     """
-    try:
-        state = checkpoints.load(path)
-    except FileNotFoundError:
-        fail(f"--weights {path}: no such file")
-    except files.DamagedFile as error:
-        fail(f"--weights: {error}")
-    state = state.get("state_dict", state)
+    state = read_weights(path, "--weights", "a checkpoint of the authors' code (ResNet-50)").tensors
     backbone: dict[str, Tensor] = {}
     projector: dict[str, Tensor] = {}
     for full_name, tensor in state.items():
@@ -132,14 +127,14 @@ def linear_probe_lars(
     head.to(device)
     optimizer = torch.optim.SGD(head.parameters(), lr, momentum=0.9)
     start_epoch, path = 0, folder / "eval_state.pt"
-    backbone_digest = digest(model.backbone)
+    identity = f"{digest(model.backbone)} {data.digest} {sorted(probe.items())}"
     try:
         state = checkpoints.load(path, device)
     except FileNotFoundError:
         state = {}
     except files.DamagedFile as error:
         fail(f"{error}: remove the file to restart the linear probe")
-    if state.get("features") == backbone_digest:  # otherwise the saved probe belongs to other backbone weights
+    if state.get("identity") == identity:  # otherwise it belongs to other weights, data or settings
         checkpoints.load_weights(head, state["head"], path)
         optimizer.load_state_dict(state["optimizer"])
         start_epoch = state["epoch"]
@@ -160,7 +155,7 @@ def linear_probe_lars(
             optimizer.step()
         if rank == 0:
             state = {"head": head.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}
-            checkpoints.save(path, {**state, "features": backbone_digest})
+            checkpoints.save(path, {**state, "identity": identity})
     features, _, labels = extract_features(model, data, "test")
     return 100.0 * (head(features).argmax(1) == labels).float().mean().item()
 
@@ -190,15 +185,9 @@ def evaluate(model: SimSiam, data: Data, settings: dict[str, Any], held_out: boo
     return {"linear_accuracy": linear_accuracy, **metrics}
 
 
-def training_metrics(folder: Path) -> dict[str, float | None]:
-    """Return the metrics recorded in train.jsonl: of the last epoch, and of the untrained network (epoch 0).
-
-    Exits with code 2 if the file is damaged or empty.
-    """
-    try:
-        first, *epochs = files.read_lines(folder / "train.jsonl")
-    except ValueError as error:
-        fail(f"{folder / 'train.jsonl'} is damaged or empty ({error}): move {folder} away and train again")
+def training_metrics(log: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Return the metrics of train.jsonl: of the last epoch, and of the untrained network (epoch 0)."""
+    first, *epochs = log
     last = epochs[-1] if epochs else {}
     return {
         "train_loss": last.get("loss"),
@@ -217,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
         arguments, saved, recorded = vars(train.parse_args(["--scale", "paper"])), None, {}
     else:
         arguments, provenance, saved = load_finished(args.folder, "simsiam/train.py")
-        recorded = {**training_metrics(args.folder), **provenance}
+        recorded = {**training_metrics(read_log(args.folder, saved["epoch"])), **provenance}
     torch.set_num_threads(args.threads or arguments["threads"])
     device_name = args.device or arguments["device"]
     device = devices.select_device(device_name, arguments["scale"])

@@ -118,8 +118,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.no_stop_gradient and args.gradient_leak not in (None, 1.0):
         fail(f"--no-stop-gradient (leak 1) contradicts --gradient-leak {args.gradient_leak}: give only one of them")
     args.gradient_leak = 1.0 if args.no_stop_gradient else args.gradient_leak or 0.0
-    args.lr *= args.lr_factor
-    del args.no_stop_gradient, args.lr_factor
+    cli.apply_lr_factor(args)
+    del args.no_stop_gradient
     if args.data_set != "folder" and args.size != 32:
         fail(f"--size {args.size} requires --data-set folder: {args.data_set} images have 32 pixels")
     width, dim = NETWORKS[args.network]
@@ -437,7 +437,7 @@ def main(argv: list[str] | None = None) -> None:
             fail(f"--batch {args.batch} exceeds the {data.examples} training images: give a smaller one")
         steps = args.epochs * (data.examples // args.batch)
         provenance = devices.environment(device) | {"data": data.digest, "steps": steps}
-        run.write_config(f"{args.data_set}, {args.network}", provenance)
+        run.write_config(f"{args.data_set}, {args.network}", provenance, args.resume_elsewhere)
         if args.rehearse:
             data = data.subset(args.rehearse * args.batch)
         model = build_model(args, device)

@@ -252,7 +252,7 @@ def test_a_matrix_in_each_format_is_deduplicated_and_split_without_overlap(suffi
     [
         (lambda m: m.__setitem__((17, 3), np.nan), "1 of 60 rows are not finite (rows 17)"),
         (lambda m: m.__setitem__((slice(4, 6), 0), np.inf), "2 of 60 rows are not finite (rows 4, 5)"),
-        (lambda m: m.__setitem__(9, 0), "1 of 60 rows have norm 0 (rows 9)"),
+        (lambda m: m.__setitem__(9, 0), "1 of 60 rows have no number above 1e-15 (rows 9)"),
         (lambda m: m.__setitem__(slice(None), 1), "1 distinct rows"),
     ],
 )
@@ -275,8 +275,8 @@ def test_the_error_message_gives_the_indices_of_invalid_rows(damage, message, tm
         (["--alpha", "-1"], "invalid --alpha '-1': give a number of at least 0"),
         (["--code", "topk"], "give --alpha 0"),
         (["--batch", "17000"], "--batch 17000 is larger than the training split: give at most 2000"),
-        (["--data-set", "file"], "--data-set file needs a matrix"),
-        (["--scale", "paper", "--device", "cpu"], "--data-set file needs a matrix"),
+        (["--data-set", "file"], "give a matrix, a file ending in .npy"),
+        (["--scale", "paper", "--device", "cpu"], "give a matrix, a file ending in .npy"),
         (["--data", "nowhere.npy"], "no such file"),
         (["--data-set", "mesh", "--data", "nowhere"], "python -m bsa.concepts --data nowhere"),
         (["--scale", "gpu"], "--scale demo"),
@@ -454,10 +454,10 @@ def test_the_decoder_of_the_untrained_code_is_ridge_regression_in_primal_and_dua
 
 
 def test_a_run_on_one_matrix_is_not_accepted_for_another_matrix(tmp_path, capsys):
-    """The data folder is not a method argument, but the path of a user's matrix is."""
+    """The data folder is not a method argument, but the content of a user's matrix is."""
     flags = ["--batch", "8", *tiny(tmp_path / "run")]
-    for name in ("a", "b"):
-        save(tmp_path / f"{name}.npy", matrix(60, 16))
+    for name, factor in (("a", 1), ("b", 2)):
+        save(tmp_path / f"{name}.npy", factor * matrix(60, 16))
     train.main(["--data", str(tmp_path / "a.npy"), *flags])
     evaluate.main([str(tmp_path / "run")])
     capsys.readouterr()

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import re
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -414,8 +415,8 @@ def test_weights_load_from_all_published_checkpoint_layouts(tmp_path):
 def test_invalid_checkpoints_are_refused(tmp_path, capsys):
     state = net.build("resnet8", 10).state_dict()
     cases = {
-        "namespace": ({"model": state, "opt": argparse.Namespace()}, "only tensors and numbers are loaded"),
-        "empty": ({"epoch": 3}, "contains no weights"),
+        "namespace": ({"model": state, "opt": argparse.Namespace()}, "argparse.Namespace"),
+        "empty": ({"epoch": 3}, "holds no tensors"),
         "other": ({"model": net.build("resnet14", 10).state_dict()}, "does not fit"),
         "diverged": ({"model": state, "diverged": True}, "diverged"),
     }
@@ -426,25 +427,30 @@ def test_invalid_checkpoints_are_refused(tmp_path, capsys):
                 net.load("resnet8", 10, tmp_path / name)
             assert end.value.code == 2 and words in capsys.readouterr().err, name
     (tmp_path / "cut").write_bytes((tmp_path / "other").read_bytes()[:999])
-    for name, words in {"cut": "cut cannot be read", "absent": "cocord-teachers"}.items():
+    for name, words in {"cut": "cut is cut off, damaged", "absent": "cocord-teachers"}.items():
         with pytest.raises(SystemExit) as end:
             net.load("resnet8", 10, tmp_path / name)
         assert end.value.code == 2 and words in capsys.readouterr().err
+
+
+def teacher_args(name: str, path: Path, **changes) -> argparse.Namespace:
+    settings = {"data_set": "glyphs36", "precision": "float32", "rehearse": None, **changes}
+    return argparse.Namespace(teacher=name, weights=path, **settings)
 
 
 def test_teacher_accuracy_is_measured_and_a_low_one_refused(tmp_path, capsys):
     data = random_images(40)
     torch.save({"model": frozen_teacher().state_dict(), "accuracy": 90.0}, tmp_path / "poor")
     with pytest.raises(SystemExit) as end:
-        train.load_teacher("vgg_s32", tmp_path / "poor", data, "float32", False)
+        train.load_teacher(teacher_args("vgg_s32", tmp_path / "poor"), data)
     printed = capsys.readouterr()
     assert end.value.code == 2 and "expected 90.00 %: give" in printed.err and "test accuracy" in printed.out
-    network, digest, accuracy = train.load_teacher("vgg_s32", tmp_path / "poor", data, "float32", True)
+    network, digest, accuracy = train.load_teacher(teacher_args("vgg_s32", tmp_path / "poor", rehearse=1), data)
     assert len(digest) == 64 and 0 <= accuracy < 45 and not network.training
     assert not any(weight.requires_grad for weight in network.parameters())
     with pytest.raises(SystemExit):  # without an accuracy in the file, RepDistiller's for CIFAR-100 is expected
         torch.save(net.build("resnet20", 100).state_dict(), tmp_path / "bare")
-        train.load_teacher("resnet20", tmp_path / "bare", data._replace(classes=100), "float32", False)
+        train.load_teacher(teacher_args("resnet20", tmp_path / "bare", data_set="cifar100"), data._replace(classes=100))
     assert "expected 69.06 %: give" in capsys.readouterr().err
 
 

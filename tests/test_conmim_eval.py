@@ -494,7 +494,8 @@ def test_recipes_of_larger_scales_run(scale, pictures, tmp_path, monkeypatch, ca
     monkeypatch.setitem(net.NETWORKS, "vit_tiny_4", Shape(4, 48, 3, 3))
     monkeypatch.setitem(net.NETWORKS, "vit_base_16", Shape(16, 48, 2, 3))
     flags = ["--scale", scale, "--batch", "4", "--rehearse", "2", "--hidden", "64", "--device", "cpu", "--workers", "0"]
-    flags += ["--data", str(pictures), "--size", "32" if scale == "gpu" else "96", "--out", str(tmp_path / "run")]
+    data, size = (tmp_path, "32") if scale == "gpu" else (pictures, "96")
+    flags += ["--data", str(data), "--size", size, "--out", str(tmp_path / "run")]
     train.main(flags)
     evaluate.main([str(tmp_path / "run")])
     assert 0 <= read_metrics(tmp_path / "run")["finetune_accuracy"] <= 100
@@ -561,7 +562,7 @@ def test_official_checkpoints_are_evaluated(fine_tuned, pictures, tmp_path, monk
     assert end.value.code == 2 and "cls_token" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("content", "words"), [(None, "no such file"), (b"junk", "cannot be read")])
+@pytest.mark.parametrize(("content", "words"), [(None, "no such file"), (b"junk", "is neither a .safetensors")])
 def test_unreadable_official_checkpoints_are_reported(content, words, tmp_path, capsys):
     if content:
         (tmp_path / "x.pth").write_bytes(content)

@@ -148,8 +148,9 @@ def test_incomplete_last_log_line_is_ignored_and_other_damage_is_reported(tmp_pa
 
 def test_no_unsafe_loading_or_shell_commands_in_the_source():
     banned = ("pickle", "weights_only=" + "False", "allow_pickle=" + "True", "shell=" + "True", "os." + "system")
-    for path in [*ROOT.glob("common/**/*.py"), *ROOT.glob("simsiam/*.py")]:
-        text = path.read_text().replace("unpickling", "")
+    packages = ("common/**", "simsiam", "conmim", "cocord", "bsa", "seqvcr")
+    for path in [path for package in packages for path in ROOT.glob(f"{package}/*.py")]:
+        text = path.read_text().replace("unpickling", "").replace("allow_pickle=False", "")
         assert not [word for word in banned if word in text], path
         assert text.count("torch.load(") == text.count("weights_only=True"), path
 

@@ -2,23 +2,25 @@
 
 import functools
 import http.server
+import os
 import shutil
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from common import image_folder, images
+from common import glyphs, image_folder, images
 
 CPU = torch.device("cpu")
 
 
 def copy_folder(pictures, tmp_path):
-    shutil.copytree(pictures, tmp_path / "data")
+    shutil.copytree(pictures, tmp_path / "data", ignore=shutil.ignore_patterns("*.npy", "*.lock"))
     return tmp_path / "data"
 
 
@@ -45,20 +47,21 @@ def test_interrupted_decoding_resumes_where_its_file_ends(pictures, tmp_path, mo
     data = copy_folder(pictures, tmp_path)
     for number in range(300):
         shutil.copy(data / "train/red/0.png", data / f"train/red/more{number}.png")
-    expected, _ = image_folder.load_cached(data / "train", 32, data, 0, "a")
-    path = data / "train-32-a.npy"
+    folder = image_folder.open_folder(data / "train")
+    expected, _ = image_folder.load_cached(folder, "train", 32, data)
+    (path,) = data.glob("train-32-*.npy")
     expected_bytes = path.read_bytes()
     path.unlink()
     path.with_suffix(".part").write_bytes(expected_bytes[: 128 + 280 * 3072 + 7])  # header, 280 images and 7 bytes
-    real_read, indices = image_folder.read_image, []
+    real_open, opened = folder.loader, []
 
-    def read_image(folder, index):
-        indices.append(index)
-        return real_read(folder, index)
+    def open_image(name):
+        opened.append(name)
+        return real_open(name)
 
-    monkeypatch.setattr(image_folder, "read_image", read_image)
-    resumed, _ = image_folder.load_cached(data / "train", 32, data, 0, "a")
-    assert torch.equal(resumed, expected) and indices == list(range(256, 348))
+    monkeypatch.setattr(folder, "loader", open_image)
+    resumed, _ = image_folder.load_cached(folder, "train", 32, data)
+    assert torch.equal(resumed, expected) and opened == [path for path, _ in folder.samples[256:]]
     assert path.read_bytes() == expected_bytes and not path.with_suffix(".part").exists()
 
 
@@ -70,11 +73,122 @@ def test_different_classes_in_train_and_val_are_an_error(pictures, tmp_path, cap
     assert "only one has ['red']" in capsys.readouterr().err
 
 
-def test_a_changed_image_folder_has_a_different_digest(pictures, tmp_path):
+def replace_with_equal_size(path: Path) -> None:
+    """Change the content of a file, not its name, size or time of modification."""
+    size, status = path.stat().st_size, path.stat()
+    Image.fromarray(255 - np.asarray(Image.open(path).convert("RGB"))).save(path, "bmp")
+    path.write_bytes(path.read_bytes()[:size].ljust(size, b"\0"))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (size, status.st_mtime_ns)
+
+
+def bitmaps(data: Path) -> None:
+    """Save all images of a folder as bitmaps, whose size depends on the image's shape alone."""
+    for path in data.glob("*/*/*.png"):
+        Image.open(path).convert("RGB").save(path.with_suffix(".bmp"))
+        path.unlink()
+
+
+def test_images_that_were_replaced_by_others_of_equal_size_are_decoded_again(pictures, tmp_path):
     data = copy_folder(pictures, tmp_path)
-    before = image_folder.digest(data)
+    bitmaps(data)
+    before = images.load("folder", data, 32, CPU)
+    for path in data.glob("train/*/*.bmp"):
+        replace_with_equal_size(path)
+    after = images.load("folder", data, 32, CPU)
+    assert after.digest != before.digest and not torch.equal(after.train, before.train)
+    assert torch.equal(after.test, before.test)
+
+
+def test_the_digest_follows_the_content_and_not_the_place(pictures, tmp_path):
+    data = copy_folder(pictures, tmp_path)
+    shutil.copytree(data, tmp_path / "moved")
+    for size in (32, 96):
+        first, moved = (images.load_or_stream("folder", root, size, CPU, 0) for root in (data, tmp_path / "moved"))
+        assert first.digest == moved.digest
     Image.new("RGB", (40, 36)).save(data / "train/red/new.png")
-    assert image_folder.digest(data) != before
+    assert images.load_or_stream("folder", data, 96, CPU, 0).digest != first.digest
+
+
+def test_streamed_images_of_equal_size_have_another_digest(pictures, tmp_path):
+    data = copy_folder(pictures, tmp_path)
+    bitmaps(data)
+    before = images.load_or_stream("folder", data, 96, CPU, 0).digest
+    replace_with_equal_size(next(data.glob("train/red/*.bmp")))
+    assert images.load_or_stream("folder", data, 96, CPU, 0).digest != before
+
+
+@pytest.mark.parametrize("size", [32, 96])
+def test_files_that_are_left_out_are_counted(size, pictures, tmp_path, capsys):
+    data = copy_folder(pictures, tmp_path)
+    expected = images.load_or_stream("folder", data, size, CPU, 0)
+    capsys.readouterr()
+    for name in ("a.gif", "b.GIF", "notes.txt"):
+        (data / "train/red" / name).write_text("not read")
+    (data / "train/.ipynb_checkpoints").mkdir()
+    shutil.copy(data / "train/red/0.png", data / "train/.ipynb_checkpoints/0.png")
+    shutil.copy(data / "train/red/0.png", data / "train/red/._0.png")
+    found = images.load_or_stream("folder", data, size, CPU, 0)
+    printed = capsys.readouterr().err
+    assert printed.count("warning") == 1 and "5 files (.gif, hidden, .txt) left out" in printed
+    assert (found.examples, found.classes, found.digest) == (expected.examples, expected.classes, expected.digest)
+
+
+@pytest.mark.parametrize("size", [32, 96])
+def test_a_class_without_images_and_a_dangling_link_are_named(size, pictures, tmp_path, capsys):
+    data = copy_folder(pictures, tmp_path)
+    (data / "train/red/0.png").unlink()
+    (data / "train/red/0.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(SystemExit) as end:
+        images.load_or_stream("folder", data, size, CPU, 0)
+    assert end.value.code == 2 and "red/0.png cannot be read" in capsys.readouterr().err
+    (data / "train/empty").mkdir()
+    with pytest.raises(SystemExit) as end:
+        images.load_or_stream("folder", data, size, CPU, 0)
+    assert end.value.code == 2 and "train/empty has no image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [32, 96])
+def test_deep_and_constant_images_stop_before_training(size, pictures, tmp_path, capsys):
+    """16-bit pixels would be clipped to white, and a constant data set looks like a collapse."""
+    data = copy_folder(pictures, tmp_path)
+    deep = np.linspace(20000, 40000, 1200).astype(np.uint16).reshape(30, 40)
+    Image.fromarray(deep).save(data / "train/blue/0.png")
+    with pytest.raises(SystemExit) as end:
+        images.load_or_stream("folder", data, size, CPU, 0)
+    assert end.value.code == 2 and "blue/0.png has more than 8 bits" in capsys.readouterr().err
+    for path in data.glob("*/*/*.png"):
+        Image.new("RGB", (40, 36), (77, 77, 77)).save(path)
+    with pytest.raises(SystemExit) as end:
+        images.load_or_stream("folder", data, size, CPU, 0)
+    assert end.value.code == 2 and "one and the same colour" in capsys.readouterr().err
+
+
+def test_a_constant_channel_is_not_divided_by_zero(pictures, tmp_path, capsys):
+    data = copy_folder(pictures, tmp_path)
+    for path in data.glob("*/*/*.png"):
+        pixels = np.array(Image.open(path).convert("RGB"))
+        pixels[..., 2] = 77
+        Image.fromarray(pixels).save(path)
+    found = images.load("folder", data, 32, CPU)
+    assert found.std.flatten()[2] == 1 and found.normalise(found.train).isfinite().all()
+    assert "constant in blue" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["glyphs10", "cifar10"])
+def test_an_image_folder_is_not_ignored_by_a_data_set_that_does_not_read_it(name, pictures, tmp_path, capsys):
+    data = copy_folder(pictures, tmp_path)
+    before = sorted(data.rglob("*"))
+    for folder in (data, data / "train", data / "train/red"):
+        with pytest.raises(SystemExit) as end:
+            images.load_or_stream(name, folder, 32, CPU, 0)
+        assert end.value.code == 2 and "add --data-set folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        images.main(["cifar10", "--data", str(data)])
+    assert end.value.code == 2 and sorted(data.rglob("*")) == before
+    with pytest.raises(SystemExit) as end:
+        images.load(name, data / "train/red/0.png", 32, CPU)
+    assert end.value.code == 2 and "it is a file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -90,13 +204,22 @@ def test_the_error_for_an_undecodable_image_names_the_file(workers, pictures, tm
 def test_a_damaged_or_unwritable_glyph_cache_is_no_error(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "GLYPH_COUNTS", {"train": 60, "test": 20})
     first = images.load("glyphs10", tmp_path, 32, CPU)
-    path = tmp_path / "glyphs10-train-60.pt"
-    assert path.exists() and first.classes == 10 and len(first.test) == 20
+    (path,) = tmp_path.glob("glyphs10-train-60-*.pt")
+    assert first.classes == 10 and len(first.test) == 20
     path.write_bytes(path.read_bytes()[:100])
     assert images.load("glyphs10", tmp_path, 32, CPU).digest == first.digest
     blocked = tmp_path / "a file"
     blocked.write_text("")
     assert images.load("glyphs10", blocked / "below", 32, CPU).digest == first.digest
+
+
+def test_glyphs_drawn_by_other_code_or_fonts_are_not_taken_from_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "GLYPH_COUNTS", {"train": 60, "test": 20})
+    images.load("glyphs10", tmp_path, 32, CPU)
+    before = set(tmp_path.glob("*.pt"))
+    monkeypatch.setattr(glyphs, "fingerprint", lambda: "0123456789abcdef")
+    images.load("glyphs10", tmp_path, 32, CPU)
+    assert len(before) == 2 and len(set(tmp_path.glob("*.pt")) - before) == 2
 
 
 def test_streamed_views_depend_only_on_seed_epoch_and_index(pictures):
@@ -119,16 +242,25 @@ def test_streamed_views_depend_only_on_seed_epoch_and_index(pictures):
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_errors_name_a_damaged_decoded_file_and_an_unwritable_cache(pictures, tmp_path, capsys):
+@pytest.mark.parametrize("damage", ["cut", "empty", "another type", "another shape"])
+def test_a_damaged_decoded_file_is_named(damage, pictures, tmp_path, capsys):
     data = copy_folder(pictures, tmp_path)
-    image_folder.load_cached(data / "train", 32, data, 0, "a")
-    path = data / "train-32-a.npy"
-    path.write_bytes(path.read_bytes()[:5000])
+    folder = image_folder.open_folder(data / "train")
+    pixels, _ = image_folder.load_cached(folder, "train", 32, data)
+    (path,) = data.glob("train-32-*.npy")
+    if damage in ("cut", "empty"):
+        path.write_bytes(path.read_bytes()[: 5000 if damage == "cut" else 0])
+    else:
+        np.save(path, pixels.float().numpy() if damage == "another type" else pixels[1:].numpy())
     with pytest.raises(SystemExit) as end:
-        image_folder.load_cached(data / "train", 32, data, 0, "a")
+        image_folder.load_cached(folder, "train", 32, data)
     assert end.value.code == 2 and "remove it, and the images are decoded again" in capsys.readouterr().err
+
+
+def test_a_cache_that_cannot_be_written_is_named(pictures, tmp_path, capsys):
+    folder = image_folder.open_folder(pictures / "train")
     with pytest.raises(SystemExit) as end:
-        image_folder.load_cached(data / "train", 32, Path("/proc/none"), 0, "a")
+        image_folder.load_cached(folder, "train", 32, Path("/proc/none"))
     assert end.value.code == 2 and "cannot be written to /proc/none" in capsys.readouterr().err
 
 

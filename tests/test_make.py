@@ -162,9 +162,27 @@ def test_making_one_study_does_not_touch_the_others(repo):
     assert code == 0 and runs(calls) == runs(calls, "eval") == ["base/0", "no-predictor/0", "frozen-predictor/0"]
     assert [call.split()[1] for call in calls[6:]] == ["simsiam-predictor", "common.study.page"]
     repo.edit('"--loss asymmetric-2x"', '"--loss asymmetric-2x --lr 1"')
+    (repo.folder / "a.npy").write_text("a matrix")
     code, calls, _ = repo.make("bsa-distance", "SEEDS=0", "DATA=a.npy", "-j2")
     assert code == 0 and not runs(calls) and sum("train.py" in call for call in calls) == 5
     assert [call.split()[1] for call in calls[-2:]] == ["bsa-distance", "common.study.page"]
+
+
+@pytest.mark.parametrize("data", ["vec.csv", "vec.txt", "vec", "missing.parquet", "missing.npy"])
+def test_data_that_would_be_ignored_are_refused_before_any_run(data, repo):
+    if "missing" not in data:
+        (repo.folder / data).write_text("1,2")
+    code, calls, printed = repo.make("bsa-distance", "SEEDS=0", f"DATA={data}")
+    assert code == 2 and not calls and f"invalid DATA={data}" in printed
+
+
+def test_resuming_elsewhere_is_a_variable_and_not_part_of_the_flags(repo):
+    goal = ["simsiam-predictor", "SEEDS=0"]
+    code, calls, _ = repo.make(*goal, "RESUME=elsewhere")
+    assert code == 0 and all("--replace --resume-elsewhere" in call for call in calls if "train.py" in call)
+    assert not runs(repo.make(*goal)[1])  # the runs are those of the plain command
+    assert "invalid RESUME=here" in repo.make(*goal, "RESUME=here")[2]
+    assert "set RESUME=elsewhere instead" in repo.make(*goal, "EXTRA=--resume-elsewhere")[2]
 
 
 def test_the_report_shows_the_seeds_of_the_last_command(repo):
@@ -536,13 +554,15 @@ def test_primary_runs_the_primary_contrasts_and_their_baselines(repo):
 
 
 def test_another_data_matrix_retrains_the_runs(repo):
+    """The content counts and not the place: a moved matrix is the same, a changed one is another."""
     study, count = "bsa-alignment-loss", 4
     trained = []
-    for data in ("a.npy", "a.npy", "b.npy"):
+    for data, content in (("a.npy", "1"), ("a.npy", "1"), ("moved.NPY", "1"), ("moved.NPY", "2"), ("b.npy", "1")):
+        (repo.folder / data).write_text(content)
         code, calls, _ = repo.make(study, "SEEDS=0", f"DATA={data}")
         trained.append(sum(f"--data {data} --replace" in call for call in calls))
         assert code == 0 and all(f"DATA={data}" in call.split("--reproduce")[1] for call in calls if "plot.py" in call)
-    assert trained == [count, 0, count]
+    assert trained == [count, 0, 0, count, count]
     calls = repo.make(study, "SEEDS=0", "DATA=elsewhere")[1]  # a folder is not part of the flags
     assert sum("--data elsewhere" in call and "train.py" in call for call in calls) == count
     for name, value, paper in (("PAIRS", "vgg13-vgg8", "cocord"), ("TASKS", "2x2", "seqvcr")):

@@ -315,7 +315,7 @@ def test_init_from_gpt2_gives_the_logits_of_the_reference(prefix, suffix, tmp_pa
         write_safetensors(path, written)
     model = GPT(11 + 3, 20, 2, 4, 32, 0.0, 0).eval()
     initial = model.wte.weight.detach().clone()
-    net.init_from_gpt2(model, path)
+    net.init_from_gpt2(model, path, 3)
     tokens = [3, 1, 4, 1, 5, 9, 2, 6]
     assert torch.equal(model.wte.weight[11:], initial[11:])  # pause tokens keep their initial embedding
     logits = model.double()(torch.tensor([tokens]), 8)[0][0, :, :11]  # float32 could not detect another GELU
@@ -331,21 +331,21 @@ def damaged(arrays: dict[str, np.ndarray], damage: str) -> dict[str, np.ndarray]
     if damage == "transposed":
         return arrays | {"h.0.mlp.c_fc.weight": arrays["h.0.mlp.c_fc.weight"].T}
     if damage == "too many tokens":
-        return arrays | {"wte.weight": np.zeros((30, 32), np.float32)}
+        return arrays | {"wte.weight": np.zeros((12, 32), np.float32)}
     return {name: array for name, array in arrays.items() if name != "h.1.ln_2.bias"}
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [("untied head", "not tied"), ("no embedding", "no wte.weight"), ("transposed", "h.0.mlp.c_fc.weight"),
-     ("too many tokens", "30 tokens"), ("missing tensor", "h.1.ln_2.bias")],
+     ("too many tokens", "12 tokens instead of 11"), ("missing tensor", "h.1.ln_2.bias")],
 )  # fmt: skip
 def test_a_file_with_other_tensors_than_gpt2_is_refused(damage, message, tmp_path, capsys):
     path = tmp_path / "model.safetensors"
     arrays = damaged(gpt2_arrays(), damage)
     write_safetensors(path, {name: np.ascontiguousarray(array) for name, array in arrays.items()})
     with pytest.raises(SystemExit) as end:
-        net.init_from_gpt2(GPT(14, 20, 2, 4, 32, 0.0, 0), path)
+        net.init_from_gpt2(GPT(14, 20, 2, 4, 32, 0.0, 0), path, 3)
     assert end.value.code == 2 and message in capsys.readouterr().err
 
 
@@ -458,7 +458,7 @@ def test_every_flag_is_read():
         (["--task", "lis", "--init-from", "x"], "for --task multiplication, not for lis"),
         (["--data-file", "nowhere.txt"], "--data-file nowhere.txt cannot be read"),
         (["--data-file", "x", "--train-size", "stream"], "drop --train-size stream"),
-        (["--init-from", "nowhere.bin"], "--init-from nowhere.bin: no such file"),
+        (["--init-from", "nowhere.bin", "--heads", "1"], "--init-from nowhere.bin cannot be read (No such file"),
         (["--scale", "paper", "--device", "cpu"], "--init-from model.safetensors"),
         (["--train-size", "some"], "--train-size"),
         (["--train-size", "64"], "--batch 128 is larger than the training set of 64 rows"),

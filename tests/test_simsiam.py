@@ -282,7 +282,7 @@ def test_fake_gpu_detects_mixed_devices_and_synchronisation(fake_gpu):
 class FakeStreamedImages:
     """Replaces StreamedImages: yields zeros on the fake GPU."""
 
-    examples, classes, size, device = 16, 2, 32, torch.device("cuda")
+    examples, classes, size, device, digest = 16, 2, 32, torch.device("cuda"), ""
     train = type("Folder", (), {"targets": [0] * 16})
     normalise = staticmethod(lambda images: images / 255)
 
@@ -454,7 +454,8 @@ def test_every_arm_trains_at_larger_scales(scale, pictures, no_checkpoints, tmp_
     monkeypatch.setattr(images, "cifar", cifar)
     arms = design("simsiam", scale)[0]
     flags = ["--scale", scale, "--batch", "4", "--rehearse", "1", "--device", "cpu", "--workers", "0"]
-    flags += ["--data", str(pictures), "--size", "32" if scale == "gpu" else "72"]
+    data, size = (tmp_path, "32") if scale == "gpu" else (pictures, "72")
+    flags += ["--data", str(data), "--size", size]
     for arm, arm_flags in arms.items():
         train.main([*flags, *arm_flags, "--out", str(tmp_path / arm / "0")])
         if arm in ("base", "no-projector", "narrow"):

@@ -1,16 +1,24 @@
 """Validate make's variables and load the designs that they select. Needs only the standard library."""
 
+import hashlib
 import re
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from common.study.design import Arm, Design, DesignError, Settings, Study, load
 
-VARIABLES = ("PAPERS", "SCALE", "SEEDS", "DEVICE", "DATA", "EXTRA", "RUNS", "RESULTS", "PAIRS", "TASKS")
-VARIABLE_OF_FLAG = {"--scale": "SCALE", "--seed": "SEEDS", "--device": "DEVICE", "--data": "DATA", "--out": "RUNS"}
+VARIABLES = ("PAPERS", "SCALE", "SEEDS", "DEVICE", "DATA", "EXTRA", "RUNS", "RESULTS", "PAIRS", "TASKS", "RESUME")
+VARIABLE_OF_FLAG = {"--scale": "SCALE", "--seed": "SEEDS", "--device": "DEVICE", "--data": "DATA", "--out": "RUNS",
+                    "--resume-elsewhere": "RESUME=elsewhere"}  # fmt: skip
 MATRIX_SUFFIXES = (".npy", ".npz", ".safetensors")
+
+
+def is_matrix(data: str) -> bool:
+    """Return whether DATA is the user's matrix file."""
+    return data.lower().endswith(MATRIX_SUFFIXES) and not Path(data).is_dir()
 
 
 @dataclass(frozen=True)
@@ -23,6 +31,7 @@ class Request:
     first_seed_only: bool  # only the first seed that each study declares
     device: str
     data: str
+    resume_elsewhere: bool
     extra: tuple[str, ...]  # flags for every train.py
     runs: Path
     results: Path
@@ -50,6 +59,11 @@ class Request:
             flag = word.split("=")[0]
             if flag in VARIABLE_OF_FLAG:
                 raise DesignError(f"invalid EXTRA={variables['EXTRA']}: set {VARIABLE_OF_FLAG[flag]} instead of {flag}")
+        if (Path(data).is_file() and not is_matrix(data)) or (Path(data).suffix and not Path(data).exists()):
+            formats = ", ".join(MATRIX_SUFFIXES)
+            raise DesignError(f"invalid DATA={data}: give a folder, or for BSA an existing matrix ending in {formats}")
+        if variables.get("RESUME", "").strip() not in ("", "elsewhere"):
+            raise DesignError(f"invalid RESUME={variables['RESUME']}: give elsewhere, or leave it out")
         seeds = variables.get("SEEDS", "own").split()
         declared_seeds = seeds in (["own"], ["first"])
         if not seeds:
@@ -64,7 +78,7 @@ class Request:
         settings = Settings(
             pairs=tuple(variables.get("PAIRS", "").split()),
             tasks=tuple(variables.get("TASKS", "").split()),
-            own_data=data.endswith(MATRIX_SUFFIXES) or any(word.split("=")[0] == "--data-set" for word in extra),
+            own_data=is_matrix(data) or any(word.split("=")[0] == "--data-set" for word in extra),
         )
         runs = Path(variables.get("RUNS") or f"runs/{scale}")
         return cls(
@@ -74,6 +88,7 @@ class Request:
             first_seed_only=seeds == ["first"],
             device=variables.get("DEVICE", "auto"),
             data=data,
+            resume_elsewhere=variables.get("RESUME", "").strip() == "elsewhere",
             extra=extra,
             runs=runs,
             results=Path(variables.get("RESULTS") or runs / "report"),
@@ -83,7 +98,13 @@ class Request:
     @property
     def data_is_matrix(self) -> bool:
         """Whether DATA is the user's matrix file, which is then part of a run's flags. A folder is only a location."""
-        return self.data.endswith(MATRIX_SUFFIXES)
+        return is_matrix(self.data)
+
+    @cached_property
+    def matrix_digest(self) -> str:
+        """sha256 of the matrix file: a run belongs to its content, not to its place."""
+        with open(self.data, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def seeds_of(self, study: Study) -> tuple[int, ...]:
         """Return the seeds of a study's runs."""
@@ -101,7 +122,7 @@ class Request:
 
     def flags_text(self, design: Design, arm: Arm) -> str:
         """Return the content that the file `flags` of an up-to-date run has."""
-        matrix = ["--data", self.data] if self.data_is_matrix else []
+        matrix = ["--data", f"sha256:{self.matrix_digest[:12]}"] if self.data_is_matrix else []
         return " ".join(["flags:", shlex.join([*self.flags(design, arm), *matrix])]).strip()
 
     def folder(self, design: Design, arm: str, seed: int) -> Path:

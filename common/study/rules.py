@@ -51,6 +51,8 @@ def run_rules(request: Request, design: Design, arm: Arm, seed: int) -> str:
     script = f"{paper}/{'teacher' if arm.name in design.teacher_names() else 'train'}.py"
     train: list[object] = [script, "--scale", request.scale, "--out", folder, "--seed", folder.name]
     train += ["--device", request.device, "--data", request.data, "--replace"]
+    if request.resume_elsewhere:
+        train.append("--resume-elsewhere")
     evaluate = [f"{paper}/eval.py", folder, "--device", request.device, "--data", request.data]
     prerequisites = ["$(venv)"]
     if design.data:
