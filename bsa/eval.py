@@ -3,11 +3,11 @@
     python bsa/eval.py runs/scratch                                # a finished run of train.py
     python bsa/eval.py runs/mesh --export codes.npz                # bit-packed codes of all rows
     python bsa/eval.py runs/mesh --neighbours "Lung Neoplasms"     # nearest by code and nearest by embedding
-    python bsa/eval.py runs/mesh --features 10                     # top concepts of the most used features
+    python bsa/eval.py runs/mesh --features 10                     # top concepts of the most active features
 
 Losses are means over test rows. `reconstruction_loss` is 1 - cos(decoder(z), x). `fixed_topk_reconstruction_loss` is
-1 - cos(decoder(zK), x), where zK has exactly K features on in every arm. The shares of dead, rare and always-on
-features are computed over all training rows.
+1 - cos(decoder(zK), x), where zK has exactly K active features in every arm. `open_fraction` is the share of s in
+(0.1, 0.9). The shares of dead, rare and always-on features are computed over all training rows.
 """
 
 import argparse
@@ -52,12 +52,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder of the data, or the matrix file; default: as in training")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N; default: as in training")
     parser.add_argument("--threads", type=cli.int_min(1), help="CPU threads; default: as in training")
-    parser.add_argument("--held-out", action="store_true", help="evaluate on the held-out tenth, for tuning")
-    use = parser.add_argument_group("use of the codes (these flags leave metrics.json unchanged)")
-    use.add_argument("--names", type=Path, help="text file with one name per row; default: the matrix's path with .txt")
-    use.add_argument("--export", type=Path, metavar="FILE.npz", help="write the codes of all rows, 8 features per byte")
-    use.add_argument("--neighbours", metavar="NAME", help=f"{KNN_K} nearest concepts by Jaccard index and by cosine")
-    use.add_argument("--features", type=cli.int_min(1), metavar="COUNT", help="top concepts of the most used features")
+    parser.add_argument(
+        "--held-out",
+        action="store_true",
+        help="evaluate on the validation split (a held-out tenth of the rows), for tuning",
+    )
+    codes = parser.add_argument_group("export and queries (these flags leave metrics.json unchanged)")
+    codes.add_argument("--names", type=Path, help="text file with one name per line, one line per row; default: the "
+                       "path of the matrix with suffix .txt")  # fmt: skip
+    codes.add_argument(
+        "--export", type=Path, metavar="FILE.npz", help="write the codes of all rows, 8 features per byte"
+    )
+    codes.add_argument("--neighbours", metavar="NAME", help=f"{KNN_K} nearest concepts by Jaccard index and by cosine")
+    codes.add_argument("--features", type=cli.int_min(1), metavar="COUNT", help="print the top concepts of the COUNT "
+                       "most frequently active features")  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -65,7 +73,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 class Codes(NamedTuple):
-    """s, z and zK of n rows, each (n, N) float32 on the device."""
+    """Pre-rounding code s, code z and top-K code zK (see train.py), (n, N) float32 each."""
 
     s: Tensor
     z: Tensor
@@ -100,7 +108,7 @@ def pack_bits(z: Tensor) -> np.ndarray:
 def reconstruction_losses(model: BSA, x: Tensor, z: Tensor) -> Tensor:
     """Return 1 - cos and the squared error per channel of each row of x (n, d), reconstructed from codes z: (2, n).
 
-    The squared error says little about models trained with the cosine, which leaves the norm of a reconstruction free.
+    The squared error is hardly informative for models trained with the cosine, which leaves the norm of x^ free.
     """
     x_hat = model.decoder(z)
     return torch.stack([reconstruction_loss(x_hat, x, distance) for distance in ("cosine", "mse")])
@@ -111,8 +119,8 @@ def spearman(a: Tensor, b: Tensor) -> float:
 
     def ranks(values: Tensor) -> Tensor:
         _, group, counts = values.unique(return_inverse=True, return_counts=True)
-        last = counts.cumsum(0).double()
-        return (last - (counts - 1) / 2)[group]
+        last_rank = counts.cumsum(0).double()
+        return (last_rank - (counts - 1) / 2)[group]
 
     a, b = ranks(a), ranks(b)
     a, b = a - a.mean(), b - b.mean()
@@ -120,9 +128,9 @@ def spearman(a: Tensor, b: Tensor) -> float:
 
 
 def best_match_f1(z: Tensor, atoms: Tensor) -> float:
-    """Mean over true atoms (n, A) of the best F1 score that a single feature of the codes (n, N) has for the atom.
+    """Mean over the true atoms (n, A) of the highest F1 score of any feature of codes z (n, N) for that atom.
 
-    Atoms in fewer than ten of the rows are left out.
+    Atoms in fewer than ten rows are left out.
     """
     atoms = atoms[:, atoms.sum(0) >= 10].float()
     active = z.gt(0).float()
@@ -133,8 +141,8 @@ def best_match_f1(z: Tensor, atoms: Tensor) -> float:
 def knn_overlap(x: Tensor, z: Tensor, queries: int) -> float:
     """Share of the ten nearest rows by cosine of x (n, d) that are among the ten nearest by Jaccard index of z (n, N).
 
-    The mean is over the first `queries` rows. Neighbours are searched among all other rows. Of rows with equal Jaccard
-    index the one with the lower row number is nearer.
+    The mean is over the first `queries` rows. Neighbours are searched among all other rows. Ties in the Jaccard index
+    are broken by the lower row index.
     """
     unit = F.normalize(x, dim=1)
     active = z.gt(0).float()
@@ -153,7 +161,7 @@ def knn_overlap(x: Tensor, z: Tensor, queries: int) -> float:
 
 
 def entropy_bits(frequency: Tensor) -> Tensor:
-    """Entropy in bits of independent features that are on with probability `frequency` (N,).
+    """Entropy in bits of independent features that are active with probability `frequency` (N,).
 
     A code takes at least this many bits on average if its features are independent.
     """
@@ -162,9 +170,9 @@ def entropy_bits(frequency: Tensor) -> Tensor:
 
 
 def storage(active_mean: float, latent: int, frequency: Tensor, with_values: bool) -> dict[str, float]:
-    """Bits per row: the smaller of a bitmap and a list of feature indices, and the entropy.
+    """Return {bits_per_row: min(N, active_mean * ceil(log2 N)), entropy_bits_per_row}.
 
-    `with_values`: the list only, with 16 bits more for the value of each active feature.
+    `latent` is N. `with_values`: bits_per_row = active_mean * (ceil(log2 N) + 16).
     """
     index_list = active_mean * (math.ceil(math.log2(latent)) + 16 * with_values)
     return {
@@ -226,7 +234,7 @@ def baselines(model: BSA, data: Splits, split: str, active: int) -> dict[str, fl
     """Return the metrics of two codes without training, on `split`: test or held_out. `model` must be untrained.
 
     `untrained_*`: zK of the untrained encoder, with the linear decoder that fits it best (ridge regression on at most
-    20,000 training rows). `sign_*`: the sign of every channel, one bit each.
+    20,000 training rows). `sign_*`: the sign of every channel, one bit per channel.
     """
     train = model.normalise(data.train)[:20_000]
     x = model.normalise(getattr(data, split))
@@ -253,30 +261,32 @@ def baselines(model: BSA, data: Splits, split: str, active: int) -> dict[str, fl
 
 
 def convergence(log: list[dict[str, Any]]) -> dict[str, float | None]:
-    """Return how much a run still changed at its end, from the lines of train.jsonl.
+    """Return the change over the last 20 % of training and the step of convergence, from the lines of train.jsonl.
 
-    `*_moved`: change over the last fifth of the epochs, in percent of the last value. `settled_step`: the step from
-    which on loss and active count changed by less than 1 % over the last fifth of the epochs so far; None if never.
+    `*_moved`: change over the last 20 % of the epochs, in percent of the final value. `settled_step`: from this step
+    on, loss and active count changed by less than 1 % over the last 20 % of the epochs so far; None: not converged.
     """
     epochs = [line for line in log if line["epoch"]]
 
-    def moved(index: int, name: str) -> float:
+    def change(index: int, name: str) -> float:
         before = epochs[max(0, round((index + 1) * 0.8) - 1)][name]
         return 100 * abs(epochs[index][name] - before) / max(abs(epochs[index][name]), 1e-12)
 
-    settled = [max(moved(index, "loss"), moved(index, "active_mean")) < 1 for index in range(len(epochs))]
-    first = next((index for index in range(4, len(epochs)) if all(settled[index:])), None)
-    changes = {f"{name}_moved": moved(len(epochs) - 1, name) for name in ("loss", "reconstruction_loss", "active_mean")}
+    converged = [max(change(index, "loss"), change(index, "active_mean")) < 1 for index in range(len(epochs))]
+    first = next((index for index in range(4, len(epochs)) if all(converged[index:])), None)
+    names = ("loss", "reconstruction_loss", "active_mean")
+    changes = {f"{name}_moved": change(len(epochs) - 1, name) for name in names}
     return changes | {"settled_step": None if first is None else epochs[first]["step"]}
 
 
-# ------------------------------------------------------------------------------------------------- use
+# ------------------------------------------------------------------------------------------------- export, queries
 
 
 def read_names(path: Path | None, data_set: str, data: Path, count: int) -> list[str]:
-    """Return the names of all `count` rows from `path` (--names), by default from the text file of the matrix.
+    """Return the names of all `count` rows from `path` (--names) or, by default, from the .txt file of the matrix.
 
-    Without a file the names are "row 0", "row 1" and so on. Exits with code 2 if the file has not `count` lines.
+    Without a file the names are "row 0", "row 1" and so on. Exits with code 2 if the file does not contain `count`
+    lines.
     """
     default = data.with_suffix(".txt") if data_set == "file" else data / "mesh-minilm.txt"
     if path is None and (data_set == "planted" or not default.exists()):
@@ -287,13 +297,15 @@ def read_names(path: Path | None, data_set: str, data: Path, count: int) -> list
     except OSError as error:
         fail(f"--names {path} cannot be read ({error.strerror}): give a text file with one name per line")
     if len(names) != count:
-        fail(f"--names {path} has {len(names)} lines for {count} rows: give one name per line and row")
+        fail(f"--names {path} contains {len(names)} lines for {count} rows: give one name per line, one line per row")
     return names
 
 
 @torch.no_grad()
-def use_codes(args: argparse.Namespace, model: BSA, rows: Tensor, names: list[str], active: int, code: str) -> None:
-    """Execute --export, --neighbours and --features on all rows (n, d), not normalised."""
+def export_and_print(
+    args: argparse.Namespace, model: BSA, rows: Tensor, names: list[str], active: int, code: str
+) -> None:
+    """Carry out --export, --neighbours and --features; rows (n, d) are raw embeddings."""
     x = model.normalise(rows)
     z = torch.cat([compute_codes(model, chunk, active, code).z for chunk in x.split(CHUNK_ROWS)]).gt(0).float()
     if args.export:
@@ -304,7 +316,7 @@ def use_codes(args: argparse.Namespace, model: BSA, rows: Tensor, names: list[st
         for feature in z.sum(0).topk(min(args.features, z.shape[1])).indices.tolist():
             logits = torch.cat([model.encoder(chunk)[:, feature] for chunk in x.split(CHUNK_ROWS)])
             top = ", ".join(names[row] for row in logits.topk(min(8, len(names))).indices.tolist())
-            print(f"feature {feature}, on in {100 * z[:, feature].mean().item():.1f} % of rows: {top}")
+            print(f"feature {feature}, active in {100 * z[:, feature].mean().item():.1f} % of rows: {top}")
 
 
 def export(path: Path, z: Tensor, names: list[str]) -> None:
@@ -325,7 +337,7 @@ def print_neighbours(name: str, x: Tensor, z: Tensor, names: list[str]) -> None:
     """
     if name not in names:
         similar = [other for other in names if name.lower() in other.lower()][:5]
-        fail(f"--neighbours {name!r} not found: give the name of a row; similar names: {', '.join(similar) or 'none'}")
+        fail(f"--neighbours {name!r} is not a row name: give a row name (similar: {', '.join(similar) or 'none'})")
     row = names.index(name)
     dense = F.normalize(x, dim=1)
     scores = {"by code (Jaccard)": jaccard(z[row : row + 1], z)[0], "by embedding (cosine)": dense @ dense[row]}
@@ -348,28 +360,32 @@ def main(argv: list[str] | None = None) -> None:
     device = devices.select_device(args.device or arguments["device"], arguments["scale"])
     started = time.perf_counter()
     data_path = args.data or Path(arguments["data"])
-    setting = f"{arguments['latent']} features of all test rows"
-    remedy = "Give a --device with more memory, or --device cpu; the metrics are the same"
-    with run_lock(args.folder), devices.report_oom(device, setting, remedy):
+    usage = f"{arguments['latent']} features of all test rows"
+    remedy = "use a --device with more memory, or --device cpu (same metrics)"
+    with run_lock(args.folder), devices.report_oom(device, usage, remedy):
         data = load_splits(arguments["data_set"], data_path, device)
         if data.digest != provenance["data"]:
-            digest = data.digest[:12]
-            fail(f"--data {data_path} (digest {digest}) differs from the training data of {args.folder}: give that")
+            digest, trained_on = data.digest[:12], provenance["data"][:12]
+            fail(
+                f"--data {data_path} (digest {digest}) differs from the training data of {args.folder} "
+                f"(digest {trained_on}): give the {'file' if arguments['data_set'] == 'file' else 'folder'} used in "
+                "training"
+            )
         model = build_model(argparse.Namespace(**arguments), data.train.shape[1], device)
         model.mean.copy_(data.train.mean(0))
         active, code = arguments["active"], arguments["code"]
         split = "held_out" if args.held_out else "test"
-        uses_codes = args.export or args.neighbours or args.features
-        untrained = {} if uses_codes else baselines(model, data, split, active)
+        codes_only = args.export or args.neighbours or args.features
+        untrained = {} if codes_only else baselines(model, data, split, active)
         checkpoints.load_weights(model, saved["model"], args.folder / "model.pt")
 
-        if uses_codes:
+        if codes_only:
             indices = torch.cat(data.indices)
             names = read_names(args.names, arguments["data_set"], data_path, int(indices.max()) + 1)
-            # Names are in the order of the source; rows that were dropped as duplicates have no code.
+            # Names are in the order of the source; removed duplicates have no code.
             order = indices.argsort()
             rows = torch.cat([data.train, data.held_out, data.test])[order.to(device)]
-            use_codes(args, model, rows, [names[index] for index in indices[order].tolist()], active, code)
+            export_and_print(args, model, rows, [names[index] for index in indices[order].tolist()], active, code)
             return
 
         metrics: dict[str, Any] = {**provenance, **untrained, "diverged": saved["diverged"], "rows": len(data.train)}

@@ -2,8 +2,8 @@
 
     python bsa/plot.py bsa-alignment-loss --scale demo --seeds 0 1 2
 
-Reads metrics.json, train.jsonl and activations.json of the runs. Missing runs are left out and named. Nothing is
-computed here except the loss at equal activity (`loss_at_activity`), for the study bsa-alpha.
+Reads metrics.json, train.jsonl and activations.json of the runs. Missing runs are left out and listed in the
+notes. Nothing is computed here except the loss at equal activity (`loss_at_activity`), for the study bsa-alpha.
 """
 
 import math
@@ -49,8 +49,8 @@ class Point(NamedTuple):
 class Activations(NamedTuple):
     """Activation statistics of one run.
 
-    features: share of rows in which each feature is on, (N,), in descending order. rows: share of rows with 0, 1, 2 ...
-    active features, (n,).
+    features: share of rows in which each feature is active, (N,), in descending order.
+    rows: share of rows with 0, 1, 2 ... active features, (n,).
     """
 
     features: np.ndarray
@@ -65,7 +65,7 @@ def describe(runs: results.Runs) -> str:
     first = results.first_arguments(runs)
     if not first:
         return ""
-    names = {"planted": "planted concepts", "mesh": "MeSH terms embedded by MiniLM", "file": "a user's own embeddings"}
+    names = {"planted": "planted concepts", "mesh": "MeSH terms embedded by MiniLM", "file": "user-provided embeddings"}
     data = names.get(first["data_set"], first["data_set"])
     recipe = f"N = {first['latent']}, K = {first['active']}, {first['steps']} steps of batch {first['batch']}"
     return f"{data}, {recipe}"
@@ -81,17 +81,17 @@ def incomplete_arms(summary: Mapping[str, Any]) -> dict[str, str]:
     return remarks
 
 
-def unsettled_notes(runs: results.Runs) -> list[str]:
-    """Return a sentence for each arm with seeds that had not settled; the mean of `settled_step` leaves them out."""
+def not_converged_notes(runs: results.Runs) -> list[str]:
+    """Return a sentence for each arm with runs not converged. The mean of `settled_step` excludes these runs."""
     notes = []
     for arm, by_seed in runs.items():
         finished = {s: run.metrics for s, run in by_seed.items() if run.metrics and not run.metrics.get("diverged")}
         steps = {seed: metrics["settled_step"] for seed, metrics in finished.items() if "settled_step" in metrics}
-        moving = [seed for seed, step in steps.items() if step is None]
-        if moving:
+        seeds = [seed for seed, step in steps.items() if step is None]
+        if seeds:
             notes.append(
-                f"{arm}: in {len(moving)} of {len(steps)} runs loss or active count changed by 1 % or more over the "
-                f"last fifth of the steps (seed {', '.join(map(str, moving))})."
+                f"{arm}: {len(seeds)} of {len(steps)} runs not converged: loss or active count changed by 1 % or more "
+                f"over the last 20 % of training (seed {', '.join(map(str, seeds))})."
             )
     return notes
 
@@ -122,7 +122,7 @@ def interpolate(points: Sequence[Point | None], active: float) -> float | None:
     """Return the loss at `active` features, linear in log(active) between neighbouring points.
 
     `points` are in the order of alpha. None is a missing run; nothing is interpolated across it. If several pairs of
-    neighbours enclose `active`, the lowest loss counts, since alpha may be chosen. Returns None if no pair does.
+    neighbours enclose `active`, the lowest loss is returned, because alpha is a free choice. None if no pair does.
     """
     losses = []
     neighbours = zip(points, [*points[1:], *points[-1:]], strict=True)  # the last point also forms a pair with itself
@@ -162,29 +162,31 @@ def matched_activity_finding(runs: results.Runs, reference: str) -> list[str]:
     where the active count hardly depends on alpha, an interpolated loss would be arbitrary.
     """
     groups, metric = families(runs), vars(METRICS["reconstruction_loss"])
-    own = next((name for name, alphas in groups.items() if reference in alphas), None)
+    reference_family = next((name for name, alphas in groups.items() if reference in alphas), None)
     counts = list(results.values(runs, reference, "active_mean").values())
-    if own is None or not counts:
+    if reference_family is None or not counts:
         return []
     active = mean(counts)
     reference_losses = list(results.values(runs, reference, "reconstruction_loss").values())
     parts = []
-    for name in sorted(groups, key=lambda name: name != own):  # the reference's family comes first
+    for name in sorted(groups, key=lambda name: name != reference_family):  # the reference's family comes first
         by_seed = loss_at_activity(runs, list(groups[name]), active)
-        losses = [loss for loss in by_seed.values() if loss is not None] if name != own else reference_losses
+        losses = reference_losses
+        if name != reference_family:
+            losses = [loss for loss in by_seed.values() if loss is not None]
         if not losses:
             parts.append(f"{name}: outside its range")
             continue
         summary = statistics.summary(losses)
-        details = [f"95 % interval {tables.interval(vars(summary), metric)}"] if summary.low is not None else []
-        outside = len(by_seed) - summary.n if name != own else 0
+        details = [f"95 % interval {tables.format_interval(vars(summary), metric)}"] if summary.low is not None else []
+        outside = len(by_seed) - summary.n if name != reference_family else 0
         details.append(f"n = {summary.n}" + (f", {outside} more outside its range" if outside else ""))
-        if name != own and reference_losses:
+        if name != reference_family and reference_losses:
             difference = statistics.welch(losses, reference_losses)
-            bounds = "" if difference.low is None else f", {tables.interval(vars(difference), metric)}"
-            details.append(f"minus {reference} {tables.number(difference.mean, metric)}{bounds}")
-        label = reference if name == own else name
-        parts.append(f"{label}: {tables.number(summary.mean, metric)} ({'; '.join(details)})")
+            bounds = "" if difference.low is None else f", {tables.format_interval(vars(difference), metric)}"
+            details.append(f"minus {reference} {tables.format_number(difference.mean, metric)}{bounds}")
+        label = reference if name == reference_family else name
+        parts.append(f"{label}: {tables.format_number(summary.mean, metric)} ({'; '.join(details)})")
     return [
         f"Reconstruction loss at the {active:.1f} active features of {reference} (descriptive; other families are "
         f"interpolated in log(active) between neighbouring alphas): {'; '.join(parts)}."
@@ -285,7 +287,7 @@ def curve_panels(runs: results.Runs, active: int) -> list[figures.Curves]:
         if any(run.args["arguments"]["alpha"] for run in by_seed.values() if run.args)
     }
     contents: dict[str, tuple[str, results.Runs, dict[str, float]]] = {
-        "loss": ("training loss, each in its own unit", runs, {}),
+        "loss": ("training loss (units differ between losses)", runs, {}),
         "reconstruction_loss": ("reconstruction loss, as trained", runs, {}),
         "alignment_loss": ("alignment loss, before × α", aligned, {}),
         "active_mean": ("active features", runs, target),
@@ -376,8 +378,9 @@ def tradeoff_figure(
     if sign:
         panels += [("bits_per_row", "reconstruction_loss"), ("bits_per_row", "knn_overlap")]
         caption = (
-            f"Hollow: the sign of every channel, {sign['sign_bits_per_row']:.0f} bits per row, reconstruction loss "
-            f"{sign['sign_reconstruction_loss']:.3f}, kNN overlap {sign['sign_knn_overlap']:.2f}. {caption}"
+            f"Hollow: the sign code (sign of every channel), {sign['sign_bits_per_row']:.0f} bits per row, "
+            f"reconstruction loss {sign['sign_reconstruction_loss']:.3f}, "
+            f"kNN overlap {sign['sign_knn_overlap']:.2f}. {caption}"
         )
     styles = figures.arm_styles(list(runs), reference)
     markers = dict(zip(runs, "os^Dv<>P" * len(runs), strict=False))
@@ -392,21 +395,23 @@ def tradeoff_figure(
             if sign and x == "bits_per_row":
                 point = sign["sign_bits_per_row"], sign[f"sign_{y}"]
                 axes.plot(*point, "o", ms=8, mfc="none", mec=figures.REFERENCE)
-                axes.annotate("signs", point, xytext=(-8, -3), textcoords="offset points", ha="right", **figures.SMALL)
+                axes.annotate(
+                    "sign code", point, xytext=(-8, -3), textcoords="offset points", ha="right", **figures.SMALL
+                )
             set_log_axis(axes, "x")
         legend = {arm: {"color": styles[arm]["color"], "marker": markers[arm], "linestyle": ""} for arm in runs}
-        return figures.finish(figure, legend, f"A mark for each run (training seed). {caption}")
+        return figures.finish(figure, legend, f"One mark per run (training seed). {caption}")
 
 
 def alpha_figure(runs: results.Runs, reference: str, active: int, caption: str) -> Figure:
-    """Return losses against active features, with the arms of a family joined in the order of alpha.
+    """Return a figure of losses against active features; lines join the arms of a family in the order of alpha.
 
     Joined marks are means over seeds; faint dots are runs. The curves may overlap, so a second row of panels shows for
-    each family which alpha leads to which active count.
+    each family the active count at each alpha.
     """
     groups = families(runs)
-    own = next((name for name, alphas in groups.items() if reference in alphas), "")
-    styles = figures.arm_styles(list(groups), own)
+    reference_family = next((name for name, alphas in groups.items() if reference in alphas), "")
+    styles = figures.arm_styles(list(groups), reference_family)
     with matplotlib.rc_context(figures.STYLE):
         figure = Figure(figsize=(11.2, 5.4 + 0.4 * len(groups)), layout="constrained")
         columns = figure.subplots(2, 2, sharex=True, height_ratios=[3.6, 0.42 * len(groups)]).T
@@ -422,15 +427,15 @@ def alpha_figure(runs: results.Runs, reference: str, active: int, caption: str) 
                         means.append((mean(xs), mean(ys), alpha))
                 axes.plot([x for x, _, _ in means], [loss for _, loss, _ in means], marker="o", ms=5, **styles[name])
                 alpha_axes.plot([x for x, _, _ in means], [row] * len(means), "o", ms=4, color=colour)
-                for place, (x, _, alpha) in enumerate(sorted(means)):
+                for index, (x, _, alpha) in enumerate(sorted(means)):
                     # Labels alternate above and below, so that neighbours do not overlap.
-                    offset, anchor = (-4, "top") if place % 2 else (4, "bottom")
+                    offset, anchor = (-4, "top") if index % 2 else (4, "bottom")
                     alpha_axes.annotate(
                         f"{alpha:.3g}", (x, row), xytext=(0, offset), textcoords="offset points", color=colour,
                         fontsize=8, ha="center", va=anchor,
                     )  # fmt: skip
             if counts := results.values(runs, reference, "active_mean"):
-                axes.axvline(mean(counts.values()), color=styles[own]["color"], linewidth=0.6, zorder=1)
+                axes.axvline(mean(counts.values()), color=styles[reference_family]["color"], linewidth=0.6, zorder=1)
             set_log_axis(axes, "x")
             axes.tick_params(labelbottom=True)
             alpha_axes.set(yticks=[], ylim=(len(groups) - 0.4, -0.6), xlabel="α at these active features")
@@ -475,8 +480,8 @@ def activation_figure(
 ) -> Figure:  # fmt: skip
     """Return the distributions of feature frequencies and of active counts, means over seeds.
 
-    The three panels are: frequency by rank, histogram of frequencies with dead features apart, and rows by active
-    count. `groups` of arms get a row of panels each.
+    The three panels are: frequency by rank, histogram of frequencies with a separate bar for dead features, and rows by
+    active count. `groups`: arms of each row of panels, by the row's title; default: all arms in one row.
     """
     styles = figures.arm_styles(list(by_arm), reference)
     by_arm = {arm: seeds for arm, seeds in by_arm.items() if seeds}
@@ -494,7 +499,7 @@ def activation_figure(
         for (group, arms), (by_rank, by_frequency, by_count) in zip(groups.items(), panels, strict=True):
             shown = sorted((arm for arm in arms if arm in by_arm), key=lambda arm: arm == reference)  # reference on top
             bar_width = -0.22 * floor / max(len(shown), 1)
-            for place, arm in enumerate(shown):
+            for index, arm in enumerate(shown):
                 alive = features[arm][: np.count_nonzero(features[arm])]
                 by_rank.plot(np.arange(1, len(alive) + 1), alive, **styles[arm])
                 shares = [
@@ -503,13 +508,13 @@ def activation_figure(
                 ]
                 by_frequency.stairs(np.mean(shares, axis=0), bins, linewidth=1.5, **styles[arm])
                 dead_share = mean(float((run.features == 0).mean()) for run in by_arm[arm])
-                x = dead + (place - (len(shown) - 1) / 2) * bar_width
+                x = dead + (index - (len(shown) - 1) / 2) * bar_width
                 by_frequency.bar(x, dead_share, bar_width, color=styles[arm]["color"])
                 by_count.stairs(rows_per_doubling(rows[arm], edges), edges, linewidth=1.5, **styles[arm])
-            by_rank.set_title(group or "how often features are on", pad=18)
-            by_rank.set(xlabel="feature, most used first", ylabel="share of rows", yscale="log")
+            by_rank.set_title(group or "feature frequency by rank", pad=18)
+            by_rank.set(xlabel="rank of the feature", ylabel="share of rows", yscale="log")
             set_log_axis(by_rank, "y")
-            by_frequency.set_title("" if group else "features by how often", pad=18)
+            by_frequency.set_title("" if group else "histogram of feature frequencies", pad=18)
             by_frequency.set(xlabel="share of rows (log scale)", ylabel="share of features")
             powers = list(range(0, math.ceil(floor) - 1, -1 if floor >= -4 else -2))
             by_frequency.set_xticks([dead, *powers], ["dead", *(f"{10.0**power:g}" for power in powers)])
@@ -519,7 +524,7 @@ def activation_figure(
             mark_target(by_count, active)
             by_count.set_xlim(max(min(counts) / 1.3, 0.5), edges[-1])
             set_log_axis(by_count, "x")
-        text = "Means over seeds. Dead: on in no training row. "
+        text = "Means over seeds. Dead: active in no training row. "
         empty = [f"{arm} {100 * shares[0]:.1f} %" for arm, shares in rows.items() if shares[0] >= 0.0005]
         if empty:
             text += f"Rows without an active feature are not in the right panel: {', '.join(empty)}. "
@@ -530,10 +535,10 @@ def activation_figure(
 
 
 def draw(view: results.View) -> dict[str, Figure]:
-    """Return the figures of a study. Adds notes on unsettled runs and unreadable files to the summary."""
+    """Return the figures of a study. Adds notes on runs not converged and on unreadable files to the summary."""
     runs, study, reference, summary = view.runs, view.study, view.reference, view.summary
     by_arm, unread = read_activations(view.args.runs, runs)
-    summary["notes"] += unsettled_notes(runs) + unread
+    summary["notes"] += not_converged_notes(runs) + unread
     active = results.first_arguments(runs)["active"]
     remarks = incomplete_arms(summary)
     caption = view.caption + "".join(f"{arm}: {text}. " for arm, text in remarks.items())

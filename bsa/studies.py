@@ -10,8 +10,8 @@ METRICS = {  # the first five are the main metrics, the others diagnostics
     "active_mean": Metric("active features, mean", "", 1),
     "active_std": Metric("active features, std over rows", "", 1),
     "dead_fraction": Metric("share of dead features", "", 3),
-    "always_on_fraction": Metric("share of features on in over half the rows", "", 3),
-    "rare_fraction": Metric("share of features on in under K/(10 N) of the rows", "", 3),
+    "always_on_fraction": Metric("share of features active in more than half of the rows", "", 3),
+    "rare_fraction": Metric("share of features active in under K/(10 N) of the rows", "", 3),
     "knn_overlap": Metric("kNN overlap", "", 3, "higher"),
     "bits_per_row": Metric("code size", "bits per row", 0),
     "entropy_bits_per_row": Metric("entropy of the features", "bits per row", 0),
@@ -19,9 +19,9 @@ METRICS = {  # the first five are the main metrics, the others diagnostics
     "reconstruction_mse": Metric("squared error per channel", "", 3, judged=False),
     "fixed_topk_reconstruction_mse": Metric("fixed top-K squared error per channel", "", 3, judged=False),
     "train_loss": Metric("training loss", "", 3, judged=False),
-    "loss_moved": Metric("loss moved over the last fifth", "%", 1),
-    "active_mean_moved": Metric("active features moved over the last fifth", "%", 1),
-    "settled_step": Metric("settled at step", "", 0),
+    "loss_moved": Metric("change of the loss over the last 20 % of training", "%", 1),
+    "active_mean_moved": Metric("change of active features over the last 20 % of training", "%", 1),
+    "settled_step": Metric("converged at step", "", 0),
     "atom_recovery_f1": Metric("F1 of planted atoms", "", 3, "higher"),
     "depth_correlation": Metric("correlation of active features with depth", "", 2),
     "atom_count_correlation": Metric("correlation of active features with true atoms", "", 2),
@@ -44,13 +44,13 @@ study = partial(
     published=PUBLISHED,
 )
 extra = partial(study, extra=True, seeds=(0, 1, 2))
-COSINE = [Arm(f"cosine-{a}", f"--alpha {a}", against="base") for a in (0.1, 0.3, 3, 10)]
-L1 = [Arm(f"l1-{a}", f"--alignment l1 --alpha {a}", against="base") for a in (0.001, 0.003, 0.01, 0.03)]
+COSINE = [Arm(f"cosine-{a}", f"--alpha {a}", reference="base") for a in (0.1, 0.3, 3, 10)]
+L1 = [Arm(f"l1-{a}", f"--alignment l1 --alpha {a}", reference="base") for a in (0.001, 0.003, 0.01, 0.03)]
 
 
 def mse(name: str, flags: str, alphas: tuple[str, ...]) -> list[Arm]:
     """Return arms with a squared error, one per weight. `alphas` are in units of the matched weight N/(2K)."""
-    return [Arm(f"{name}-{a}", f"{flags} --alpha {a}matched", against="base") for a in alphas]
+    return [Arm(f"{name}-{a}", f"{flags} --alpha {a}matched", reference="base") for a in alphas]
 
 
 def design(scale: str, settings: Settings) -> Design:
@@ -63,8 +63,8 @@ def design(scale: str, settings: Settings) -> Design:
                 "bsa-alignment-loss",
                 "What does the alignment loss contribute, and how much of that comes from the sparse initialisation?",
                 [
-                    Arm("no-alignment", "--alpha 0", against="base"),
-                    Arm("no-alignment-stock-init", "--alpha 0 --init torch", against="base-stock-init"),
+                    Arm("no-alignment", "--alpha 0", reference="base"),
+                    Arm("no-alignment-stock-init", "--alpha 0 --init torch", reference="base-stock-init"),
                 ],
                 must_beat=[beats_untrained("base"), beats_untrained("base-stock-init")],
             ),
@@ -72,10 +72,10 @@ def design(scale: str, settings: Settings) -> Design:
                 "bsa-distance",
                 "Is the cosine a better distance than the squared error, with equal weights and with matched weights?",
                 [
-                    Arm("mse", "--reconstruction mse --alignment mse", against="base"),
-                    Arm("mse-matched", "--reconstruction mse --alignment mse --alpha matched", against="base"),
-                    Arm("mse-reconstruction", "--reconstruction mse", against="base"),
-                    Arm("mse-alignment", "--alignment mse", against="base"),
+                    Arm("mse", "--reconstruction mse --alignment mse", reference="base"),
+                    Arm("mse-matched", "--reconstruction mse --alignment mse --alpha matched", reference="base"),
+                    Arm("mse-reconstruction", "--reconstruction mse", reference="base"),
+                    Arm("mse-alignment", "--alignment mse", reference="base"),
                 ],
             ),
             extra(
@@ -92,8 +92,8 @@ def design(scale: str, settings: Settings) -> Design:
                 "bsa-baselines",
                 "How do other sparse codes compare?",
                 [
-                    Arm("topk", "--code topk --alpha 0", against="base"),
-                    Arm("topk-values", "--code topk-values --alpha 0", against="base"),
+                    Arm("topk", "--code topk --alpha 0", reference="base"),
+                    Arm("topk-values", "--code topk-values --alpha 0", reference="base"),
                     "l1-0.01:base",
                 ],
             ),

@@ -20,11 +20,13 @@ the code in which exactly the K largest features are on:
     python bsa/train.py --scale gpu --device cpu            # 30,532 MeSH terms, about 80 s on one core
     python bsa/train.py --data my.npy --latent 4096 --active 64 --out runs/mine
 
+An epoch here is 1/20 of --steps (log and checkpoint interval), not a pass over the data.
+
 Our choices, not the paper's:
  1. All training settings: Adam with a constant learning rate, the batch size, the number of steps, the split, N and K.
  2. Rows are centred by the training mean and scaled to norm sqrt(d).
  3. The sparse initialisation (--init sparse): encoder weights three times as large, and a bias with which about K
-    features are on at the first step. It does part of the alignment loss's work, so the study of that loss is run
+    features are active at the first step. It does part of the alignment loss's work, so the study of that loss is run
     from both initialisations.
  4. The alignment target is zK itself (--target binary). The sources allow two other readings, which are flags.
 """
@@ -66,21 +68,19 @@ SCALES = {  #          demo         gpu      paper
 }  # fmt: skip
 FORMATS = (".npy", ".npz", ".safetensors")
 CACHE_NAMES = r"mesh-minilm\.npy|(train|val)-\d+-[0-9a-f]{12}\.npy"  # files that this project puts into --data
-SMALLEST, LARGEST = 1e-15, 1e15  # of the numbers of a matrix: their squares are float32
+MIN_ABS_VALUE, MAX_ABS_VALUE = 1e-15, 1e15  # of input embeddings: their squares neither underflow nor overflow
 EPOCHS = 20  # metrics are logged and the state is saved once per epoch
 
 
 def choose_data_set(data_set: str, data: Path) -> str:
     """Return "file" if `data` is a matrix file. Exits with code 2 if `data` would be ignored."""
-    formats = ", ".join(FORMATS)
     if not data.is_dir() and data.suffix.lower() in FORMATS:
         return "file"
     if data_set == "file" or data.is_file() or (data.suffix and not data.exists()):
-        fail(f"invalid --data {data}: give a matrix, a file ending in {formats}, or an existing folder")
+        fail(f"invalid --data {data}: give a matrix file ({', '.join(FORMATS)}) or an existing folder")
     for path in sorted(data.glob("*.*")):
         if path.suffix.lower() in FORMATS and not re.fullmatch(CACHE_NAMES, path.name):
-            fail(f"--data {data} is a folder, but --data-set {data_set} does not read {path}: give the file itself, or "
-                 "another folder")  # fmt: skip
+            fail(f"--data {data}: --data-set {data_set} does not read {path}: give --data {path} or another folder")
     return data_set
 
 
@@ -88,48 +88,60 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse all flags and resolve `alpha` to a number. Exits with code 2 if flags contradict each other."""
     parser = cli.Parser(__doc__, SCALES)
     data = cli.run_flags(parser)
-    data.add_argument("--data-set", choices=("planted", "mesh", "file"), help="file: --data is a matrix file")
+    data.add_argument("--data-set", choices=("planted", "mesh", "file"), help="planted: synthetic "
+                      "concepts; mesh: MeSH terms; file: --data is a matrix file")  # fmt: skip
     optimisation = parser.add_argument_group("optimisation (unknown in the paper)")
     optimisation.add_argument("--steps", type=cli.int_min(1), help=f"optimiser steps, in {EPOCHS} equal epochs")
     optimisation.add_argument("--batch", type=cli.int_min(2), help="rows per step")
     optimisation.add_argument("--lr", type=cli.float_in(0), help="learning rate of Adam, constant")
-    optimisation.add_argument("--lr-factor", type=cli.float_in(0), default=1.0, help="multiplies --lr (robustness)")
+    optimisation.add_argument("--lr-factor", type=cli.float_in(0), default=1.0, help="multiplies --lr; "
+                              "used by the robustness study")  # fmt: skip
     precisions = ("auto", "float32", "bfloat16")
-    optimisation.add_argument("--precision", choices=precisions, default="auto", help="of the two matrix products only")
-    optimisation.add_argument("--compile", action="store_true", help="torch.compile; for long runs on a GPU")
+    optimisation.add_argument("--precision", choices=precisions, default="auto", help="precision of encoder and "
+                              "decoder matmuls; auto: bfloat16 on CUDA only")  # fmt: skip
+    optimisation.add_argument(
+        "--compile", action="store_true", help="use torch.compile; pays off in long runs on a GPU"
+    )
     method = parser.add_argument_group("method")
     method.add_argument("--latent", type=cli.int_min(2), help="N, number of features of the code")
     method.add_argument("--active", type=cli.int_min(1), help="K, target number of active features")
-    method.add_argument("--alpha", default="1", help="weight of the alignment loss; paper: 1. `matched`: the weight at "
-                        "which mse equals the cosine near the solution; `4matched`: 4 times that")  # fmt: skip
+    method.add_argument("--alpha", default="1", help="weight of the alignment loss; paper: 1. matched: N/(2K) for "
+                        "mse (1/(2K) with --mse-reduction sum), so that mse and cosine losses agree near the optimum; "
+                        "4matched: 4 times that")  # fmt: skip
     distances = ("cosine", "mse")
     method.add_argument("--reconstruction", choices=distances, default="cosine", help="distance between x^ and x")
-    method.add_argument("--alignment", choices=(*distances, "l1"), default="cosine", help="or l1: the sum of s")
+    method.add_argument("--alignment", choices=(*distances, "l1"), default="cosine", help="alignment loss between s "
+                        "and zK (cosine, mse); l1: sum of the sigmoid outputs s, no target")  # fmt: skip
     targets = ("binary", "value", "rounded")
-    method.add_argument("--target", choices=targets, default="binary", help="what the alignment loss compares: s with "
-                        "zK, s with its own K largest values, or round(s) with zK")  # fmt: skip
-    method.add_argument("--mse-reduction", choices=("mean", "sum"), default="mean", help="over channels or features")
-    method.add_argument("--init", choices=("sparse", "torch"), default="sparse", help="torch: nn.Linear's default")
+    method.add_argument("--target", choices=targets, default="binary", help="binary: s vs top-K mask zK; value: s vs "
+                        "its own top-K values; rounded: round(s) vs zK")  # fmt: skip
+    method.add_argument("--mse-reduction", choices=("mean", "sum"), default="mean", help="reduction of mse over the "
+                        "last dimension")  # fmt: skip
+    method.add_argument("--init", choices=("sparse", "torch"), default="sparse", help="sparse: about K active "
+                        "features at the first step; torch: nn.Linear's default")  # fmt: skip
     codes = ("round", "topk", "topk-values")
-    method.add_argument("--code", choices=codes, default="round", help="baselines, with --alpha 0: topk: exactly the K "
-                        "largest features on; topk-values: their values (a TopK autoencoder)")  # fmt: skip
+    method.add_argument("--code", choices=codes, default="round", help="round: the method. Baselines (need --alpha 0): "
+                        "topk: K largest features set to 1; topk-values: K largest keep their values (TopK "
+                        "autoencoder)")  # fmt: skip
     args = cli.parse(parser, SCALES, argv)
 
     cli.apply_lr_factor(args)
     args.data_set = choose_data_set(args.data_set, args.data)
     if args.active >= args.latent:
-        fail(f"--active {args.active} must be less than --latent {args.latent}: otherwise all features are on")
+        fail(
+            f"--active {args.active} must be less than --latent {args.latent}: give --active {args.latent - 1} or less"
+        )
     factor, matched, rest = args.alpha.partition("matched")
     if matched and args.alignment != "mse":
-        fail(f"--alpha {args.alpha} needs --alignment mse: with --alignment {args.alignment} give a number")
+        fail(f"--alpha {args.alpha} requires --alignment mse, not {args.alignment}: give a number")
     try:
         args.alpha = 1.0 if matched and not factor else cli.float_in(0)(factor + rest)
     except (ValueError, argparse.ArgumentTypeError):
-        fail(f"invalid --alpha {args.alpha!r}: give a number of at least 0, `matched` or for example `4matched`")
+        fail(f"invalid --alpha {args.alpha!r}: give a number >= 0, matched or, for example, 4matched")
     if matched:
         args.alpha *= (args.latent if args.mse_reduction == "mean" else 1) / (2 * args.active)
     if args.code != "round" and args.alpha:
-        fail(f"--code {args.code} has K active features without an alignment loss: give --alpha 0")
+        fail(f"--code {args.code} cannot be used with an alignment loss: give --alpha 0")
     return args
 
 
@@ -168,9 +180,9 @@ class BSA(nn.Module):
 
     def __init__(self, dim: int, latent: int, active: int, init: str, seed: int):
         super().__init__()
-        with seeding.forked(seed, "encoder"):
+        with seeding.seeded_fork_rng(seed, "encoder"):
             self.encoder = nn.Linear(dim, latent)
-        with seeding.forked(seed, "decoder"):
+        with seeding.seeded_fork_rng(seed, "decoder"):
             self.decoder = nn.Linear(latent, dim)
         self.register_buffer("mean", torch.zeros(dim))
         # Rows with |x|^2 = d give logits of std sqrt(3), so this bias leaves about K of them positive.
@@ -207,12 +219,13 @@ def build_model(args: argparse.Namespace, dim: int, device: torch.device) -> BSA
 def reconstruction_loss(x_hat: Tensor, x: Tensor, distance: str, reduction: str = "mean") -> Tensor:
     """ABLATION (distance): 1 - cos(x^, x) of each row, or its squared error: (B,) float32 from (B, d).
 
-    `reduction` of the squared error is over the channels. The norm of x^ is clamped to at least 1e-4 |x|, because the
-    gradient of the cosine is unbounded at x^ = 0 (an empty code without a decoder bias).
+    `reduction` (mean or sum) of the squared error is over the channels. The norm of x^ is clamped to at least
+    1e-4 |x|, because the gradient of the cosine is unbounded at x^ = 0 (an empty code without a decoder bias).
     """
     x_hat = x_hat.float()
     if distance == "mse":
-        return getattr((x_hat - x).square(), reduction)(1)
+        error = (x_hat - x).square()
+        return error.mean(1) if reduction == "mean" else error.sum(1)
     norm = x.norm(dim=1)
     return 1 - (x_hat * x).sum(1) / (norm * x_hat.norm(dim=1).clamp_min(1e-4 * norm))
 
@@ -220,11 +233,11 @@ def reconstruction_loss(x_hat: Tensor, x: Tensor, distance: str, reduction: str 
 def alignment_loss(
     s: Tensor, h: Tensor, active: int, distance: str, target: str = "binary", reduction: str = "mean"
 ) -> Tensor:
-    """ABLATION (distance): distance of each row's code from a code with exactly its K largest features on: (B,).
+    """ABLATION (distance): distance of each row's code from the code of exactly its K largest features: (B,).
 
     s (B, N) is compared with a target t: zK (`binary`), or s where zK is one (`value`). `rounded` compares round(s)
-    with zK. The closed forms need no t. With S2 = sum s^2, and V1 = sum v, V2 = sum v^2 over the K largest values v
-    of s:
+    with zK. The closed forms do not compute t. With S2 = sum s^2, and V1 = sum v, V2 = sum v^2 over the K largest
+    values v of s:
 
         cosine  1 - V1 / sqrt(K S2)    or, for `value`,  1 - sqrt(V2 / S2)
         mse     (S2 - 2 V1 + K) / N                      (S2 - V2) / N
@@ -251,7 +264,8 @@ def bsa_loss(
     """Return the loss of normalised rows x (B, d) and a tensor (5,) of metrics for the log.
 
     The metrics are the loss, the reconstruction loss, the alignment loss, the mean number of active features and the
-    share of rows without an active feature.
+    share of rows without an active feature. `reconstruction`, `alignment`, `target`, `reduction`, `code`: values of the
+    flags --reconstruction, --alignment, --target, --mse-reduction, --code.
     ABLATION (alignment loss): `alpha`. At 0 the top-K selection is skipped.
     """
     with devices.autocast(precision, x.device):
@@ -288,7 +302,7 @@ class Splits(NamedTuple):
 def read_matrix(path: Path) -> np.ndarray:
     """Return the only matrix (rows, channels) of a file, float32.
 
-    Exits with code 2 if the file is missing or damaged, or has no matrix or several.
+    Exits with code 2 if the file is missing or damaged, or does not contain exactly one matrix.
     """
     try:
         if path.suffix.lower() == ".safetensors":
@@ -297,37 +311,45 @@ def read_matrix(path: Path) -> np.ndarray:
             loaded = np.load(path, allow_pickle=False)
             arrays = dict(loaded) if path.suffix.lower() == ".npz" else {"": loaded}
     except FileNotFoundError:
-        fail(f"--data {path}: no such file")
+        fail(f"--data {path} does not exist: give an existing matrix file ({', '.join(FORMATS)})")
     except (OSError, EOFError, ValueError, files.DamagedFile, zipfile.BadZipFile) as error:
-        fail(f"--data {path} cannot be read as {path.suffix} ({error})")
+        fail(f"--data {path} cannot be read ({error}): give a valid {path.suffix} file with one numeric matrix")
     matrices = [array for array in arrays.values() if array.ndim == 2 and array.dtype.kind in "fiu"]
     if len(matrices) != 1:
-        fail(f"--data {path} has {len(matrices)} numeric matrices: give a file with one, one row per concept")
-    if (np.isfinite(matrices[0]) & (np.abs(matrices[0]) > LARGEST)).any():
-        fail(f"--data {path} has numbers above {LARGEST:g}, whose squares overflow in float32: rescale the matrix")
+        fail(
+            f"--data {path} contains {len(matrices)} numeric matrices: give a file with one matrix, one row per concept"
+        )
+    if (np.isfinite(matrices[0]) & (np.abs(matrices[0]) > MAX_ABS_VALUE)).any():
+        fail(f"--data {path} contains absolute values above {MAX_ABS_VALUE:g}: rescale the matrix")
     return matrices[0].astype(np.float32)
 
 
 def load_splits(data_set: str, data: Path, device: torch.device) -> Splits:
     """Return a data set without duplicate rows, split 8 : 1 : 1 by the data seed.
 
-    Exits with code 2 if rows are not finite or (nearly) zero; the message gives their indices, counted from 0.
+    Exits with code 2 if rows are not finite or (nearly) zero. The message lists their first indices, counted from 0.
     """
     path = data if data_set == "file" else data / "mesh-minilm.npy"
     if data_set == "mesh" and not path.exists():
-        fail(f"{path} not found: create it with `python -m bsa.concepts --data {data}`")
+        fail(f"--data {data}: {path} does not exist: run `python -m bsa.concepts --data {data}`")
     matrix = planted_concepts().rows if data_set == "planted" else read_matrix(path)
-    too_small = (np.abs(matrix) < SMALLEST).all(1)
-    checks = {"are not finite": ~np.isfinite(matrix).all(1), f"have no number above {SMALLEST:g}": too_small}
-    for problem, bad in checks.items():
-        if bad.any():
-            listed = ", ".join(map(str, np.flatnonzero(bad)[:5]))
-            fail(f"--data {path}: {bad.sum()} of {len(matrix)} rows {problem} (rows {listed}): remove them")
+    near_zero = (np.abs(matrix) < MIN_ABS_VALUE).all(1)
+    checks = {
+        "contain NaN or infinity": ~np.isfinite(matrix).all(1),
+        f"contain no absolute value above {MIN_ABS_VALUE:g}": near_zero,
+    }
+    for problem, invalid in checks.items():
+        if invalid.any():
+            indices = ", ".join(map(str, np.flatnonzero(invalid)[:5]))
+            fail(
+                f"--data {path}: {invalid.sum()} of {len(matrix)} rows {problem} (first row indices, from 0: "
+                f"{indices}): remove these rows"
+            )
     _, distinct = np.unique(matrix, axis=0, return_index=True)
     if duplicates := len(matrix) - len(distinct):
         print(f"{data_set}: {duplicates} duplicate rows dropped", flush=True)
     if len(distinct) < 20:
-        fail(f"--data {path} has {len(distinct)} distinct rows: at least 20 are needed")
+        fail(f"--data {path} contains {len(distinct)} distinct rows: give at least 20")
     permutation = seeding.permutation(seeding.DATA_SEED, "split", 0, len(distinct), "cpu")
     order = torch.from_numpy(np.sort(distinct))[permutation]
     tenth = len(order) // 10
@@ -357,10 +379,10 @@ def batches(args: argparse.Namespace, rows: Tensor, steps: range) -> Iterator[Te
     """
     steps_per_pass = len(rows) // args.batch
     for step in steps:
-        number, place = divmod(step, steps_per_pass)
-        if place == 0 or step == steps.start:  # an epoch may begin in the middle of a pass
-            order = seeding.permutation(args.seed, "order", number, len(rows), rows.device)
-        yield rows[order[place * args.batch : (place + 1) * args.batch]]
+        pass_index, batch_index = divmod(step, steps_per_pass)
+        if batch_index == 0 or step == steps.start:  # an epoch may begin in the middle of a pass
+            order = seeding.permutation(args.seed, "order", pass_index, len(rows), rows.device)
+        yield rows[order[batch_index * args.batch : (batch_index + 1) * args.batch]]
 
 
 # ------------------------------------------------------------------------------------------------- train
@@ -401,7 +423,7 @@ def train(args: argparse.Namespace, run: Run, model: BSA, rows: Tensor, optimize
 
         means = (sums / len(steps)).tolist()  # synchronises, so `seconds` includes the work of the device
         seconds = time.perf_counter() - started
-        if run.diverged(epoch + 1, sums):
+        if run.finish_if_diverged(epoch + 1, sums):
             return
         names = ("loss", "reconstruction_loss", "alignment_loss", "active_mean", "empty_share")
         metrics = dict(zip(names, means, strict=True)) | {
@@ -423,15 +445,16 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
     device = devices.select_device(args.device, args.scale)
-    sizes = f"--latent {args.latent} --batch {args.batch}"
-    remedy = f"Give a smaller --latent, or --batch {args.batch // 2}; the results then differ"
-    with run_lock(args.out), devices.report_oom(device, sizes, remedy):
+    usage = f"--latent {args.latent} --batch {args.batch}"
+    remedy = f"use --batch {args.batch // 2} (about half the memory, different results) or --precision bfloat16"
+    with run_lock(args.out), devices.report_oom(device, usage, remedy):
         run = Run(args.out, vars(args), __file__, args.replace)
         if run.finished:
             return
         data = load_splits(args.data_set, args.data, device)
         if args.batch > len(data.train):
-            fail(f"--batch {args.batch} is larger than the training split: give at most {len(data.train)}")
+            n = len(data.train)
+            fail(f"--batch {args.batch} is larger than the training set ({n} examples): give at most {n}")
         run.write_config(
             f"{args.data_set}, code of {args.latent} features",
             devices.environment(device) | {"data": data.digest, "steps": args.steps},

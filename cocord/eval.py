@@ -4,7 +4,9 @@
 
 `accuracy` is the test accuracy after the last epoch. `accuracy_best_epoch` is the best epoch on the test split, and
 therefore optimistic. Metrics of the training come from train.jsonl: cosines and contrastive accuracy are means over the
-batches of the last epoch, key consistency is the mean over all epochs.
+batches of the last epoch. `key_consistency` is the cosine between the keys of the same 256 images in consecutive
+epochs, averaged over all epochs. `contrastive_accuracy`, and `train_accuracy` in train.jsonl, are fractions; other
+accuracies are percent.
 """
 
 import argparse
@@ -44,7 +46,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("folder", type=Path, help="folder of a finished run")
     parser.add_argument("--data", type=Path, help="folder of the data sets; default: as in training")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N; default: as in training")
-    parser.add_argument("--threads", type=cli.int_min(1), help="default: as in training")
+    parser.add_argument("--threads", type=cli.int_min(1), help="CPU threads; default: as in training")
     return parser.parse_args(argv)
 
 
@@ -81,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     device = devices.select_device(args.device or arguments["device"], arguments["scale"])
     start_time = time.perf_counter()
     data_folder = args.data or Path(arguments["data"])
-    remedy = "Use --device cpu or a device with more memory (the same metrics)"
+    remedy = "use a --device with more memory, or --device cpu (same metrics)"
     with run_lock(args.folder), devices.report_oom(device, "batches of 500 images", remedy):
         metrics: dict[str, Any] = {**from_log, **provenance, "diverged": saved["diverged"]}
         if metrics["diverged"]:
@@ -89,7 +91,10 @@ def main(argv: list[str] | None = None) -> None:
         else:
             data = load_data(arguments["data_set"], data_folder, arguments["held_out"], device)
             if data.digest != provenance["data"]:
-                fail(f"--data {data_folder} differs from the data that {args.folder} was trained on: give that folder")
+                fail(
+                    f"--data {data_folder} (digest {data.digest[:12]}) differs from the training data of {args.folder} "
+                    f"(digest {provenance['data'][:12]}): give the folder used in training"
+                )
             if arguments["rehearse"]:
                 data = data.subset(arguments["rehearse"] * arguments["batch"])
             model = build_model(argparse.Namespace(**arguments), data.classes, device)

@@ -1,9 +1,9 @@
-"""Teacher and student networks for small images, and the reader of published checkpoints.
+"""Teacher and student networks for small images, and loading of teacher weights.
 
 Every network maps images (B, 3, S, S) to (feature (B, width), logits (B, classes)); the feature is the input of the
-last layer. Parameters and buffers have the names of RepDistiller's released teachers, so those checkpoints load
-directly. All networks end in global average pooling. At S = 32 this equals RepDistiller's fixed windows of 8 and 4
-pixels. S may also be a larger multiple of 4.
+last layer. Parameters and buffers have the names of RepDistiller's checkpoints, so those load directly. All networks
+end in global average pooling. At S = 32 this equals RepDistiller's fixed windows of 8 and 4 pixels. S may also be a
+larger multiple of 4.
 """
 
 import itertools
@@ -20,8 +20,8 @@ from common.cli import fail
 from common.weights import read_weights, recorded_accuracy
 
 Output = tuple[Tensor, Tensor]  # feature (B, width), logits (B, classes)
-PREFIXES = ("student.",)  # of parameter names that were saved from a wrapping module
-STATE_DICT_KEYS = ("s_model_dict",)  # keys of the state dict in published checkpoints
+PREFIXES = ("student.",)  # of parameter names in the authors' checkpoints
+STATE_DICT_KEYS = ("s_model_dict",)  # top-level key of the state dict in the authors' checkpoints
 
 
 def global_avg_pool(x: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ class WideResNet(nn.Module):
 class VGG(nn.Module):
     """Five blocks of convolutions (with bias) and batch norm; the first three are followed by max pooling.
 
-    The last ReLU of a block is not in its Sequential, so that the layer indices match the published checkpoints.
+    The last ReLU of a block is not in its Sequential, so that the layer indices match RepDistiller's checkpoints.
     """
 
     def __init__(self, convolutions: int, widths: tuple[int, ...], classes: int, stride: int = 1):
@@ -503,31 +503,31 @@ def weights_to_bfloat16(network: nn.Module) -> None:
             module.to(torch.bfloat16)
 
 
-# ------------------------------------------------------------------------------------------------- published weights
+# ------------------------------------------------------------------------------------------------- teacher weights
 
 
 def load(name: str, classes: int, path: Path) -> tuple[nn.Module, float | None]:
     """Return the network `name` with the weights from `path`, and the accuracy recorded there in percent or None.
 
-    `path` is a run of teacher.py (a folder) or a published checkpoint (a file). Exits with code 2 if it is absent or
-    unreadable, comes from a diverged run, or does not fit the network.
+    `path` is the folder of a run of teacher.py, or a checkpoint file of RepDistiller or of the authors' code. Exits
+    with code 2 if the file does not exist, cannot be read, comes from a diverged run or does not fit the network.
     """
     path = path / "model.pt" if path.is_dir() else path
     if not path.exists():
         fail(
-            f"teacher weights {path} do not exist: train them with make cocord-teachers (into runs/SCALE/cocord/) or "
-            "cocord/teacher.py --network NAME, or give --weights PATH"
+            f"--weights {path} does not exist: train the teacher with make cocord-teachers (output in "
+            f"runs/SCALE/cocord/) or cocord/teacher.py --network {name}, or give another path"
         )
     weights = read_weights(path, "--weights", f"the weights of a {name}", STATE_DICT_KEYS, PREFIXES)
     if weights.other.get("diverged"):
-        fail(f"--weights {path}: the training of this teacher diverged; train it again with a smaller --lr")
+        fail(f"--weights {path}: the training of this teacher diverged: train it again with a smaller --lr")
     state, accuracy = weights.tensors, recorded_accuracy(weights, "--weights", path)
     network = build(name, classes)
     initial = network.state_dict()
     for key, value in initial.items():
         if key.endswith("num_batches_tracked"):  # absent in old files
             state.setdefault(key, value)
-    for suffix in ("weight", "bias"):  # CoCoRD's authors name MobileNetV2's last layer `classifier`
+    for suffix in ("weight", "bias"):  # the authors' code names MobileNetV2's last layer `classifier`
         if f"classifier.0.{suffix}" in initial and f"classifier.{suffix}" in state:
             state[f"classifier.0.{suffix}"] = state.pop(f"classifier.{suffix}")
     checkpoints.load_weights(network, state, path)

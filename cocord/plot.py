@@ -74,7 +74,7 @@ def curve_panels(
     return panels
 
 
-def has_contrast(seeds: Mapping[int, results.Record]) -> bool:
+def has_contrast(seeds: Mapping[int, results.RunFiles]) -> bool:
     """Return whether an arm was trained with the contrastive loss."""
     return any(run.args and run.args["arguments"]["lambda_contrast"] for run in seeds.values())
 

@@ -111,7 +111,7 @@ def at_each(pairs: Sequence[str], *contrasts: str) -> list[str]:
 
 
 def beats_cross_entropy(arm: str, pairs: Sequence[str]) -> list[MustBeat]:
-    """Return the condition that `arm` beats a student trained by cross-entropy only, for each of the pairs."""
+    """Require for each of the pairs that `arm` has a higher accuracy than a student trained by cross-entropy only."""
     return [
         MustBeat(f"{arm}@{pair}", "cross-entropy alone", "accuracy", baseline_arm=f"cross-entropy@{student_of(pair)}")
         for pair in pairs
@@ -133,7 +133,7 @@ def design(scale: str, settings: Settings) -> Design:
     """Return the design at `scale`. PAIRS in `settings` replace the default pairs. Raises SettingError."""
     for pair in settings.pairs:
         if len(pair.split("-")) != 2 or not all(pair.split("-")):
-            raise SettingError(f"PAIRS: '{pair}' is not a pair of networks: write TEACHER-STUDENT")
+            raise SettingError(f"invalid PAIRS='{pair}': give TEACHER-STUDENT")
     prediction = list(settings.pairs) or PREDICTION_PAIRS[scale]
     momentum = list(settings.pairs) or MOMENTUM_PAIRS[scale]
     controls = [] if settings.pairs else CONTROL_PAIRS[scale]

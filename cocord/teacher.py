@@ -4,9 +4,9 @@
     python cocord/teacher.py --scale gpu --network vgg13 --out runs/vgg13          # CIFAR-100, 240 epochs
     make cocord-teachers SCALE=gpu                                                 # all teachers of the studies
 
-The recipe is that of the students: SGD, one random crop per image, and RepDistiller's learning rates. The run folder is
-the usual one (args.json, train.jsonl, exact resume) and also gets metrics.json. The download server of the published
-teachers is offline; if you have their checkpoints, give them to train.py as --weights.
+The recipe is that of the students: SGD, one random crop per image, and RepDistiller's learning rates. The run folder
+contains args.json, train.jsonl, model.pt and metrics.json; an interrupted run resumes exactly. The download server of
+RepDistiller's teachers is offline. If you have their checkpoints, give them to train.py as --weights.
 """
 
 import argparse
@@ -25,7 +25,15 @@ if not __package__:  # run as a script: import from this clone, not from an inst
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cocord import net
-from cocord.train import accuracy, batches, build_optimizer, load_data, lr_multiplier, optimisation_flags
+from cocord.train import (
+    HELD_OUT_HELP,
+    accuracy,
+    batches,
+    build_optimizer,
+    load_data,
+    lr_multiplier,
+    optimisation_flags,
+)
 from common import cli, devices, files, images, seeding
 from common.lock import run_lock
 from common.run import Run, read_log
@@ -42,10 +50,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the flags and resolve them: `lr` becomes a number."""
     parser = cli.Parser(__doc__, SCALES)
     data = cli.run_flags(parser)
-    data.add_argument("--data-set", choices=images.DATA_SETS)
-    data.add_argument("--held-out", action="store_true", help="train on 9/10 of the training set, test on 1/10")
+    data.add_argument("--data-set", choices=images.DATA_SETS, help="folder: --data contains train/CLASS/*, val/CLASS/*")
+    data.add_argument("--held-out", action="store_true", help=HELD_OUT_HELP)
     optimisation_flags(parser)
-    parser.add_argument("--network", choices=tuple(net.NETWORKS))
+    parser.add_argument("--network", choices=tuple(net.NETWORKS), help="teacher network")
     args = cli.parse(parser, SCALES, argv)
     if args.lr is None:
         args.lr = net.default_lr(args.network)
@@ -67,7 +75,7 @@ def train(
         start_time = time.perf_counter()
         samples = 0
         loss_sum = torch.zeros((), device=data.device)
-        for step, ((x,), labels) in enumerate(batches(args, data, epoch, views=1)):
+        for step, ((x,), labels) in enumerate(batches(args, data, epoch, n_views=1)):
             progress = (epoch + step / steps_per_epoch) / args.epochs
             optimizer.param_groups[0]["lr"] = args.lr * lr_multiplier(progress)
             with devices.autocast(args.precision, data.device):
@@ -80,7 +88,7 @@ def train(
             samples += len(labels)
         mean_loss = (loss_sum / samples).item()  # the only host-device synchronisation of the epoch
         seconds = time.perf_counter() - start_time
-        if run.diverged(epoch + 1, loss_sum):
+        if run.finish_if_diverged(epoch + 1, loss_sum):
             return
         epoch_metrics = {
             "loss": mean_loss,
@@ -109,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
     device = devices.select_device(args.device, args.scale)
-    remedy = f"Use --batch {args.batch // 2} (half the memory, other results)"
+    remedy = f"use --batch {args.batch // 2} (about half the memory, different results) or --precision bfloat16"
     with run_lock(args.out), devices.report_oom(device, f"--batch {args.batch}", remedy):
         run = Run(args.out, vars(args), __file__, args.replace)
         if run.finished:
@@ -120,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
         run.write_config(f"{args.data_set}, {args.network}", provenance, args.resume_elsewhere)
         if args.rehearse:
             data = data.subset(args.rehearse * args.batch)
-        with seeding.forked(args.seed, "teacher"):
+        with seeding.seeded_fork_rng(args.seed, "teacher"):
             network = net.build(args.network, data.classes)
         network.to(memory_format=torch.channels_last).to(device)
         optimizer = build_optimizer(args, [network])

@@ -79,9 +79,10 @@ AUGMENTATION = {
     "cifar": {"pad": 4, "flip": 0.5},
     "folder": {"pad": 4, "flip": 0.5},
 }
-LR_MILESTONES = (150 / 240, 180 / 240, 210 / 240)  # shares of all steps, after which the learning rate falls tenfold
+LR_MILESTONES = (150 / 240, 180 / 240, 210 / 240)  # fractions of all steps; the learning rate is divided by 10 at each
 TEACHER_HEADS = ("frozen", "partial", "adapter", "full")
-TRAIN_METRICS = (  # in the order of `cocord_loss`; the log has their means over an epoch
+# In the order of `cocord_loss`; train.jsonl contains their means over an epoch. Both accuracies are fractions.
+TRAIN_METRICS = (
     "loss",
     "contrastive_loss",
     "class_loss",
@@ -93,13 +94,14 @@ TRAIN_METRICS = (  # in the order of `cocord_loss`; the log has their means over
     "positive_cosine",
     "negative_cosine",
 )
-N_PROBE = 256  # training images whose keys are compared from epoch to epoch
+HELD_OUT_HELP = "train on 9/10 of the training set and test on the other 1/10, for tuning"
+N_PROBE = 256  # training images whose keys are compared between consecutive epochs
 
 
 def optimisation_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Add the optimisation flags of train.py and teacher.py; return their argument group."""
     group = parser.add_argument_group("optimisation")
-    decay = "the learning rate falls tenfold after 5/8, 3/4 and 7/8 of the steps"
+    decay = "the learning rate is divided by 10 after 5/8, 3/4 and 7/8 of the steps"
     group.add_argument("--epochs", type=cli.int_min(1), help=f"paper: 240; {decay}")
     group.add_argument("--batch", type=cli.int_min(2), help="batch size; paper: 64; the last batch may be smaller")
     group.add_argument("--lr", type=cli.float_in(0), help="default 0.05; 0.01 for MobileNetV2 and ShuffleNets")
@@ -116,17 +118,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """
     parser = cli.Parser(__doc__, SCALES)
     data = cli.run_flags(parser)
-    data.add_argument("--data-set", choices=images.DATA_SETS)
-    data.add_argument("--held-out", action="store_true", help="train on 9/10 of the training set, test on 1/10")
+    data.add_argument("--data-set", choices=images.DATA_SETS, help="folder: --data contains train/CLASS/*, val/CLASS/*")
+    data.add_argument("--held-out", action="store_true", help=HELD_OUT_HELP)
     weights = "teacher: folder of a run of teacher.py, or a checkpoint file; default OUT/../../teacher@NAME/0"
     data.add_argument("--weights", type=Path, help=weights)
     optimisation = optimisation_flags(parser)
-    optimisation.add_argument("--lr-factor", type=cli.float_in(0), default=1.0, help="multiplies --lr (robustness)")
+    lr_factor = "multiplies --lr; used by the robustness study"
+    optimisation.add_argument("--lr-factor", type=cli.float_in(0), default=1.0, help=lr_factor)
     method = parser.add_argument_group("method (defaults: the paper's)")
     method.add_argument("--teacher", choices=(*net.NETWORKS, "none"), help="none: no contrastive or distillation loss")
     method.add_argument("--student", choices=tuple(net.NETWORKS))
-    method.add_argument("--forward-weight", type=cli.float_in(0), help="weight of the loss between p and u; paper: 4")
-    method.add_argument("--swapped-weight", type=cli.float_in(0), help="weight of the loss between p' and u'; paper: 4")
+    forward = "weight of the prediction loss p -> u (student predicts slow student); paper: 4"
+    method.add_argument("--forward-weight", type=cli.float_in(0), help=forward)
+    method.add_argument("--swapped-weight", type=cli.float_in(0), help="the same with swapped views; paper: 4")
     method.add_argument("--lambda-contrast", type=cli.float_in(0), default=1.0, help="weight of the contrastive loss")
     method.add_argument("--lambda-class", type=cli.float_in(0), default=1.0, help="weight of the cross-entropy loss")
     method.add_argument("--lambda-kd", type=cli.float_in(0), default=0.0, help="weight of plain distillation (T = 4)")
@@ -136,8 +140,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     momentum = "EMA momentum of the slow student"
     method.add_argument("--student-momentum", type=cli.float_in(0, 1), default=0.9, help=momentum)
     method.add_argument("--teacher-head", choices=("auto", *TEACHER_HEADS), default="auto", help=(
-        "part of the teacher's head that follows the student's head. frozen: nothing; partial: tensors of equal shape; "
-        "adapter: all of a head of the student's shape, after a fixed random linear map; full: everything; "
+        "tensors of the teacher's head that are an EMA of the student's head. frozen: none; partial: those of equal "
+        "shape; adapter: all, in a head of the student's shape after a fixed random linear map; full: all; "
         "auto: full if the feature widths are equal, else frozen"))  # fmt: skip
     method.add_argument("--queue", type=cli.int_min(1), help="K, the number of keys in the queue (negatives)")
     method.add_argument("--hidden", type=cli.int_min(1), help="hidden width of the heads")
@@ -150,7 +154,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.apply_lr_factor(args)
     if args.teacher == "none":
         if args.lambda_contrast or args.lambda_kd:
-            fail("--teacher none allows no contrastive or distillation loss: give --lambda-contrast 0 --lambda-kd 0")
+            fail("--teacher none excludes contrastive and distillation loss: give --lambda-contrast 0 --lambda-kd 0")
         args.teacher_head = "frozen"
         return args
     teacher_width, student_width = net.feature_width(args.teacher), net.feature_width(args.student)
@@ -162,7 +166,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.teacher_head == "auto":
         args.teacher_head = "full" if teacher_width == student_width else "frozen"
     if args.queue < args.batch:
-        fail(f"--queue {args.queue} is less than --batch {args.batch}: the queue must hold at least one batch")
+        fail(f"--queue {args.queue} is less than --batch {args.batch}: give --queue {args.batch} or more")
     if args.weights is None:
         args.weights = args.out.parent.parent / f"teacher@{args.teacher}" / "0"
     return args
@@ -181,7 +185,7 @@ def build_head(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 class CoCoRD(nn.Module):
     """Trained modules (student, head, predictor), their EMAs, the teacher's head and the queue; not the teacher.
 
-    Each module has its own seed. An EMA is built from the seed of the module that it follows, so it starts as a copy.
+    Each module has its own seed. An EMA is built from the seed of its online module, so both start from equal weights.
     """
 
     queue: Tensor
@@ -195,33 +199,33 @@ class CoCoRD(nn.Module):
         hidden: int,
         dim: int,
         bottleneck: int,
-        queue: int,
+        queue_size: int,
         teacher_head: str,
         seed: int,
     ):
         super().__init__()
         width = net.feature_width(student)
-        with seeding.forked(seed, "student"):
+        with seeding.seeded_fork_rng(seed, "student"):
             self.student = net.build(student, classes)
-        with seeding.forked(seed, "head"):
+        with seeding.seeded_fork_rng(seed, "head"):
             self.head = build_head(width, hidden, dim)
-        with seeding.forked(seed, "predictor"):
+        with seeding.seeded_fork_rng(seed, "predictor"):
             self.predictor = build_head(dim, bottleneck, dim)
-        with seeding.forked(seed, "student"):
+        with seeding.seeded_fork_rng(seed, "student"):
             self.slow_student = net.build(student, classes)
-        with seeding.forked(seed, "head"):
+        with seeding.seeded_fork_rng(seed, "head"):
             self.slow_head = build_head(width, hidden, dim)
         # ABLATION (teacher momentum): a head of the student's shape starts as a copy of the student's head.
         use_adapter = teacher_head == "adapter"
         same_shape = use_adapter or teacher_width == width
-        with seeding.forked(seed, "head" if same_shape else "teacher head"):
+        with seeding.seeded_fork_rng(seed, "head" if same_shape else "teacher head"):
             self.teacher_head = build_head(width if use_adapter else teacher_width, hidden, dim)
-        with seeding.forked(seed, "adapter"):
+        with seeding.seeded_fork_rng(seed, "adapter"):
             self.adapter = nn.Linear(teacher_width, width, bias=False) if use_adapter else nn.Identity()
         for module in (self.slow_student, self.slow_head, self.teacher_head, self.adapter):
             module.requires_grad_(False)
-        with seeding.forked(seed, "queue"):
-            self.register_buffer("queue", F.normalize(torch.randn(queue, dim), dim=1))
+        with seeding.seeded_fork_rng(seed, "queue"):
+            self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
         self.update_teacher_head = teacher_head != "frozen"
 
@@ -230,15 +234,15 @@ class CoCoRD(nn.Module):
 
         Tensors of the teacher's head whose shape differs from the student's are left out; all if it is frozen.
         """
-        slow: list[Tensor] = [*self.slow_student.parameters(), *self.slow_head.parameters()]
-        fast: list[Tensor] = [*self.student.parameters(), *self.head.parameters()]
-        slow_head: list[Tensor] = []
-        fast_head: list[Tensor] = []
-        for teacher, student in zip(self.teacher_head.parameters(), self.head.parameters(), strict=True):
-            if self.update_teacher_head and teacher.shape == student.shape:
-                slow_head.append(teacher)
-                fast_head.append(student)
-        return [slow, fast], [slow_head, fast_head]
+        slow_student: list[Tensor] = [*self.slow_student.parameters(), *self.slow_head.parameters()]
+        student: list[Tensor] = [*self.student.parameters(), *self.head.parameters()]
+        teacher_head: list[Tensor] = []
+        student_head: list[Tensor] = []
+        for ema, online in zip(self.teacher_head.parameters(), self.head.parameters(), strict=True):
+            if self.update_teacher_head and ema.shape == online.shape:
+                teacher_head.append(ema)
+                student_head.append(online)
+        return [slow_student, student], [teacher_head, student_head]
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
@@ -249,10 +253,10 @@ class CoCoRD(nn.Module):
 
 
 @torch.no_grad()
-def ema_update(slow: list[Tensor], fast: list[Tensor], momentum: float) -> None:
-    """Exponential moving average in place: slow <- momentum * slow + (1 - momentum) * fast; exact at 0 and 1."""
-    if slow and momentum < 1:
-        torch._foreach_lerp_(slow, fast, 1 - momentum)
+def ema_update(ema: list[Tensor], online: list[Tensor], momentum: float) -> None:
+    """Exponential moving average in place: ema <- momentum * ema + (1 - momentum) * online; exact at 0 and 1."""
+    if ema and momentum < 1:
+        torch._foreach_lerp_(ema, online, 1 - momentum)
 
 
 def build_model(args: argparse.Namespace, classes: int, device: torch.device) -> CoCoRD:
@@ -265,7 +269,7 @@ def build_model(args: argparse.Namespace, classes: int, device: torch.device) ->
         hidden=args.hidden,
         dim=args.dim,
         bottleneck=args.bottleneck,
-        queue=args.queue,
+        queue_size=args.queue,
         teacher_head=args.teacher_head,
         seed=args.seed,
     )
@@ -278,8 +282,8 @@ def build_model(args: argparse.Namespace, classes: int, device: torch.device) ->
 def contrastive_loss(z: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """InfoNCE loss of queries z (B, dim) with positive keys (B, dim) and the queue (K, dim) as negatives.
 
-    Keys and queue have unit length. Returns (loss, metrics (3,)). The metrics are the share of queries whose positive
-    key has the largest cosine (top-1), the mean cosine to the positive key, and the mean cosine to the queue.
+    Keys and queue have unit length. Returns (loss, metrics (3,)). The metrics are the fraction of queries whose
+    positive key has the largest cosine (top-1), the mean cosine to the positive key, and the mean cosine to the queue.
     """
     q = F.normalize(z.float(), dim=1)
     positive = (q * keys).sum(1, keepdim=True)
@@ -351,7 +355,7 @@ def make_keys(model: CoCoRD, teacher: nn.Module, x: Tensor) -> Tensor:
 
 
 def load_data(name: str, folder: Path, held_out: bool, device: torch.device) -> images.Images:
-    """Load images of 32 pixels onto `device`. With `held_out` a fixed tenth of the training set is the test set."""
+    """Return images of 32 pixels on `device`. With `held_out` a fixed tenth of the training set is the test set."""
     data = images.load(name, folder, 32, device)
     if not held_out:
         return data
@@ -371,20 +375,20 @@ def crop_and_flip(padded: Tensor, rows: Tensor, offsets: Tensor, flip: Tensor, s
     """
     positions = torch.arange(size, device=padded.device)
     x = torch.where(flip[:, None], size - 1 - positions, positions) + offsets[:, 1:]
-    y = offsets[:, :1] + positions + rows[:, None] * padded.shape[1]  # as if all images were stacked vertically
+    y = offsets[:, :1] + positions + rows[:, None] * padded.shape[1]  # row in the vertical stack of all images
     indices = y[:, :, None] * padded.shape[2] + x[:, None, :]
     windows = padded.flatten(0, 2).index_select(0, indices.flatten())
     return windows.view(len(rows), size, size, 3).permute(0, 3, 1, 2)
 
 
 def batches(
-    args: argparse.Namespace, data: images.Images, epoch: int, views: int = 3
+    args: argparse.Namespace, data: images.Images, epoch: int, n_views: int = 3
 ) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """Yield the batches of one epoch: a list of `views` normalised views, (B, 3, S, S) each, and the labels (B,).
+    """Yield the batches of one epoch: a list of `n_views` normalised views, (B, 3, S, S) each, and the labels (B,).
 
-    A view is a random crop of the image padded with black, flipped at random (the authors' cocord/loader.py). Order and
-    views depend only on (seed, epoch). The last batch may be smaller; a last batch of a single image is dropped,
-    because batch norm needs at least two.
+    A view is a random crop of the image padded with black, flipped at random (cocord/loader.py of the authors' code).
+    Order and views depend only on (seed, epoch). The last batch may be smaller; a last batch of a single image is
+    dropped, because batch norm needs at least two.
     """
     aug = next(aug for name, aug in AUGMENTATION.items() if args.data_set.startswith(name))
     pad, size = int(aug["pad"]), data.train.shape[-1]
@@ -392,11 +396,11 @@ def batches(
     order = seeding.permutation(args.seed, "order", epoch, data.examples, data.device)
     row_batches = [rows for rows in order.split(args.batch) if len(rows) > 1]
     for step, rows in enumerate(row_batches, epoch * len(row_batches)):
-        # Always draw for three views, so that the first view does not depend on the number of views.
+        # Always draw numbers for three views, so that the first view does not depend on `n_views`.
         rng = seeding.SampleRNG(args.seed, "views", step, 3 * args.batch, slice(0, 3 * len(rows)))
-        random = devices.upload(rng.uniform(shape=(3,))[: views * len(rows)], data.device)
+        random = devices.upload(rng.uniform(shape=(3,))[: n_views * len(rows)], data.device)
         offsets = (random[:, :2] * (2 * pad + 1)).long()
-        windows = crop_and_flip(padded, rows.repeat(views), offsets, random[:, 2] < aug["flip"], size)
+        windows = crop_and_flip(padded, rows.repeat(n_views), offsets, random[:, 2] < aug["flip"], size)
         yield list(data.normalise(windows).split(len(rows))), data.train_labels[rows]
 
 
@@ -439,7 +443,7 @@ def load_teacher(args: argparse.Namespace, data: images.Images) -> Teacher:
     if expected is not None and measured < expected / 2 and not args.rehearse:
         fail(
             f"--weights {path}: {name} has a test accuracy of {measured:.2f} %, expected {expected:.2f} %: "
-            "give weights that were trained on the data set of --data-set"
+            f"give weights trained on --data-set {args.data_set}"
         )
     network = net.fold_batch_norms(network)
     if devices.uses_bfloat16(args.precision, data.device):
@@ -472,7 +476,7 @@ def train(
     """Train to the last epoch. Saves the state after each epoch, and resumes from it."""
     initial_head = [weight.clone() for weight in model.teacher_head.parameters()]  # before `resume` changes it
     probe_images = data.normalise(data.train[:N_PROBE]).contiguous(memory_format=torch.channels_last)
-    (slow, fast), (slow_head, fast_head) = model.ema_pairs()
+    (slow_student, student), (teacher_head, student_head) = model.ema_pairs()
     final_epoch = min(2, args.epochs) if args.rehearse else args.epochs
     steps_per_epoch = math.ceil(data.examples / args.batch)
     totals = torch.zeros(len(TRAIN_METRICS), device=data.device)
@@ -512,9 +516,9 @@ def train(
 
             # EMA updates: after the student's forward pass, before the targets (the authors' order).
             if args.forward_weight or args.swapped_weight:
-                ema_update(slow, fast, args.student_momentum)
-            # ABLATION (teacher momentum): how fast the teacher's head follows the student's head
-            ema_update(slow_head, fast_head, args.teacher_momentum)
+                ema_update(slow_student, student, args.student_momentum)
+            # ABLATION (teacher momentum): EMA momentum of the teacher's head
+            ema_update(teacher_head, student_head, args.teacher_momentum)
 
             # Targets. The slow student sees the other view.
             with torch.no_grad(), devices.autocast(args.precision, data.device):
@@ -543,7 +547,7 @@ def train(
             samples += len(labels)
         means = (totals / samples).tolist()  # the only host-device synchronisation of the epoch
         seconds = time.perf_counter() - start_time
-        if run.diverged(epoch + 1, totals):
+        if run.finish_if_diverged(epoch + 1, totals):
             return
         previous_keys, probe_keys = probe_keys, make_probe_keys()
         head_change = torch._foreach_sub(list(model.teacher_head.parameters()), initial_head)
@@ -566,7 +570,7 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def student_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights that are evaluated: those of the student and of the slow student."""
+    """Return the entries of a state dict that eval.py needs: those of the student and of the slow student."""
     return {name: value for name, value in state.items() if name.startswith(("student.", "slow_student."))}
 
 
@@ -577,7 +581,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
     device = devices.select_device(args.device, args.scale)
-    remedy = f"Use --batch {args.batch // 2} (half the memory, other results)"
+    remedy = f"use --batch {args.batch // 2} (about half the memory, different results) or --precision bfloat16"
     with run_lock(args.out), devices.report_oom(device, f"--batch {args.batch}", remedy):
         run = Run(args.out, vars(args), __file__, args.replace)
         if run.finished:

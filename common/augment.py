@@ -15,7 +15,7 @@ from torch import Tensor
 from common.devices import upload
 from common.seeding import SampleRNG
 
-HUE = 3  # colour operations by number: 0 brightness, 1 contrast, 2 saturation, 3 hue
+HUE = 3  # number of the hue shift among the operations of `color_jitter`
 
 
 def resized_crop(images: Tensor, boxes: Tensor, size: tuple[int, int], flip: Tensor | None = None) -> Tensor:
@@ -34,16 +34,17 @@ def resized_crop(images: Tensor, boxes: Tensor, size: tuple[int, int], flip: Ten
 
 
 def color_jitter(images: Tensor, factors: Tensor, orders: np.ndarray, mask: np.ndarray | None = None) -> Tensor:
-    """Change brightness, contrast, saturation and hue of the images where `mask` (N,) bool is true (None: of all).
+    """Change brightness, contrast, saturation and hue of the images where `mask` (N,) bool is true (None: all images).
 
-    factors (N, 4): multipliers of brightness, contrast and saturation, and a hue shift in turns. orders (N, 4) int64:
-    each image's order of the operations 0..3. Images outside the mask are returned bit for bit.
+    factors (N, 4): multipliers of brightness, contrast and saturation, and a hue shift as a fraction of the colour
+    circle, as in torchvision (0.5 = 180 degrees). orders (N, 4) int64: order of the operations for each image.
+    Operations: 0 brightness, 1 contrast, 2 saturation, 3 hue. Images outside the mask are returned bit for bit.
     """
     # An image has 0..3 blends (brightness, contrast, saturation) before its hue shift; -1: outside the mask.
     blends_before_hue = (orders == HUE).argmax(1)
     if mask is not None:
         blends_before_hue = np.where(mask, blends_before_hue, -1)
-    # Sort the images by it, so that each operation below applies to one contiguous slice of rows.
+    # Sort the images by this number, so that each operation below applies to one contiguous slice of rows.
     rows = np.argsort(-blends_before_hue, kind="stable")
     blends = orders[orders != HUE].reshape(-1, 3)[rows]
     # count: images in the mask; before[j]: images whose blend j comes before hue
@@ -132,7 +133,8 @@ def random_color_jitter(
 ) -> Tensor:
     """Apply colour jitter with `probability`, in a random order of the four operations.
 
-    Multipliers are uniform in 1 +- strength, not below 0; the hue shift is uniform in +- `hue` turns.
+    Multipliers are uniform in 1 +- strength, not below 0. The hue shift is uniform in +- `hue`, in turns of the colour
+    circle.
     """
     multipliers = [rng.uniform(max(0.0, 1 - s), 1 + s) for s in (brightness, contrast, saturation)]
     factors = torch.stack([*multipliers, rng.uniform(-hue, hue)], 1)
@@ -158,7 +160,7 @@ def _per_image(values: Tensor) -> Tensor:
 
 
 def _where(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """Return `new` where `mask` (N,) is true, else `old`. Exact, and on a CPU ten times as fast as torch.where."""
+    """Return `new` where `mask` (N,) is true, else `old`. Bit-exact; on a CPU ten times as fast as torch.where."""
     return torch.lerp(old, new, _per_image(upload(mask.float(), old.device)))
 
 

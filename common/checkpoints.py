@@ -16,17 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from common.cli import fail
-from common.files import DamagedFile, write_bytes
+from common.files import DamagedFile, error_reason, write_bytes
 
 SAFETENSORS_DTYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2",
     "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1", "BOOL": "?",
 }  # fmt: skip
-MAX_HEADER_BYTES = 100_000_000  # a longer safetensors header is taken for damage
+MAX_HEADER_BYTES = 100_000_000  # a safetensors file with a longer header counts as damaged
 
 
 def save(path: Path, value: Any) -> None:
-    """Write `value` with torch.save, atomically. It may hold tensors, numbers, strings, lists and dicts only."""
+    """Write `value` with torch.save, atomically. It may contain only tensors, numbers, strings, lists and dicts."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     write_bytes(path, buffer.getvalue())
@@ -35,7 +35,7 @@ def save(path: Path, value: Any) -> None:
 def load(path: Path, device: torch.device | str = "cpu") -> Any:
     """Load a file written by `save`: tensors and plain values only, after verifying the checksums.
 
-    Raises FileNotFoundError, or DamagedFile if the file is truncated, altered or holds other types of objects.
+    Raises FileNotFoundError, or DamagedFile if the file is truncated, altered or contains other types of objects.
     """
     path = Path(path)
     if not path.exists():
@@ -48,8 +48,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> Any:
     except DamagedFile:
         raise
     except Exception as error:  # torch raises many types of exception for a truncated or malicious file
-        reason = str(error).strip().partition("\n")[0]
-        raise DamagedFile(f"{path} cannot be read ({type(error).__name__}: {reason})") from None
+        raise DamagedFile(f"{path} cannot be read ({error_reason(error)})") from None
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -63,7 +62,7 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
         file.seek(0)
         length = int.from_bytes(file.read(8), "little")
         if not 0 < length <= min(size, MAX_HEADER_BYTES):
-            raise DamagedFile(f"{path} is cut off or not a safetensors file: its header does not fit into it")
+            raise DamagedFile(f"{path} is cut off or not a safetensors file: its header is longer than the file")
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
@@ -74,7 +73,7 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
                 consistent &= start >= 0 and array_bytes == end - start
                 entries[name], last = (dtype, shape, start), max(last, end)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DamagedFile(f"{path} has a header that cannot be read ({type(error).__name__}: {error})") from None
+            raise DamagedFile(f"{path} has a header that cannot be read ({error_reason(error)})") from None
         if not consistent or last != size - length:
             raise DamagedFile(f"{path} is cut off or damaged: its data do not fit its header")
         arrays = {}
@@ -87,18 +86,25 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], source: Path | str) -> None:
-    """Call model.load_state_dict. Exits with code 2, naming the first missing, unexpected or misshaped tensors.
+    """Call model.load_state_dict. Exits with code 2 if tensors are missing, unexpected or of another shape.
 
-    `source` names the origin of `state` in the message.
+    `source` is the file or folder of `state`, for the message, which names the first tensor of each kind.
     """
     expected = model.state_dict()
-    wrong = [name for name in expected if name not in state or state[name].shape != expected[name].shape]
-    wrong += [name for name in state if name not in expected]
-    if wrong:
-        fail(
-            f"{source} does not fit this network: {len(wrong)} tensors are missing, unexpected or of another shape, "
-            f"first {', '.join(wrong[:3])}"
-        )
+    missing = [name for name in expected if name not in state]
+    unexpected = [name for name in state if name not in expected]
+    misshaped = [name for name in expected if name in state and state[name].shape != expected[name].shape]
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} tensors missing, first {missing[0]}")
+    if unexpected:
+        problems.append(f"{len(unexpected)} unexpected, first {unexpected[0]}")
+    if misshaped:
+        name = misshaped[0]
+        shapes = f"file {tuple(state[name].shape)}, network {tuple(expected[name].shape)}"
+        problems.append(f"{len(misshaped)} of another shape, first {name}: {shapes}")
+    if problems:
+        fail(f"{source} does not fit this network ({'; '.join(problems)}): give weights of this network")
     model.load_state_dict(state)
 
 

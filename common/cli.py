@@ -1,4 +1,4 @@
-"""What all command lines share: scales, common flags, argument types, exit codes and error messages."""
+"""Shared command-line code: scales, common flags, argument types, exit codes and error messages."""
 
 import argparse
 import sys
@@ -11,11 +11,11 @@ EXIT_USER = 2  # a wrong flag, missing or damaged data; nothing was started
 EXIT_DISK = 4  # the disk is full or failed; finished files stay valid
 EXIT_INTERRUPTED = 75  # SIGTERM or SIGINT; the same command resumes the run
 
-RUNS_ON_THIS_GPU = "RUNS_ON_THIS_GPU"  # environment variable set by common.study.slots: runs that share this GPU
+RUNS_ON_THIS_GPU = "RUNS_ON_THIS_GPU"  # environment variable of common.study.slots: number of runs that share this GPU
 # Flags for paths and hardware: they do not define a run.
 NON_METHOD_FLAGS = frozenset({"out", "replace", "data", "device", "workers", "weights", "resume_elsewhere"})
 SCALES = ("demo", "gpu", "paper")
-Defaults = Mapping[str, tuple[Any, Any, Any]]  # flag -> its default at demo, gpu and paper scale
+Defaults = Mapping[str, tuple[Any, Any, Any]]  # flag -> default at demo, gpu and paper scale
 
 
 def fail(message: str, code: int = EXIT_USER) -> NoReturn:
@@ -48,16 +48,19 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_flags(parser: Parser) -> argparse._ArgumentGroup:
-    """Add the flags that all five papers share. Returns the argument group `data`, to which a paper adds its own."""
+    """Add the flags that all five papers share. Returns the argument group `data`, to which a paper adds its flags."""
     run = parser.add_argument_group("run")
-    run.add_argument("--scale", choices=SCALES, default="demo", help="column of the table of defaults below")
+    run.add_argument("--scale", choices=SCALES, default="demo", help="scale of the defaults (data, network, training "
+                     "length): see the table below")  # fmt: skip
     run.add_argument("--out", type=Path, default=Path("runs/scratch"), help="output folder of this run")
     run.add_argument("--seed", type=int_min(0), default=0, help="determines initial weights, batches and augmentation")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    run.add_argument("--threads", type=int_min(1), default=1, help="CPU threads; another number rounds differently")
-    run.add_argument("--replace", action="store_true", help="move an old run with other flags aside")
+    run.add_argument("--threads", type=int_min(1), default=1, help="CPU threads; changing it changes floating-point "
+                     "rounding")  # fmt: skip
+    run.add_argument("--replace", action="store_true", help="if --out contains a run with other flags, rename it to "
+                     "OUT.replaced-N")  # fmt: skip
     run.add_argument("--resume-elsewhere", action="store_true", help="resume on another device, torch version, number "
-                     "of threads or processes; recorded in args.json, and not bit-identical")  # fmt: skip
+                     "of threads or processes: not bit-identical; recorded in args.json")  # fmt: skip
     run.add_argument("--rehearse", type=int_min(1), help="smoke test: two epochs of N steps on a subset", metavar="N")
     data = parser.add_argument_group("data")
     data.add_argument("--data", type=Path, default=Path("data"), help="folder of data sets and caches")
@@ -75,7 +78,7 @@ def apply_lr_factor(args: argparse.Namespace) -> None:
     """Multiply --lr by --lr-factor, which is then removed. Exits with code 2 if the product is infinite."""
     args.lr *= args.lr_factor
     if args.lr == float("inf"):
-        fail(f"invalid --lr-factor {args.lr_factor:g}: --lr times --lr-factor is too large")
+        fail(f"--lr-factor {args.lr_factor:g} is too large (--lr times --lr-factor is infinite): give a smaller factor")
     del args.lr_factor
 
 
@@ -98,7 +101,8 @@ def float_in(low: float, high: float = float("inf")):
     def convert(text: str) -> float:
         value = float(text)
         if not low <= value <= high or value == float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
+            expected = f"between {low:g} and {high:g}" if high < float("inf") else f"a finite number >= {low:g}"
+            raise argparse.ArgumentTypeError(f"{text} is not {expected}")
         return value
 
     convert.__name__ = "number"

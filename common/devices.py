@@ -37,7 +37,7 @@ def select_device(name: str, scale: str) -> torch.device:
     if device.type == "cuda":
         index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
         if index >= (torch.cuda.device_count() if cuda else 0):
-            fail(f"--device {name}: no such CUDA GPU on this machine; use --device cpu --scale demo")
+            fail(f"--device {name} does not exist (no such CUDA GPU): use another one, or --device cpu --scale demo")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     # Disable TF32: its 10-bit mantissa is too coarse for the collapse metrics.
@@ -66,8 +66,8 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=uses_bfloat16(precision, device))
 
 
-def start_ranks(name: str, device: torch.device) -> tuple[int, int]:
-    """Join torchrun's process group, if there is one. Returns (rank, world size), (0, 1) without torchrun.
+def init_process_group(name: str, device: torch.device) -> tuple[int, int]:
+    """Join torchrun's process group. Returns (rank, world size), or (0, 1) without torchrun.
 
     `name` is the value of --device. With `cuda` each rank has its own GPU and the backend is NCCL. With `cuda:N` all
     ranks share one GPU, which NCCL does not support: the backend is gloo, as on CPUs.
@@ -75,7 +75,7 @@ def start_ranks(name: str, device: torch.device) -> tuple[int, int]:
     if "RANK" not in os.environ:
         return 0, 1
     if not dist.is_initialized():
-        atexit.register(stop_ranks)
+        atexit.register(destroy_process_group)
         gpu_per_rank = device.type == "cuda" and ":" not in name
         dist.init_process_group("nccl" if gpu_per_rank else "gloo", timeout=timedelta(hours=2))
     return dist.get_rank(), dist.get_world_size()
@@ -105,7 +105,7 @@ def rows_of_rank(batch: int) -> slice:
 
 
 def barrier() -> None:
-    """Wait for all ranks. Does nothing without a process group."""
+    """Wait for all ranks. Without a process group, do nothing."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -144,8 +144,8 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     return torch.cat([block[: int(count)] for block, count in zip(blocks, counts, strict=True)])
 
 
-def stop_ranks() -> None:
-    """Destroy the process group, if there is one."""
+def destroy_process_group() -> None:
+    """Destroy the process group. Without one, do nothing."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -158,8 +158,11 @@ def peak_memory(device: torch.device) -> int:
 
 
 @contextmanager
-def report_oom(device: torch.device, setting: str, remedy: str) -> Iterator[None]:
-    """Exit with code 2 if memory runs out inside: one line with peak memory, `setting` (flags in use) and `remedy`."""
+def report_oom(device: torch.device, usage: str, remedy: str) -> Iterator[None]:
+    """Context manager: if the `with` block runs out of memory, exit with code 2 and print one line.
+
+    The line gives the peak memory, `usage` (what needs the memory, such as the batch size) and `remedy`.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # on a CPU torch raises RuntimeError
@@ -167,8 +170,8 @@ def report_oom(device: torch.device, setting: str, remedy: str) -> Iterator[None
             raise
         peak = peak_memory(device) / 2**30
         others = int(os.environ.get(RUNS_ON_THIS_GPU, "1")) - 1
-        shared = f", and up to {others} other runs share the GPU (change GPUS)" if others else ""
-        fail(f"out of memory on {device} with {setting}: peak {peak:.1f} GiB{shared}. {remedy}")
+        shared = f", and up to {others} other runs share the GPU; change GPUS" if others else ""
+        fail(f"out of memory on {device} with {usage} (peak {peak:.1f} GiB{shared}): {remedy}")
 
 
 ENVIRONMENT = ("torch", "device", "threads", "world")  # a resumed run is bit-identical only if these are equal

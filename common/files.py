@@ -17,6 +17,13 @@ class DamagedFile(ValueError):
     """A file exists but its content is damaged. The message names the file."""
 
 
+def error_reason(error: BaseException) -> str:
+    """Return the first line of an exception's text, or its type; "missing key 'epoch'" for KeyError."""
+    if isinstance(error, KeyError):
+        return f"missing key {error}"
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def sync_folder(folder: Path) -> None:
     """fsync `folder`, so that renames inside it survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -87,17 +94,21 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a JSON Lines file, [] if there is no file.
+    """Return the objects of a JSON Lines file, [] if the file does not exist.
 
-    An incomplete last line, left by a killed process, is ignored. Raises DamagedFile if another line is not a JSON
-    object.
+    An incomplete last line, left by a killed process, is ignored. Raises DamagedFile with the line number if another
+    line is not a JSON object.
     """
     path = Path(path)
     lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
-    try:
-        return [dict(json.loads(line)) for line in lines[:-1] if line]
-    except (ValueError, TypeError):
-        raise DamagedFile(f"{path} holds a line that is not a JSON object") from None
+    objects = []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            if line:
+                objects.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
+            raise DamagedFile(f"{path}, line {number}: not a JSON object") from None
+    return objects
 
 
 def read_json(path: Path) -> Any:

@@ -1,8 +1,8 @@
 """Glyphs: the built-in synthetic image data, characters in matplotlib's fonts as 32x32 colour images.
 
-An image shows one character in the middle, its class. Font, size, rotation, shear, position, colours and background
-are random. kNN on raw pixels or on an untrained network is poor because colours are random; a small trained network
-is nearly perfect. The presets set the difficulty. Nothing is downloaded or cached here.
+Each image shows one centred character, which is its class label. Font, size, rotation, shear, position, colours and
+background are random. kNN on raw pixels or on an untrained network is poor because colours are random; a small trained
+network is nearly perfect. The presets set the difficulty. This module downloads and caches nothing.
 """
 
 import functools
@@ -24,7 +24,7 @@ from common.seeding import DATA_SEED, SampleRNG, permutation
 
 
 class Preset(NamedTuple):
-    """The characters and the strength of the disturbances."""
+    """Characters (classes) and strength of the random variations."""
 
     characters: str  # the classes, in the order of the labels
     clutter: int  # number of distracting characters at the border
@@ -41,8 +41,8 @@ PRESETS = {
     "glyphs36-hard": Preset(CAPITALS_AND_DIGITS, clutter=1, texture=0.20, rotation=15, shear=0.15),
 }
 SCALE = (1.0, 1.35)  # at 1 the mask fills the image
-SHIFT = 0.1  # maximum shift along each axis, as a share of the image's width
-CONTRAST = 0.35  # least difference in luma between character and background, 0-1
+SHIFT = 0.1  # maximum shift along each axis, as a fraction of the image width
+CONTRAST = 0.35  # minimum difference in luma between character and background, 0-1
 NOISE = 0.03  # half-width of the pixel noise
 IMAGE_SIZE, MASK_SIZE = 32, 48  # pixels
 FONT_SIZE = 38  # pixels: the largest at which the widest W fits into a mask
@@ -57,7 +57,7 @@ FONTS = (
 
 
 def classes(name: str) -> int:
-    """Return the number of classes of a preset. Raises ValueError if there is no such preset."""
+    """Return the number of classes of a preset. Raises ValueError if the preset does not exist."""
     return len(_preset(name).characters)
 
 
@@ -66,7 +66,7 @@ def generate(name: str, count: int, split: str) -> tuple[Tensor, Tensor]:
 
     The splits "train" and "test" are independent samples. Class sizes differ by at most one. The result depends only
     on the arguments and DATA_SEED, and each full chunk of CHUNK images does not depend on `count`. Raises ValueError
-    if there is no such preset, OSError if matplotlib's fonts are missing.
+    if the preset does not exist, OSError if matplotlib's fonts are missing.
     """
     preset = _preset(name)
     masks = render_masks(preset.characters)
@@ -84,7 +84,7 @@ def generate(name: str, count: int, split: str) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def fingerprint() -> str:
-    """Return the sha256 of all that the images depend on: this file, the fonts, and the versions of the libraries."""
+    """Return a sha256 of everything that determines the images: this file, the fonts and the library versions."""
     sha256 = hashlib.sha256(Path(__file__).read_bytes())
     sha256.update(f"Pillow {PIL.__version__}, torch {torch.__version__}, numpy {np.__version__}".encode())
     for name in FONTS:
@@ -96,9 +96,9 @@ def font_folder() -> Path:
     """Return the folder of matplotlib's fonts, found without importing matplotlib, which takes a second."""
     specification = importlib.util.find_spec("matplotlib")
     if specification is None or specification.origin is None:
-        raise OSError("matplotlib, whose fonts the glyphs are drawn with, is not installed")
+        raise OSError("matplotlib is not installed: install it, because the glyphs are drawn with its fonts")
     folder = Path(specification.origin).parent / "mpl-data" / "fonts" / "ttf"
-    if not folder.is_dir():  # a distribution's package keeps them elsewhere
+    if not folder.is_dir():  # Linux distributions may install the fonts in another folder
         import matplotlib
 
         folder = Path(matplotlib.get_data_path(), "fonts", "ttf")

@@ -1,5 +1,6 @@
 """Image folders (`train/<class>/*`, `val/<class>/*`): decoded once into a cache, or streamed by DataLoader workers."""
 
+import copy
 import errno
 import fcntl
 import hashlib
@@ -20,49 +21,55 @@ from tqdm import tqdm
 
 from common import seeding
 from common.cli import EXIT_DISK, EXIT_USER, fail
-from common.files import PERMANENT_ERRORS
-from common.pictures import UnreadableImage, open_rgb
+from common.files import PERMANENT_ERRORS, error_reason
+from common.image_file import UnreadableImage, open_rgb
 
-if TYPE_CHECKING:  # imported inside the functions: it takes 2 s, and the demo starts a hundred processes
+if TYPE_CHECKING:  # imported in the functions that need it: it takes 2 s, and the demo starts a hundred processes
     from torchvision import datasets
 
 BLOCK = 256  # images per batch in decoding and evaluation
-SAMPLED = 500  # images per split whose bytes count in the digest of a streamed folder
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}  # as torchvision reads
+SAMPLED = 500  # images per split whose bytes enter the digest of a streamed folder
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}  # those of torchvision
 
 
 def open_folder(root: Path) -> "datasets.ImageFolder":
-    """Open torchvision's ImageFolder with `open_rgb` as its loader, without hidden files and folders.
+    """Open DATA/train or DATA/val as torchvision's ImageFolder with `open_rgb` as its loader.
 
-    Prints one line about files that are left out. Exits with code 2 if `root` has no class folders with images, or a
-    class folder without one.
+    Hidden files and folders are ignored. Prints a warning with the number of ignored files. Exits with code 2 if
+    `root` has no class folders with images, or a class folder without images.
     """
     from torchvision import datasets
 
+    no_images = (
+        f"--data {root.parent}: {root} has no class folders with images: "
+        "give a folder with train/CLASS/* and val/CLASS/*"
+    )
     try:
         folder = datasets.ImageFolder(str(root), loader=open_rgb, allow_empty=True)
-    except OSError as error:
-        fail(f"invalid --data: {root} has no class folders with images ({error})")
+    except PermissionError as error:
+        fail(f"--data {root.parent}: {error.filename} cannot be read ({error.strerror}): change its permissions")
+    except OSError:
+        fail(no_images)
     classes = [name for name in folder.classes if not name.startswith(".")]
     samples = []
     for path, label in folder.samples:
         if folder.classes[label] in classes and not Path(path).name.startswith("."):
             samples.append((path, classes.index(folder.classes[label])))
     if not classes:
-        fail(f"invalid --data: {root} has no class folders with images")
+        fail(no_images)
     if empty := set(range(len(classes))) - {label for _, label in samples}:
-        fail(f"invalid --data: {root / classes[min(empty)]} has no image that can be read (suffixes: "
-             f"{', '.join(datasets.folder.IMG_EXTENSIONS)})")  # fmt: skip
+        fail(f"--data {root.parent}: {root / classes[min(empty)]} has no images: add images "
+             f"({', '.join(datasets.folder.IMG_EXTENSIONS)}) or delete the folder")  # fmt: skip
     folder.classes, folder.class_to_idx = classes, {name: label for label, name in enumerate(classes)}
     folder.samples = folder.imgs = samples
     folder.targets = [label for _, label in samples]
-    if left_out := describe_left_out(root, len(samples)):
-        print(f"warning: {root}: {left_out} left out", file=sys.stderr)
+    if ignored := describe_ignored(root, len(samples)):
+        print(f"warning: {root}: {ignored} ignored", file=sys.stderr)
     return folder
 
 
-def describe_left_out(root: Path, used: int) -> str:
-    """Return how many files, hidden and unreadable folders `root` has beside the `used` images; "" if none."""
+def describe_ignored(root: Path, used: int) -> str:
+    """Return the number of files in `root` other than the `used` images, and of unreadable folders; "" if none."""
     unreadable: list[OSError] = []
     suffixes: Counter[str] = Counter()
     for _, _, names in os.walk(root, onerror=unreadable.append, followlinks=True):
@@ -70,8 +77,8 @@ def describe_left_out(root: Path, used: int) -> str:
     count = suffixes.total() - used
     parts = []
     if count:
-        common = [suffix or "no suffix" for suffix, _ in suffixes.most_common() if suffix not in IMAGE_SUFFIXES]
-        parts.append(f"{count} files ({', '.join(common[:4])})")
+        frequent = [suffix or "no suffix" for suffix, _ in suffixes.most_common() if suffix not in IMAGE_SUFFIXES]
+        parts.append(f"{count} files ({', '.join(frequent[:4])})")
     if unreadable:
         parts.append(f"{len(unreadable)} folders that cannot be read ({unreadable[0].filename})")
     return " and ".join(parts)
@@ -81,12 +88,12 @@ def open_splits(data: Path) -> "tuple[datasets.ImageFolder, datasets.ImageFolder
     """Open `data`/train and `data`/val. Exits with code 2 if their classes differ."""
     train, test = open_folder(data / "train"), open_folder(data / "val")
     if difference := set(train.classes) ^ set(test.classes):
-        fail(f"invalid --data {data}: train and val must have the same classes; only one has {sorted(difference)[:3]}")
+        fail(f"--data {data}: classes {sorted(difference)[:3]} are only in train or only in val: make them equal")
     return train, test
 
 
-def looks_like_images(data: Path) -> bool:
-    """Return whether `data` holds an image folder: train/ or val/, or images in it or in one of its folders."""
+def contains_images(data: Path) -> bool:
+    """Return whether `data` contains train/ or val/, or images directly or one folder below."""
     if (data / "train").is_dir() or (data / "val").is_dir():
         return True
     for folder in (data, *(path for path in data.glob("*") if path.is_dir())):
@@ -96,17 +103,17 @@ def looks_like_images(data: Path) -> bool:
 
 
 def file_status(path: str) -> os.stat_result:
-    """Return os.stat of an image. Exits with code 2 if that fails, for example for a dangling link."""
+    """Return os.stat of an image. Exits with code 2 if that fails, for example for a broken symbolic link."""
     try:
         return os.stat(path)
     except OSError as error:
-        fail(f"--data: {path} cannot be read ({error.strerror}): restore or remove it")
+        fail(f"--data: image {path} cannot be read ({error.strerror}): replace or delete it")
 
 
 def content_digest(data: Path, splits: "Sequence[datasets.ImageFolder]") -> str:
     """Return a sha256 of the names and sizes of all images and of the bytes of up to SAMPLED images of each split.
 
-    It does not change when the folder is copied. A change of a few images of equal size can stay unnoticed.
+    It does not change when the folder is copied. Changes of a few images without a change of size may be missed.
     """
     sha256 = hashlib.sha256()
     for folder in splits:
@@ -120,7 +127,7 @@ def content_digest(data: Path, splits: "Sequence[datasets.ImageFolder]") -> str:
 
 
 def cache_key(folder: "datasets.ImageFolder") -> str:
-    """Return a sha256 of name, size, and times of last change of all images. Replacing any image changes it."""
+    """Return a sha256 of name, size, mtime and ctime of all images. It changes when any image is replaced."""
     sha256 = hashlib.sha256()
     for path, _ in folder.samples:
         status = file_status(path)
@@ -130,7 +137,7 @@ def cache_key(folder: "datasets.ImageFolder") -> str:
 
 
 class TransformedImages(Dataset):
-    """Images of an ImageFolder under `transform`; item i is (image, label)."""
+    """Images of an ImageFolder with `transform` applied; item i is (image, label)."""
 
     def __init__(self, folder: "datasets.ImageFolder", transform: Callable):
         self.folder, self.transform = folder, transform
@@ -141,25 +148,25 @@ class TransformedImages(Dataset):
 
 
 class RandomViews(Dataset):
-    """Random views of the images of an ImageFolder; item i is the list of its views, (3, S, S) uint8 each.
+    """Random views of the images of an ImageFolder; item i is the list of `n_views` views, (3, S, S) uint8 each.
 
     Each view is seeded from (seed, epoch, index, view), so it does not depend on the worker that computes it.
     """
 
-    def __init__(self, folder: "datasets.ImageFolder", transform: Callable, views: int, seed: int, epoch: int):
-        self.folder, self.transform, self.views, self.seed, self.epoch = folder, transform, views, seed, epoch
+    def __init__(self, folder: "datasets.ImageFolder", transform: Callable, n_views: int, seed: int, epoch: int):
+        self.folder, self.transform, self.n_views, self.seed, self.epoch = folder, transform, n_views, seed, epoch
 
     def __getitem__(self, index: int) -> list[Tensor]:
         image, _ = self.folder[index]
         views = []
-        for view in range(self.views):
-            with seeding.forked(self.seed, f"view {view} of epoch {self.epoch} of image {index}"):
+        for view in range(self.n_views):
+            with seeding.seeded_fork_rng(self.seed, f"view {view} of epoch {self.epoch} of image {index}"):
                 views.append(self.transform(image))
         return views
 
 
 def load_batches(dataset: Dataset, batches: list[list[int]], workers: int, device: torch.device) -> Iterator:
-    """Yield batches of the indices in `batches`, loaded by `workers` processes, in pinned memory if for a GPU.
+    """Yield the batches with the indices in `batches`, loaded by `workers` processes; in pinned memory for a GPU.
 
     Exits with code 2 if an image cannot be decoded.
     """
@@ -173,17 +180,18 @@ def load_batches(dataset: Dataset, batches: list[list[int]], workers: int, devic
     )
     try:
         yield from loader
-    except UnreadableImage as error:  # from a worker, the message comes after its traceback
-        fail(f"{str(error).strip().splitlines()[-1].split('UnreadableImage: ')[-1]}; or remove that file")
+    except UnreadableImage as error:
+        message = str(error).strip().splitlines()[-1]  # an error in a worker has the worker's traceback before it
+        fail(f"--data: image {message.split('UnreadableImage: ')[-1]}")
 
 
 def ignore_sigint(worker: int) -> None:
-    """Ignore Ctrl-C, which reaches every process of the terminal: the parent process ends its workers."""
+    """Ignore Ctrl-C in a worker: the terminal sends it to all processes, and the parent process ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class StreamedImages:
-    """An image folder too large for the device: DataLoader workers decode each batch."""
+    """An image folder with images above 64 pixels, decoded batch by batch in DataLoader workers."""
 
     def __init__(self, data: Path, size: int, workers: int, device: torch.device):
         self.train, self.test = open_splits(data)
@@ -195,26 +203,29 @@ class StreamedImages:
         self.std = torch.tensor([0.229, 0.224, 0.225], device=device).view(3, 1, 1)
 
     def subset(self, count: int) -> "StreamedImages":
-        """Keep at most `count` training and test images, a random subset fixed by DATA_SEED. Changes and returns self.
+        """Return a copy with at most `count` images of each split: the same random subset as `Images.subset`."""
 
-        The rows are those that `Images.subset` takes.
-        """
-        for folder in (self.train, self.test):
+        def select(folder: "datasets.ImageFolder") -> "datasets.ImageFolder":
             rows = seeding.permutation(seeding.DATA_SEED, "few", 0, len(folder), "cpu")[:count].tolist()
-            folder.samples = [folder.samples[row] for row in rows]
-            folder.targets = [folder.targets[row] for row in rows]
-        self.examples = len(self.train)
-        return self
+            selected = copy.copy(folder)
+            selected.samples = selected.imgs = [folder.samples[row] for row in rows]
+            selected.targets = [folder.targets[row] for row in rows]
+            return selected
+
+        subset = copy.copy(self)
+        subset.train, subset.test = select(self.train), select(self.test)
+        subset.examples = len(subset.train)
+        return subset
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Scale uint8 images (..., 3, S, S) to [0, 1] and normalise them with ImageNet's channel statistics."""
+        """Normalise images (..., 3, S, S), uint8 only, by ImageNet's channel mean and std after division by 255."""
         return (images / 255 - self.mean) / self.std
 
     def views(
-        self, transform: Callable, views: int, batches: list[list[int]], seed: int, epoch: int
+        self, transform: Callable, n_views: int, batches: list[list[int]], seed: int, epoch: int
     ) -> Iterator[list[Tensor]]:
-        """Yield a list of `views` tensors (B, 3, S, S) uint8 on the device for each list of B indices in `batches`."""
-        dataset = RandomViews(self.train, transform, views, seed, epoch)
+        """Yield `n_views` tensors (B, 3, S, S) uint8 on the device for each list of B indices in `batches`."""
+        dataset = RandomViews(self.train, transform, n_views, seed, epoch)
         for batch in load_batches(dataset, batches, self.workers, self.device):
             yield [view.to(self.device, non_blocking=True) for view in batch]
 
@@ -235,15 +246,15 @@ class StreamedImages:
 
 
 def check_contrast(folder: "datasets.ImageFolder") -> None:
-    """Decode a few images. Exits with code 2 if one cannot be decoded or all have one and the same colour."""
-    colours: set[int] = set()
+    """Decode about 20 images. Exits with code 2 if an image cannot be decoded, or if all pixels have the same value."""
+    values: set[int] = set()
     for index in range(0, len(folder), max(1, len(folder) // 20)):
         try:
-            colours |= set(np.unique(np.asarray(folder[index][0])).tolist())
+            values |= set(np.unique(np.asarray(folder[index][0])).tolist())
         except UnreadableImage as error:
-            fail(f"{error}; or remove that file")
-    if len(colours) == 1:
-        fail(f"invalid --data: the images of {folder.root} have one and the same colour")
+            fail(f"--data: image {error}")
+    if len(values) == 1:
+        fail(f"--data: all pixels of the images in {folder.root} are equal: give images that are not constant")
 
 
 def load_cached(
@@ -253,7 +264,7 @@ def load_cached(
 
     The shorter side is resized to `size`, then the centre is cropped. Images are decoded once into a file in `cache`,
     named after `name` and `cache_key`. A file lock makes other processes wait, and interrupted decoding resumes. Exits
-    with code 2 if `cache` is not writable or the file is damaged, with code 4 if the disk is full.
+    with code 2 if the folder `cache` is not writable or the file is damaged, with code 4 if the disk is full.
     """
     shape = (len(folder), 3, size, size)
     path = cache / f"{name}-{size}-{cache_key(folder)[:12]}.npy"
@@ -267,14 +278,15 @@ def load_cached(
                     os.replace(partial, path)
         except OSError as error:
             code = EXIT_DISK if error.errno in PERMANENT_ERRORS - {errno.EROFS} else EXIT_USER
-            fail(f"--data: decoded images cannot be written to {cache} ({error.strerror}): free space there, or make "
-                 "it writable", code)  # fmt: skip
+            reason = error.strerror or error_reason(error)
+            fail(f"--data {cache}: image cache {path} cannot be written ({reason}): free disk space or change its "
+                 "permissions", code)  # fmt: skip
     try:
         pixels = np.load(path)
         if pixels.shape != shape or pixels.dtype != np.uint8:
             raise ValueError(f"{pixels.dtype} of shape {pixels.shape}")
     except (ValueError, EOFError) as error:
-        fail(f"{path} is damaged ({error}): remove it, and the images are decoded again")
+        fail(f"image cache {path} is damaged ({error_reason(error)}): delete it to decode the images again")
     return torch.from_numpy(pixels), torch.tensor(folder.targets)
 
 

@@ -15,7 +15,7 @@ from common.cli import fail
 GLYPH_COUNTS = {"train": 5000, "test": 1000}  # images per split of each glyphs preset
 CIFAR = ("cifar10", "cifar100")
 DATA_SETS = (*glyphs.PRESETS, *CIFAR, "folder")
-MAX_RESIDENT_SIZE = 64  # pixels: larger images of a folder are streamed instead of kept on the device
+MAX_IN_MEMORY_PIXELS = 64  # side length: larger images of a folder are streamed instead of kept on the device
 
 
 class Images(NamedTuple):
@@ -40,7 +40,7 @@ class Images(NamedTuple):
         return self.train.device
 
     def subset(self, count: int) -> "Images":
-        """Return a copy with at most `count` training and test images: a random subset fixed by DATA_SEED."""
+        """Return a copy with at most `count` images of each split: a random subset fixed by DATA_SEED."""
 
         def select(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             rows = seeding.permutation(seeding.DATA_SEED, "few", 0, len(images), "cpu")[:count].to(self.device)
@@ -61,7 +61,7 @@ class Images(NamedTuple):
             yield self.normalise(x), y
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Scale uint8 images to [0, 1], then subtract the channel means and divide by the standard deviations."""
+        """Normalise images by channel mean and std. uint8 is first divided by 255; float must already be in [0, 1]."""
         images = images / 255 if images.dtype == torch.uint8 else images
         return (images - self.mean) / self.std
 
@@ -94,36 +94,36 @@ def load(name: str, data: Path, size: int, device: torch.device, workers: int = 
     mean, std = channel_statistics(train)
     constant = std.flatten() == 0
     if constant.all():
-        fail(f"invalid --data {data}: all training images have one and the same colour")
+        fail(f"--data {data}: all pixels of the training images are equal: give images that are not constant")
     if constant.any():
         channels = ", ".join(channel for channel, same in zip(("red", "green", "blue"), constant, strict=True) if same)
-        print(f"warning: --data {data}: constant in {channels}: not divided by its standard deviation", file=sys.stderr)
+        print(f"warning: --data {data}: channel {channels} is constant and not divided by its std", file=sys.stderr)
         std = torch.where(std == 0, 1.0, std)
     return Images(train, train_labels.to(device), test, test_labels.to(device), classes, mean, std, digest)
 
 
 def load_or_stream(name: str, data: Path, size: int, device: torch.device, workers: int) -> Data:
-    """Like `load`, but image folders above MAX_RESIDENT_SIZE are streamed by DataLoader workers."""
+    """Like `load`, but image folders with --size above 64 pixels are streamed by DataLoader workers."""
     check_data_folder(name, data)
-    if name == "folder" and size > MAX_RESIDENT_SIZE:
+    if name == "folder" and size > MAX_IN_MEMORY_PIXELS:
         return image_folder.StreamedImages(data, size, workers, device)
     return load(name, data, size, device, workers)
 
 
 def check_data_folder(name: str, data: Path) -> None:
-    """Exit with code 2 if `data` is a file, or holds images that the data set `name` would not use."""
+    """Exit with code 2 if `data` is a file, or contains images that the data set `name` would not use."""
     if data.exists() and not data.is_dir():
-        fail(f"invalid --data {data}: it is a file; give a folder")
-    if name != "folder" and image_folder.looks_like_images(data):
-        fail(f"--data {data} holds images, but --data-set {name} does not read them: add --data-set folder, or give "
-             "another --data for downloads and caches")  # fmt: skip
+        fail(f"--data {data} is a file: give a folder")
+    if name != "folder" and image_folder.contains_images(data):
+        fail(f"--data {data} contains images, but --data-set {name} does not read them: add --data-set folder, or "
+             "give another --data for downloads and caches")  # fmt: skip
 
 
 def cached_glyphs(name: str, split: str, data: Path) -> tuple[Tensor, Tensor]:
     """Load glyphs from the cache file in `data`, or generate and cache them.
 
-    The file's name has the fingerprint of the code and fonts that drew them. A missing, damaged or unwritable cache is
-    not an error: the glyphs are generated again.
+    The file name contains `glyphs.fingerprint`. A missing, damaged or unwritable cache is not an error: the glyphs are
+    generated again.
     """
     path = data / f"{name}-{split}-{GLYPH_COUNTS[split]}-{glyphs.fingerprint()[:12]}.pt"
     try:
@@ -140,8 +140,8 @@ def cached_glyphs(name: str, split: str, data: Path) -> tuple[Tensor, Tensor]:
 
 
 def torchvision_class(name: str) -> Any:
-    """Return torchvision's data set class for `name`, one of CIFAR."""
-    from torchvision import datasets  # imported here: it takes 2 s, and the demo starts a hundred processes
+    """Return torchvision's data set class for `name`, "cifar10" or "cifar100"."""
+    from torchvision import datasets  # imported here because it takes 2 s, and the demo starts a hundred processes
 
     return getattr(datasets, name.upper())
 
@@ -171,7 +171,7 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
         sums += torch.stack([scaled.sum((0, 2, 3)), scaled.square().sum((0, 2, 3))])
     mean, mean_square = sums / count
     std = (mean_square - mean**2).clamp_min(0).sqrt()
-    constant = images.amin((0, 2, 3)) == images.amax((0, 2, 3))  # rounding leaves such a channel a tiny variance
+    constant = images.amin((0, 2, 3)) == images.amax((0, 2, 3))  # with rounding errors, their variance may be above 0
     return mean.float().view(3, 1, 1), std.masked_fill(constant, 0).float().view(3, 1, 1)
 
 

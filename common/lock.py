@@ -21,10 +21,11 @@ STORAGE_ERRORS = PERMANENT_ERRORS | {errno.EIO, errno.ESTALE, errno.EACCES, errn
 
 @contextmanager
 def run_lock(folder: Path, rank: int = 0) -> Iterator[None]:
-    """Lock `folder` for this process. Inside, signals, disk errors and dead loader workers become exit codes.
+    """Context manager: lock `folder` for this process.
 
-    The file lock `<folder>.lock` is released when this process ends, even if its workers survive. Temporary files of
-    a killed process are removed. Exits with code 2 if another process holds the lock.
+    In the `with` block, signals, disk errors and dead loader workers become exit codes. The file lock `<folder>.lock`
+    is released when this process ends, even if its workers survive. Temporary files of a killed process are removed.
+    Exits with code 2 if another process holds the lock.
     """
     folder = Path(folder).absolute()
     handlers = {number: signal.signal(number, exit_on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -35,14 +36,18 @@ def run_lock(folder: Path, rank: int = 0) -> Iterator[None]:
         if error.errno not in STORAGE_ERRORS:
             raise
         path = error.filename or folder
-        fail(f"{path}: {error.strerror}; fix this and run the same command again to resume", EXIT_DISK)
+        fail(
+            f"{path} cannot be read or written ({error.strerror}): free disk space or check permissions, then run the "
+            "same command again",
+            EXIT_DISK,
+        )
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):  # torch raises it from a signal handler, at any statement
             raise
         reason = str(error).splitlines()[0]
         fail(
-            f"a data loader worker died ({reason}): RAM or /dev/shm may be too small; use fewer --workers and run the "
-            "same command again to resume",
+            f"a data loader worker died ({reason}): RAM or /dev/shm may be too small, use fewer --workers and "
+            "run the same command again to resume",
             EXIT_INTERRUPTED,
         )
     finally:
@@ -54,7 +59,9 @@ def run_lock(folder: Path, rank: int = 0) -> Iterator[None]:
 
 def exit_on_signal(number: int, frame: FrameType | None) -> None:
     """Signal handler: exit with code 75. The run resumes from the state of its last epoch."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # loader workers get the same signal: their death is not an error
+    signal.signal(
+        signal.SIGCHLD, signal.SIG_DFL
+    )  # the loader workers get the same signal, so their death is not an error
     fail(f"interrupted by {signal.Signals(number).name}; run the same command again to resume", EXIT_INTERRUPTED)
 
 
@@ -64,14 +71,14 @@ def acquire_lock(folder: Path) -> IO[str]:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder.with_name(f"{folder.name}.lock"), "a+", encoding="utf-8")  # noqa: SIM115 (kept open)
     except OSError as error:
-        fail(f"--out {folder} cannot be written ({error.strerror}): choose another folder")
+        fail(f"--out {folder} cannot be written ({error.strerror}): use another --out")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             raise
         file.seek(0)
-        fail(f"{folder} is in use by {file.read().strip() or 'another process'}: wait for it or choose another folder")
+        fail(f"{folder} is in use by {file.read().strip() or 'another process'}: wait for its end or use another --out")
     for temporary in folder.glob(".*.part"):
         temporary.unlink()
     file.truncate(0)

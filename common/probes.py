@@ -26,11 +26,11 @@ class Labelled(NamedTuple):
 def extract_features(
     stages: Sequence[nn.Module], data: images.Images | image_folder.StreamedImages, split: str
 ) -> list[Tensor]:
-    """Return the output (N, D) of every stage in eval mode, then the labels (N,); each stage gets the previous output.
+    """Return the outputs (N, D) of all stages in eval mode, then the labels (N,); each stage gets the previous output.
 
-    Features are float32 in every run. In bfloat16, features whose spread is a thousandth of their size would lose a
-    third of it, and the collapse metrics would measure this rounding. Each rank computes its share of the rows; every
-    rank gets all rows, ordered by rank. Afterwards the stages are in train mode.
+    Features are always float32: if the std over images is 1/1000 of the mean magnitude, bfloat16 rounding would remove
+    a third of the std, and the collapse metrics would measure this rounding. Each rank computes its share of the rows;
+    all ranks get all rows, ordered by rank. Afterwards the stages are in train mode.
     """
     for stage in stages:
         stage.eval()
@@ -53,7 +53,7 @@ def knn_accuracy(bank: Labelled, queries: Labelled, classes: int, k: int = 200, 
     """Return the accuracy in percent of weighted k-nearest-neighbour classification by cosine similarity.
 
     score(c) = sum over the k most similar v_j of class c of exp(cos(u, v_j) / tau) (Wu et al., CVPR 2018).
-    k is at most the size of the bank.
+    `k` is limited to the size of the bank.
     """
     keys, unit_queries = F.normalize(bank.features.float(), dim=1), F.normalize(queries.features.float(), dim=1)
     correct = torch.zeros((), device=keys.device)
@@ -100,19 +100,19 @@ def linear_accuracy(
     train: Labelled,
     test: Labelled,
     classes: int,
-    split: tuple[Tensor, Tensor],
+    selection_indices: tuple[Tensor, Tensor],
     seed: int,
     learning_rates: Tensor | None = None,
 ) -> float:
     """Return the test accuracy in percent of a linear classifier on standardised features.
 
-    `split` holds the row indices of two parts of the training set (`seeding.held_out_split`). Classifiers are fitted
-    on the first part at all `learning_rates` (R,; default 0.01 to 3), and the rate with the best accuracy on the
-    second is chosen. The final classifier is fitted on the whole training set at that rate.
+    `selection_indices`: (fit, held-out) row indices of the training set, from `seeding.held_out_split`. Classifiers
+    are fitted on the fit rows at all `learning_rates` (R,), default (0.01, 0.03, 0.1, 0.3, 1, 3), and the rate with the
+    best accuracy on the held-out rows is selected. The final classifier is fitted on the whole training set.
     """
     if learning_rates is None:
         learning_rates = torch.tensor((0.01, 0.03, 0.1, 0.3, 1.0, 3.0), device=train.features.device)
-    fitted, held_out = (Labelled(train.features[rows], train.labels[rows]) for rows in split)
+    fitted, held_out = (Labelled(train.features[rows], train.labels[rows]) for rows in selection_indices)
     fit_features, eval_features = standardise(fitted.features, held_out.features)
     trial = fit_linear(Labelled(fit_features, fitted.labels), classes, learning_rates, seed)
     best = accuracy_per_rate(eval_features, held_out.labels, trial).argmax(0, keepdim=True)

@@ -1,12 +1,12 @@
 """A run folder: arguments, log, checkpoints, and exact resume after an interruption.
 
 with run_lock(out):                              # file lock; signals and disk errors become exit codes
-    run = Run(out, arguments, __file__)          # fails if `out` holds a run with other flags
+    run = Run(out, arguments, __file__)          # fails if `out` contains a run with other flags
     run.write_config("glyphs10, resnet8", environment)   # args.json; prints the first line
     start_epoch = run.resume(model, optimizer)   # number of finished epochs, None in a new run
     for epoch in range(start_epoch or 0, final_epoch):
         ...
-        if run.diverged(epoch + 1, losses):      # NaN or infinity in weights or losses: the run is finished
+        if run.finish_if_diverged(epoch + 1, losses):    # NaN or infinity in weights or losses
             return
         run.end_epoch(epoch + 1, final_epoch, metrics)   # a line of train.jsonl, then state.pt
     run.save_model({"model": ...})               # model.pt; deletes the states
@@ -34,10 +34,10 @@ FILE_FLAGS = ("data", "data_file", "init_from")  # flags that may name a file wh
 
 
 class Run:
-    """A run folder. The caller holds its lock (`run_lock`). Only rank 0 writes.
+    """A run folder, which the caller has locked (`run_lock`). Only rank 0 writes.
 
     `arguments` are the parsed flags, `source` is the script whose hash is recorded. Exits with code 2 if the folder
-    holds a run with other flags. With `replace` the old run is moved aside instead; it is never deleted.
+    contains a run with other flags. With `replace` the folder of the old run is renamed instead; it is never deleted.
     """
 
     def __init__(self, out: Path, arguments: Mapping[str, Any], source: str, replace: bool = False, rank: int = 0):
@@ -61,18 +61,18 @@ class Run:
             return
         if not replace:
             fail(
-                f"{self.folder} holds a run with other flags ({', '.join(differences)}): "
-                "choose another --out, or use --replace to move that run aside"
+                f"{self.folder} contains a run with other flags ({', '.join(differences)}): use another --out, or "
+                "--replace to rename that folder"
             )
         number = 1
-        while (aside := self.folder.with_name(f"{self.folder.name}.replaced-{number}")).exists():
+        while (new_name := self.folder.with_name(f"{self.folder.name}.replaced-{number}")).exists():
             number += 1
-        self.folder.rename(aside)
+        self.folder.rename(new_name)
         self.folder.mkdir()
-        print(f"{self.folder}: other flags ({', '.join(differences)}); the old run is now {aside.name}", flush=True)
+        print(f"moved the old run (other flags: {', '.join(differences)}) to {new_name}", flush=True)
 
     def _differences(self) -> list[str]:
-        """Return `--flag old -> new` for each flag in which the run in this folder differs."""
+        """Return `--flag old -> new` for each flag with another value in the run of this folder."""
         if not (self.folder / "args.json").exists():
             return []
         arguments, provenance = read_arguments(self.folder)
@@ -83,16 +83,16 @@ class Run:
             if old.get(name) != self.method_arguments.get(name)
         ]
 
-    def write_config(self, setting: str, environment: Mapping[str, Any], resume_elsewhere: bool = False) -> None:
-        """Write args.json. In a resumed run, check that data, device and world size are those of args.json.
+    def write_config(self, summary: str, environment: Mapping[str, Any], resume_elsewhere: bool = False) -> None:
+        """Write args.json. In a resumed run, check that `environment` equals that of args.json.
 
-        `environment` are the facts of `devices.environment`, digests of data and weights, and the number of steps.
-        With `resume_elsewhere` the former may differ; the change is added to args.json. Prints the first line of the
-        run: its name, `setting` (data set and network) and device.
+        `environment` contains the entries of `devices.environment`, digests of data and weights, and the number of
+        steps. With `resume_elsewhere` those of `devices.environment` may differ; the change is added to args.json.
+        Prints the first line of the run: its name, `summary` (data set and network) and device.
         """
         if self.rank:
             return
-        print(f"{self.name}: {setting}, {environment['device']}", flush=True)
+        print(f"{self.name}: {summary}, {environment['device']}", flush=True)
         path, provenance = self.folder / "args.json", script_provenance(self.source)
         if not path.exists():
             recorded = {**environment, "files": self.digests, **provenance}
@@ -105,30 +105,31 @@ class Run:
             if current.get(name) == value:
                 continue
             if name not in devices.ENVIRONMENT:
+                old_value = current.get(name)
                 fail(
-                    f"{self.folder} began with {name} {current.get(name)}, now it is {value}: resume with the old "
-                    "value, or choose another --out"
+                    f"{self.folder} was started with {name} {old_value}, now {value}: use {old_value} to resume, or "
+                    "another --out"
                 )
             changes[name] = value
         if changes and not resume_elsewhere:
             described = ", ".join(f"{name} {current.get(name)} -> {value}" for name, value in changes.items())
-            fail(f"{self.folder} began elsewhere ({described}): resume it there, choose another --out, or add "
-                 "--resume-elsewhere (make: RESUME=elsewhere)")  # fmt: skip
+            fail(f"{self.folder} was started in another environment ({described}): resume it there, use another --out, "
+                 "or add --resume-elsewhere (make: RESUME=elsewhere)")  # fmt: skip
         if changes:
             old["resumed"] = [*old.get("resumed", []), {name: environment[name] for name in devices.ENVIRONMENT}]
             files.write_json(path, {"arguments": arguments, "provenance": old})
         if old.get("source") != provenance["source"]:
-            changed = f"{self.source.name} or an imported module has changed since {self.folder} began"
+            changed = f"{self.source.name} or an imported module has changed since {self.folder} was started"
             print(f"warning: {changed}", file=sys.stderr)
 
     def load_state(self, device: torch.device) -> dict[str, Any] | None:
         """Return the last saved state, or None in a new run. Removes later epochs from the log.
 
-        Exits with code 2 if the run has begun but no state is usable: it never restarts from scratch silently.
+        Exits with code 2 if the run has finished epochs but no usable state: it never restarts silently.
         """
         state, damaged = self._newest_state(device)
         if state is None and (damaged or self._has_epochs()):
-            fail(f"{self.folder} has begun, but it has no usable state: move the folder away to start again")
+            fail(f"{self.folder} has no usable state: move {self.folder} away and train this run again")
         self.log = state["log"] if state else []
         if self.rank == 0:
             self._write_log()
@@ -159,7 +160,7 @@ class Run:
         files.write_text(self.folder / "train.jsonl", "".join(line + "\n" for line in self.log))
 
     def _has_epochs(self) -> bool:
-        """Return whether train.jsonl has a line that is not of epoch 0, damaged lines included."""
+        """Return whether train.jsonl has a line of an epoch other than 0, or a damaged line."""
         try:
             return any(line.get("epoch") != 0 for line in files.read_lines(self.folder / "train.jsonl"))
         except files.DamagedFile:
@@ -180,15 +181,15 @@ class Run:
         self.extra = {name: value for name, value in saved.items() if name not in standard}
         return saved["epoch"]
 
-    def diverged(self, epoch: int, *tensors: torch.Tensor) -> bool:
-        """Return whether a weight, a buffer or one of `tensors` is NaN or infinite. If so, finish the run.
+    def finish_if_diverged(self, epoch: int, *tensors: torch.Tensor) -> bool:
+        """Finish the run if a weight, a buffer or one of `tensors` is NaN or infinite. Returns whether it did.
 
         Called once per epoch: a check per step would force a host-device synchronisation.
         """
         state = [value for value in self.model.state_dict().values() if isinstance(value, torch.Tensor)]
         if devices.finite_on_all_ranks([*state, *tensors]):
             return False
-        self.diverge(epoch, state[0].device)
+        self._finish_diverged(epoch, state[0].device)
         return True
 
     def end_epoch(
@@ -199,19 +200,19 @@ class Run:
         details: Mapping[str, Any] | None = None,
         **extra: Any,
     ) -> None:
-        """Log `metrics` and save model, optimizer and `extra`. Epoch 0 is before training.
+        """Log `metrics` and save model, optimizer and `extra`. Epoch 0 is the state before training.
 
         `details` are written to train.jsonl like the metrics, but not printed.
         """
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), **extra}
         self.save(epoch, {**metrics, **(details or {})}, state)
         if epoch:
-            self.log_epoch(epoch, final_epoch, metrics)
+            self.print_epoch(epoch, final_epoch, metrics)
 
     def save(self, epoch: int, metrics: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         """Append `metrics` to train.jsonl, then replace state.pt. The old state becomes state.previous.pt.
 
-        The state has all lines of the log, so a damaged train.jsonl is restored when the run resumes.
+        The state contains all lines of the log, so a damaged train.jsonl is restored when the run resumes.
         """
         if self.rank:
             return
@@ -229,7 +230,7 @@ class Run:
         checkpoints.save(self.folder / "model.pt", {"arguments": self.method_arguments, **weights})
         self._delete_states()
 
-    def diverge(self, epoch: int, device: torch.device) -> None:
+    def _finish_diverged(self, epoch: int, device: torch.device) -> None:
         """Finish a run whose loss or weights became NaN or infinite in `epoch`.
 
         model.pt gets the weights of the last saved epoch, which are finite.
@@ -238,13 +239,14 @@ class Run:
             return
         last, _ = self._newest_state(device)
         if last is None:
-            fail(f"{self.folder} diverged in epoch {epoch} and has no usable earlier state: move the folder away")
+            fail(f"{self.folder}: training diverged in epoch {epoch} without a usable earlier checkpoint: use a "
+                 "lower --lr and another --out")  # fmt: skip
         self.log = last["log"]
         self._write_log()
         print(f"{self.name}: diverged in epoch {epoch}; kept the weights of epoch {last['epoch']}", flush=True)
         self.save_model({"model": last["model"], "epoch": last["epoch"], "diverged": True})
 
-    def log_epoch(self, epoch: int, final_epoch: int, metrics: Mapping[str, Any]) -> None:
+    def print_epoch(self, epoch: int, final_epoch: int, metrics: Mapping[str, Any]) -> None:
         """Print one line with the metrics of an epoch."""
         if self.rank == 0:
             numbers = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
@@ -256,7 +258,7 @@ class Run:
 
 
 def digests_of_files(arguments: Mapping[str, Any]) -> dict[str, str]:
-    """Return the sha256 of the files that FILE_FLAGS name. Exits with code 2 where one is absent or unreadable."""
+    """Return flag -> sha256 of the file that it names, for FILE_FLAGS. Exits with code 2 if a file cannot be read."""
     digests = {}
     for name in FILE_FLAGS:
         path = arguments.get(name)
@@ -265,13 +267,15 @@ def digests_of_files(arguments: Mapping[str, Any]) -> dict[str, str]:
         try:
             with open(path, "rb") as file:
                 digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError:
+            fail(f"--{name.replace('_', '-')} {path} does not exist: give an existing file")
         except OSError as error:
-            fail(f"--{name.replace('_', '-')} {path} cannot be read ({error.strerror})")
+            fail(f"--{name.replace('_', '-')} {path} cannot be read ({error.strerror}): give a readable file")
     return digests
 
 
 def method_arguments(arguments: Mapping[str, Any], digests: Mapping[str, str]) -> dict[str, Any]:
-    """Return the arguments that define a run: all but paths and hardware. Files count by content, not by place."""
+    """Return the arguments that define a run: all but paths and hardware. Files are replaced by their sha256."""
     return {
         name: digests.get(name, value)
         for name, value in arguments.items()
@@ -288,28 +292,30 @@ def read_arguments(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         config = files.read_json(path)
         return dict(config["arguments"]), dict(config["provenance"])
-    except (files.DamagedFile, KeyError, TypeError, ValueError) as error:
-        fail(f"{path} is damaged ({error}): move the folder away and train this run again")
+    except files.DamagedFile as error:
+        fail(f"{error}: move {folder} away and train this run again")
+    except (KeyError, TypeError, ValueError) as error:
+        fail(f"{path} is damaged ({files.error_reason(error)}): move {folder} away and train this run again")
 
 
 def read_log(folder: Path, epoch: int) -> list[dict[str, Any]]:
-    """Return the lines of train.jsonl, epochs 0 to `epoch`. Exits with code 2 where one is missing or damaged."""
+    """Return the lines of train.jsonl, epochs 0 to `epoch`. Exits with code 2 if a line is missing or damaged."""
     path = Path(folder) / "train.jsonl"
     try:
         lines = files.read_lines(path)
-        problem = "" if [line.get("epoch") for line in lines] == list(range(epoch + 1)) else "epochs are missing"
-    except (files.DamagedFile, OSError) as error:
-        problem = str(error)
-    if problem:
-        fail(f"{path} is damaged ({problem}): move {folder} away and train this run again")
+    except files.DamagedFile as error:
+        fail(f"{error}: move {folder} away and train this run again")
+    except OSError as error:
+        fail(f"{path} cannot be read ({error.strerror}): move {folder} away and train this run again")
+    if [line.get("epoch") for line in lines] != list(range(epoch + 1)):
+        fail(f"{path} is damaged (epochs are missing): move {folder} away and train this run again")
     return lines
 
 
 def load_finished(folder: Path, script: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Return (arguments, provenance, content of model.pt) of a finished run of `script` ("simsiam/train.py").
 
-    The provenance has numbers and strings only; `resumed` counts how often the run was resumed elsewhere.
-
+    The provenance contains only numbers and strings; `resumed` counts how often the run was resumed elsewhere.
     Exits with code 2 if the run is missing, unfinished, damaged or of another script, or if model.pt does not belong
     to args.json.
     """
@@ -318,14 +324,14 @@ def load_finished(folder: Path, script: str) -> tuple[dict[str, Any], dict[str, 
         arguments, provenance = read_arguments(folder)
         model = checkpoints.load(folder / "model.pt")
     except FileNotFoundError:
-        fail(f"{folder} holds no finished run (args.json, model.pt): train it first with {script} --out {folder}")
+        fail(f"{folder} contains no finished run (args.json, model.pt): train it first with {script} --out {folder}")
     except files.DamagedFile as error:
         fail(f"{error}: move {folder} away and train this run again")
     if provenance.get("script") != script:
-        fail(f"{folder} holds a run of {provenance.get('script')}, not of {script}: give another folder")
+        fail(f"{folder} contains a run of {provenance.get('script')}, not of {script}: give another folder")
     expected = method_arguments(arguments, provenance.get("files", {}))
     if not isinstance(model, dict) or model.get("arguments") != expected:
-        fail(f"{folder / 'model.pt'} does not belong to args.json: move the folder away and train this run again")
+        fail(f"{folder / 'model.pt'} does not belong to args.json: move {folder} away and train this run again")
     provenance.pop("files", None)
     if "resumed" in provenance:
         provenance["resumed"] = len(provenance["resumed"])

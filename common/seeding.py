@@ -2,7 +2,7 @@
 
 No generator keeps its state between steps. A resumed run therefore needs no saved generator state, and arms with the
 same seed get the same batches, views and initial weights. All numbers are drawn on the CPU and copied to the device,
-because CUDA generators give other numbers than the CPU's, and these differ between GPU models.
+because CUDA generators give other numbers than the CPU generator, and these differ between GPU models.
 """
 
 import hashlib
@@ -30,10 +30,10 @@ def generator(seed: int, purpose: str, step: int) -> torch.Generator:
 
 
 @contextmanager
-def forked(seed: int, purpose: str) -> Iterator[None]:
-    """Seed the default CPU generator from (seed, purpose) inside the context and restore its state afterwards.
+def seeded_fork_rng(seed: int, purpose: str) -> Iterator[None]:
+    """Context manager: seed the default CPU generator from (seed, purpose), and restore its state afterwards.
 
-    Each module of a network is built under a seed of its own, so arms without one module initialise the others equally.
+    Each module of a network is built with a separate seed, so arms without a module initialise the others identically.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(key(seed, purpose))
@@ -66,7 +66,7 @@ class SampleRNG:
         return numbers[self.rows] * (high - low) + low
 
     def numpy_uniform(self, shape: tuple[int, ...] = ()) -> np.ndarray:
-        """Return uniform numbers in [0, 1), (rows, *shape) float64, from a second, independent generator."""
+        """Return uniform numbers in [0, 1), (rows, *shape) float64, from an independent NumPy generator."""
         return self._numpy_generator.random((self.count, *shape))[self.rows]
 
 

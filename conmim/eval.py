@@ -1,7 +1,7 @@
 """Evaluate a ConMIM run: fine-tuned, linear and kNN accuracy of EMA and online network, written to metrics.json.
 
     python conmim/eval.py runs/scratch                                # a finished run of train.py
-    python conmim/eval.py runs/official --weights checkpoint_copy-799.pth --data ImageNet     # an official file
+    python conmim/eval.py runs/official --weights checkpoint_copy-799.pth --data ImageNet  # the authors' checkpoint
 
 `finetune_accuracy`, `linear_accuracy` and `knn_accuracy` are measured on the EMA weights in every arm, and with the
 suffix `_online` on the online weights. Arms with online keys also maintain an EMA, so weight averaging does not
@@ -82,12 +82,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the flags; None means the value used in training."""
     parser = cli.Parser(__doc__)
     parser.add_argument("folder", type=Path, help="folder of a finished run; with --weights: output folder")
-    parser.add_argument("--weights", type=Path, help="evaluate an official checkpoint, pre-trained or fine-tuned")
+    parser.add_argument("--weights", type=Path, help="evaluate the authors' checkpoint, pre-trained or fine-tuned")
     parser.add_argument("--network", choices=tuple(NETWORKS), default="vit_base_16", help="network of --weights")
     parser.add_argument("--data", type=Path, help="folder of the data; default: as in training")
-    parser.add_argument("--device", help="auto, cpu, cuda or cuda:1; default: as in training")
-    parser.add_argument("--threads", type=cli.int_min(1), help="default: as in training")
-    parser.add_argument("--held-out", action="store_true", help="test on a held-out tenth of the training set (tuning)")
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N; default: as in training")
+    parser.add_argument("--threads", type=cli.int_min(1), help="CPU threads; default: as in training")
+    parser.add_argument(
+        "--held-out",
+        action="store_true",
+        help="evaluate on the validation split (a held-out tenth of the training set), for tuning",
+    )
     return parser.parse_args(argv)
 
 
@@ -136,7 +140,7 @@ def layer_of(name: str, depth: int) -> int:
 def build_optimizer(model: Classifier, decay: float, weight_decay: float) -> torch.optim.AdamW:
     """Return AdamW with layer-wise learning rates, as an `lr_scale` per parameter group.
 
-    Vectors, class token and absolute positions have no weight decay.
+    1-D parameters (biases, norm and LayerScale weights), the class token and absolute positions have no weight decay.
     """
     depth = len(model.blocks)
     scales = lr_scales(depth, decay)
@@ -154,7 +158,7 @@ def build_optimizer(model: Classifier, decay: float, weight_decay: float) -> tor
 def random_erasing(x: Tensor, rng: seeding.SampleRNG, probability: float) -> Tensor:
     """With `probability`, replace a box in an image by uniform noise of unit variance; x (B, 3, S, S).
 
-    The box covers a fiftieth to a third of the image.
+    The box covers 2 % to 33 % of the image.
     """
     boxes = augment.random_boxes(rng, *x.shape[2:], scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3))
     boxes = torch.where(rng.uniform(shape=(1,)) < probability, boxes, 0)  # a box of size 0 erases nothing
@@ -237,7 +241,7 @@ def build_mixup(recipe: Recipe, classes: int) -> Callable[..., Any] | None:
 
 def build_classifier(args: argparse.Namespace, recipe: Recipe, state: dict[str, Tensor], data: Data) -> Classifier:
     """Return a Classifier on the device of the data, initialised from the `state` of a pre-trained ViT."""
-    with seeding.forked(args.seed, "classifier"):
+    with seeding.seeded_fork_rng(args.seed, "classifier"):
         shape = NETWORKS[args.network]
         model = Classifier(args.size, *shape, args.layer_scale, args.positions, data.classes, recipe["drop_path"])
     checkpoints.load_weights(model, model.state_dict() | net.to_classifier(state), "the pre-trained network")
@@ -245,11 +249,16 @@ def build_classifier(args: argparse.Namespace, recipe: Recipe, state: dict[str, 
 
 
 def fine_tune(
-    args: argparse.Namespace, recipe: Recipe, model: Classifier, data: Data, subset: Subset, progress: "Progress"
+    args: argparse.Namespace,
+    recipe: Recipe,
+    model: Classifier,
+    data: Data,
+    subset: Subset,
+    evaluation: "EvaluationState",
 ) -> float:
-    """Train `model` on `subset` and return its final test accuracy in percent. Resumes from `progress`."""
+    """Train `model` on `subset` and return its final test accuracy in percent. Resumes from `evaluation`."""
     optimizer = build_optimizer(model, recipe["layer_decay"], recipe["weight_decay"])
-    state = progress.fine_tuning_state
+    state = evaluation.fine_tuning_state
     if state:
         checkpoints.load_weights(model, state["classifier"], "eval_state.pt")
         optimizer.load_state_dict(state["optimizer"])
@@ -273,7 +282,7 @@ def fine_tune(
             loss.backward()
             optimizer.step()
         if time.perf_counter() - last_saved > SAVE_EVERY:
-            progress.save(epoch=epoch + 1, classifier=model.state_dict(), optimizer=optimizer.state_dict())
+            evaluation.save(epoch=epoch + 1, classifier=model.state_dict(), optimizer=optimizer.state_dict())
             last_saved = time.perf_counter()
     return accuracy(model, data)
 
@@ -317,7 +326,8 @@ def frozen_accuracies(args: argparse.Namespace, network: Features, data: Data, i
         bank_data = data._replace(train=data.train[rows], train_labels=data.train_labels[rows])
     train_features, train_labels = probes.extract_features([network], bank_data, "train")
     test_features, test_labels = probes.extract_features([network], data, "test")
-    split, width = seeding.held_out_split(len(train_features), data.device), NETWORKS[args.network].width
+    selection_indices = seeding.held_out_split(len(train_features), data.device)
+    width = NETWORKS[args.network].width
 
     def labelled(columns: slice) -> tuple[probes.Labelled, probes.Labelled]:
         return (
@@ -327,11 +337,13 @@ def frozen_accuracies(args: argparse.Namespace, network: Features, data: Data, i
 
     token_features, key_features = labelled(slice(width)), labelled(slice(width, None))
     metrics = {
-        "linear_accuracy": probes.linear_accuracy(*token_features, data.classes, split, args.seed),
+        "linear_accuracy": probes.linear_accuracy(*token_features, data.classes, selection_indices, args.seed),
         "knn_accuracy": probes.knn_accuracy(*token_features, data.classes, KNN_K, KNN_TAU),
     }
     if network.projector is not None:
-        metrics["key_linear_accuracy"] = probes.linear_accuracy(*key_features, data.classes, split, args.seed)
+        metrics["key_linear_accuracy"] = probes.linear_accuracy(
+            *key_features, data.classes, selection_indices, args.seed
+        )
     return metrics
 
 
@@ -358,7 +370,7 @@ def write_similarity(path: Path, arrays: dict[str, np.ndarray]) -> None:
     files.write_bytes(path, buffer.getvalue())
 
 
-class Progress:
+class EvaluationState:
     """Resumable state of an evaluation in eval_state.pt: finished accuracies and the fine-tuning in progress.
 
     A saved state is used only if weights and recipe have the same `identity`. Exits with code 2 if the file is damaged.
@@ -416,14 +428,14 @@ def evaluate(
     subset = Subset(balanced_subset(labels, recipe["labels"], data.classes), labels.to(data.device))
     bank = balanced_subset(labels, recipe["bank"], data.classes)
     identity = evaluation_identity(networks, [*recipe.items(), held_out, data.digest])
-    progress = Progress(folder / "eval_state.pt", identity, data.device)
+    state = EvaluationState(folder / "eval_state.pt", identity, data.device)
     for suffix, network in networks.items():
-        progress.start(f"finetune_accuracy{suffix}")
-        if suffix != UNTRAINED and progress.metric not in progress.finished:
+        state.start(f"finetune_accuracy{suffix}")
+        if suffix != UNTRAINED and state.metric not in state.finished:
             model = build_classifier(args, recipe, network.vit.state_dict(), data)
-            progress.finished[progress.metric] = fine_tune(args, recipe, model, data, subset, progress)
-            progress.save()
-    metrics = dict(progress.finished)
+            state.finished[state.metric] = fine_tune(args, recipe, model, data, subset, state)
+            state.save()
+    metrics = dict(state.finished)
     for suffix, network in networks.items():
         accuracies = frozen_accuracies(args, network, data, bank)
         if suffix == UNTRAINED:
@@ -471,13 +483,13 @@ def training_metrics(log: list[dict[str, Any]]) -> dict[str, float | None]:
     }
 
 
-def official_weights(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of an official checkpoint, pre-trained or fine-tuned.
+def read_authors_checkpoint(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of the authors' checkpoint in `path`, pre-trained or fine-tuned.
 
     Exits with code 2 if the file cannot be read or is not a BEiT.
     """
-    expected = "a checkpoint of the authors' code"
-    # The authors save their arguments in the file.
+    expected = "the authors' checkpoint"
+    # The authors' checkpoints contain their arguments as a Namespace.
     state = read_weights(path, "--weights", expected, safe=(argparse.Namespace,)).tensors
     if "patch_embed.proj.weight" not in state:
         fail(
@@ -487,14 +499,14 @@ def official_weights(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def evaluate_official(
+def evaluate_authors_checkpoint(
     path: Path, network: str, data: Data, recipe: Recipe, folder: Path, held_out: bool
 ) -> dict[str, Any]:
-    """Return the accuracies of an official checkpoint. A fine-tuned one is only tested; a pre-trained one is evaluated.
+    """Return the accuracies of the authors' checkpoint in `path`; only the test accuracy if it is fine-tuned.
 
     --positions follows from the parameter names in the file. Its LayerScale values are loaded with the weights.
     """
-    state = official_weights(path)
+    state = read_authors_checkpoint(path)
     if not any("relative_position_bias_table" in name for name in state):
         positions = "absolute"
     else:
@@ -507,7 +519,7 @@ def evaluate_official(
         checkpoints.load_weights(model, weights, path)
         return {"finetune_accuracy": accuracy(model, data)}
     vit = ViT(args.size, *shape, 0.1, positions).to(data.device)
-    renamed = net.from_official(state)
+    renamed = net.from_authors_names(state)
     weights = {name.removeprefix("vit."): renamed[name] for name in renamed if name.startswith("vit.")}
     checkpoints.load_weights(vit, weights, path)
     return evaluate(args, recipe, {"": Features(vit)}, data, folder, held_out)
@@ -524,17 +536,17 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads or run_args.threads)
     device_name = args.device or run_args.device
     device = devices.select_device(device_name, run_args.scale)
-    rank, _ = devices.start_ranks(device_name, device)
+    rank, _ = devices.init_process_group(device_name, device)
     start_time = time.perf_counter()
     data_folder = args.data or Path(run_args.data)
     recipe = {name: row[cli.SCALES.index(run_args.scale)] for name, row in RECIPES.items()}
-    setting = f"batches of 500 images, {recipe['batch']} in fine-tuning"
-    with run_lock(args.folder, rank), devices.report_oom(device, setting, "Use a --device with more memory"):
+    usage = f"batches of 500 images, {recipe['batch']} in fine-tuning"
+    with run_lock(args.folder, rank), devices.report_oom(device, usage, "use a --device with more memory"):
         data = images.load_or_stream(run_args.data_set, data_folder, run_args.size, device, run_args.workers)
         if data.digest != recorded.get("data", data.digest):
             fail(
-                f"--data {data_folder} (digest {data.digest[:12]}) differs from the training data of {args.folder}: "
-                "give the folder used in training"
+                f"--data {data_folder} (digest {data.digest[:12]}) differs from the training data of {args.folder} "
+                f"(digest {recorded['data'][:12]}): give the folder used in training"
             )
         if args.held_out and isinstance(data, image_folder.StreamedImages):
             fail("--held-out requires images of at most 64 pixels: evaluate without it")
@@ -543,7 +555,7 @@ def main(argv: list[str] | None = None) -> None:
             recipe |= {"epochs": 1, "warm_up": 0}
         metrics: dict[str, Any] = {**recorded, "diverged": bool(saved and saved["diverged"])}
         if args.weights:
-            metrics |= evaluate_official(args.weights, args.network, data, recipe, args.folder, args.held_out)
+            metrics |= evaluate_authors_checkpoint(args.weights, args.network, data, recipe, args.folder, args.held_out)
             metrics["weights"] = args.weights.name
         elif metrics["diverged"]:
             metrics |= dict.fromkeys(METRICS_IF_FINITE)

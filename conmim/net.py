@@ -1,7 +1,7 @@
-"""The networks of ConMIM: vision transformer, projector and fine-tuned classifier, with the official parameter names.
+"""The networks of ConMIM: vision transformer, projector and fine-tuned classifier.
 
-Parameter names are those of the authors' checkpoints (a BEiT) in both layouts. In pre-training all blocks share one
-relative position table; in fine-tuning each block has its own.
+Parameter names are those of the authors' checkpoints (a BEiT). In pre-training all blocks share one relative position
+table; in fine-tuning each block has its own.
 """
 
 import math
@@ -269,7 +269,7 @@ class Classifier(Transformer):
         return self.head(self.fc_norm(x[:, 1:].mean(1)))
 
 
-# ------------------------------------------------------------------------------------------------- official names
+# ------------------------------------------------------------------------------------------------- authors' names
 
 
 def to_classifier(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -287,10 +287,10 @@ def to_classifier(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the `model` of an official pre-training checkpoint to vit.* and projector.*.
+def from_authors_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state of the authors' pre-trained model with its parameters renamed to vit.* and projector.*.
 
-    Its position index and its unused head are left out.
+    The relative position index and the unused head are left out.
     """
     renamed = {}
     for name, tensor in state.items():

@@ -75,7 +75,7 @@ def factorial_effects() -> list[Effect]:
     ]
 
 
-class Combination(NamedTuple):
+class LinearContrast(NamedTuple):
     """A weighted sum of means with its 95 % interval. The bounds are None if a mean is of one value only."""
 
     mean: float
@@ -92,7 +92,7 @@ def position_code(runs: list[dict[str, Any]]) -> str | None:
 # ------------------------------------------------------------------------------------------------- runs
 
 
-def arguments_of(by_seed: Mapping[int, results.Record]) -> dict[str, Any]:
+def arguments_of(by_seed: Mapping[int, results.RunFiles]) -> dict[str, Any]:
     """Return the arguments of an arm's first existing run; {} if there is none."""
     return next((run.args["arguments"] for run in by_seed.values() if run.args), {})
 
@@ -129,7 +129,7 @@ def cells(runs: results.Runs, base: str) -> dict[Cell, str]:
     return arms
 
 
-def combine(values: Sequence[Sequence[float]], weights: Sequence[float]) -> Combination | None:
+def linear_contrast(values: Sequence[Sequence[float]], weights: Sequence[float]) -> LinearContrast | None:
     """Return the weighted sum of the means of `values` with Welch's interval; None if a mean has no values.
 
     Welch's interval allows unequal variances (Satterthwaite's degrees of freedom). For two arms with weights 1 and -1
@@ -140,21 +140,21 @@ def combine(values: Sequence[Sequence[float]], weights: Sequence[float]) -> Comb
     stats = [statistics.summary(sample) for sample in values]
     total = sum(weight * sample.mean for weight, sample in zip(weights, stats, strict=True))
     if any(sample.sd is None for sample in stats):
-        return Combination(total, None, None)
+        return LinearContrast(total, None, None)
     terms = [(weight * (sample.sd or 0)) ** 2 / sample.n for weight, sample in zip(weights, stats, strict=True)]
     variance, half_width = sum(terms), 0.0
     if variance > 0:
         df = 1 / sum((term / variance) ** 2 / (sample.n - 1) for term, sample in zip(terms, stats, strict=True))
         half_width = statistics.student_t_quantile(0.975, df) * math.sqrt(variance)
-    return Combination(total, total - half_width, total + half_width)
+    return LinearContrast(total, total - half_width, total + half_width)
 
 
-def combine_cells(
+def contrast_of_cells(
     runs: results.Runs, arms: Mapping[Cell, str], weights: Mapping[Cell, float], metric: str
-) -> Combination | None:
+) -> LinearContrast | None:
     """Return the weighted sum of a metric over cells of the factorial; None if a cell has no run."""
     values = [list(results.values(runs, arms.get(cell, ""), metric).values()) for cell in weights]
-    return combine(values, list(weights.values()))
+    return linear_contrast(values, list(weights.values()))
 
 
 # ------------------------------------------------------------------------------------------------- verdict
@@ -165,11 +165,11 @@ def difference_text(contrasts: Sequence[Mapping[str, Any]], metric: str) -> str:
     contrast = next(contrast for contrast in contrasts if contrast["metric"] == metric)
     if contrast["mean"] is None:
         return f"{METRICS[metric].label} {tables.DASH}"
-    bounds = "" if contrast["low"] is None else f" ({tables.interval(contrast, vars(METRICS[metric]))})"
-    return f"{METRICS[metric].label} {tables.number(contrast['mean'], vars(METRICS[metric]))}{bounds}"
+    bounds = "" if contrast["low"] is None else f" ({tables.format_interval(contrast, vars(METRICS[metric]))})"
+    return f"{METRICS[metric].label} {tables.format_number(contrast['mean'], vars(METRICS[metric]))}{bounds}"
 
 
-def apply_paper_rules(summary: dict[str, Any], runs: results.Runs, guard: MustBeat) -> dict[str, Any]:
+def apply_paper_rules(summary: dict[str, Any], runs: results.Runs, required_baseline: MustBeat) -> dict[str, Any]:
     """Return the summary after two rules of this paper, with the position diagnostics added to the notes.
 
     Accuracy is informative only if the baseline's accuracy is between 20 and 80 %. A verdict on accuracy requires that
@@ -183,10 +183,11 @@ def apply_paper_rules(summary: dict[str, Any], runs: results.Runs, guard: MustBe
         if contrast["arm"] == arm and contrast["reference"] == reference
     ]
     notes, finding = [], summary["finding"]
-    baseline = results.values(runs, guard.baseline_arm, PRIMARY)
+    baseline_arm = required_baseline.baseline_arm
+    baseline = results.values(runs, baseline_arm, PRIMARY)
     low, high = INFORMATIVE_RANGE
     if baseline and not low <= mean(baseline.values()) <= high:
-        reason = f"{guard.baseline_arm} has {mean(baseline.values()):.1f} %, outside {low:.0f} to {high:.0f} %."
+        reason = f"{baseline_arm} has {mean(baseline.values()):.1f} %, outside {low:.0f} to {high:.0f} %."
         notes.append(f"Accuracy is {tables.NOT_INFORMATIVE}: {reason}")
         if summary["verdict"] != tables.NOT_INFORMATIVE:
             finding = f"{tables.NOT_INFORMATIVE.capitalize()}: {reason} {finding}"
@@ -214,7 +215,7 @@ def apply_paper_rules(summary: dict[str, Any], runs: results.Runs, guard: MustBe
 # ------------------------------------------------------------------------------------------------- figures
 
 
-def draw_interval(axis: Axes, position: float, result: Combination, horizontal: bool, **style: Any) -> None:
+def draw_interval(axis: Axes, position: float, result: LinearContrast, horizontal: bool, **style: Any) -> None:
     """Draw the mean as a dot and the interval as a line, at `position` on the other axis."""
     bounds, fixed = [result.low, result.high], [position, position]
     if result.low is not None:
@@ -237,7 +238,7 @@ def interaction_panel(
     axis.set_title(METRICS[metric].title)
     axis.set_xlabel("keys from")
     axis.grid(axis="y", color="#E5E5E5", linewidth=0.8)
-    baseline_result = combine([list(results.values(runs, baseline, metric).values())], [1])
+    baseline_result = linear_contrast([list(results.values(runs, baseline, metric).values())], [1])
     if baseline_result:
         if baseline_result.low is not None:
             axis.axhspan(baseline_result.low, baseline_result.high, color=figures.GREY, alpha=0.15, linewidth=0)
@@ -247,7 +248,7 @@ def interaction_panel(
         colour = styles[views]["color"]
         for keys in range(len(KEYS)):
             values = list(results.values(runs, arms.get((views, keys), ""), metric).values())
-            result = combine([values], [1])
+            result = linear_contrast([values], [1])
             if result:
                 means[keys] = result.mean
                 x = [keys + 2.4 * shift] * len(values)
@@ -272,10 +273,10 @@ def effects_panel(axis: Axes, runs: results.Runs, arms: Mapping[Cell, str]) -> N
         style: dict[str, Any] = {"color": figures.REFERENCE, "marker": "o", "ms": 6}
         if row.simple:
             style |= {"color": figures.GREY, "ms": 4}
-        ema = combine_cells(runs, arms, row.weights, PRIMARY)
+        ema = contrast_of_cells(runs, arms, row.weights, PRIMARY)
         if ema:
             draw_interval(axis, y - 0.14, ema, True, **style)
-        online = combine_cells(runs, arms, row.weights, ONLINE)
+        online = contrast_of_cells(runs, arms, row.weights, ONLINE)
         if online:
             draw_interval(axis, y + 0.14, online, True, **style, mfc="white", mew=1.2)
 
@@ -446,9 +447,9 @@ def all_arms(folder: Path, study_arms: Sequence[str]) -> list[str]:
 def draw(view: results.View) -> dict[str, Figure]:
     """Return the figures of a study by name, and apply the rules of this paper to its summary."""
     runs, seeds = view.runs, view.args.seeds
-    guard = view.study.must_beat[-1]
-    base, baseline = guard.arm, guard.baseline_arm
-    view.summary |= apply_paper_rules(view.summary, runs, guard)
+    required_baseline = view.study.must_beat[-1]
+    base, baseline = required_baseline.arm, required_baseline.baseline_arm
+    view.summary |= apply_paper_rules(view.summary, runs, required_baseline)
     remarks = {
         row["arm"]: ", ".join(f"{len(row[name])} {name}" for name in ("diverged", "missing") if row[name])
         for row in view.summary["rows"]

@@ -23,7 +23,7 @@ METRICS = {
     "train_loss": Metric("training loss", "", 3, judged=False),
     "clipped_fraction": Metric("share of clipped steps", "", 3, judged=False),
 }
-LEAKS = (0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # shares of the keys' gradient; 1 is no stop-gradient
+LEAKS = (0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # values of --gradient-leak; 1 is no stop-gradient
 
 no_pretraining = MustBeat("base", "no pre-training", "finetune_accuracy", baseline_arm="no-pretraining")
 study = partial(Study, metric="finetune_accuracy", must_beat=[no_pretraining])
@@ -40,11 +40,11 @@ def design(scale: str, settings: Settings) -> Design:
                 "conmim-stop-gradient",
                 "What does the stop-gradient contribute if the keys come from the trained network?",
                 [
-                    Arm("online-no-stop-gradient", "--keys online --no-stop-gradient", against="online-keys"),
+                    Arm("online-no-stop-gradient", "--keys online --no-stop-gradient", reference="online-keys"),
                     Arm(
                         "symmetric-no-stop-gradient",
                         "--keys online --views basic --no-stop-gradient",
-                        against="symmetric",
+                        reference="symmetric",
                     ),
                     "online-keys:base",
                     "base:no-pretraining",
@@ -65,7 +65,7 @@ def design(scale: str, settings: Settings) -> Design:
                 "What share of the keys' gradient turns the keys into a position code?",
                 [
                     "online-no-stop-gradient:online-keys",
-                    *(Arm(f"leak-{x}", f"--keys online --gradient-leak {x}", against="online-keys") for x in LEAKS),
+                    *(Arm(f"leak-{x}", f"--keys online --gradient-leak {x}", reference="online-keys") for x in LEAKS),
                     "base:no-pretraining",
                 ],
                 extra=True,

@@ -13,9 +13,9 @@ The query of a masked patch j is compared with the keys of all N patches of the 
     x^ basic view, masked (B, 3, S, S)      f   vision transformer, projector, L2 norm: (B, N, dim)
     x  strong view, full  (B, 3, S, S)      sg  stop-gradient: leak * k + (1 - leak) * k.detach(), leak 0 in the paper
 
-    python conmim/train.py                                                      # demo: glyphs, about 35 s of one core
-    python conmim/train.py --keys online --no-stop-gradient --out runs/scratch2 # an ablation
-    python conmim/train.py --scale gpu --out runs/cifar                         # CIFAR-10, ViT-Tiny/4, 200 epochs
+    python conmim/train.py                                                       # demo: about 35 s on one CPU core
+    python conmim/train.py --keys online --no-stop-gradient --out runs/scratch2  # an ablation
+    python conmim/train.py --scale gpu --out runs/cifar                          # CIFAR-10, ViT-Tiny/4, 200 epochs
     torchrun --nproc-per-node 8 conmim/train.py --scale paper --data ImageNet --out runs/imagenet
 
 With EMA keys the optimiser updates nothing behind sg, so --no-stop-gradient gives bit-identical weights (a test checks
@@ -62,12 +62,12 @@ from common.lock import run_lock
 from common.run import Run
 from conmim.net import NETWORKS, POSITIONS, Projector, ViT
 
-Batch = tuple[Tensor, Tensor, Tensor]  # queries' view, keys' view, mask
+Batch = tuple[Tensor, Tensor, Tensor]  # query view, key view, mask
 Range = tuple[float, float]
 
 WEIGHT_DECAY, BETAS, FINAL_LR = 0.05, (0.9, 0.98), 1e-5
 CLIP = 3.0  # maximum gradient norm
-CELL = 2  # side of a masked square, in patches
+MASK_SQUARE = 2  # side of a masked square, in patches
 N_DIAGNOSTIC = 256  # test images for the diagnostics
 
 # ------------------------------------------------------------------------------------------------- arguments
@@ -88,8 +88,8 @@ SCALES = {  #           demo           gpu             paper
     "workers":     (0,             4,              8),
 }  # fmt: skip
 
-# Crop, flip and blur of the authors' code. Glyphs are not flipped: that would make other characters of them. Small
-# images are cropped less.
+# Crop, flip and blur of the authors' code. Glyphs are not flipped, because a mirrored glyph may be another
+# character. Small images are cropped less.
 AUGMENTATION: dict[str, dict[str, Any]] = {
     "glyphs": {"crop": (0.4, 1.0), "flip": 0.0, "blur": 0.0},
     "cifar": {"crop": (0.2, 1.0), "flip": 0.5, "blur": 0.0},
@@ -101,47 +101,84 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Return all flags with their defaults filled in. Exits with code 2 if they contradict each other."""
     parser = cli.Parser(__doc__, SCALES)
     data = cli.run_flags(parser)
-    data.add_argument("--data-set", choices=images.DATA_SETS, help="folder: --data holds train/CLASS/*, val/CLASS/*")
-    data.add_argument("--size", type=cli.int_min(16), help="image size of a folder in pixels; above 64, workers decode")
-    data.add_argument("--workers", type=cli.int_min(0), help="DataLoader workers for a folder's images")
+    data.add_argument("--data-set", choices=images.DATA_SETS, help="folder: --data contains train/CLASS/*, val/CLASS/*")
+    data.add_argument(
+        "--size",
+        type=cli.int_min(16),
+        help="image size in pixels, only for --data-set folder; images larger than 64 pixels are decoded by --workers",
+    )
+    data.add_argument("--workers", type=cli.int_min(0), help="number of DataLoader workers for --data-set folder")
     optimisation = parser.add_argument_group("optimisation")
-    optimisation.add_argument("--epochs", type=cli.int_min(0), help="0: initial weights; paper: 300, 800 (table 1)")
-    optimisation.add_argument("--warm-up", type=cli.float_in(0), help="epochs of linear warm-up; official: 10")
-    optimisation.add_argument("--batch", type=cli.int_min(2), help="global batch size; official: 2048")
+    optimisation.add_argument(
+        "--epochs", type=cli.int_min(0), help="0: keep the initial weights; paper: 300, 800 (table 1)"
+    )
+    optimisation.add_argument("--warm-up", type=cli.float_in(0), help="epochs of linear warm-up; authors' code: 10")
+    optimisation.add_argument("--batch", type=cli.int_min(2), help="global batch size; authors' code: 2048")
     optimisation.add_argument("--lr", type=cli.float_in(0), help="peak learning rate, not scaled by --batch")
-    optimisation.add_argument("--lr-factor", type=cli.float_in(0), default=1.0, help="multiplies --lr (robustness)")
+    optimisation.add_argument(
+        "--lr-factor", type=cli.float_in(0), default=1.0, help="multiplies --lr; used by the robustness study"
+    )
     precisions = ("auto", "float32", "bfloat16")
     optimisation.add_argument("--precision", choices=precisions, default="auto", help="auto: bfloat16 on CUDA only")
-    optimisation.add_argument("--compile", action="store_true", help="use torch.compile (long GPU runs)")
+    optimisation.add_argument(
+        "--compile", action="store_true", help="use torch.compile; pays off in long runs on a GPU"
+    )
     optimisation.add_argument("--sync-batch-norm", action="store_true", help="batch statistics over all CUDA ranks")
     method = parser.add_argument_group("method (defaults: the paper's)")
     method.add_argument("--network", choices=tuple(NETWORKS), help="paper: vit_small_16, vit_base_16 (section 4)")
-    method.add_argument("--layer-scale", type=cli.float_in(0), help="initial LayerScale; official: 0.1")
-    method.add_argument("--positions", choices=POSITIONS, help="official: relative; absolute: learned")
-    method.add_argument("--hidden", type=cli.int_min(1), help="width of the projector; official: 4096")
-    method.add_argument("--dim", type=cli.int_min(2), help="width of queries and keys; official: 256")
-    method.add_argument("--keys", choices=("ema", "online"), default="ema", help="network of the keys (table 8)")
-    views = ("asymmetric", "basic")
-    method.add_argument("--views", choices=views, default="asymmetric", help="basic: for keys, too (table 8)")
-    method.add_argument("--gradient-leak", type=cli.float_in(0, 1), help="share of the keys' gradient, default 0")
-    method.add_argument("--no-stop-gradient", action="store_true", help="--gradient-leak 1 (equation 3)")
-    method.add_argument("--mask-ratio", type=cli.float_in(0, 1), default=0.75, help="of the squares of 2 x 2 patches")
-    method.add_argument("--temperature", type=cli.float_in(1e-3), default=0.1, help="tau; official: 0.1")
+    method.add_argument("--layer-scale", type=cli.float_in(0), help="initial LayerScale; authors' code: 0.1")
+    method.add_argument(
+        "--positions",
+        choices=POSITIONS,
+        help="position encoding. relative: relative bias (authors' code); absolute: learned embedding; both",
+    )
+    method.add_argument("--hidden", type=cli.int_min(1), help="hidden width of the projector; authors' code: 4096")
+    method.add_argument("--dim", type=cli.int_min(2), help="width of queries and keys; authors' code: 256")
+    method.add_argument(
+        "--keys",
+        choices=("ema", "online"),
+        default="ema",
+        help="encoder of the keys: ema (momentum encoder) or online (table 8)",
+    )
+    method.add_argument(
+        "--views",
+        choices=("asymmetric", "basic"),
+        default="asymmetric",
+        help="asymmetric: keys of the strong view, queries of the basic view; basic: both of the basic view (table 8)",
+    )
+    method.add_argument(
+        "--gradient-leak",
+        type=cli.float_in(0, 1),
+        help="fraction of the gradient that passes the stop-gradient to the keys; default 0",
+    )
+    method.add_argument(
+        "--no-stop-gradient", action="store_true", help="same as --gradient-leak 1; no effect with --keys ema"
+    )
+    method.add_argument(
+        "--mask-ratio",
+        type=cli.float_in(0, 1),
+        default=0.75,
+        help="fraction of masked patches; masked in squares of 2 x 2 patches",
+    )
+    method.add_argument("--temperature", type=cli.float_in(1e-3), default=0.1, help="tau; authors' code: 0.1")
     method.add_argument("--momentum", type=cli.float_in(0, 1), help="initial EMA momentum m; rises to 1")
     args = cli.parse(parser, SCALES, argv)
 
     if args.no_stop_gradient and args.gradient_leak not in (None, 1.0):
-        fail(f"--no-stop-gradient means --gradient-leak 1, not --gradient-leak {args.gradient_leak}: drop one of them")
+        fail(
+            f"--no-stop-gradient (= --gradient-leak 1) contradicts --gradient-leak {args.gradient_leak}: "
+            "give only one of them"
+        )
     args.gradient_leak = 1.0 if args.no_stop_gradient else args.gradient_leak or 0.0
     cli.apply_lr_factor(args)
     del args.no_stop_gradient
     if args.data_set != "folder" and args.size != 32:
-        fail(f"invalid --size {args.size}: {args.data_set} has 32 pixels; --size is for --data-set folder only")
+        fail(f"--size {args.size} requires --data-set folder ({args.data_set} images have 32 x 32 pixels): drop --size")
     patch = NETWORKS[args.network].patch
-    if args.size % (CELL * patch):
+    if args.size % (MASK_SQUARE * patch):
         fail(
-            f"invalid --size {args.size}: give a multiple of {CELL * patch}, because --network {args.network} has "
-            f"patches of {patch} pixels, which are masked in squares of {CELL} x {CELL}"
+            f"invalid --size {args.size}: give a multiple of {MASK_SQUARE * patch}, because --network {args.network} "
+            f"has patches of {patch} pixels, which are masked in squares of {MASK_SQUARE} x {MASK_SQUARE}"
         )
     if args.mask_ratio == 0:
         fail("invalid --mask-ratio 0: give more than 0, because only masked patches contribute to the loss")
@@ -156,9 +193,9 @@ class Branch(nn.Module):
 
     def __init__(self, network: str, size: int, positions: str, layer_scale: float, hidden: int, dim: int, seed: int):
         super().__init__()
-        with seeding.forked(seed, "vit"):
+        with seeding.seeded_fork_rng(seed, "vit"):
             self.vit = ViT(size, *NETWORKS[network], layer_scale, positions)
-        with seeding.forked(seed, "projector"):
+        with seeding.seeded_fork_rng(seed, "projector"):
             self.projector = Projector(NETWORKS[network].width, hidden, dim)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -174,18 +211,21 @@ class ConMIM(nn.Module):
         self.online = Branch(**settings)
         self.ema = Branch(**settings).requires_grad_(False)
 
-    def forward(self, query: Tensor, key: Tensor, mask: Tensor, keys: str, leak: float) -> tuple[Tensor, Tensor]:
-        """Return queries q and keys k, (B, N, dim) each, from two views (B, 3, S, S); mask (B, N) bool is for `query`.
+    def forward(
+        self, query_view: Tensor, key_view: Tensor, mask: Tensor, key_network: str, leak: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return queries q and keys k, (B, N, dim) each, from two views (B, 3, S, S).
 
-        `leak` is the share of the gradient that reaches the keys. The views take two forward passes, so that each has
-        its own batch statistics.
+        mask (B, N) bool: the masked patches of `query_view`. `key_network`: "ema" or "online", the network that encodes
+        `key_view`. `leak` is the fraction of the gradient that reaches the keys. Each view has its own forward pass and
+        therefore its own batch statistics.
         """
         # Run the queries first: otherwise autocast reuses weight casts cached under no_grad, and the queries get no
         # gradient.
-        q = self.online(query, mask)
-        network = self.ema if keys == "ema" else self.online  # ABLATION (momentum encoder)
+        q = self.online(query_view, mask)
+        network = self.ema if key_network == "ema" else self.online  # ABLATION (momentum encoder)
         with torch.set_grad_enabled(torch.is_grad_enabled() and leak > 0):
-            k = network(key, None)
+            k = network(key_view, None)
         return q, leak * k + (1 - leak) * k.detach()  # ABLATION (stop-gradient): 0 is the paper's sg
 
 
@@ -196,7 +236,7 @@ def ema_update(ema: list[Tensor], online: list[Tensor], momentum: float) -> None
 
 
 def build_model(args: argparse.Namespace, device: torch.device) -> ConMIM:
-    """Return the initial networks for a run's arguments, on `device`."""
+    """Return the initialised model for the arguments of a run, on `device`."""
     model = ConMIM(
         network=args.network,
         size=args.size,
@@ -287,18 +327,21 @@ class WorkerViews:
 def masks_from_order(order: Tensor, ratio: float) -> Tensor:
     """Return masks (B, N) bool in which the first ceil(cells * ratio) cells of each order are masked.
 
-    order (B, cells): for each image a permutation of the cells, which are squares of CELL x CELL patches.
+    order (B, cells): for each image a permutation of the cells, which are squares of MASK_SQUARE x MASK_SQUARE patches.
     """
     cells = order.shape[1]
     side = round(cells**0.5)
     masked = order.argsort(1) < math.ceil(cells * ratio)
-    squares = masked.view(-1, side, 1, side, 1).expand(-1, side, CELL, side, CELL)
-    return squares.reshape(len(order), cells * CELL * CELL)
+    squares = masked.view(-1, side, 1, side, 1).expand(-1, side, MASK_SQUARE, side, MASK_SQUARE)
+    return squares.reshape(len(order), cells * MASK_SQUARE**2)
 
 
 def random_masks(rng: seeding.SampleRNG, patches: int, ratio: float) -> Tensor:
-    """Return masks (B, patches) bool on the CPU. All mask the same number of patches: 148 of 196, 48 of 64 at 0.75."""
-    return masks_from_order(rng.uniform(shape=(patches // CELL**2,)).argsort(1), ratio)
+    """Return masks (B, patches) bool on the CPU, all with the same number of masked patches.
+
+    At ratio 0.75, 148 of 196 or 48 of 64 patches are masked.
+    """
+    return masks_from_order(rng.uniform(shape=(patches // MASK_SQUARE**2,)).argsort(1), ratio)
 
 
 def patch_count(args: argparse.Namespace) -> int:
@@ -309,8 +352,8 @@ def patch_count(args: argparse.Namespace) -> int:
 def batches(args: argparse.Namespace, data: Data, epoch: int, rows: slice) -> Iterator[Batch]:
     """Yield one epoch of (query view, key view, mask), normalised: this rank's `rows` of the global batch.
 
-    Order, crop, colours and mask depend on (seed, epoch) only. Each has its own random numbers, so arms that share a
-    part get the same numbers for it. The last incomplete batch is dropped.
+    Order, crop, colours and mask depend only on (seed, epoch). Each is drawn from its own random stream, so that an
+    ablation of one does not change the others. The last incomplete batch is dropped.
     """
     aug, patches, steps_per_epoch = augmentation(args.data_set), patch_count(args), data.examples // args.batch
     order = seeding.permutation(args.seed, "order", epoch, data.examples, data.device)
@@ -355,7 +398,7 @@ def diagnostic_batch(data: Data, patches: int, ratio: float) -> tuple[Tensor, Te
 
 @contextmanager
 def frozen_running_statistics(model: nn.Module) -> Iterator[None]:
-    """Context in which batch norms use batch statistics and do not update their running statistics."""
+    """Context manager: batch norms use batch statistics and do not update their running statistics."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.track_running_stats = False
@@ -379,10 +422,11 @@ def position_r2(k: Tensor) -> float:
 
 
 @torch.no_grad()
-def diagnose(model: ConMIM, keys: str, x: Tensor, mask: Tensor) -> dict[str, float]:
+def diagnose(model: ConMIM, key_network: str, x: Tensor, mask: Tensor) -> dict[str, float]:
     """Measure whether the model solves the task by position alone.
 
-    Queries and keys see the same view x (B, 3, S, S); mask (B, N) bool. Runs in train mode and float32.
+    Queries and keys see the same view x (B, 3, S, S); mask (B, N) bool. `key_network` is "ema" or "online". Runs in
+    train mode and float32.
 
     own_top1            share of masked queries whose nearest key in their own image is their own
     cross_top1          share whose nearest key in another image has their position; near own_top1 if content is ignored
@@ -390,7 +434,7 @@ def diagnose(model: ConMIM, keys: str, x: Tensor, mask: Tensor) -> dict[str, flo
     key_effective_rank  exp of the entropy of the keys' singular values, 1 to dim
     """
     with frozen_running_statistics(model):
-        q, k = model(x, x, mask, keys, 0.0)
+        q, k = model(x, x, mask, key_network, 0.0)
     position = torch.arange(mask.shape[1], device=x.device)
 
     def top1(candidates: Tensor) -> float:
@@ -418,7 +462,10 @@ def ema_momentum(step: int, steps: int, start: float) -> float:
 
 
 def build_optimizer(args: argparse.Namespace, model: ConMIM) -> torch.optim.AdamW:
-    """Return AdamW for the online network, without weight decay on vectors, class token and absolute positions."""
+    """Return AdamW for the online network.
+
+    1-D parameters (biases, norm and LayerScale weights), the class token and absolute positions have no weight decay.
+    """
     decay: list[Tensor] = []
     no_decay: list[Tensor] = []
     for name, weight in model.online.named_parameters():
@@ -472,7 +519,7 @@ def train(args: argparse.Namespace, run: Run, model: ConMIM, data: Data, optimiz
 
         mean_loss, clipped_fraction = devices.mean_over_ranks(totals / steps_per_epoch).tolist()
         seconds = time.perf_counter() - started
-        if run.diverged(epoch + 1, totals):
+        if run.finish_if_diverged(epoch + 1, totals):
             return
         metrics = {
             "loss": mean_loss,
@@ -495,20 +542,21 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
     device = devices.select_device(args.device, args.scale)
-    rank, world = devices.start_ranks(args.device, device)
+    rank, world = devices.init_process_group(args.device, device)
     if args.batch % world:
-        fail(f"invalid --batch {args.batch}: give a multiple of the number of processes, {world}")
-    remedy = f"Try --precision bfloat16, or --batch {args.batch // 2} (about half the memory, other results)"
-    with (
-        run_lock(args.out, rank),
-        devices.report_oom(device, f"--batch {args.batch} on {world} processes", remedy),
-    ):
+        fail(f"--batch {args.batch} (global) is not divisible by {world} processes: give a multiple of {world}")
+    usage = f"--batch {args.batch} on {world} processes"
+    remedy = f"use --batch {args.batch // 2} (about half the memory, different results) or --precision bfloat16"
+    with run_lock(args.out, rank), devices.report_oom(device, usage, remedy):
         run = Run(args.out, vars(args), __file__, args.replace, rank)
         if run.finished:
             return
         data = images.load_or_stream(args.data_set, args.data, args.size, device, args.workers)
         if args.batch > data.examples:
-            fail(f"invalid --batch {args.batch}: there are only {data.examples} training images")
+            fail(
+                f"--batch {args.batch} is larger than the training set ({data.examples} examples): "
+                f"give at most {data.examples}"
+            )
         steps = args.epochs * (data.examples // args.batch)
         provenance = devices.environment(device) | {"data": data.digest, "steps": steps}
         run.write_config(f"{args.data_set}, {args.network}", provenance, args.resume_elsewhere)

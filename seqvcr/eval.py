@@ -3,9 +3,10 @@
     python seqvcr/eval.py runs/scratch                # a finished run of train.py
     python seqvcr/eval.py runs/scratch --show 10      # print test questions and the network's answers
 
-All metrics are measured on test rows without dropout. Only `variance_loss`, `covariance_loss`, `projected_std` and
-`regulariser_loss` use the projection. Answers are teacher-forced. For whole answers this gives the same result as
-greedy decoding (`exact_match`); for single positions it gives a higher accuracy (`position_accuracy`).
+All metrics are measured on test rows without dropout. Level l is the output of block l; level 0 is the embeddings.
+Only `variance_loss`, `covariance_loss`, `projected_std` and `regulariser_loss` use the projection. Answers are
+teacher-forced. For whole answers this gives the same result as greedy decoding (`exact_match`); for single positions
+it gives a higher accuracy (`position_accuracy`).
 
 entropy        entropy of the hidden states Z (T, D) of a sequence: -sum p_i log p_i with p_i = eigenvalues of Z Z^T
                divided by their sum (equation 2), divided by log(min(T, D)); mean over sequences, one value per level
@@ -50,10 +51,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     parser.add_argument("folder", type=Path, help="folder of a finished run")
     parser.add_argument("--data", type=Path, help="not needed: the tasks are generated")
-    parser.add_argument("--data-file", type=Path, help="where the rows of --data-file are now; default: as in training")
+    parser.add_argument("--data-file", type=Path, help="new path of the training rows; default: as in training")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N; default: as in training")
-    parser.add_argument("--threads", type=cli.int_min(1), help="default: as in training")
-    parser.add_argument("--held-out", action="store_true", help="evaluate on validation rows, for tuning")
+    parser.add_argument("--threads", type=cli.int_min(1), help="CPU threads; default: as in training")
+    parser.add_argument("--held-out", action="store_true", help="evaluate on the validation split, for tuning")
     parser.add_argument("--alpha", type=cli.float_in(0), default=1.0, help="order of the entropies; paper: 1. Other "
                         "orders are written to metrics-alpha-ALPHA.json")  # fmt: skip
     parser.add_argument("--show", type=cli.int_min(1), metavar="N", help="print N answers and write nothing")
@@ -98,7 +99,10 @@ def batch_entropy(h: Tensor, alpha: float = 1.0) -> Tensor:
 
 @torch.no_grad()
 def level_entropies(gpt: GPT, rows: Tensor, answer: int, alpha: float) -> dict[str, list[float]]:
-    """Return three entropies for each level 0..L, averaged over rows (n, length), or over batches and positions."""
+    """Return {'entropy', 'entropy_centred', 'entropy_batch'} for rows (n, length): L + 1 values each, one per level.
+
+    A last batch below ENTROPY_BATCH rows is dropped.
+    """
     size = min(ENTROPY_BATCH, len(rows))
     entropies = {"entropy": token_entropy, "entropy_centred": centred_entropy, "entropy_batch": batch_entropy}
     by_batch: dict[str, list[Tensor]] = {name: [] for name in entropies}
@@ -133,10 +137,11 @@ def predict_minimum(rank: Tensor, width: int, lambda1: float, lambda2: float) ->
 
 
 def rank_bounds(tokens: Tensor, rows: int, width: int, layer: int) -> Tensor:
-    """Return an upper bound of the covariance's rank at each position, over `rows` sequences: (groups * T,).
+    """Return an upper bound of the covariance's rank for each group and position, (groups * T,), from tokens (n, T).
 
-    The bound is the minimum of rows - 1, `width` and the number of distinct inputs - 1. The input is the token at level
-    0, and the prefix of the row above it.
+    The bound is the minimum of `rows` - 1, `width` and the number of distinct inputs - 1. `rows` is the number of
+    sequences per covariance, `layer` is the level. At level 0 the input is the token alone; at higher levels it is the
+    prefix of the sequence up to this position.
     """
     groups = tokens[: len(tokens) // rows * rows].unflatten(0, (-1, rows)).cpu()
     bounds = []
@@ -186,9 +191,9 @@ def majority_accuracy(train_answers: Tensor, answers: Tensor) -> float:
 
 @torch.no_grad()
 def print_answers(gpt: GPT, task: tasks.Task, raw: Tensor, rows: Tensor, gpt2: bool) -> None:
-    """Print rows of a task and the network's answers, teacher-forced.
+    """Print rows of a task and the network's teacher-forced answers.
 
-    `raw` (n, question + answer) has the tokens of the task. `rows` are the same rows as the network's input (`encode`).
+    `raw` (n, question + answer) contains task tokens. `rows` are the same rows as network tokens (`encode`).
     """
     task_tokens = {token: number for number, token in enumerate(vocabulary(task, gpt2)[1].tolist())}
     predictions = gpt(rows[:, :-1].long(), task.answer)[0].argmax(2).tolist()
@@ -196,8 +201,8 @@ def print_answers(gpt: GPT, task: tasks.Task, raw: Tensor, rows: Tensor, gpt2: b
         answer = torch.tensor([task_tokens.get(token, len(task.symbols) - 1) for token in prediction])
         predicted = tasks.to_text(task, torch.cat([row[: task.question].cpu().long(), answer]))
         correct = tasks.to_text(task, row)
-        verdict = "correct" if predicted == correct else f"wrong: {predicted.partition('= ')[2]}"
-        print(f"{correct}   {verdict}")
+        result = "correct" if predicted == correct else f"wrong: {predicted.partition('= ')[2]}"
+        print(f"{correct}   {result}")
 
 
 # ------------------------------------------------------------------------------------------------- main
@@ -207,21 +212,23 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     arguments, provenance, saved = load_finished(args.folder, "seqvcr/train.py")
     if args.data_file and not arguments["data_file"]:
-        fail(f"--data-file {args.data_file}: the rows of {args.folder} were generated; drop this flag")
+        fail(f"--data-file {args.data_file}: the rows of {args.folder} were generated: drop this flag")
     epochs = read_log(args.folder, saved["epoch"])[1:]
     torch.set_num_threads(args.threads or arguments["threads"])
     device = devices.select_device(args.device or arguments["device"], arguments["scale"])
     start_time = time.perf_counter()
-    remedy = "A --device with more memory, or --device cpu, gives the same metrics"
+    remedy = "use a --device with more memory, or --device cpu (same metrics)"
     with run_lock(args.folder), devices.report_oom(device, f"{N_PROBE} sequences at all levels", remedy):
         task, row_count = tasks.build_task(arguments["task"], arguments["size"]), arguments["train_size"]
         if arguments["rehearse"]:
             row_count, task.eval_rows = min(row_count, 100 * arguments["batch"]), arguments["batch"]
         data_file = Path(args.data_file or arguments["data_file"]) if arguments["data_file"] else None
         data = tasks.load(task, row_count, data_file, device)
-        if checkpoints.sha256(*(rows.cpu() for rows in data)) != provenance["data"]:
-            fail(f"{args.folder} was trained on other rows than this code and --data-file {data_file} give: evaluate "
-                 "it with the code and the file that it was trained with")  # fmt: skip
+        digest = checkpoints.sha256(*(rows.cpu() for rows in data))
+        if digest != provenance["data"]:
+            file = f"{data_file} and " if data_file else ""
+            fail(f"the task rows (digest {digest[:12]}) differ from the training data of {args.folder}: restore {file}"
+                 "the code version of the run")  # fmt: skip
         train_args = argparse.Namespace(**arguments)
         model = build_model(train_args, task, device).eval()
         checkpoints.load_weights(model, saved["model"], args.folder / "model.pt")
@@ -256,7 +263,7 @@ def main(argv: list[str] | None = None) -> None:
             "seconds": sum(line["seconds"] for line in epochs) + time.perf_counter() - start_time,
         }
         name = "held_out" if args.held_out else "metrics"
-        if args.alpha != 1:  # entropies of another order must not pass for those of a study
+        if args.alpha != 1:  # do not overwrite metrics.json, which the studies read
             name += f"-alpha-{args.alpha:g}"
         files.write_json(args.folder / f"{name}.json", metrics)
         printed = (f"{name} {metrics[name]:.4g}" for name in METRICS_IF_FINITE if isinstance(metrics.get(name), float))

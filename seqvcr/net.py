@@ -2,7 +2,7 @@
 
 Pre-LayerNorm blocks, tanh-approximated GELU, biases everywhere, learned positions, head tied to the token embedding,
 GPT-2's initialisation (std 0.02, divided by sqrt(2 layers) for projections into the residual stream).
-Parameter names are those of the published checkpoints, whose weight matrices are transposed (`read_gpt2`).
+Parameter names are those of Hugging Face's checkpoints, whose weight matrices are transposed (`read_gpt2`).
 """
 
 import math
@@ -23,7 +23,8 @@ GPT2_TOKENS = {
     "=": 50256,
 }
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-MASK_BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks in published files, not parameters
+MASK_BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks in Hugging Face's checkpoints, not parameters
+GPT2_FILES = "Hugging Face's model.safetensors or pytorch_model.bin"
 INIT_STD = 0.02
 
 
@@ -37,7 +38,7 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in self.c_attn(x).chunk(3, dim=2))
+        q, k, v = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in self.c_attn(x).chunk(3, dim=2))
         dropout = self.dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         return self.c_proj(attended.transpose(1, 2).flatten(2))
@@ -65,31 +66,31 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Causal transformer with a vocabulary of `vocabulary` tokens and at most `length` positions.
+    """Causal transformer with `vocabulary` tokens and at most `length` positions.
 
     Embeddings and blocks are initialised from separate seeds.
     """
 
     def __init__(self, vocabulary: int, length: int, layers: int, heads: int, width: int, dropout: float, seed: int):
         super().__init__()
-        with seeding.forked(seed, "tokens"):
+        with seeding.seeded_fork_rng(seed, "tokens"):
             self.wte = nn.Embedding(vocabulary, width)
             nn.init.normal_(self.wte.weight, std=INIT_STD)
-        with seeding.forked(seed, "positions"):
+        with seeding.seeded_fork_rng(seed, "positions"):
             self.wpe = nn.Embedding(length, width)
             nn.init.normal_(self.wpe.weight, std=INIT_STD)
         self.drop = nn.Dropout(dropout)
         self.h = nn.ModuleList()
         for number in range(layers):
-            with seeding.forked(seed, f"block {number}"):
+            with seeding.seeded_fork_rng(seed, f"block {number}"):
                 self.h.append(init_weights(Block(width, heads, dropout), layers))
         self.ln_f = nn.LayerNorm(width)
 
     def forward(self, tokens: Tensor, answer: int) -> tuple[Tensor, list[Tensor]]:
-        """Map tokens (B, T), int64, to (logits of the last `answer` positions (B, answer, vocabulary), levels).
+        """Return (logits of the last `answer` positions (B, answer, vocabulary), levels) for int64 tokens (B, T).
 
-        Levels are (B, T, D) each. Level 0 is the sum of embeddings before dropout (f_0), level l the output of block l.
-        The last level is after the final LayerNorm.
+        Levels are (B, T, D) each. Level 0 is the sum of embeddings before dropout (f_0); level l is the output of block
+        l. The last level is after the final LayerNorm.
         """
         x = self.wte(tokens) + self.wpe.weight[: tokens.shape[1]]
         levels = [x]
@@ -114,32 +115,36 @@ def init_weights(block: Block, layers: int) -> Block:
 
 
 def read_gpt2(path: Path) -> dict[str, Tensor]:
-    """Read a published GPT-2 file (.safetensors or .bin) as a state dict of `GPT`, float32.
+    """Return the weights of a GPT-2 checkpoint (.safetensors or .bin) as a state dict of `GPT`, float32.
 
-    Accepts files of the bare network and of the language model (prefix `transformer.`), with or without causal masks.
+    Accepts checkpoints of the network without head and of the language model (prefix `transformer.`), with or without
+    causal masks.
     Exits with code 2 if the file cannot be read, or if its head is not tied to the token embedding.
     """
-    tensors = read_weights(path, "--init-from", "a GPT-2 checkpoint (model.safetensors)").tensors
+    tensors = read_weights(path, "--init-from", GPT2_FILES).tensors
     weights = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     if "wte.weight" not in weights:
-        fail(f"--init-from {path} is not a GPT-2 checkpoint: it has no wte.weight")
+        fail(f"--init-from {path} is not a GPT-2 checkpoint (no wte.weight): give {GPT2_FILES}")
     if not torch.equal(weights.pop("lm_head.weight", weights["wte.weight"]), weights["wte.weight"]):
-        fail(f"--init-from {path} is not a GPT-2 checkpoint: its head (lm_head.weight) is not tied to wte.weight")
+        fail(
+            f"--init-from {path} is not a GPT-2 checkpoint (lm_head.weight is not tied to wte.weight): "
+            f"give {GPT2_FILES}"
+        )
     parameters = {name: tensor.float() for name, tensor in weights.items() if not name.endswith(MASK_BUFFERS)}
     return {name: tensor.T.contiguous() if name.endswith(TRANSPOSED) else tensor for name, tensor in parameters.items()}
 
 
 def init_from_gpt2(model: GPT, path: Path, new_tokens: int) -> None:
-    """Load the weights of a GPT-2 file into `model`. Exits with code 2 if shapes or names differ.
+    """Load the weights of a GPT-2 checkpoint into `model`. Exits with code 2 if shapes or names differ.
 
     Positions beyond the model's length are dropped. The last `new_tokens` tokens of the model (the pause tokens) are
-    not in the file and keep their initial embedding.
+    not in the checkpoint and keep their initial embedding.
     """
     weights = read_gpt2(path)
     wte, wpe = model.wte.weight.detach().cpu(), model.wpe.weight.detach().cpu()
     tokens, expected = len(weights["wte.weight"]), len(wte) - new_tokens
     if tokens != expected:
-        fail(f"--init-from {path} has {tokens} tokens instead of {expected}: give GPT-2 with its own vocabulary")
+        fail(f"--init-from {path} has {tokens} tokens instead of {expected}: give GPT-2 with its original vocabulary")
     weights["wte.weight"] = torch.cat([weights["wte.weight"], wte[tokens:]])
     weights["wpe.weight"] = weights.get("wpe.weight", wpe)[: len(wpe)]
     checkpoints.load_weights(model, weights, f"--init-from {path}")

@@ -2,7 +2,7 @@
 
     python seqvcr/plot.py seqvcr-coefficients --scale demo --seeds 0 1 2
 
-Reads metrics.json and train.jsonl of the runs and evaluates nothing itself. Missing runs are left out and listed.
+Reads metrics.json and train.jsonl of the runs. Missing runs are left out and listed.
 """
 
 import sys
@@ -31,7 +31,7 @@ TASK_NAMES = {
 
 
 def count_solved(runs: list[dict[str, Any]]) -> str:
-    """Return how many seeds reached 90 % exact match. Exact match is bimodal, so its mean alone is misleading."""
+    """Return "m of n solved" (90 % exact match). Exact match is bimodal, so its mean alone is misleading."""
     return f"{sum(bool(run['solved']) for run in runs)} of {len(runs)} solved"
 
 
@@ -155,7 +155,7 @@ def solved_panels(runs: results.Runs) -> list[figures.Dots]:
     ]
 
 
-def prediction(runs: results.Runs, reference: str, caption: str) -> Figure:
+def prediction_figure(runs: results.Runs, reference: str, caption: str) -> Figure:
     """Return the figure of measured std and regulariser loss of the regularised runs; hollow marks are predictions."""
     arms = [arm for arm in runs if results.values(runs, arm, "projected_std")]
     pairs = {"projected_std": "predicted_std", "regulariser_loss": "predicted_loss"}
@@ -170,7 +170,7 @@ def prediction(runs: results.Runs, reference: str, caption: str) -> Figure:
     return figures.dots(panels, arms, reference, hollow="predicted from rank, width and coefficients", caption=caption)
 
 
-def width_curves(runs: results.Runs, arguments: Mapping[str, Mapping[str, Any]], caption: str) -> Figure:
+def width_figure(runs: results.Runs, arguments: Mapping[str, Mapping[str, Any]], caption: str) -> Figure:
     """Return the figure of accuracy, entropy, std and loss over the projection width; `off` is a dotted line."""
     width_of = {arm: args["projection_width"] for arm, args in arguments.items() if args["lambda1"] or args["lambda2"]}
     width_of = dict(sorted(width_of.items(), key=lambda item: item[1]))
@@ -224,14 +224,14 @@ def draw(view: results.View) -> dict[str, Figure]:
     drawn = {
         "entropy": figures.integer_x_ticks(entropy),
         "metrics": figures.dots(dot_panels(runs), arms, reference, remarks, "the most frequent answer", caption),
-        "prediction": prediction({arm: runs[arm] for arm in arms}, reference, caption),
+        "prediction": prediction_figure({arm: runs[arm] for arm in arms}, reference, caption),
         "solved": figures.dots(solved_panels(runs), arms, reference, solved, caption=caption),
     }
     positions = position_panels(runs, groups)
-    if positions:  # empty before the first validation
+    if positions:  # empty if no run has been validated
         drawn["positions"] = figures.curves(positions, labels, reference_label, caption)
     if "width" in study.name:
-        drawn["width"] = width_curves(runs, arguments, caption)
+        drawn["width"] = width_figure(runs, arguments, caption)
     return drawn
 
 

@@ -1,7 +1,7 @@
 """Experimental design of Seq-VCR: arms, contrasts and studies. Read by make, plot.py, the HTML page and the tests.
 
-An arm runs in a setting, ARM@SETTING: a task, and the number of sequences per covariance. Results of different settings
-are never pooled. `base` has the default coefficients of the task; it represents that pair where it is one of the six.
+Arms are named ARM@SETTING. A setting is a task and a number of sequences per covariance. Results of different settings
+are never pooled. `base` has the default coefficients of its task and represents that pair in the studies.
 """
 
 from functools import partial
@@ -76,13 +76,13 @@ def beats_majority(arm: str) -> MustBeat:
 
 
 def design(scale: str, settings: Settings) -> Design:
-    """Return the arms and studies of Seq-VCR at `scale`. Raises SettingError if make's TASKS has an unknown task."""
+    """Return the design at `scale`. TASKS in `settings` replace the default tasks. Raises SettingError."""
     for task in settings.tasks:
         if task not in SETTINGS:
-            raise SettingError(f"TASKS: there is no '{task}', but {', '.join(SETTINGS)}")
+            raise SettingError(f"invalid TASKS='{task}': give {', '.join(SETTINGS)}")
     tasks = list(settings.tasks) or TASKS[scale]
     multiplication = [task for task in tasks if task in ("2x2", "4x4", "5x5")]
-    setting = multiplication[0] if multiplication else tasks[0]  # of the studies with one setting
+    setting = multiplication[0] if multiplication else tasks[0]  # for studies with a single setting
 
     def at_setting(*contrasts: str) -> list[str]:
         return [contrast.replace(":", f"@{setting}:") + f"@{setting}" for contrast in contrasts]

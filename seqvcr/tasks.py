@@ -1,6 +1,6 @@
 """The three tasks of Seq-VCR: tokens, random examples from a seed, and a split without leakage.
 
-    python seqvcr/tasks.py --size 4 --lines 3      # multiplication in the published format, with chain of thought
+    python seqvcr/tasks.py --size 4 --lines 3      # multiplication in Deng et al.'s format, with chain of thought
 
 An example is a row of tokens: question, then answer. The first tokens are the numbers 0, 1, ...; the other symbols of
 the task follow. Every question ends with "=". Nothing is downloaded: rows are drawn from the data seed or, as a stream,
@@ -32,7 +32,8 @@ PAUSES = ("</pause_start>", "<pause>", "</pause_end>")  # the last three tokens 
 DIGITS = tuple(map(str, range(10)))
 MODULUS = 11
 PLUS, MINUS, TIMES, OVER, OPEN, CLOSE, EQUALS, PAD = range(MODULUS, MODULUS + 8)  # tokens of arithmetic
-ATTEMPTS = 16  # operators drawn per expansion: some have no solution
+ATTEMPTS = 16  # operators drawn per expansion, because some have no solution
+FILE_FORMAT = "a file with one problem per line: `a * b||... #### product`"
 LIS_LIMIT = 250  # numbers of lis are smaller; also the token of "="
 ROWS_PER_DRAW = 1 << 16
 TRAIN, VALIDATION, TEST = range(3)
@@ -42,20 +43,20 @@ class Task:
     """A task of one size: tokens, random rows, and the keys that define the split.
 
     A row has `question` tokens, then `answer` tokens, uint8. `symbols` are the tokens as text. Validation and test each
-    get `held_out` thousandths of the keys and at most `eval_rows` rows.
+    get `held_out_permille` thousandths of the keys and at most `eval_rows` rows.
     """
 
     name: str
     sizes: tuple[int, int]  # smallest and largest
     symbols: tuple[str, ...]
-    held_out = 20
+    held_out_permille = 20
     eval_rows = 10_000
 
     def __init__(self, size: int, question: int, answer: int):
         self.size, self.question, self.answer = size, question, answer
 
     def draw(self, generator: torch.Generator, count: int, device: torch.device | str, training: bool) -> Tensor:
-        """Draw `count` random rows (count, question + answer)."""
+        """Return random rows (count, question + answer). `training`: with the distribution of the training split."""
         raise NotImplementedError
 
     def key(self, rows: Tensor) -> Tensor:
@@ -70,7 +71,7 @@ class Task:
 def randint(
     low: int, high: int, shape: tuple[int, ...], generator: torch.Generator, device: torch.device | str
 ) -> Tensor:
-    """Draw random integers in [low, high) on the CPU and return them on `device`, int64."""
+    """Return random integers in [low, high), int64, drawn on the CPU and copied to `device`."""
     return upload(torch.randint(low, high, shape, generator=generator), device)
 
 
@@ -87,7 +88,7 @@ class Multiplication(Task):
 
     def __init__(self, size: int):
         super().__init__(size, question=2 * size + 2, answer=2 * size)
-        self.held_out = 20 if size > 3 else 100
+        self.held_out_permille = 20 if size > 3 else 100
 
     def draw(self, generator: torch.Generator, count: int, device: torch.device | str, training: bool) -> Tensor:
         factors = randint(10 ** (self.size - 1), 10**self.size, (2, count), generator, device)
@@ -126,7 +127,7 @@ def factors_of(rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def published_line(a: int, b: int, size: int) -> str:
-    """Return a * b as a line of the published files: question, chain of thought, product.
+    """Return a * b as a line in the format of Deng et al.: question, chain of thought, product.
 
     The chain of thought has one partial product per digit of b, with running sums in brackets.
     """
@@ -147,14 +148,16 @@ def published_line(a: int, b: int, size: int) -> str:
 
 
 def read_published(path: Path, size: int) -> Tensor:
-    """Read the distinct rows of a file in the published format, uint8.
+    """Return the distinct rows of a file in the format of Deng et al. (`published_line`), uint8.
 
-    Exits with code 2 and the first malformed line if there is one, or if the file is unreadable or empty.
+    Exits with code 2 if the file cannot be read, is empty or has a malformed line. The message names the first one.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        fail(f"--data-file {path} does not exist: give {FILE_FORMAT}")
     except (OSError, UnicodeDecodeError) as error:
-        fail(f"--data-file {path} cannot be read ({getattr(error, 'strerror', None) or error})")
+        fail(f"--data-file {path} cannot be read ({getattr(error, 'strerror', None) or error}): give {FILE_FORMAT}")
     if lines and lines[0].startswith("version https://git-lfs"):
         fail(f"--data-file {path} is a Git LFS pointer: run `git lfs pull` to get the file itself")
     factor, product = (rf"(\d(?: \d){{{count - 1}}})" for count in (size, 2 * size))
@@ -163,15 +166,15 @@ def read_published(path: Path, size: int) -> Tensor:
     for number, line in enumerate(lines, 1):
         match = pattern.fullmatch(line.rstrip())
         if match is None:
-            fail(f"--data-file {path}, line {number}: expected `a * b||... #### product` with factors of {size} digits "
-                 f"(--size), got {line[:60]!r}")  # fmt: skip
+            fail(f"--data-file {path}, line {number}: expected `a * b||... #### product` with factors of {size} digits"
+                 f", got {line[:60]!r}: set --size or correct the line")  # fmt: skip
         a, b, answer = (int(text.replace(" ", "")[::-1]) for text in match.groups())
         if a * b != answer:
-            fail(f"--data-file {path}, line {number}: wrong product {a} * {b} = {answer} (digits must be least "
-                 f"significant first), got {line[:60]!r}")  # fmt: skip
+            fail(f"--data-file {path}, line {number}: wrong product {a} * {b} = {answer}: write digits least "
+                 "significant first")  # fmt: skip
         pairs.append((a, b))
     if not pairs:
-        fail(f"--data-file {path} is empty")
+        fail(f"--data-file {path} is empty: give {FILE_FORMAT}")
     factors = torch.tensor(list(dict.fromkeys(pairs)))
     return multiplication_rows(factors[:, 0], factors[:, 1], size)
 
@@ -203,7 +206,7 @@ class Arithmetic(Task):
 
 
 def expand_number(tokens: Tensor, numbers: int, generator: torch.Generator) -> Tensor:
-    """Replace one random number in each expression by `a operator b` of the same value modulo 11.
+    """Return the expressions with one random number replaced by `a operator b` of the same value modulo 11.
 
     `tokens` (n, width) are expressions with `numbers` numbers each, padded on the right; the result has the same shape.
     Brackets are added where precedence needs them. No divisor is zero.
@@ -216,7 +219,7 @@ def expand_number(tokens: Tensor, numbers: int, generator: torch.Generator) -> T
     value = tokens.gather(1, position)
 
     operator = randint(PLUS, OVER + 1, (count, ATTEMPTS), generator, device)
-    operator[:, -1] = PLUS  # always has a solution; 15 failures before it have a probability below 1e-8
+    operator[:, -1] = PLUS  # always has a solution; all 15 others fail with probability below 1e-8
     a = randint(0, MODULUS, (count, ATTEMPTS), generator, device)
     solvable = (operator < TIMES) | ((a != 0) & ((operator == TIMES) | (value != 0)))
     first = solvable.int().argmax(1, keepdim=True)
@@ -313,7 +316,8 @@ def split_of(task: Task, rows: Tensor) -> Tensor:
     """Return TRAIN, VALIDATION or TEST for each row, (n,) int64."""
     hashed = splitmix64(task.key(rows) + seeding.DATA_SEED)
     bucket = ((hashed >> 1) & ((1 << 62) - 1)) % 1000
-    return (bucket < 2 * task.held_out).long() + (bucket < task.held_out).long()
+    permille = task.held_out_permille
+    return (bucket < 2 * permille).long() + (bucket < permille).long()
 
 
 class Splits(NamedTuple):
@@ -327,7 +331,7 @@ class Splits(NamedTuple):
 def load(task: Task, train_size: int, data_file: Path | None, device: torch.device | str) -> Splits:
     """Return at most `train_size` distinct training rows, and at most `task.eval_rows` rows for validation and test.
 
-    Training rows come from `data_file` (published format) if given. All other rows are drawn from the data seed.
+    Training rows come from `data_file` if given (format of Deng et al.). All other rows are drawn from the data seed.
     """
     possible = task.all_rows()
     if possible is not None:
@@ -344,13 +348,14 @@ def load(task: Task, train_size: int, data_file: Path | None, device: torch.devi
     if data_file:
         rows = read_published(data_file, task.size).to(device)
         train = rows[split_of(task, rows) == TRAIN]
-        dropped = len(rows) - len(train)
-        print(f"{data_file}: {len(rows)} distinct rows; dropped {dropped} of validation or test", flush=True)
+        removed = len(rows) - len(train)
+        print(f"{data_file}: {len(rows)} distinct rows, {removed} removed because they belong to the validation or "
+              "test split", flush=True)  # fmt: skip
     return Splits(train[:train_size], validation[: task.eval_rows], test[: task.eval_rows])
 
 
 def draw_distinct(task: Task, split: int, count: int, device: torch.device | str) -> Tensor:
-    """Draw `count` distinct rows of a split, or fewer if further draws find almost no new rows.
+    """Return `count` distinct random rows of a split, or fewer if further draws give almost no new rows.
 
     In training, the first `count` arithmetic expressions have mixed numbers of operators. Those that replace duplicates
     have `task.size` operators.
@@ -374,9 +379,9 @@ def draw_distinct(task: Task, split: int, count: int, device: torch.device | str
 
 
 def stream(task: Task, seed: int, step: int, count: int, device: torch.device | str) -> Tensor:
-    """Draw `count` new training rows, a function of (seed, step). No host-device synchronisation."""
+    """Return `count` new training rows. They depend only on (seed, step). No host-device synchronisation."""
     generator = seeding.generator(seed, f"stream of {task.name}", step)
-    rows = task.draw(generator, 2 * count + 64, device, True)  # at least 4 in 5 are training rows
+    rows = task.draw(generator, 2 * count + 64, device, True)  # at least 4 of 5 rows are training rows
     is_train = (split_of(task, rows) == TRAIN).int()
     return rows[is_train.argsort(descending=True, stable=True)[:count]]
 
@@ -385,7 +390,7 @@ def stream(task: Task, seed: int, step: int, count: int, device: torch.device | 
 
 
 def with_pauses(task: Task, rows: Tensor, pause: int) -> Tensor:
-    """Insert the pause block between question and answer: start marker, `pause` pause tokens, end marker.
+    """Return rows with the pause block after the question: start marker, `pause` pause tokens, end marker.
 
     With `pause` = 0 the rows are returned unchanged.
     """
@@ -411,8 +416,8 @@ def to_text(task: Task, row: Tensor) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(__doc__)
-    parser.add_argument("--size", type=cli.int_min(1), default=4, help="digits of a factor")
-    parser.add_argument("--lines", type=cli.int_min(1), default=10, help="number of lines")
+    parser.add_argument("--size", type=cli.int_min(1), default=4, help="digits per factor")
+    parser.add_argument("--lines", type=cli.int_min(1), default=10, help="number of lines to print")
     args = parser.parse_args(argv)
     rows = load(build_task("multiplication", args.size), args.lines, None, "cpu").train
     a, b = factors_of(rows, args.size)

@@ -16,6 +16,9 @@ the regulariser only and is not used at inference.
     h  hidden states of a level   (B, T, D)      N  --covariance-batch       lambda1, lambda2  --lambda1, --lambda2
     W  projection                 (d, D)         d  --projection-width
 
+Level l is the output of block l; level 0 is the embeddings. --layer selects the regularised level. An epoch here is
+1/20 of --steps (log and checkpoint interval), not a pass over the data.
+
     python seqvcr/train.py                                              # demo: 2x2 digits, about 20 s of one core
     python seqvcr/train.py --lambda1 0 --lambda2 0 --out runs/scratch2  # an ablation: only pause tokens
     python seqvcr/train.py --layer last --covariance-axis batch+length --out runs/scratch3
@@ -26,7 +29,7 @@ Differs from the paper, or is not specified there:
  1. The paper's default (last level, covariance over the batch) fails from scratch in the paper itself (exact match 0.03
     on 5x5 digits, table 7; level 0: 0.97). So `demo` and `gpu` regularise level 0, and `paper` the last level.
  2. Cross entropy is the mean over the answer tokens; question and pause tokens have no loss. The covariance uses all
-    input positions. Level 0 is the sum of embeddings before dropout; the last level is after the final LayerNorm.
+    input positions. Level 0 is the sum of embeddings before dropout. The last level is after the final LayerNorm.
  3. Linear warm-up over 5 % of the steps, then cosine decay to zero; AdamW with weight decay 0.01 (0 on W); gradients
     clipped to norm 1. The paper specifies AdamW and the learning rate only.
  4. The small network has GPT-2's architecture (learned positions, tied head), not that of Feng et al. (sinusoidal
@@ -36,6 +39,7 @@ Differs from the paper, or is not specified there:
 """
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -82,7 +86,7 @@ TASK_DEFAULTS = {  #    multiplication  arithmetic  lis
 TASK_NAMES = ("multiplication", "arithmetic", "lis")
 STREAM = 0  # value of --train-size stream
 ETA = 0.001  # section 3.4
-EPOCHS = 20  # an epoch is a fraction of the steps: log, validate and save after each
+EPOCHS = 20  # an epoch is 1/20 of the steps: log, validation and checkpoint after each
 WARM_UP = 0.05  # fraction of the steps
 MAX_GRAD_NORM = 1.0
 WEIGHT_DECAY = 0.01
@@ -97,9 +101,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--task", choices=TASK_NAMES)
     data.add_argument("--size", type=cli.int_min(1), help="multiplication: digits per factor (default 4, demo 2); "
                       "arithmetic: operators (5, demo 3); lis: numbers (50, demo 12)")  # fmt: skip
-    data.add_argument("--train-size", type=train_size, help="maximum number of distinct training rows (paper: 808,000, "
-                      "other tasks 1,000,000), or `stream`: new rows at each step")  # fmt: skip
-    data.add_argument("--data-file", type=Path, help="training rows from a file of the published multiplication data")
+    data.add_argument("--train-size", type=train_size, help="maximum number of distinct training rows (paper: 808,000; "
+                      "other tasks: 1,000,000), or `stream`: new rows at each step")  # fmt: skip
+    data.add_argument("--data-file", type=Path, help="file with training rows in the format of Deng et al. 2023 "
+                      "(multiplication only)")  # fmt: skip
     network = parser.add_argument_group("network")
     network.add_argument("--layers", type=cli.int_min(1), help="transformer blocks")
     network.add_argument("--heads", type=cli.int_min(1), help="attention heads")
@@ -110,27 +115,31 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optimisation = parser.add_argument_group("optimisation")
     optimisation.add_argument("--steps", type=cli.int_min(1), help=f"optimiser steps, split into {EPOCHS} epochs; "
                               "paper: 40 passes over 808,000 rows at batch 32")  # fmt: skip
-    optimisation.add_argument("--batch", type=cli.int_min(2), help="sequences per step; paper: 32, other tasks 128")
+    optimisation.add_argument("--batch", type=cli.int_min(2), help="sequences per step; paper: 32; other tasks: 128")
     optimisation.add_argument("--lr", type=cli.float_in(0), help="peak learning rate; paper: 5e-4, small networks 1e-4")
-    optimisation.add_argument("--lr-factor", type=cli.float_in(0), default=1.0, help="multiplies --lr (robustness)")
+    lr_factor = "multiplies --lr; used by the robustness study"
+    optimisation.add_argument("--lr-factor", type=cli.float_in(0), default=1.0, help=lr_factor)
     precisions = ("auto", "float32", "bfloat16")
-    optimisation.add_argument("--precision", choices=precisions, default="auto", help="of the network; the regulariser "
-                              "is always float32; auto: bfloat16 on CUDA")  # fmt: skip
-    optimisation.add_argument("--compile", action="store_true", help="torch.compile; for long runs on a GPU")
+    optimisation.add_argument("--precision", choices=precisions, default="auto", help="precision of the network "
+                              "(regulariser: always float32); auto: bfloat16 on CUDA only")  # fmt: skip
+    use_compile = "use torch.compile; pays off in long runs on a GPU"
+    optimisation.add_argument("--compile", action="store_true", help=use_compile)
     method = parser.add_argument_group("method")
     method.add_argument("--lambda1", type=cli.float_in(0), help="coefficient of the variance loss; paper: 1 in "
                         "multiplication, else 0.1 (appendix A)")  # fmt: skip
     method.add_argument("--lambda2", type=cli.float_in(0), help="coefficient of the covariance loss; paper: 0.004 in "
                         "multiplication, else 0.5 (appendix A)")  # fmt: skip
-    method.add_argument("--projection-width", type=cli.int_min(1), default=2048, help="d; paper: 2048 (section 3.4)")
-    method.add_argument("--layer", help="regularised level: 0 (embeddings), 1, 2, ... or last; paper: last")
+    projection = "width d of the projection; paper: 2048 (section 3.4)"
+    method.add_argument("--projection-width", type=cli.int_min(1), default=2048, help=projection)
+    method.add_argument("--layer", help="regularised level. 0: embeddings; l: output of block l; last: "
+                        "output of the final LayerNorm; paper: last")  # fmt: skip
     axes = ("batch", "batch+length")
-    method.add_argument("--covariance-axis", choices=axes, default="batch", help="one covariance per position, or one "
-                        "over all positions (appendix F)")  # fmt: skip
-    method.add_argument("--covariance-batch", type=cli.int_min(2), help="N, sequences per covariance; paper: the "
-                        "batch, 32 in multiplication, else 128")  # fmt: skip
-    method.add_argument("--pause", type=cli.int_min(0), default=2, help="pause tokens, between two markers; "
-                        "0: no markers either; paper: 2 (section 3.5)")  # fmt: skip
+    method.add_argument("--covariance-axis", choices=axes, default="batch", help="batch: one covariance per position; "
+                        "batch+length: one covariance over all positions (appendix F)")  # fmt: skip
+    method.add_argument("--covariance-batch", type=cli.int_min(2), help="N, number of sequences per covariance; "
+                        "paper: the whole batch, 32 in multiplication, else 128")  # fmt: skip
+    method.add_argument("--pause", type=cli.int_min(0), default=2, help="number of pause tokens between start and "
+                        "end marker; 0: no pause tokens and no markers; paper: 2 (section 3.5)")  # fmt: skip
     args = cli.parse(parser, SCALES, argv)
 
     cli.apply_lr_factor(args)
@@ -142,11 +151,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         fail(f"invalid --layer '{args.layer}' with --layers {args.layers}: give 0 to {args.layers}, or last")
     args.layer = args.layers if args.layer == "last" else int(args.layer)
     if args.width % args.heads:
-        fail(f"--width {args.width} must be a multiple of --heads {args.heads}")
+        heads = math.gcd(args.width, args.heads)
+        fail(f"--width {args.width} must be a multiple of --heads {args.heads}: give --heads {heads}")
     if args.batch % args.covariance_batch:
-        fail(f"--batch {args.batch} must be a multiple of --covariance-batch {args.covariance_batch}")
-    if (args.data_file or args.init_from) and args.task != "multiplication":
-        fail(f"--data-file and --init-from are for --task multiplication, not for {args.task}")
+        fail(f"--batch {args.batch} must be a multiple of --covariance-batch {args.covariance_batch}: "
+             "change --batch or --covariance-batch")  # fmt: skip
+    for flag, value in (("--data-file", args.data_file), ("--init-from", args.init_from)):
+        if value and args.task != "multiplication":
+            fail(f"{flag} requires --task multiplication, not {args.task}: drop it")
     if args.data_file and args.train_size == STREAM:
         fail("--data-file has a fixed number of rows: drop it, or drop --train-size stream")
     if args.scale == "paper" and args.task == "multiplication" and not args.init_from:
@@ -155,15 +167,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if str(args.init_from) == "none":
         args.init_from = None
     if args.init_from and args.width != GPT2_HEAD_WIDTH * args.heads:
-        heads = args.width // GPT2_HEAD_WIDTH
-        fail(f"invalid --heads {args.heads} with --init-from: a GPT-2 of --width {args.width} has {heads} heads")
+        heads = max(1, args.width // GPT2_HEAD_WIDTH)
+        fail(f"--init-from requires heads of width {GPT2_HEAD_WIDTH}, not --width {args.width} with --heads "
+             f"{args.heads}: give --width {GPT2_HEAD_WIDTH * heads} --heads {heads}")  # fmt: skip
     if args.data.is_file():
-        fail(f"--data {args.data} is a file, and the rows are generated: give a file of rows as --data-file")
+        fail(f"--data {args.data} is a file, but the rows are generated: give a file with training rows as --data-file")
     return args
 
 
 def train_size(text: str) -> int:
-    """Argparse type: convert `stream` to STREAM, other text to a number of rows."""
+    """Return STREAM for `stream`, else the number of rows (argparse type)."""
     return STREAM if text == "stream" else cli.int_min(1)(text)
 
 
@@ -176,13 +189,13 @@ class SeqVCR(nn.Module):
     def __init__(self, gpt: GPT, projection_width: int, seed: int):
         super().__init__()
         self.gpt = gpt
-        with seeding.forked(seed, "projection"):
+        with seeding.seeded_fork_rng(seed, "projection"):
             self.projection = nn.Linear(gpt.wte.embedding_dim, projection_width, bias=False)
             nn.init.xavier_uniform_(self.projection.weight)
 
 
 def vocabulary(task: tasks.Task, gpt2: bool) -> tuple[int, Tensor]:
-    """Return (vocabulary size of the network, table from task tokens to network tokens).
+    """Return (vocabulary size of the network, int64 table from task tokens to network tokens).
 
     With `gpt2` the vocabulary is GPT-2's followed by the pause tokens, else it is the task's.
     """
@@ -206,7 +219,7 @@ def build_model(args: argparse.Namespace, task: tasks.Task, device: torch.device
 
 
 class SumOfSquares(torch.autograd.Function):
-    """Sum over the rows of (h W^T)^2: (G, d) from h (G, n, D) and W (d, D). Backward recomputes x = h W^T (G, n, d)."""
+    """Sum over the rows of (h W^T)^2, (G, d), for h (G, n, D) and W (d, D). Backward recomputes h W^T (G, n, d)."""
 
     @staticmethod
     def forward(context: Any, h: Tensor, weight: Tensor) -> Tensor:
@@ -249,11 +262,12 @@ def seqvcr_loss(
     model: SeqVCR, tokens: Tensor, *, answer: int, lambda1: float, lambda2: float, layer: int, axis: str,
     covariance_batch: int, precision: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return the loss (equation 5) of `tokens` (B, length), of which the last `answer` are targets, and a log.
+    """Return (loss (equation 5), metrics (5,)) of `tokens` (B, length), of which the last `answer` are targets.
 
-    The log is (5,), detached: loss, cross entropy, L_var, L_cov, mean standard deviation of x. One forward pass.
+    The metrics, detached, are loss, cross entropy, L_var, L_cov and mean standard deviation of x. `layer` is the
+    regularised level. There is one forward pass.
 
-    ABLATION (coefficients): `lambda1`, `lambda2`; if both are 0 (`off`) there is no projection.
+    ABLATION (coefficients): `lambda1`, `lambda2`; if both are 0 (arm `off`) the projection is not used.
     ABLATION (projection width): the shape of `model.projection`.
     """
     with devices.autocast(precision, tokens.device):
@@ -272,7 +286,7 @@ def seqvcr_loss(
 
 
 def encode(args: argparse.Namespace, task: tasks.Task, rows: Tensor) -> Tensor:
-    """Insert the pause block into rows of a task. Returns uint8, or with --init-from GPT-2's tokens, int32."""
+    """Return rows of a task with the pause block inserted: uint8, or with --init-from GPT-2's tokens, int32."""
     rows = tasks.with_pauses(task, rows, args.pause)
     if not args.init_from:
         return rows
@@ -281,7 +295,7 @@ def encode(args: argparse.Namespace, task: tasks.Task, rows: Tensor) -> Tensor:
 
 
 def batches(args: argparse.Namespace, task: tasks.Task, rows: Tensor, steps: range) -> Iterator[Tensor]:
-    """Yield a batch (B, length), int64, for each of the consecutive `steps`. It is a function of (seed, step).
+    """Yield a batch (B, length), int64, for each of the consecutive `steps`. It depends only on (seed, step).
 
     Each pass over `rows` has a new random order and drops the last incomplete batch. With --train-size stream the rows
     of each batch are new.
@@ -300,7 +314,7 @@ def batches(args: argparse.Namespace, task: tasks.Task, rows: Tensor, steps: ran
 
 @torch.no_grad()
 def token_correct(model: GPT, rows: Tensor, answer: int) -> Tensor:
-    """Return whether the argmax is each correct answer token, teacher-forced: (n, answer) bool for rows (n, length).
+    """Return whether the teacher-forced argmax of each answer token is correct: (n, answer) bool for rows (n, length).
 
     All tokens of a row are correct if and only if greedy decoding gives its answer: the first wrong token is the same.
     """
@@ -333,7 +347,7 @@ def train(
     args: argparse.Namespace, run: Run, model: SeqVCR, task: tasks.Task, data: tasks.Splits,
     optimizer: torch.optim.Optimizer,
 ) -> None:  # fmt: skip
-    """Train on encoded rows. Validates and saves after each epoch; resumes from the last saved epoch."""
+    """Train on encoded rows. Validates and saves a checkpoint after each epoch; resumes from the last checkpoint."""
     device = data.validation.device
     steps, steps_per_epoch = args.steps, -(-args.steps // EPOCHS)
     if args.rehearse:
@@ -356,7 +370,7 @@ def train(
             # A resumed run must draw the same dropout masks.
             if args.dropout:
                 seeding.reseed(args.seed, "dropout", step)
-            loss, logged = loss_fn(
+            loss, batch_metrics = loss_fn(
                 model, tokens, answer=task.answer, lambda1=args.lambda1, lambda2=args.lambda2, layer=args.layer,
                 axis=args.covariance_axis, covariance_batch=args.covariance_batch, precision=args.precision,
             )  # fmt: skip
@@ -364,10 +378,10 @@ def train(
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM, foreach=True)
             optimizer.step()
-            totals += logged
+            totals += batch_metrics
         means = (totals / len(epoch_steps)).tolist()  # the first host-device synchronisation of the epoch
         seconds = time.perf_counter() - start_time
-        if run.diverged(epoch + 1, totals):
+        if run.finish_if_diverged(epoch + 1, totals):
             return
         correct = token_correct(model.gpt, data.validation, task.answer).float()
         names = ("loss", "cross_entropy", "variance_loss", "covariance_loss", "projected_std")
@@ -391,9 +405,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
     device = devices.select_device(args.device, args.scale)
-    remedy = f"--batch {args.batch // 2} or a smaller --width needs less memory, but gives another run"
-    flags = f"--width {args.width} --batch {args.batch}"
-    with run_lock(args.out), devices.report_oom(device, flags, remedy):
+    batch = f"--batch {args.batch // 2}"
+    if args.batch // 2 % args.covariance_batch:
+        batch += f" --covariance-batch {args.batch // 2}"
+    remedy = f"use {batch} (about half the memory, different results) or --precision bfloat16"
+    usage = f"--width {args.width} --batch {args.batch}"
+    with run_lock(args.out), devices.report_oom(device, usage, remedy):
         run = Run(args.out, vars(args), __file__, args.replace)
         if run.finished:
             return
@@ -405,11 +422,12 @@ def main(argv: list[str] | None = None) -> None:
             init_from_gpt2(model.gpt, args.init_from, len(tasks.PAUSES))
         data = tasks.load(task, row_count, args.data_file, device)
         if args.train_size != STREAM and args.batch > len(data.train):
-            fail(f"--batch {args.batch} is larger than the training set of {len(data.train)} rows: give a smaller one")
-        setting = f"{args.task} of size {args.size}, GPT of {args.layers} blocks of width {args.width}"
+            fail(f"--batch {args.batch} is larger than the training set ({len(data.train)} examples): "
+                 f"give at most {len(data.train)}")  # fmt: skip
+        summary = f"{args.task} of size {args.size}, GPT of {args.layers} blocks of width {args.width}"
         digest = checkpoints.sha256(*(rows.cpu() for rows in data))
         provenance = devices.environment(device) | {"data": digest, "steps": args.steps}
-        run.write_config(setting, provenance, args.resume_elsewhere)
+        run.write_config(summary, provenance, args.resume_elsewhere)
         data = tasks.Splits(*(encode(args, task, rows) for rows in data))
         train(args, run, model, task, data, build_optimizer(args, model))
 

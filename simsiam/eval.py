@@ -1,7 +1,7 @@
 """Evaluate a SimSiam run: linear probe, kNN accuracy and collapse metrics, written to metrics.json.
 
     python simsiam/eval.py runs/scratch                                # a finished run of train.py
-    python simsiam/eval.py runs/official --weights checkpoint.pth.tar --data ImageNet   # released weights
+    python simsiam/eval.py runs/official --weights checkpoint.pth.tar --data ImageNet   # the authors' checkpoint
 
 Features are the output of the backbone (section 3.1 of the paper: before the projector). The test split is used only
 for the final measurement. Up to 64 pixels the linear probe is trained on precomputed, standardised features and selects
@@ -52,21 +52,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the flags; None means the value used in training."""
     parser = cli.Parser(__doc__)
     parser.add_argument("folder", type=Path, help="folder of a finished run; with --weights: output folder")
-    parser.add_argument("--weights", type=Path, help="evaluate an official checkpoint (ResNet-50) instead of a run")
+    parser.add_argument("--weights", type=Path, help="evaluate the authors' checkpoint (ResNet-50) instead of a run")
     parser.add_argument("--data", type=Path, help="folder of the data; default: as in training")
-    parser.add_argument("--device", help="auto, cpu, cuda or cuda:1; default: as in training")
-    parser.add_argument("--threads", type=cli.int_min(1), help="default: as in training")
-    parser.add_argument("--held-out", action="store_true", help="test on a held-out tenth of the training set (tuning)")
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N; default: as in training")
+    parser.add_argument("--threads", type=cli.int_min(1), help="CPU threads; default: as in training")
+    parser.add_argument(
+        "--held-out",
+        action="store_true",
+        help="evaluate on the validation split (a held-out tenth of the training set), for tuning",
+    )
     return parser.parse_args(argv)
 
 
-def official_weights(path: Path) -> dict[str, dict[str, Tensor]]:
-    """Return the state dicts {"backbone": ..., "projector": ...} of a checkpoint with the authors' parameter names.
+def read_authors_checkpoint(path: Path) -> dict[str, dict[str, Tensor]]:
+    """Return the state dicts {"backbone": ..., "projector": ...} of the authors' checkpoint in `path`.
 
     Names begin with one of PREFIXES; the projector is called `fc`. Linear classifiers and predictors are ignored. Exits
     with code 2 if the file cannot be read, or no name begins with a known prefix.
     """
-    state = read_weights(path, "--weights", "a checkpoint of the authors' code (ResNet-50)").tensors
+    state = read_weights(path, "--weights", "the authors' checkpoint (ResNet-50)").tensors
     backbone: dict[str, Tensor] = {}
     projector: dict[str, Tensor] = {}
     for full_name, tensor in state.items():
@@ -81,7 +85,7 @@ def official_weights(path: Path) -> dict[str, dict[str, Tensor]]:
     if not backbone:
         first = next(iter(state), None)
         fail(f"--weights {path}: no parameter name begins with {', '.join(PREFIXES)} (the first is {first}): "
-             "give a checkpoint of the authors' code")  # fmt: skip
+             "give the authors' checkpoint (ResNet-50)")  # fmt: skip
     return {"backbone": backbone, "projector": projector}
 
 
@@ -91,7 +95,7 @@ def digest(module: nn.Module) -> str:
 
 
 def scale_gradients_lars(parameters: list[nn.Parameter], trust: float = 0.001) -> None:
-    """Scale the gradients in place by LARS as in the official linear probe (LARC without clipping, no weight decay).
+    """Scale the gradients in place by LARS as in the authors' linear probe (LARC without clipping or weight decay).
 
     The gradient g of a tensor w becomes g * trust * |w| / (|g| + 1e-8) if both norms are non-zero. The zero-initialised
     bias is therefore not scaled in the first step. A plain SGD step follows.
@@ -120,7 +124,7 @@ def linear_probe_lars(
     rows = devices.rows_of_rank(batch)
     labels = torch.tensor(data.train.targets)
     transform = v2.Compose([v2.RandomResizedCrop(data.size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
-    with seeding.forked(seed, "linear probe"):
+    with seeding.seeded_fork_rng(seed, "linear probe"):
         head = nn.Linear(model.width, data.classes)
         nn.init.normal_(head.weight, std=0.01)
         nn.init.zeros_(head.bias)
@@ -178,15 +182,15 @@ def evaluate(model: SimSiam, data: Data, settings: dict[str, Any], held_out: boo
         probe = PROBE | ({"epochs": 1} if settings["rehearse"] else {})
         linear_accuracy = linear_probe_lars(model, data, folder, seed, probe)
     else:
-        split = seeding.held_out_split(len(bank[0]), data.device)
+        selection_indices = seeding.held_out_split(len(bank[0]), data.device)
         train_set, test_set = (probes.Labelled(features, labels) for features, _, labels in (bank, queries))
-        linear_accuracy = probes.linear_accuracy(train_set, test_set, classes, split, seed)
+        linear_accuracy = probes.linear_accuracy(train_set, test_set, classes, selection_indices, seed)
     metrics = representation_metrics(bank, queries, classes, settings["neighbours"])
     return {"linear_accuracy": linear_accuracy, **metrics}
 
 
 def training_metrics(log: list[dict[str, Any]]) -> dict[str, float | None]:
-    """Return the metrics of train.jsonl: of the last epoch, and of the untrained network (epoch 0)."""
+    """Return metrics from train.jsonl: those of the last epoch, and of the untrained network (epoch 0)."""
     first, *epochs = log
     last = epochs[-1] if epochs else {}
     return {
@@ -210,17 +214,19 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads or arguments["threads"])
     device_name = args.device or arguments["device"]
     device = devices.select_device(device_name, arguments["scale"])
-    rank, _ = devices.start_ranks(device_name, device)
+    rank, _ = devices.init_process_group(device_name, device)
     start_time = time.perf_counter()
     data_folder = args.data or Path(arguments["data"])
-    remedy = "Use a --device with more memory, or --device cpu: the metrics are the same"
+    remedy = "use a --device with more memory, or --device cpu (same metrics)"
     with run_lock(args.folder, rank), devices.report_oom(device, "batches of 500 images", remedy):
         data = images.load_or_stream(
             arguments["data_set"], data_folder, arguments["size"], device, arguments["workers"]
         )
         if data.digest != recorded.get("data", data.digest):
-            fail(f"--data {data_folder} (digest {data.digest[:12]}) differs from the training data of {args.folder}: "
-                 "give the folder used in training")  # fmt: skip
+            fail(
+                f"--data {data_folder} (digest {data.digest[:12]}) differs from the training data of {args.folder} "
+                f"(digest {recorded['data'][:12]}): give the folder used in training"
+            )
         if args.held_out and isinstance(data, image_folder.StreamedImages):
             fail("--held-out requires images of at most 64 pixels: evaluate without it")
         if arguments["rehearse"]:
@@ -229,8 +235,8 @@ def main(argv: list[str] | None = None) -> None:
         if saved:
             checkpoints.load_weights(model, saved["model"], args.folder / "model.pt")
         else:
-            for part, state in official_weights(args.weights).items():
-                checkpoints.load_weights(getattr(model, part), state, args.weights)
+            for name, state in read_authors_checkpoint(args.weights).items():
+                checkpoints.load_weights(getattr(model, name), state, args.weights)
         metrics: dict[str, Any] = {**recorded, "diverged": bool(saved and saved["diverged"])}
         if metrics["diverged"]:
             metrics |= dict.fromkeys(METRICS_IF_FINITE)

@@ -32,7 +32,7 @@ def build_backbone(network: str, size: int) -> nn.Module:
 def resnet8() -> nn.Module:
     """Return a small ResNet, (B, 3, S, S) -> (B, 64): a stride-2 stem and three basic blocks of width 16, 32 and 64.
 
-    Without zero initialisation of the blocks' last batch norm: with it, a run as short as the demo learns little.
+    The last batch norm of each block is not zero-initialised: otherwise a run as short as the demo learns little.
     """
 
     def block(inputs: int, outputs: int, stride: int) -> BasicBlock:

@@ -19,7 +19,7 @@ from common.study import figures, plotting, results
 from simsiam.studies import METRICS, design
 
 PLOTTED = ("linear_accuracy", "knn_accuracy", "train_loss", "std_ratio")
-# metrics that were also measured for the untrained network
+# Metrics that are also measured on the untrained network.
 UNTRAINED = {"knn_accuracy": "untrained_knn_accuracy", "std_ratio": "untrained_std_ratio"}
 
 

@@ -1,4 +1,4 @@
-"""The experimental design of SimSiam: arms, contrasts and studies. Read by make, plot.py, the page and the tests."""
+"""Experimental design of SimSiam: arms, contrasts and studies. Read by make, plot.py, the HTML page and the tests."""
 
 from functools import partial
 
@@ -14,7 +14,7 @@ METRICS = {  # four main metrics, then diagnostics
     "effective_rank": Metric("effective rank of z", "", 1),
     "knn_accuracy_z": Metric("kNN accuracy on z", "%", 1, "higher"),
 }
-LEAKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # shares of the target's gradient; 0 is base, 1 is no-stop-gradient
+LEAKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # values of --gradient-leak; 0 is base, 1 is no-stop-gradient
 
 
 def beats_untrained(arm: str) -> MustBeat:
@@ -22,18 +22,18 @@ def beats_untrained(arm: str) -> MustBeat:
     return MustBeat(arm, "untrained", "knn_accuracy", baseline_metric="untrained_knn_accuracy")
 
 
-# margin, in points of kNN accuracy: the verdict is "no difference" only within it
+# The verdict "no difference" requires an interval within +-2 points of kNN accuracy (margin).
 study = partial(Study, metric="knn_accuracy", margin=2.0, must_beat=[beats_untrained("base")])
 
 
 def design(scale: str, settings: Settings) -> Design:
     """Return the arms and studies of SimSiam at `scale`."""
     projectors = [
-        Arm("no-projector", "--projector none", against="base"),
-        Arm("projector-bn", "--projector bn", against="base"),
+        Arm("no-projector", "--projector none", reference="base"),
+        Arm("projector-bn", "--projector bn", reference="base"),
     ]
     if scale != "paper":  # at paper scale it equals base: the width of ResNet-50 is 2048
-        projectors.append(Arm("narrow", "--dim backbone", against="base"))
+        projectors.append(Arm("narrow", "--dim backbone", reference="base"))
     return Design(
         "simsiam",
         "SimSiam",
@@ -42,7 +42,7 @@ def design(scale: str, settings: Settings) -> Design:
             study(
                 "simsiam-stop-gradient",
                 "What does the stop-gradient contribute?",
-                [Arm("no-stop-gradient", "--no-stop-gradient", against="base")],
+                [Arm("no-stop-gradient", "--no-stop-gradient", reference="base")],
                 published="linear 67.7 ± 0.1 with, 0.1 without (figure 2; ImageNet, ResNet-50, 100 epochs, predictor "
                 "learning rate decayed)",
             ),
@@ -50,8 +50,8 @@ def design(scale: str, settings: Settings) -> Design:
                 "simsiam-predictor",
                 "What does the predictor contribute, and does it have to learn?",
                 [
-                    Arm("no-predictor", "--predictor none", against="base"),
-                    Arm("frozen-predictor", "--predictor frozen", against="base"),
+                    Arm("no-predictor", "--predictor none", reference="base"),
+                    Arm("frozen-predictor", "--predictor frozen", reference="base"),
                 ],
                 published="linear 67.7 with, 0.1 without, 1.5 fixed at its random start (table 1; ImageNet, ResNet-50, "
                 "100 epochs)",
@@ -61,8 +61,8 @@ def design(scale: str, settings: Settings) -> Design:
                 "simsiam-symmetric-loss",
                 "What does the symmetric loss contribute, and is it more than twice the comparisons?",
                 [
-                    Arm("asymmetric", "--loss asymmetric", against="base"),
-                    Arm("asymmetric-2x", "--loss asymmetric-2x", against="base"),
+                    Arm("asymmetric", "--loss asymmetric", reference="base"),
+                    Arm("asymmetric-2x", "--loss asymmetric-2x", reference="base"),
                 ],
                 published="linear 68.1 symmetric, 64.8 asymmetric, 67.3 asymmetric with two pairs an image (section "
                 "4.6; ImageNet, ResNet-50, 100 epochs)",
@@ -72,7 +72,7 @@ def design(scale: str, settings: Settings) -> Design:
                 "How much of the target's gradient may pass before the representation collapses?",
                 [
                     "no-stop-gradient:base",
-                    *(Arm(f"leak-{x}", f"--gradient-leak {x}", against="base") for x in LEAKS),
+                    *(Arm(f"leak-{x}", f"--gradient-leak {x}", reference="base") for x in LEAKS),
                 ],
                 extra=True,
                 seeds=(0, 1, 2),

@@ -18,11 +18,11 @@ the projection of the other view, which is treated as a constant (section 3, equ
     torchrun --nproc-per-node 8 simsiam/train.py --scale paper --data ImageNet --out runs/imagenet
 
 Differs from the authors' code:
- 1. The predictor's learning rate is constant by default, as in the released checkpoints and in most tables of the
+ 1. The predictor's learning rate is constant by default, as in the authors' checkpoints and in most tables of the
     paper. The paper's first two ablations decayed it (section 4.2): --predictor-schedule cosine.
  2. Up to 64 pixels the ResNet has the CIFAR stem (3x3, stride 1, no max-pool), and the projector has two layers of
     width 2048 (appendix D). The output layer has a (frozen) bias only in the three-layer projector, because the
-    released checkpoints have one.
+    authors' checkpoints contain one.
  3. Images up to 64 pixels are stored on the device and augmented there in batches. Larger images are decoded and
     augmented by DataLoader workers with torchvision (Gaussian kernel of 23 pixels; the authors use Pillow's blur).
  4. On CUDA the networks run under bfloat16 autocast; the loss and all measurements are float32. --precision float32
@@ -69,7 +69,7 @@ SCALES = {  #                demo             gpu             paper
     "batch":             (32,              512,            512),
     "lr":                (1.4,             0.03,           0.05),  # times batch / 256
     "weight_decay":      (5e-4,            5e-4,           1e-4),
-    "neighbours":        (20,              200,            200),  # of the kNN monitor
+    "neighbours":        (20,              200,            200),  # k of the kNN evaluation
     "monitor_every":     (2,               5,              10),
     "workers":           (0,               4,              8),
 }  # fmt: skip
@@ -87,41 +87,66 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the flags and resolve them: `dim` becomes an int. Exits with code 2 if flags contradict each other."""
     parser = cli.Parser(__doc__, SCALES)
     data = cli.run_flags(parser)
-    data.add_argument("--data-set", choices=images.DATA_SETS, help="folder: --data holds train/CLASS/*, val/CLASS/*")
-    data.add_argument("--size", type=cli.int_min(16), help="pixels, with --data-set folder; above 64 workers decode")
-    data.add_argument("--workers", type=cli.int_min(0), help="DataLoader workers, with --data-set folder")
-    data.add_argument("--neighbours", type=cli.int_min(1), help="k of the kNN monitor; not given in the paper")
+    data.add_argument("--data-set", choices=images.DATA_SETS, help="folder: --data contains train/CLASS/*, val/CLASS/*")
+    data.add_argument(
+        "--size",
+        type=cli.int_min(16),
+        help="image size in pixels, only for --data-set folder; images larger than 64 pixels are decoded by --workers",
+    )
+    data.add_argument("--workers", type=cli.int_min(0), help="number of DataLoader workers for --data-set folder")
+    data.add_argument("--neighbours", type=cli.int_min(1), help="k of the kNN evaluation; not given in the paper")
     data.add_argument("--monitor-every", type=cli.int_min(1), help="epochs between two evaluations (kNN, collapse)")
     optimisation = parser.add_argument_group("optimisation")
     optimisation.add_argument("--epochs", type=cli.int_min(1), help="paper: 100 on ImageNet, 800 on CIFAR-10")
     optimisation.add_argument("--batch", type=cli.int_min(2), help="global batch size; paper: 512")
-    optimisation.add_argument("--lr", type=cli.float_in(0), help="base learning rate, times batch / 256 (section 3)")
-    optimisation.add_argument("--lr-factor", type=cli.float_in(0), default=1.0, help="multiplies --lr (robustness)")
-    optimisation.add_argument("--weight-decay", type=cli.float_in(0), help="of all parameters (appendix A)")
+    optimisation.add_argument("--lr", type=cli.float_in(0), help="base learning rate; multiplied by --batch / 256")
+    optimisation.add_argument(
+        "--lr-factor", type=cli.float_in(0), default=1.0, help="multiplies --lr; used by the robustness study"
+    )
+    optimisation.add_argument("--weight-decay", type=cli.float_in(0), help="applies to all parameters (appendix A)")
     precisions = ("auto", "float32", "bfloat16")
     optimisation.add_argument("--precision", choices=precisions, default="auto", help="auto: bfloat16 on CUDA only")
     toggle = argparse.BooleanOptionalAction
     optimisation.add_argument("--channels-last", action=toggle, default=True, help="memory format of convolutions")
-    optimisation.add_argument("--compile", action="store_true", help="use torch.compile; for long runs on a GPU")
+    optimisation.add_argument(
+        "--compile", action="store_true", help="use torch.compile; pays off in long runs on a GPU"
+    )
     method = parser.add_argument_group("method (defaults: the paper's)")
     method.add_argument("--network", choices=tuple(NETWORKS), help="backbone; paper: resnet50, on CIFAR resnet18")
-    method.add_argument("--gradient-leak", type=cli.float_in(0, 1), help="share of the target's gradient, default 0")
-    method.add_argument("--no-stop-gradient", action="store_true", help="--gradient-leak 1 (figure 2)")
-    method.add_argument("--predictor", choices=("mlp", "frozen", "none"), default="mlp", help="table 1")
+    method.add_argument(
+        "--gradient-leak",
+        type=cli.float_in(0, 1),
+        help="fraction of the gradient that passes the stop-gradient to the target; default 0",
+    )
+    method.add_argument("--no-stop-gradient", action="store_true", help="same as --gradient-leak 1 (figure 2)")
+    predictors = ("mlp", "frozen", "none")
+    method.add_argument(
+        "--predictor", choices=predictors, default="mlp", help="frozen: keeps its random initialisation (table 1)"
+    )
     method.add_argument("--projector", choices=("mlp", "bn", "none"), default="mlp", help="bn: affine-free batch norm")
     method.add_argument("--projector-layers", type=int, choices=(2, 3), help="3 on ImageNet, 2 on CIFAR")
     method.add_argument("--dim", help="output width: an integer, or `backbone` for the backbone's width (appendix B)")
-    method.add_argument("--loss", choices=tuple(PAIRS), default="symmetric", help="section 4.6")
-    method.add_argument("--predictor-schedule", choices=("constant", "cosine"), default="constant", help="table 1c")
+    method.add_argument(
+        "--loss", choices=tuple(PAIRS), default="symmetric", help="asymmetric-2x: four views per image (section 4.6)"
+    )
+    method.add_argument(
+        "--predictor-schedule",
+        choices=("constant", "cosine"),
+        default="constant",
+        help="learning rate schedule of the predictor (table 1c)",
+    )
     args = cli.parse(parser, SCALES, argv)
 
     if args.no_stop_gradient and args.gradient_leak not in (None, 1.0):
-        fail(f"--no-stop-gradient (leak 1) contradicts --gradient-leak {args.gradient_leak}: give only one of them")
+        fail(
+            f"--no-stop-gradient (= --gradient-leak 1) contradicts --gradient-leak {args.gradient_leak}: "
+            "give only one of them"
+        )
     args.gradient_leak = 1.0 if args.no_stop_gradient else args.gradient_leak or 0.0
     cli.apply_lr_factor(args)
     del args.no_stop_gradient
     if args.data_set != "folder" and args.size != 32:
-        fail(f"--size {args.size} requires --data-set folder: {args.data_set} images have 32 pixels")
+        fail(f"--size {args.size} requires --data-set folder ({args.data_set} images have 32 x 32 pixels): drop --size")
     width, dim = NETWORKS[args.network]
     if args.projector != "mlp" and args.dim not in (None, "backbone", str(width)):
         fail(f"--dim {args.dim} contradicts --projector {args.projector}, which has output width {width}: drop --dim")
@@ -152,7 +177,9 @@ def build_projector(variant: str, layers: int, width: int, hidden: int, dim: int
         modules += [nn.Linear(inputs, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
     output = nn.Linear(hidden, dim, bias=layers == 3)
     if output.bias is not None:
-        output.bias.requires_grad_(False)  # cancelled by the batch norm; kept because official checkpoints contain it
+        output.bias.requires_grad_(
+            False
+        )  # cancelled by the batch norm; kept because the authors' checkpoints contain it
     return nn.Sequential(*modules, output, nn.BatchNorm1d(dim, affine=False))
 
 
@@ -190,11 +217,11 @@ class SimSiam(nn.Module):
     ):
         super().__init__()
         self.width, hidden = NETWORKS[network]
-        with seeding.forked(seed, "backbone"):
+        with seeding.seeded_fork_rng(seed, "backbone"):
             self.backbone = build_backbone(network, size)
-        with seeding.forked(seed, "projector"):
+        with seeding.seeded_fork_rng(seed, "projector"):
             self.projector = build_projector(projector, projector_layers, self.width, hidden, dim)
-        with seeding.forked(seed, "predictor"):
+        with seeding.seeded_fork_rng(seed, "predictor"):
             self.predictor = build_predictor(predictor, dim)
 
     def forward(self, views: list[Tensor], pairs: Pairs, leak: float) -> tuple[dict[int, Tensor], list[Tensor]]:
@@ -237,7 +264,7 @@ def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
 def simsiam_loss(p: dict[int, Tensor], z: list[Tensor], pairs: Pairs, leak: float) -> Tensor:
     """Mean of D(p_a, sg(z_b)) over the pairs (a, b), equation 4. Its value does not depend on `leak`.
 
-    ABLATION (stop-gradient): `leak` is the share of the target's gradient that is kept; 0 is the paper's sg.
+    ABLATION (stop-gradient): `leak` is the fraction of the target's gradient that is kept; 0 is the paper's sg.
     """
     z = [x.float() for x in z]
     targets = [leak * x + (1 - leak) * x.detach() for x in z]
@@ -330,7 +357,7 @@ def representation_metrics(bank: Sequence[Tensor], queries: Sequence[Tensor], cl
     }
 
 
-def monitor(model: SimSiam, data: Data, k: int) -> dict[str, float]:
+def evaluate_epoch(model: SimSiam, data: Data, k: int) -> dict[str, float]:
     """Return the `representation_metrics` of the test set, with the training set as the kNN bank."""
     devices.broadcast_buffers(model)
     bank = extract_features(model, data, "train")
@@ -345,7 +372,7 @@ def untrained_metrics(args: argparse.Namespace, model: SimSiam, data: Data, rows
     for views in itertools.islice(batches(args, data, 0, rows), 20):
         z = untrained.projector(untrained.backbone(views[0]))
     std_ratio = probes.std_ratio(devices.gather_rows(z))
-    return {"std_ratio_train_mode": std_ratio, **monitor(untrained, data, args.neighbours)}
+    return {"std_ratio_train_mode": std_ratio, **evaluate_epoch(untrained, data, args.neighbours)}
 
 
 def build_optimizer(args: argparse.Namespace, model: SimSiam) -> torch.optim.Optimizer:
@@ -400,7 +427,7 @@ def train(args: argparse.Namespace, run: Run, model: SimSiam, data: Data, optimi
 
         mean_loss = devices.mean_over_ranks(loss_sum / steps_per_epoch).item()
         seconds = time.perf_counter() - start_time
-        if run.diverged(epoch + 1, loss_sum):
+        if run.finish_if_diverged(epoch + 1, loss_sum):
             return
         metrics = {
             "loss": mean_loss,
@@ -411,7 +438,7 @@ def train(args: argparse.Namespace, run: Run, model: SimSiam, data: Data, optimi
             "peak_memory": devices.peak_memory(data.device),
         }
         if (epoch + 1) % args.monitor_every == 0 or epoch + 1 == final_epoch:
-            metrics |= monitor(model, data, args.neighbours)
+            metrics |= evaluate_epoch(model, data, args.neighbours)
         run.end_epoch(epoch + 1, final_epoch, metrics)
     run.save_model({"model": model.state_dict(), "epoch": final_epoch, "diverged": False})
 
@@ -423,18 +450,21 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
     device = devices.select_device(args.device, args.scale)
-    rank, world = devices.start_ranks(args.device, device)
+    rank, world = devices.init_process_group(args.device, device)
     if args.batch % world:
         fail(f"--batch {args.batch} (global) is not divisible by {world} processes: give a multiple of {world}")
-    setting = f"--batch {args.batch} on {world} processes"
-    remedy = f"Use --precision bfloat16, or --batch {args.batch // 2} (half the memory, other results)"
-    with run_lock(args.out, rank), devices.report_oom(device, setting, remedy):
+    usage = f"--batch {args.batch} on {world} processes"
+    remedy = f"use --batch {args.batch // 2} (about half the memory, different results) or --precision bfloat16"
+    with run_lock(args.out, rank), devices.report_oom(device, usage, remedy):
         run = Run(args.out, vars(args), __file__, args.replace, rank)
         if run.finished:
             return
         data = images.load_or_stream(args.data_set, args.data, args.size, device, args.workers)
         if args.batch > data.examples:
-            fail(f"--batch {args.batch} exceeds the {data.examples} training images: give a smaller one")
+            fail(
+                f"--batch {args.batch} is larger than the training set ({data.examples} examples): "
+                f"give at most {data.examples}"
+            )
         steps = args.epochs * (data.examples // args.batch)
         provenance = devices.environment(device) | {"data": data.digest, "steps": steps}
         run.write_config(f"{args.data_set}, {args.network}", provenance, args.resume_elsewhere)

@@ -128,7 +128,7 @@ def endless(epoch_batches: Callable[[int], Iterator[list[Tensor]]]) -> Iterator[
         epoch += 1
 
 
-def measure(name: str, device: torch.device, rounds: int) -> None:
+def measure_simsiam(name: str, device: torch.device, rounds: int) -> None:
     """Print the three ratios of SimSiam in one of SETTINGS."""
     network, layers, aug_name, cpu_batch, gpu_batch, steps = SETTINGS[name]
     batch = gpu_batch if device.type == "cuda" else cpu_batch
@@ -356,7 +356,7 @@ def main(argv: list[str] | None = None) -> None:
     bench_cocord.main(device, args.rounds)
     bench_conmim.main(device, args.rounds)
     for name in SETTINGS:
-        measure(name, device, args.rounds)
+        measure_simsiam(name, device, args.rounds)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""CoCoRD's part of `make bench`: number of operations and speed of a training step, compared with a plain reference.
+"""Benchmark of CoCoRD (`make bench`): number of operations and speed of a training step and of a plain reference.
 
 operations  kernels that PyTorch dispatches in one training step after a warm-up, without tensor views
 plain       a reference implementation with the same networks, losses and weights, in the usual style: three
@@ -66,8 +66,8 @@ class PlainReference:
         self.pointer = 0
         self.metrics: dict[str, float] = {}
 
-    def ema_update(self, slow: nn.Module, fast: nn.Module, momentum: float) -> None:
-        for ema, online in zip(slow.parameters(), fast.parameters(), strict=True):
+    def ema_update(self, ema_module: nn.Module, online_module: nn.Module, momentum: float) -> None:
+        for ema, online in zip(ema_module.parameters(), online_module.parameters(), strict=True):
             ema.data = ema.data * momentum + online.data * (1.0 - momentum)
 
     def step(self, views: list[Tensor], labels: Tensor) -> None:
@@ -95,9 +95,9 @@ class PlainReference:
         ]
         class_loss = F.cross_entropy(logits, labels)
         loss = contrast + class_loss + 4 * (predictions[0] + predictions[1])
-        room = min(len(k), len(m.queue) - self.pointer)
-        m.queue[self.pointer : self.pointer + room] = k[:room]
-        m.queue[: len(k) - room] = k[room:]
+        until_end = min(len(k), len(m.queue) - self.pointer)  # keys before the ring buffer wraps around
+        m.queue[self.pointer : self.pointer + until_end] = k[:until_end]
+        m.queue[: len(k) - until_end] = k[until_end:]
         self.pointer = (self.pointer + len(k)) % len(m.queue)
         self.optimizer.zero_grad()
         loss.backward()
@@ -133,7 +133,7 @@ class OneEpoch(FakeRun):
         self.extra = {"probe": None}
         return 0
 
-    def diverged(self, epoch: int, totals: Tensor) -> bool:
+    def finish_if_diverged(self, epoch: int, totals: Tensor) -> bool:
         self.totals = totals
         return True
 

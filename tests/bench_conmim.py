@@ -168,7 +168,7 @@ def main(device: torch.device, rounds: int) -> None:
                 if number:
                     times[name].append((time.perf_counter() - started) / repeats)
 
-    run = mock.Mock(**{"resume.return_value": None, "diverged.return_value": False})
+    run = mock.Mock(**{"resume.return_value": None, "finish_if_diverged.return_value": False})
     run.name = "bench"
     with mock.patch.object(train, "batches", measuring_batches):
         train.train(args, run, model, data, optimizer)

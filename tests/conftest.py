@@ -67,8 +67,8 @@ class FakeRun:
     def do_nothing(self, *_, **__):
         pass
 
-    end_epoch = diverge = save_model = do_nothing
-    diverged = Run.diverged  # the real check: it makes the synchronisation of each epoch
+    end_epoch = _finish_diverged = save_model = do_nothing
+    finish_if_diverged = Run.finish_if_diverged  # the real check, which synchronises once per epoch
 
 
 def assert_usage_error(main, flags: list[str], message: str, folder: Path, capsys) -> None:
@@ -83,7 +83,7 @@ def assert_usage_error(main, flags: list[str], message: str, folder: Path, capsy
 
 
 class FakeGPU:
-    """`syncs` counts host-device synchronisations: calls of .item() and what is built on it."""
+    """`syncs` counts host-device synchronisations: calls of .item() and of operations that use it."""
 
     syncs = 0
 

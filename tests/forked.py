@@ -85,6 +85,6 @@ def run_as_rank(script: str, argv: tuple[str, ...], variables: dict[str, str], l
         from common import devices
 
         if code == 0:
-            devices.stop_ranks()
+            devices.destroy_process_group()
         sys.stdout.flush()
         sys.exit(code)

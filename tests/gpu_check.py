@@ -9,17 +9,17 @@ same shape replace them. Writes report.md, report.json and log.txt (output of th
 updates them after each case. A failed case does not stop the others. Exit code 1 unless all applicable cases passed.
 On a GPU, the parts without timing run concurrently in --jobs processes.
 
-agreement  equal weights and an equal batch on CPU and device, in float32: loss, gradients, optimisers, views, masks,
-           data and measurements agree. In bfloat16 the device's difference from float32 may be three times the CPU's
+agreement  with the same weights and batch, CPU and device agree in float32: loss, gradients, optimisers, views, masks,
+           data, metrics. In bfloat16 the device's difference from float32 may be three times the CPU's
 exchange   a run trained on the device is evaluated on the CPU, and vice versa
 arms       each arm of the design at demo scale: a few steps, evaluation, figures
 scales     each arm of the design at gpu scale: 20 steps at full width and batch size; two steps of paper-scale networks
 sync       no host-device synchronisation in a step; the profiler counts synchronising calls and pageable copies
-resume     a run that is killed after an epoch and resumed ends with the weights of an uninterrupted run
-ranks      two gloo ranks on one device against one process
+resume     a run that is killed after an epoch and resumed gives the weights of an uninterrupted run
+ranks      training with two gloo ranks on one device agrees with training in one process
 make       one study through make
 packing    throughput of concurrent runs on one device against one run at a time
-speed      examples per second at gpu scale; share of the step's matrix products; a large product; plain references
+speed      examples per second at gpu scale; time share of matrix products; a large product; plain references
 switches   channels-last, cuDNN's benchmark mode, --compile: same results, and the gain of each
 """
 
@@ -57,7 +57,7 @@ PARTS: dict[str, Callable[[Check], Iterator[Case]]] = {
     "scales": gpu_parts.scales, "sync": gpu_parts.sync, "resume": gpu_parts.resume, "ranks": gpu_parts.ranks,
     "make": gpu_parts.make, "packing": gpu_parts.packing, "speed": gpu_speed.speed, "switches": gpu_speed.switches,
 }  # fmt: skip
-TIMED = ("packing", "speed", "switches")  # parts that need the machine for themselves
+TIMED = ("packing", "speed", "switches")  # parts that measure time: no other process may run
 JOB_TIMEOUT = 900  # seconds
 DRY_RUN_NOTE = "dry run on the CPU: this shows nothing about a GPU"
 
@@ -135,7 +135,7 @@ def summary(counts: Counter) -> str:
 
 
 def error_line(error: BaseException, printed: str) -> str:
-    """Return an error as one line: the error message that a script printed before it exited, or the exception's."""
+    """Return an error as one line: the message that a script printed before it exited, or that of the exception."""
     if isinstance(error, SystemExit):
         messages = [line for line in printed.splitlines() if line.startswith("error:")]
         return messages[-1] if messages else f"exit code {error.code}"
@@ -149,16 +149,16 @@ def run_case(part: str, name: str, case: Callable[[], str], log: Path) -> Row:
     printed, start = io.StringIO(), time.perf_counter()
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            outcome, found = "passed", case()
+            outcome, finding = "passed", case()
     except NotApplicable as error:
-        outcome, found = "not applicable", str(error)
+        outcome, finding = "not applicable", str(error)
     except (Exception, SystemExit) as error:
-        outcome, found = "failed", error_line(error, printed.getvalue())
+        outcome, finding = "failed", error_line(error, printed.getvalue())
         printed.write(traceback.format_exc())
     seconds = time.perf_counter() - start
     with open(log, "a", encoding="utf-8") as file:
         file.write(f"=== {part}: {name}\n{printed.getvalue()}\n")
-    return Row(part, name, outcome, seconds, found)
+    return Row(part, name, outcome, seconds, finding)
 
 
 Job = tuple[str, list[str]]  # a part and its papers
@@ -175,13 +175,15 @@ def split_into_jobs(parts: list[str], papers: list[str]) -> list[Job]:
     return jobs
 
 
-def run_job(job: Job, check: Check, folder: Path, left: Callable[[], float]) -> tuple[list[Row], dict[str, Any], str]:
+def run_job(
+    job: Job, check: Check, folder: Path, minutes_left: Callable[[], float]
+) -> tuple[list[Row], dict[str, Any], str]:
     """Run a job in a separate gpu_check process. Returns (rows, numbers, log)."""
     part, papers = job
     flags = ["--device", str(check.device), "--data", str(check.data), "--report", str(folder), "--jobs", "1"]
     flags += ["--parts", part, "--papers", *papers]
-    if math.isfinite(left()):
-        flags += ["--minutes", f"{max(0.0, left())}"]
+    if math.isfinite(minutes_left()):
+        flags += ["--minutes", f"{max(0.0, minutes_left())}"]
     try:
         done = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True, timeout=JOB_TIMEOUT)
     except subprocess.TimeoutExpired:

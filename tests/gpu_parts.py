@@ -1,4 +1,4 @@
-"""Parts of gpu_check that test whether everything runs and agrees with the CPU; each part yields its cases."""
+"""Parts of gpu_check that compare results with the CPU's and run all arms; each part yields its cases."""
 
 import argparse
 import contextlib
@@ -58,7 +58,7 @@ def agreement(check: Check) -> Iterator[Case]:
     yield "views and masks", partial(agree_on_views, check)
     yield "data of Seq-VCR", partial(agree_on_sequences, check)
     yield "kNN, linear probe, collapse metrics, entropies", partial(agree_on_measurements, check)
-    yield "std ratio of features with a small spread", partial(measure_a_small_spread, check)
+    yield "std ratio of features with a small std", partial(measure_a_small_std, check)
     yield "collapse metrics in training under bfloat16", partial(collapse_metrics_under_bfloat16, check)
 
 
@@ -77,8 +77,8 @@ GRADIENT_TOLERANCES = {
 def agree_on_gradients(check: Check, paper: str, scale: str) -> str:
     """Compare loss and gradients of one batch with the CPU's, in float32.
 
-    The tolerance of a parameter includes a hundredth of its share of the full gradient: its own gradient may be zero
-    in exact arithmetic, as that of a bias before a batch norm.
+    The tolerance of a parameter includes a hundredth of the norm of the full gradient, because the gradient of a
+    parameter may be zero in exact arithmetic, as for a bias before a batch norm.
     """
     cpu_loss, cpu_gradients = PROBLEMS[paper](scale, 32, CPU).gradients("float32")
     loss, gradients = PROBLEMS[paper](scale, 32, check.device).gradients("float32")
@@ -87,19 +87,19 @@ def agree_on_gradients(check: Check, paper: str, scale: str) -> str:
     expect(error <= 1e-4, f"loss {loss:.6g}, on the CPU {cpu_loss:.6g}: relative difference {error:.1e}, allowed 1e-4")
     expect(gradients.keys() == cpu_gradients.keys(), "other parameters than on the CPU have gradients")
     cpu_gradient, gradient = flatten(cpu_gradients, cpu_gradients), flatten(gradients, cpu_gradients)
-    shares = {}
+    errors = {}
     for name, expected in cpu_gradients.items():
         allowed = parameter_tolerance * (expected.norm() + cpu_gradient.norm() / 100)
-        shares[name] = ((gradients[name] - expected).norm() / allowed).item()
-    worst = max(shares, key=lambda name: shares[name])
-    expect(shares[worst] <= 1, f"gradient of {worst}: difference {shares[worst]:.3g} times the tolerance")
+        errors[name] = ((gradients[name] - expected).norm() / allowed).item()
+    worst = max(errors, key=lambda name: errors[name])
+    expect(errors[worst] <= 1, f"gradient of {worst}: difference {errors[worst]:.3g} times the tolerance")
     difference = relative_difference(gradient, cpu_gradient)
     scaling = abs((gradient @ cpu_gradient / (cpu_gradient @ cpu_gradient)).item() - 1)
     expect(difference <= tolerance, f"full gradient: relative difference {difference:.2g}, allowed {tolerance}")
     expect(scaling <= tolerance / 5, f"full gradient: length differs by {scaling:.2g}, allowed {tolerance / 5:g}")
     return (
         f"relative differences: loss {error:.1e}, full gradient {difference:.1e}; "
-        f"worst parameter {shares[worst]:.2g} times the tolerance ({worst})"
+        f"worst parameter {errors[worst]:.2g} times the tolerance ({worst})"
     )
 
 
@@ -112,7 +112,7 @@ def bfloat16_errors(problem: Problem) -> tuple[float, float]:
 
 
 def agree_under_bfloat16(check: Check, paper: str) -> str:
-    """The difference from float32 may be three times the CPU's own for this network and batch, plus 2^-8 (rounding)."""
+    """Bfloat16 may differ from float32 by three times the difference on the CPU, plus 2^-8 (rounding)."""
     cpu_errors = bfloat16_errors(PROBLEMS[paper]("demo", 32, CPU))
     errors = bfloat16_errors(PROBLEMS[paper]("demo", 32, check.device))
     for name, error, cpu_error in zip(("loss", "gradient"), errors, cpu_errors, strict=True):
@@ -207,8 +207,8 @@ def agree_on_measurements(check: Check) -> str:
     return f"kNN {values['knn']:.1f} %, linear {values['linear']:.1f} %; all other metrics equal to 1e-5"
 
 
-def measure_a_small_spread(check: Check) -> str:
-    """Features 1 + 0.001 n behind a batch norm have std ratio 1; in bfloat16 or TF32 their spread would be lost."""
+def measure_a_small_std(check: Check) -> str:
+    """Features 1 + 0.001 n (n normal) have std ratio 1 after a batch norm; bfloat16 or TF32 would lose their std."""
     stage = nn.Sequential(nn.Conv2d(3, 64, 32), nn.Flatten(), nn.BatchNorm1d(64, affine=False))
     convolution, norm = stage[0], stage[2]
     generator = torch.Generator().manual_seed(0)
@@ -388,7 +388,7 @@ def run_at_gpu_scale(check: Check, paper: str, arm: str, flags: list[str]) -> st
 
 
 def run_at_paper_scale(check: Check, paper: str) -> str:
-    """Two steps with the network of paper scale."""
+    """Train two steps with the network of paper scale."""
     scale, rows = ("demo", 32) if check.dry_run else ("paper", 4096 if paper == "bsa" else 32)
     problem = PROBLEMS[paper](scale, rows, check.device)
     if not check.dry_run:

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 class Problem(NamedTuple):
-    """A model, its optimiser, its loss on a fixed batch (given --precision) and the EMA update after a step."""
+    """A model, its optimiser, its loss on a fixed batch (a function of --precision) and the EMA update after a step."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -93,12 +93,12 @@ def cocord_problem(scale: str, rows: int, device: torch.device) -> Problem:
     args = cocord.train.parse_args(["--scale", scale, *networks, "--queue", str(max(rows, 512)), "--batch", str(rows)])
     views, labels = next(cocord.train.batches(args, random_images(rows, 32, 36, CPU), 0))
     (x, swapped_x, teacher_x), labels = [upload(view, device) for view in views], upload(labels, device)
-    with seeding.forked(0, "teacher"):
+    with seeding.seeded_fork_rng(0, "teacher"):
         teacher = net.build(args.teacher, 36).eval().requires_grad_(False)
     teacher = net.fold_batch_norms(teacher.to(memory_format=torch.channels_last).to(device))
     model = cocord.train.build_model(args, 36, device)
     optimizer = cocord.train.build_optimizer(args, [model.student, model.head, model.predictor])
-    (slow, fast), (slow_head, fast_head) = model.ema_pairs()
+    (slow_student, student), (teacher_head, student_head) = model.ema_pairs()
 
     def loss(precision: str) -> Tensor:
         """As in train.py, the EMA updates come between the student's forward pass and the targets."""
@@ -106,8 +106,8 @@ def cocord_problem(scale: str, rows: int, device: torch.device) -> Problem:
             feature, logits = model.student(x)
             z = model.head(feature)
             p, swapped_p = model.predictor(z), model.predictor(model.head(model.student(swapped_x)[0]))
-        cocord.train.ema_update(slow, fast, args.student_momentum)
-        cocord.train.ema_update(slow_head, fast_head, args.teacher_momentum)
+        cocord.train.ema_update(slow_student, student, args.student_momentum)
+        cocord.train.ema_update(teacher_head, student_head, args.teacher_momentum)
         with torch.no_grad(), devices.autocast(precision, device):
             u, swapped_u = (model.slow_head(model.slow_student(view)[0]) for view in (swapped_x, x))
             keys = cocord.train.make_keys(model, teacher, teacher_x)
@@ -122,7 +122,7 @@ def cocord_problem(scale: str, rows: int, device: torch.device) -> Problem:
 
 
 def bsa_problem(scale: str, rows: int, device: torch.device) -> Problem:
-    """Rows are left out if rounding could change their code: a logit near 0, or K-th and next largest logit close."""
+    """Excludes rows whose code rounding could change: a logit is near 0, or the K-th and next largest are close."""
     data = ["--data", "matrix.npy"] if scale == "paper" else []
     args = bsa.train.parse_args(["--scale", scale, *data])
     width = {"demo": 128, "gpu": 384, "paper": 768}[scale]

@@ -125,12 +125,12 @@ def time_the_regulariser(check: Check) -> str:
 
 
 def plain_references(check: Check) -> dict[str, Callable[[], None]]:
-    """Return the measurement of each paper in `make bench`; in a dry run, only the shortest one."""
+    """Return the comparison of each paper in `make bench`; in a dry run, only the shortest one."""
     measurements: dict[str, Callable[[], None]] = {
         "bsa": partial(bench.measure_bsa, check.device, 1),
         "seqvcr": partial(bench.measure_seqvcr, check.device, 1),
         "cocord": partial(bench_cocord.measure, bench_cocord.PAIRS[0], check.device, 1),
-        "simsiam": partial(bench.measure, "CIFAR, ResNet-18", check.device, 1),
+        "simsiam": partial(bench.measure_simsiam, "CIFAR, ResNet-18", check.device, 1),
         "conmim": partial(bench_conmim.main, check.device, 1),
     }
     return {"bsa": partial(bench.measure_bsa, check.device, 1, 1)} if check.dry_run else measurements

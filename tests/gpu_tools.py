@@ -1,4 +1,4 @@
-"""Shared by the parts of gpu_check: settings, comparison of weights, and contexts opened inside training loops."""
+"""Shared code of gpu_check: settings, comparison of weights, and contexts opened inside training loops."""
 
 import contextlib
 import dataclasses
@@ -45,11 +45,11 @@ Case = tuple[str, Callable[[], str]]  # name, and a function that returns one li
 
 
 class NotApplicable(Exception):
-    """The case cannot run on this machine; the message says why."""
+    """The case cannot run on this machine. The message gives the reason."""
 
 
 class CaseFailed(Exception):
-    """The message gives the found and the expected value."""
+    """A check failed. The message gives the measured and the allowed value."""
 
 
 def expect(condition: bool, message: str) -> None:
@@ -107,7 +107,7 @@ def flatten(tensors: dict[str, Tensor], names: Iterable[str]) -> Tensor:
 
 
 def relative_distance(a: dict[str, Tensor], b: dict[str, Tensor], start: dict[str, Tensor]) -> float:
-    """Return |a - b| / |b - start|: the distance between two trained models, relative to that travelled in training."""
+    """Return |a - b| / |b - start|: the distance between two trained models over that from the initial weights."""
     names = [name for name, tensor in b.items() if tensor.is_floating_point() and name in start]
     expect(a.keys() == b.keys(), "the weights have different names")
     return relative_difference(flatten(a, names) - flatten(start, names), flatten(b, names) - flatten(start, names))
@@ -227,7 +227,7 @@ class Profiler(contextlib.AbstractContextManager):
 
 
 def trace_statistics(events: list[dict[str, Any]]) -> dict[str, float]:
-    """Count the kernels, their seconds, synchronising calls and copies from or to pageable memory in a trace."""
+    """Return the number of kernels, their seconds, and the numbers of synchronising calls and pageable copies."""
     kernels = [event for event in events if event.get("cat") == "kernel"]
     names = Counter(event.get("name", "") for event in events if event.get("cat") in ("cuda_runtime", "gpu_memcpy"))
     return {

@@ -164,9 +164,9 @@ def test_random_boxes_have_the_distribution_of_torchvision():
         values = torch.stack([height * width / math.prod(shape), (width / height).log(), *centres])
         return torch.cat([values, values**2, (values[:1] * values[1:2])])
 
-    found, expected = statistics(boxes), statistics(torch.tensor(reference))
-    error = (found.var(1) / found.shape[1] + expected.var(1) / expected.shape[1]).sqrt()
-    assert ((found.mean(1) - expected.mean(1)).abs() < 5 * error).all()
+    drawn, expected = statistics(boxes), statistics(torch.tensor(reference))
+    error = (drawn.var(1) / drawn.shape[1] + expected.var(1) / expected.shape[1]).sqrt()
+    assert ((drawn.mean(1) - expected.mean(1)).abs() < 5 * error).all()
 
     top, left, height, width = boxes.unbind(1)
     assert boxes.equal(boxes.round()) and top.min() == 0 and left.min() == 0 and height.min() > 0 and width.min() > 0

@@ -183,22 +183,22 @@ def test_spearman_and_best_match_f1_by_hand():
     assert evaluate.spearman(a, b) == pytest.approx(float(np.corrcoef([1, 2.5, 2.5, 4], [1, 2, 3, 4])[0, 1]))
     assert evaluate.spearman(a, -b) == -evaluate.spearman(a, b) and evaluate.spearman(a, torch.ones(4)) == 0
     atoms = torch.zeros(40, 3, dtype=torch.bool)
-    atoms[:20, 0], atoms[10:30, 1], atoms[:5, 2] = True, True, True  # the last one is too rare to count
+    atoms[:20, 0], atoms[10:30, 1], atoms[:5, 2] = True, True, True  # the last atom is in fewer than ten rows
     z = torch.zeros(40, 4)
     z[:20, 1], z[10:20, 2] = 1, 1
     assert evaluate.best_match_f1(z, atoms) == pytest.approx((1 + max(2 * 10 / 30, 2 * 10 / 40)) / 2)
 
 
-def test_convergence_reports_the_change_over_the_last_fifth_and_the_settled_step():
+def test_convergence_reports_the_change_over_the_last_20_percent_and_the_step_of_convergence():
     def log(values):
         lines = [{"epoch": n, "step": 10 * n, "loss": v, "reconstruction_loss": v, "active_mean": 5.0}
                  for n, v in enumerate(values, 1)]  # fmt: skip
         return [{"epoch": 0}, *lines]
 
     assert evaluate.convergence(log([2.0] * 8 + [1.0, 1.0]))["loss_moved"] == pytest.approx(100)
-    settled = evaluate.convergence(log([2.0] * 4 + [1.0] * 16))
+    converged = evaluate.convergence(log([2.0] * 4 + [1.0] * 16))
     # Epoch 5 is compared with epoch 4, where the loss was 2; epoch 6 with epoch 5.
-    assert settled["loss_moved"] == 0 and settled["settled_step"] == 60
+    assert converged["loss_moved"] == 0 and converged["settled_step"] == 60
     assert evaluate.convergence(log([2.0**-n for n in range(20)]))["settled_step"] is None
 
 
@@ -250,9 +250,15 @@ def test_a_matrix_in_each_format_is_deduplicated_and_split_without_overlap(suffi
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda m: m.__setitem__((17, 3), np.nan), "1 of 60 rows are not finite (rows 17)"),
-        (lambda m: m.__setitem__((slice(4, 6), 0), np.inf), "2 of 60 rows are not finite (rows 4, 5)"),
-        (lambda m: m.__setitem__(9, 0), "1 of 60 rows have no number above 1e-15 (rows 9)"),
+        (
+            lambda m: m.__setitem__((17, 3), np.nan),
+            "1 of 60 rows contain NaN or infinity (first row indices, from 0: 17): remove",
+        ),
+        (
+            lambda m: m.__setitem__((slice(4, 6), 0), np.inf),
+            "2 of 60 rows contain NaN or infinity (first row indices, from 0: 4, 5): remove",
+        ),
+        (lambda m: m.__setitem__(9, 0), "rows contain no absolute value above 1e-15 (first row indices, from 0: 9)"),
         (lambda m: m.__setitem__(slice(None), 1), "1 distinct rows"),
     ],
 )
@@ -268,16 +274,16 @@ def test_the_error_message_gives_the_indices_of_invalid_rows(damage, message, tm
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--active", "512"], "--active 512 must be less than --latent 512"),
+        (["--active", "512"], "--active 512 must be less than --latent 512: give --active 511 or less"),
         (["--active", "0"], "less than 1"),
-        (["--alpha", "matched"], "--alpha matched needs --alignment mse"),
-        (["--alpha", "much"], "invalid --alpha 'much': give a number of at least 0"),
-        (["--alpha", "-1"], "invalid --alpha '-1': give a number of at least 0"),
+        (["--alpha", "matched"], "--alpha matched requires --alignment mse, not cosine"),
+        (["--alpha", "much"], "invalid --alpha 'much': give a number >= 0"),
+        (["--alpha", "-1"], "invalid --alpha '-1': give a number >= 0"),
         (["--code", "topk"], "give --alpha 0"),
-        (["--batch", "17000"], "--batch 17000 is larger than the training split: give at most 2000"),
-        (["--data-set", "file"], "give a matrix, a file ending in .npy"),
-        (["--scale", "paper", "--device", "cpu"], "give a matrix, a file ending in .npy"),
-        (["--data", "nowhere.npy"], "no such file"),
+        (["--batch", "17000"], "--batch 17000 is larger than the training set (2000 examples): give at most 2000"),
+        (["--data-set", "file"], "give a matrix file (.npy"),
+        (["--scale", "paper", "--device", "cpu"], "give a matrix file (.npy"),
+        (["--data", "nowhere.npy"], "--data nowhere.npy does not exist: give"),
         (["--data-set", "mesh", "--data", "nowhere"], "python -m bsa.concepts --data nowhere"),
         (["--scale", "gpu"], "--scale demo"),
     ],
@@ -287,7 +293,7 @@ def test_invalid_flags_exit_with_a_one_line_message(flags, message, tmp_path, ca
 
 
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY junk", b"not a matrix"])
-def test_an_unreadable_matrix_exits_with_a_message_that_names_the_file(content, tmp_path, capsys):
+def test_the_error_for_an_unreadable_matrix_contains_the_path(content, tmp_path, capsys):
     for suffix in train.FORMATS:
         (tmp_path / f"bad{suffix}").write_bytes(content)
         with pytest.raises(SystemExit) as end:
@@ -296,7 +302,7 @@ def test_an_unreadable_matrix_exits_with_a_message_that_names_the_file(content, 
     np.savez(tmp_path / "two.npz", a=matrix(), b=matrix())
     with pytest.raises(SystemExit):
         train.read_matrix(tmp_path / "two.npz")
-    assert "two.npz has 2 numeric matrices" in capsys.readouterr().err
+    assert "two.npz contains 2 numeric matrices" in capsys.readouterr().err
     np.save(tmp_path / "objects.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(SystemExit):
         train.read_matrix(tmp_path / "objects.npy")
@@ -334,7 +340,7 @@ def tiny(out, *flags) -> list[str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def few_concepts():
-    """The runs of this module have 2,500 planted concepts."""
+    """Use 2,500 planted concepts in all runs of this module."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (train, evaluate):
             patch.setattr(module, "planted_concepts", lambda: planted_concepts(2500))
@@ -491,7 +497,7 @@ def test_codes_are_exported_and_neighbours_and_features_are_printed(finished, tm
     assert "concept 3 " not in printed.split("by embedding (cosine):")[1].splitlines()[0]
     with pytest.raises(SystemExit) as end:
         evaluate.main([str(tmp_path / "run"), "--neighbours", "concept 333"])
-    assert end.value.code == 2 and "'concept 333' not found" in capsys.readouterr().err
+    assert end.value.code == 2 and "'concept 333' is not a row name" in capsys.readouterr().err
     (tmp_path / "short.txt").write_text("one\n")
     with pytest.raises(SystemExit):
         evaluate.main([str(tmp_path / "run"), "--names", str(tmp_path / "short.txt"), "--features", "1"])
@@ -560,4 +566,5 @@ def test_a_damaged_training_log_exits_with_a_message(content, finished, tmp_path
     (tmp_path / "run/train.jsonl").write_text(content)
     with pytest.raises(SystemExit) as end:
         evaluate.main([str(tmp_path / "run")])
-    assert end.value.code == 2 and "train.jsonl is damaged" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert end.value.code == 2 and "train.jsonl" in printed and f"move {tmp_path / 'run'} away and train" in printed

@@ -151,7 +151,9 @@ def test_every_study_gets_its_figures_tables_and_summary(tmp_path, study, seeds)
 
 def test_without_runs_a_message_is_printed_and_nothing_is_written(tmp_path, capsys):
     assert draw(tmp_path / "runs", "bsa-distance", 2, tmp_path / "report") is None
-    assert capsys.readouterr().out == f"bsa-distance: no runs in {tmp_path / 'runs'} yet\n"
+    assert capsys.readouterr().out == (
+        f"bsa-distance: no runs in {tmp_path / 'runs'}: run make bsa-distance SCALE=demo first\n"
+    )
     assert not (tmp_path / "report").exists()
 
 
@@ -181,7 +183,7 @@ def test_missing_and_diverged_runs_are_named_in_figures_and_notes(tmp_path):
     assert summary["not_run"] == ["mse-alignment"] and "Not run: mse-alignment." in summary["notes"]
     assert "mse-reconstruction: 1 of 3 without dead_fraction (seed 0)." in notes
     assert "mse-reconstruction, seed 1: activations.json is missing or cannot be read" in notes
-    assert "base: in 1 of 3 runs loss or active count changed" in notes and "(seed 1)" in notes
+    assert "base: 1 of 3 runs not converged" in notes and "(seed 1)" in notes
     rows = {row["arm"]: row for row in summary["rows"]}
     assert rows["mse"]["metrics"]["active_mean"]["n"] == 1 and rows["base"]["metrics"]["active_mean"]["n"] == 3
 
@@ -261,7 +263,7 @@ def test_interpolated_losses_by_hand():
     assert plot.interpolate([middle, plot.Point(8.0, 0.3)], 8.0) == pytest.approx(0.20)
 
 
-def exact(root, arm, seed, changes, active, loss):
+def run_with_values(root, arm, seed, changes, active, loss):
     """Write a run with the given active count and reconstruction loss."""
     run(root, arm, seed, changes=changes, active_mean=active, reconstruction_loss=loss)
 
@@ -269,14 +271,14 @@ def exact(root, arm, seed, changes, active, loss):
 def test_losses_at_the_activity_of_base_by_hand(tmp_path):
     """base has 7 and 9 active features, 8 on average. The family l1 encloses 8 in seed 0 only."""
     for seed, (active, loss) in enumerate([(7.0, 0.22), (9.0, 0.20)]):
-        exact(tmp_path, "base", seed, {}, active, loss)
-        exact(tmp_path, "x", seed, {"alpha": 3.0}, 2.0, 0.40)
-        exact(tmp_path, "y", seed, {"alpha": 0.1}, 16.0, 0.10)
-        exact(tmp_path, "p", seed, {"alignment": "mse", "alpha": 1.0}, 32.0, 0.1 + 0.02 * seed)
-        exact(tmp_path, "q", seed, {"alignment": "mse", "alpha": 9.0}, 2.0, 0.3 + 0.02 * seed)
-        exact(tmp_path, "r", seed, {"alignment": "l1", "alpha": 0.1}, 8.0 + seed, 0.25)
-        exact(tmp_path, "s", seed, {"alignment": "l1", "alpha": 0.2}, 7.0 + 2 * seed, 0.35)
-        exact(tmp_path, "t", seed, {"reconstruction": "mse"}, 50.0, 0.05)
+        run_with_values(tmp_path, "base", seed, {}, active, loss)
+        run_with_values(tmp_path, "x", seed, {"alpha": 3.0}, 2.0, 0.40)
+        run_with_values(tmp_path, "y", seed, {"alpha": 0.1}, 16.0, 0.10)
+        run_with_values(tmp_path, "p", seed, {"alignment": "mse", "alpha": 1.0}, 32.0, 0.1 + 0.02 * seed)
+        run_with_values(tmp_path, "q", seed, {"alignment": "mse", "alpha": 9.0}, 2.0, 0.3 + 0.02 * seed)
+        run_with_values(tmp_path, "r", seed, {"alignment": "l1", "alpha": 0.1}, 8.0 + seed, 0.25)
+        run_with_values(tmp_path, "s", seed, {"alignment": "l1", "alpha": 0.2}, 7.0 + 2 * seed, 0.35)
+        run_with_values(tmp_path, "t", seed, {"reconstruction": "mse"}, 50.0, 0.05)
     runs = results.read_runs(tmp_path, ["base", "x", "y", "p", "q", "r", "s", "t"], range(2))
     assert plot.loss_at_activity(runs, ["p", "q"], 8.0) == {0: pytest.approx(0.2), 1: pytest.approx(0.22)}
     assert plot.loss_at_activity(runs, ["r", "s"], 8.0) == {0: pytest.approx(0.25), 1: None}
@@ -298,15 +300,15 @@ def test_losses_at_the_activity_of_base_by_hand(tmp_path):
 
 
 def test_there_is_no_matched_activity_finding_without_a_run_of_the_reference(tmp_path):
-    exact(tmp_path, "x", 0, {}, 8.0, 0.2)
+    run_with_values(tmp_path, "x", 0, {}, 8.0, 0.2)
     assert plot.matched_activity_finding(results.read_runs(tmp_path, ["x", "base"], [0]), "base") == []
 
 
 def test_the_alpha_figure_joins_means_in_the_order_of_alpha(tmp_path):
     for seed in range(2):
-        exact(tmp_path, "base", seed, {}, 8.0 + seed, 0.2)
-        exact(tmp_path, "x", seed, {"alpha": 10.0}, 9.0 + seed, 0.4)
-        exact(tmp_path, "y", seed, {"alpha": 0.1}, 16.0 + seed, 0.1)
+        run_with_values(tmp_path, "base", seed, {}, 8.0 + seed, 0.2)
+        run_with_values(tmp_path, "x", seed, {"alpha": 10.0}, 9.0 + seed, 0.4)
+        run_with_values(tmp_path, "y", seed, {"alpha": 0.1}, 16.0 + seed, 0.1)
     runs = results.read_runs(tmp_path, ["base", "x", "y"], range(2))
     figure = plot.alpha_figure(runs, "base", 6, "")
     joined = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 3]

@@ -35,11 +35,11 @@ CPU = torch.device("cpu")
 
 def small_model(**changes) -> CoCoRD:
     settings = {"student": "vgg_s", "classes": 6, "teacher_width": 32, "hidden": 24, "dim": 16, "bottleneck": 8}
-    return CoCoRD(**settings | {"queue": 20, "teacher_head": "full", "seed": 0} | changes)
+    return CoCoRD(**settings | {"queue_size": 20, "teacher_head": "full", "seed": 0} | changes)
 
 
 def frozen_teacher(name: str = "vgg_s32") -> nn.Module:
-    """A teacher in eval mode whose running statistics differ from their initial values, as after training."""
+    """Return a teacher in eval mode whose running statistics differ from their initial values, as after training."""
     torch.manual_seed(5)
     network = net.build(name, 6).eval().requires_grad_(False)
     for module in network.modules():
@@ -50,7 +50,7 @@ def frozen_teacher(name: str = "vgg_s32") -> nn.Module:
 
 
 def random_batch(size: int = 8) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Three views and the labels."""
+    """Return three views and the labels."""
     rng = torch.Generator().manual_seed(1)
     return list(torch.randn(3, size, 3, 32, 32, generator=rng)), torch.arange(size) % 6
 
@@ -78,7 +78,7 @@ def equal_states(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], *prefix
 
 
 def naive_contrast(z, keys, queue, tau):
-    """Image by image: -log(exp(q k / tau) / (exp(q k / tau) + sum over the queue))."""
+    """Mean over images of -log(exp(q k / tau) / (exp(q k / tau) + sum over the queue)), with a loop over images."""
     total = 0.0
     for row, key in zip(z.tolist(), keys.tolist(), strict=True):
         norm = math.sqrt(sum(x * x for x in row))
@@ -192,15 +192,15 @@ def test_losses_of_the_first_view_do_not_depend_on_the_second_view():
 
 
 def test_ema_update_is_exact_at_momentum_0_and_1():
-    slow, fast = [torch.randn(3, 4), torch.randn(5)], [torch.randn(3, 4) * 1e3, torch.randn(5)]
-    before = [tensor.clone() for tensor in slow]
-    ema_update(slow, fast, 1.0)
-    assert all(torch.equal(a, b) for a, b in zip(slow, before, strict=True))
-    ema_update(slow, fast, 0.9)
-    for a, b, c in zip(slow, before, fast, strict=True):
+    ema, online = [torch.randn(3, 4), torch.randn(5)], [torch.randn(3, 4) * 1e3, torch.randn(5)]
+    before = [tensor.clone() for tensor in ema]
+    ema_update(ema, online, 1.0)
+    assert all(torch.equal(a, b) for a, b in zip(ema, before, strict=True))
+    ema_update(ema, online, 0.9)
+    for a, b, c in zip(ema, before, online, strict=True):
         torch.testing.assert_close(a, 0.9 * b + 0.1 * c)
-    ema_update(slow, fast, 0.0)
-    assert all(torch.equal(a, b) for a, b in zip(slow, fast, strict=True))
+    ema_update(ema, online, 0.0)
+    assert all(torch.equal(a, b) for a, b in zip(ema, online, strict=True))
 
 
 def test_at_momentum_0_each_ema_equals_the_student_before_the_optimiser_step():
@@ -227,7 +227,7 @@ def test_teacher_head_is_constant_in_the_first_step_and_at_momentum_1():
 
 
 @pytest.mark.parametrize("teacher_head", ["frozen", "partial", "adapter"])
-def test_updated_tensors_of_a_teacher_head_of_unequal_width(teacher_head):
+def test_teacher_head_of_unequal_width_updates_the_expected_tensors(teacher_head):
     model, teacher = small_model(teacher_width=64, teacher_head=teacher_head), frozen_teacher("vgg_s64")
     before = copy_of_state(model)
     for _ in range(2):
@@ -277,7 +277,7 @@ def test_evaluation_restores_the_mode_and_changes_no_statistics():
 
 
 def test_queue_is_a_ring_buffer_of_the_newest_keys():
-    model = small_model(queue=10, dim=3)
+    model = small_model(queue_size=10, dim=3)
     torch.testing.assert_close(model.queue.norm(dim=1), torch.ones(10))
     keys = F.normalize(torch.randn(12, 3), dim=1)
     for batch in keys.split(4):
@@ -289,7 +289,7 @@ def test_queue_is_a_ring_buffer_of_the_newest_keys():
 
 def test_keys_of_a_batch_are_not_among_its_negatives():
     """The loss uses the queue from before the step. After the step the keys are in the queue."""
-    model, teacher = small_model(queue=8), frozen_teacher()
+    model, teacher = small_model(queue_size=8), frozen_teacher()
     views, _ = random_batch()
     queue_before = model.queue.clone()
     model_before = copy.deepcopy(model)
@@ -371,7 +371,7 @@ def test_heads_have_the_published_sizes():
     assert count_parameters(train.build_head(2048, 512, 2048)) == 2_100_736
 
 
-def test_parameter_names_are_those_of_published_checkpoints():
+def test_parameter_names_are_those_of_repdistiller_checkpoints():
     names = {"resnet56": "fc.weight", "wrn_40_2": "block1.layer.0.convShortcut.weight", "vgg13": "classifier.weight",
              "MobileNetV2": "classifier.0.weight", "ShuffleV2": "linear.weight",
              "resnet32x4": "layer1.0.downsample.1.bias", "ResNet50": "layer1.0.shortcut.0.weight"}  # fmt: skip
@@ -392,7 +392,7 @@ def test_wide_resnet_shortcut_gets_the_activated_input():
 # ---------------------------------------------------------------------------------------------- checkpoints
 
 
-def test_weights_load_from_all_published_checkpoint_layouts(tmp_path):
+def test_weights_load_from_repdistiller_and_authors_checkpoints_in_all_layouts(tmp_path):
     state = net.build("MobileNetV2", 10).state_dict()
     old = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
     renamed = {name.replace("classifier.0.", "classifier."): value for name, value in state.items()}
@@ -412,11 +412,11 @@ def test_weights_load_from_all_published_checkpoint_layouts(tmp_path):
             assert accuracy == (pytest.approx(64.6) if name == "released" else None)
 
 
-def test_invalid_checkpoints_are_refused(tmp_path, capsys):
+def test_invalid_checkpoints_exit_with_code_2(tmp_path, capsys):
     state = net.build("resnet8", 10).state_dict()
     cases = {
         "namespace": ({"model": state, "opt": argparse.Namespace()}, "argparse.Namespace"),
-        "empty": ({"epoch": 3}, "holds no tensors"),
+        "empty": ({"epoch": 3}, "contains no tensors"),
         "other": ({"model": net.build("resnet14", 10).state_dict()}, "does not fit"),
         "diverged": ({"model": state, "diverged": True}, "diverged"),
     }
@@ -438,7 +438,7 @@ def teacher_args(name: str, path: Path, **changes) -> argparse.Namespace:
     return argparse.Namespace(teacher=name, weights=path, **settings)
 
 
-def test_teacher_accuracy_is_measured_and_a_low_one_refused(tmp_path, capsys):
+def test_teacher_accuracy_is_measured_and_a_low_accuracy_exits_with_code_2(tmp_path, capsys):
     data = random_images(40)
     torch.save({"model": frozen_teacher().state_dict(), "accuracy": 90.0}, tmp_path / "poor")
     with pytest.raises(SystemExit) as end:
@@ -474,9 +474,9 @@ def test_crop_and_flip_equals_torchvision():
         assert torch.equal(window, tv.horizontal_flip(expected) if flipped else expected)
 
 
-def epoch_batches(data: images.Images, epoch: int = 0, views: int = 3, batch: int = 8, seed: int = 0):
+def epoch_batches(data: images.Images, epoch: int = 0, n_views: int = 3, batch: int = 8, seed: int = 0):
     args = train.parse_args(["--data-set", "cifar100", "--batch", str(batch), "--seed", str(seed), "--queue", "800"])
-    return train.batches(args, data, epoch, views)
+    return train.batches(args, data, epoch, n_views)
 
 
 def test_batches_cover_the_epoch_and_depend_only_on_seed_and_epoch():
@@ -490,7 +490,7 @@ def test_batches_cover_the_epoch_and_depend_only_on_seed_and_epoch():
     assert not torch.equal(next(epoch_batches(data, 1, seed=1))[0][0], batches[0][0][0])
     views = batches[0][0]
     assert len(views) == 3 and not torch.equal(views[0], views[1]) and not torch.equal(views[1], views[2])
-    single = next(epoch_batches(data, 1, views=1))[0]
+    single = next(epoch_batches(data, 1, n_views=1))[0]
     assert len(single) == 1 and torch.equal(single[0], views[0])
     assert [len(labels) for _, labels in epoch_batches(random_images(17))] == [8, 8]  # drops a batch of one image
 
@@ -553,9 +553,9 @@ def test_all_flags_are_used_and_all_used_flags_exist():
         (["--teacher", "none"], "--lambda-contrast 0"),
         (["--queue", "16"], "less than --batch 32"),
         (["--teacher-momentum", "1.5"], "not between 0 and 1"),
-        (["--temperature", "0"], "not between"),
+        (["--temperature", "0"], "not a finite number"),
         (["--teacher", "alexnet"], "invalid choice"),
-        (["--weights", "nowhere"], "teacher weights nowhere do not exist"),
+        (["--weights", "nowhere"], "--weights nowhere does not exist"),
         (["--epoch", "3"], "unrecognized"),
         (["--scale", "gpu"], "--scale demo"),
         (["--data-set", "cifar100", "--data", "nowhere"], "common.images cifar100"),
@@ -689,12 +689,12 @@ def test_resumed_run_is_bit_identical(script, finished, tmp_path, monkeypatch):
     script.main([*flags, "--out", str(tmp_path / "uninterrupted")])
     save = Run.save
 
-    def save_and_die(self, epoch, metrics, state):
+    def save_and_interrupt(self, epoch, metrics, state):
         save(self, epoch, metrics, state)
         if epoch == 1:
             raise Killed
 
-    monkeypatch.setattr(Run, "save", save_and_die)
+    monkeypatch.setattr(Run, "save", save_and_interrupt)
     with pytest.raises(Killed):
         script.main([*flags, "--out", str(tmp_path / "resumed")])
     monkeypatch.setattr(Run, "save", save)
@@ -708,15 +708,15 @@ def test_resumed_run_is_bit_identical(script, finished, tmp_path, monkeypatch):
     assert last_lines[0] == last_lines[1]
 
 
-def test_resuming_with_another_teacher_is_refused(finished, tmp_path, monkeypatch, capsys):
+def test_resuming_with_another_teacher_exits_with_code_2(finished, tmp_path, monkeypatch, capsys):
     flags = [*TINY, "--data", str(finished / "data"), "--out", str(tmp_path / "run")]
     save = Run.save
 
-    def save_and_die(self, epoch, metrics, state):
+    def save_and_interrupt(self, epoch, metrics, state):
         save(self, epoch, metrics, state)
         raise Killed
 
-    monkeypatch.setattr(Run, "save", save_and_die)
+    monkeypatch.setattr(Run, "save", save_and_interrupt)
     with pytest.raises(Killed):
         train.main([*flags, "--weights", str(finished / "teacher@vgg_s32/0")])
     monkeypatch.setattr(Run, "save", save)

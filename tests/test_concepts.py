@@ -138,16 +138,16 @@ def reference(weights: dict[str, np.ndarray], ids: list[int]) -> torch.Tensor:
         layer = nn.TransformerEncoderLayer(
             width, CONFIG["num_attention_heads"], CONFIG["intermediate_size"], 0.0, "gelu", 1e-12, True, False
         ).double()
-        own = {name.removeprefix(f"encoder.layer.{number}."): tensor for name, tensor in w.items()}
+        layer_weights = {name.removeprefix(f"encoder.layer.{number}."): tensor for name, tensor in w.items()}
         state = {}
         for name in ("weight", "bias"):
-            projections = [own[f"attention.self.{part}.{name}"] for part in ("query", "key", "value")]
+            projections = [layer_weights[f"attention.self.{part}.{name}"] for part in ("query", "key", "value")]
             state[f"self_attn.in_proj_{name}"] = torch.cat(projections)
-            state[f"self_attn.out_proj.{name}"] = own[f"attention.output.dense.{name}"]
-            state[f"norm1.{name}"] = own[f"attention.output.LayerNorm.{name}"]
-            state[f"linear1.{name}"] = own[f"intermediate.dense.{name}"]
-            state[f"linear2.{name}"] = own[f"output.dense.{name}"]
-            state[f"norm2.{name}"] = own[f"output.LayerNorm.{name}"]
+            state[f"self_attn.out_proj.{name}"] = layer_weights[f"attention.output.dense.{name}"]
+            state[f"norm1.{name}"] = layer_weights[f"attention.output.LayerNorm.{name}"]
+            state[f"linear1.{name}"] = layer_weights[f"intermediate.dense.{name}"]
+            state[f"linear2.{name}"] = layer_weights[f"output.dense.{name}"]
+            state[f"norm2.{name}"] = layer_weights[f"output.LayerNorm.{name}"]
         layer.load_state_dict(state)
         x = layer(x[None])[0]
     mean = x.mean(0)
@@ -226,7 +226,7 @@ def header(**entry) -> bytes:
         (b"version https://git-lfs", "cut off"),
     ],
 )
-def test_a_damaged_safetensors_file_raises_an_error_that_names_it(content, message, tmp_path):
+def test_the_error_for_a_damaged_safetensors_file_contains_the_path(content, message, tmp_path):
     path = tmp_path / "a.safetensors"
     path.write_bytes(header() + bytes(8))
     assert read_safetensors(path)["a"].tolist() == [0, 0]
@@ -288,8 +288,8 @@ def test_an_interrupted_command_leaves_no_matrix(package, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("version", [None, "0.0.1"])
-def test_the_message_on_a_missing_package_has_the_command_that_installs_it(version, tmp_path, monkeypatch, capsys):
-    """The package is not installed, or in another version."""
+def test_the_error_for_a_missing_package_contains_the_install_command(version, tmp_path, monkeypatch, capsys):
+    """The package is not installed, or installed in another version."""
 
     class Distribution:
         def __init__(self):
@@ -333,7 +333,7 @@ def test_a_missing_or_damaged_package_file_exits_with_a_message(name, damage, pa
 
 
 @pytest.mark.parametrize("change", ["missing", "shape", "special"])
-def test_package_files_that_do_not_fit_each_other_exit_with_a_message(change, package, tmp_path, capsys):
+def test_inconsistent_package_files_exit_with_a_message(change, package, tmp_path, capsys):
     weights = random_weights()
     if change == "missing":
         del weights["encoder.layer.1.attention.self.key.bias"]
@@ -369,7 +369,7 @@ def test_a_read_only_folder_exits_with_a_message(package, tmp_path, monkeypatch,
     assert "Permission denied" in error_message(tmp_path, capsys)
 
 
-def test_a_full_disk_has_its_own_exit_code(package, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_exits_with_code_4(package, tmp_path, monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device")
 

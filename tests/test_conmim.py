@@ -1,4 +1,4 @@
-"""Tests of conmim/train.py and conmim/net.py: official golden values, gradients, data, diagnostics, runs, ranks."""
+"""Tests of conmim/train.py and net.py: values of the authors' code, gradients, data, diagnostics, runs, ranks."""
 
 import argparse
 import copy
@@ -104,7 +104,7 @@ def states_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool
 # ---------------------------------------------------------------------------------------------- golden values
 
 
-def to_official(state: dict) -> dict:
+def to_authors_names(state: dict) -> dict:
     """Rename the state of one network (vit.*, projector.*) to the names of the authors' pre-training checkpoints."""
     return {
         name.removeprefix("vit.") if name.startswith("vit.") else name.replace("projector.", "projectors.", 1): tensor
@@ -112,14 +112,14 @@ def to_official(state: dict) -> dict:
     }
 
 
-class Official(nn.Module):
-    """The tiny network of the golden values. Its weights are a function of the official parameter names."""
+class GoldenBranch(nn.Module):
+    """The small network of the golden values. Its weights are a function of the authors' parameter names."""
 
     def __init__(self, shift: float):
         super().__init__()
         self.vit, self.projector = net.ViT(32, 8, 32, 2, 4, 0.1, "relative"), net.Projector(32, 64, 16)
         for name, weight in self.named_parameters():
-            phase = sum(map(ord, next(iter(to_official({name: weight}))))) % 97 + shift
+            phase = sum(map(ord, next(iter(to_authors_names({name: weight}))))) % 97 + shift
             values = 0.1 * np.sin(0.37 * np.arange(weight.numel()) + phase)
             weight.data = torch.from_numpy(values).float().view(weight.shape)
 
@@ -129,7 +129,7 @@ class Official(nn.Module):
 def golden_model(keys: str) -> ConMIM:
     model = ConMIM.__new__(ConMIM)
     nn.Module.__init__(model)
-    model.online, model.ema = Official(0), Official(0.5).requires_grad_(False)
+    model.online, model.ema = GoldenBranch(0), GoldenBranch(0.5).requires_grad_(False)
     return model
 
 
@@ -146,7 +146,7 @@ def gradient_norm(gradients: dict[str, torch.Tensor]) -> float:
     return torch.stack([gradient.square().sum() for gradient in gradients.values()]).sum().sqrt().item()
 
 
-def test_network_reproduces_official_tokens_and_projections():
+def test_tokens_and_projections_equal_those_of_the_authors_code():
     model, (query, key, mask) = golden_model("ema"), golden_batch()
     tokens, full = model.online.vit(query, mask), model.ema.vit(key)
     assert tokens.sum().item() == pytest.approx(23.461480, rel=1e-4)
@@ -160,7 +160,7 @@ def test_network_reproduces_official_tokens_and_projections():
     torch.testing.assert_close(torch.stack([q[0, 0, :4], k[0, 0, :4]]), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_loss_and_gradients_reproduce_official_values():
+def test_loss_and_gradients_equal_those_of_the_authors_code():
     loss, gradients = loss_and_gradients(golden_model("ema"), golden_batch(), "ema", 0.0)
     assert loss.item() == pytest.approx(9.088058, rel=1e-4)
     norms = {"vit.mask_token": 141.8247, "vit.patch_embed.proj.weight": 137.5800, "projector.6.weight": 17.2785}
@@ -171,13 +171,13 @@ def test_loss_and_gradients_reproduce_official_values():
 
 
 @pytest.mark.parametrize(("leak", "expected"), [(0.0, 903.496), (1.0, 1190.969)])
-def test_online_keys_reproduce_official_gradients(leak, expected):
+def test_gradients_with_online_keys_equal_those_of_the_authors_code(leak, expected):
     loss, gradients = loss_and_gradients(golden_model("online"), golden_batch(), "online", leak)
     assert loss.item() == pytest.approx(9.319527, rel=1e-4)
     assert gradient_norm(gradients) == pytest.approx(expected, rel=1e-4)
 
 
-def test_masks_reproduce_official_masks():
+def test_masks_equal_those_of_the_authors_code():
     np.random.seed(0)
     order = np.random.permutation(49)
     assert order[:5].tolist() == [29, 4, 26, 30, 32] and order[33:37].tolist() == [1, 12, 43, 24]
@@ -188,7 +188,7 @@ def test_masks_reproduce_official_masks():
     assert torch.equal(masks[0.75].view(14, 14).long(), cells.repeat_interleave(2, 0).repeat_interleave(2, 1))
 
 
-def test_schedules_reproduce_official_values():
+def test_schedules_equal_those_of_the_authors_code():
     steps, rates = (0, 1, 9, 10, 11, 30, 49), (0, 1.6667e-4, 1.5e-3, 1.5e-3, 1.4977e-3, 7.55e-4, 1.23e-5)
     assert [train.learning_rate(step, 10, 50, 1.5e-3) for step in steps] == pytest.approx(rates, rel=1e-3)
     momenta = [train.ema_momentum(step, 50, 0.996) for step in (0, 1, 25, 49)]
@@ -372,7 +372,7 @@ def test_ema_is_updated_after_the_optimizer_step_in_every_arm(arm):
     assert had_forward_pass == (parse_args(*ARMS[arm]).keys == "ema")
 
 
-def test_ema_momentum_0_copies_and_1_keeps():
+def test_ema_copies_online_at_momentum_0_and_is_unchanged_at_1():
     for momentum in (1.0, 0.0):
         model = small_model()
         before = {name: weight.clone() for name, weight in model.ema.named_parameters()}
@@ -481,20 +481,20 @@ def test_arms_share_initial_weights():
     assert not torch.equal(base["online.vit.cls_token"], copy_state(small_model("--seed", "1"))["online.vit.cls_token"])
 
 
-def test_official_parameter_names_round_trip():
-    branch = Official(0)
-    official = to_official(branch.state_dict())
+def test_authors_parameter_names_round_trip():
+    branch = GoldenBranch(0)
+    authors = to_authors_names(branch.state_dict())
     names = {"cls_token", "mask_token", "patch_embed.proj.weight", "rel_pos_bias.relative_position_bias_table",
              "blocks.1.gamma_2", "blocks.0.attn.q_bias", "blocks.0.attn.v_bias", "blocks.0.attn.qkv.weight",
              "norm.bias", "blocks.1.mlp.fc2.bias", "projectors.3.weight", "projectors.7.running_var"}  # fmt: skip
-    assert names <= set(official) and "blocks.0.attn.qkv.bias" not in official and "projectors.7.weight" not in official
-    assert official["rel_pos_bias.relative_position_bias_table"].shape == (7 * 7 + 3, 4)
+    assert names <= set(authors) and "blocks.0.attn.qkv.bias" not in authors and "projectors.7.weight" not in authors
+    assert authors["rel_pos_bias.relative_position_bias_table"].shape == (7 * 7 + 3, 4)
     unused = {
         "lm_head.weight": torch.zeros(9, 32),
         "rel_pos_bias.relative_position_index": torch.zeros(17, 17).long(),
     }
-    other = Official(3)
-    other.load_state_dict(net.from_official(official | unused))
+    other = GoldenBranch(3)
+    other.load_state_dict(net.from_authors_names(authors | unused))
     assert states_equal(copy_state(other), copy_state(branch))
 
 
@@ -620,7 +620,7 @@ def test_solarize_equals_torchvision():
         torch.testing.assert_close(result, expected / 255)
 
 
-def test_strong_view_uses_the_official_parameters(monkeypatch):
+def test_strong_view_uses_the_parameters_of_the_authors_code(monkeypatch):
     parameters = {}
 
     def jitter(view, rng, *strengths, probability):
@@ -752,9 +752,9 @@ def test_every_flag_is_used():
         (["--no-stop-gradient", "--gradient-leak", "0.5"], "--gradient-leak 0.5"),
         (["--gradient-leak", "2"], "not between 0 and 1"),
         (["--mask-ratio", "0"], "--mask-ratio 0"),
-        (["--temperature", "0"], "not between"),
+        (["--temperature", "0"], "not a finite number"),
         (["--momentum", "1.1"], "not between 0 and 1"),
-        (["--size", "64"], "for --data-set folder only"),
+        (["--size", "64"], "requires --data-set folder"),
         (["--data-set", "folder", "--size", "36"], "a multiple of 8"),
         (["--network", "vit_base_16", "--data-set", "folder", "--size", "48"], "a multiple of 32"),
         (["--keys", "both"], "invalid choice"),
@@ -762,7 +762,7 @@ def test_every_flag_is_used():
         (["--epochs", "-1"], "less than 0"),
         (["--scale", "gpu"], "--scale demo"),
         (["--data-set", "cifar100", "--data", "nowhere"], "common.images cifar100"),
-        (["--batch", "6000"], "5000 training images"),
+        (["--batch", "6000"], "larger than the training set (5000 examples)"),
     ],
 )
 def test_usage_errors_are_one_line(flags, words, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Tests of conmim/eval.py: labelled subset, fine-tuning, frozen features, similarities, runs, official checkpoints."""
+"""Tests of conmim/eval.py: labelled subset, fine-tuning, frozen features, similarities, runs, authors' checkpoints."""
 
 import argparse
 import json
@@ -66,8 +66,8 @@ def fine_tuned_accuracy(indices=None, seed=0, **changes) -> float:
     indices = torch.arange(data.examples) if indices is None else indices
     args, settings = parse_args("--data-set", "cifar10", "--seed", str(seed)), recipe(**changes)
     model = evaluate.build_classifier(args, settings, vit_state(), data)
-    progress = evaluate.Progress(Path("no such folder/eval_state.pt"), "", CPU)
-    return evaluate.fine_tune(args, settings, model, data, evaluate.Subset(indices, data.train_labels), progress)
+    state = evaluate.EvaluationState(Path("no such folder/eval_state.pt"), "", CPU)
+    return evaluate.fine_tune(args, settings, model, data, evaluate.Subset(indices, data.train_labels), state)
 
 
 # ---------------------------------------------------------------------------------------------- labels
@@ -102,7 +102,7 @@ def test_held_out_images_are_not_trained_on():
 # ---------------------------------------------------------------------------------------------- fine-tuning
 
 
-def test_layer_wise_learning_rates_equal_official_values():
+def test_layer_wise_learning_rates_equal_those_of_the_authors_code():
     scales = evaluate.lr_scales(12, 0.65)
     expected = {0: 0.0037, 1: 0.0057, 11: 0.4225, 12: 0.65, 13: 1.0}
     assert len(scales) == 14 and {layer: round(scales[layer], 4) for layer in expected} == expected
@@ -427,8 +427,8 @@ def test_an_interrupted_evaluation_resumes_to_the_same_metrics(epoch, finished, 
 
 def test_a_saved_state_of_other_weights_or_settings_is_ignored(tmp_path):
     checkpoints.save(tmp_path / "eval_state.pt", {"identity": "a", "finished": {"finetune_accuracy": 1.0}})
-    assert evaluate.Progress(tmp_path / "eval_state.pt", "b", CPU).finished == {}
-    assert evaluate.Progress(tmp_path / "eval_state.pt", "a", CPU).finished == {"finetune_accuracy": 1.0}
+    assert evaluate.EvaluationState(tmp_path / "eval_state.pt", "b", CPU).finished == {}
+    assert evaluate.EvaluationState(tmp_path / "eval_state.pt", "a", CPU).finished == {"finetune_accuracy": 1.0}
     networks = [evaluate.Features(train.build_model(parse_args("--seed", s), CPU).online.vit) for s in ("0", "1")]
     identities = {
         evaluate.evaluation_identity({"": network}, settings) for network in networks for settings in ([1], [2])
@@ -452,7 +452,7 @@ def test_a_damaged_log_is_reported_in_one_line(content, finished, tmp_path, caps
     with pytest.raises(SystemExit) as end:
         evaluate.main([str(tmp_path / "run")])
     printed = capsys.readouterr().err
-    assert end.value.code == 2 and "train.jsonl is damaged" in printed and printed.count("\n") == 1
+    assert end.value.code == 2 and f"move {tmp_path / 'run'} away and train" in printed and printed.count("\n") == 1
 
 
 def test_a_folder_without_a_run_is_reported(tmp_path, capsys):
@@ -523,11 +523,11 @@ def test_fine_tuning_on_two_ranks_equals_one(pictures, tmp_path):
 
 
 @pytest.mark.parametrize("fine_tuned", [False, True])
-def test_official_checkpoints_are_evaluated(fine_tuned, pictures, tmp_path, monkeypatch, capsys):
+def test_authors_checkpoints_are_evaluated(fine_tuned, pictures, tmp_path, monkeypatch, capsys):
     """The files have the authors' format, with pickled arguments. A missing parameter is reported."""
     monkeypatch.setitem(net.NETWORKS, "vit_small_16", Shape(16, 24, 2, 2))
     monkeypatch.setitem(train.SCALES, "size", (32, 32, 96))
-    with seeding.forked(0, "official"):
+    with seeding.seeded_fork_rng(0, "official"):
         if fine_tuned:
             model = Classifier(96, 16, 24, 2, 2, 0.1, "relative", 2)
             nn.init.normal_(model.head.weight)
@@ -562,12 +562,12 @@ def test_official_checkpoints_are_evaluated(fine_tuned, pictures, tmp_path, monk
     assert end.value.code == 2 and "cls_token" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("content", "words"), [(None, "no such file"), (b"junk", "is neither a .safetensors")])
-def test_unreadable_official_checkpoints_are_reported(content, words, tmp_path, capsys):
+@pytest.mark.parametrize(("content", "words"), [(None, "does not exist"), (b"junk", "is neither a .safetensors")])
+def test_unreadable_authors_checkpoints_are_reported(content, words, tmp_path, capsys):
     if content:
         (tmp_path / "x.pth").write_bytes(content)
     with pytest.raises(SystemExit) as end:
-        evaluate.official_weights(tmp_path / "x.pth")
+        evaluate.read_authors_checkpoint(tmp_path / "x.pth")
     assert end.value.code == 2 and words in capsys.readouterr().err
 
 

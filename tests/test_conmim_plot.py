@@ -99,8 +99,12 @@ def test_figures_and_tables_of_every_study(tmp_path, study, seeds):
     contrasts = summary["contrasts"]
     assert [f"{contrast['arm']}:{contrast['reference']}" for contrast in contrasts] == declared.contrasts
     assert summary["margin"] is None and [contrast["primary"] for contrast in contrasts].count(True) == 1
-    guard = summary["controls"][0]
-    assert (guard["arm"], guard["baseline_arm"], guard["passed"]) == ("base", "no-pretraining", seeds > 1 or None)
+    required = summary["controls"][0]
+    assert (required["arm"], required["baseline_arm"], required["passed"]) == (
+        "base",
+        "no-pretraining",
+        seeds > 1 or None,
+    )
     assert (summary["verdict"] == "one seed: no interval") == (seeds == 1)
     assert (
         summary["data"] == "glyphs (synthetic characters, 36 classes), vit_demo, both positions, 3 epochs of batch 32"
@@ -122,7 +126,9 @@ def test_arms_with_a_position_code_are_named(tmp_path):
 
 def test_without_runs_nothing_is_written(tmp_path, capsys):
     assert draw(tmp_path / "runs", "conmim-asymmetry", 2, tmp_path / "report") is None
-    assert capsys.readouterr().out == f"conmim-asymmetry: no runs in {tmp_path / 'runs'} yet\n"
+    assert capsys.readouterr().out == (
+        f"conmim-asymmetry: no runs in {tmp_path / 'runs'}: run make conmim-asymmetry SCALE=demo first\n"
+    )
     assert not (tmp_path / "report").exists()
 
 
@@ -232,18 +238,22 @@ def test_a_baseline_that_is_not_beaten_is_not_informative(tmp_path):
 def test_two_cells_have_welch_interval():
     x, y = [3.0, 4.5, 5.0, 7.0], [1.0, 1.5, 4.0]
     expected = statistics.welch(x, y)
-    assert plot.combine([x, y], [1, -1]) == pytest.approx((expected.mean, expected.low, expected.high))
+    assert plot.linear_contrast([x, y], [1, -1]) == pytest.approx((expected.mean, expected.low, expected.high))
     single = stats.t.interval(0.95, 3, np.mean(x), stats.sem(x))
-    assert plot.combine([x], [1])[1:] == pytest.approx(single)
-    assert plot.combine([x, []], [1, -1]) is None and plot.combine([x, [1.0]], [1, -1]) == (3.875, None, None)
-    assert plot.combine([[2.0, 2.0], [1.0, 1.0]], [1, -1]) == (1.0, 1.0, 1.0)
+    assert plot.linear_contrast([x], [1])[1:] == pytest.approx(single)
+    assert plot.linear_contrast([x, []], [1, -1]) is None and plot.linear_contrast([x, [1.0]], [1, -1]) == (
+        3.875,
+        None,
+        None,
+    )
+    assert plot.linear_contrast([[2.0, 2.0], [1.0, 1.0]], [1, -1]) == (1.0, 1.0, 1.0)
 
 
 def test_four_cells_of_equal_variance_have_all_degrees_of_freedom():
     values = [[a, a + 1, a + 2] for a in (0.0, 5.0, 1.0, 9.0)]
     half_width = stats.t.ppf(0.975, 8) * (4 * 1.0 / 3) ** 0.5
     expected = (3.0, 3.0 - half_width, 3.0 + half_width)
-    assert plot.combine(values, [1, -1, -1, 1]) == pytest.approx(expected)
+    assert plot.linear_contrast(values, [1, -1, -1, 1]) == pytest.approx(expected)
 
 
 def test_factorial_effects():

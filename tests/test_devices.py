@@ -1,4 +1,4 @@
-"""Device and backend of each rank, TF32 off, and random numbers that do not depend on the device."""
+"""Device and backend of each rank, TF32 off, and random numbers drawn on the CPU for all devices."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_ranks_have_one_gpu_each_or_share_the_named_one(name, local_rank, index,
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     device = devices.select_device(name, "gpu")
-    devices.start_ranks(name, device)
+    devices.init_process_group(name, device)
     assert device == torch.device("cuda", index) and backends == [backend]
 
 

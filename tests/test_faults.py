@@ -156,7 +156,7 @@ def test_locked_or_unwritable_output_folder_is_an_error(killed, pictures, tmp_pa
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit) as end:
         train.main(tiny(tmp_path / "file" / "run", pictures))
-    assert end.value.code == 2 and "choose another folder" in capsys.readouterr().err
+    assert end.value.code == 2 and "use another --out" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------- damaged files
@@ -190,7 +190,7 @@ def test_two_damaged_states_are_an_error_not_a_restart(lines, killed, pictures, 
     (killed / "train.jsonl").write_bytes(b"".join(log.splitlines(keepends=True)[:lines]))
     with pytest.raises(SystemExit) as end:
         train.main(tiny(killed, pictures, "--epochs", str(EPOCHS)))
-    assert end.value.code == 2 and "move the folder away" in capsys.readouterr().err
+    assert end.value.code == 2 and "train this run again" in capsys.readouterr().err
     assert (killed / "train.jsonl").read_bytes() and not (killed / "model.pt").exists()
 
 
@@ -223,9 +223,9 @@ def test_evaluation_reports_damaged_foreign_or_missing_files(uninterrupted, tmp_
 
     assert "checksum" in error_after(lambda run: flip(run / "model.pt"))
     assert "model.pt cannot be read" in error_after(lambda run: cut(run / "model.pt"))
-    assert "args.json is damaged" in error_after(lambda run: cut(run / "args.json"))
-    assert "args.json is damaged" in error_after(lambda run: (run / "args.json").write_text("{}"))
-    assert "train.jsonl is damaged" in error_after(lambda run: (run / "train.jsonl").write_text("{\n{}\n"))
+    assert "args.json is not valid JSON" in error_after(lambda run: cut(run / "args.json"))
+    assert "args.json is damaged (missing key 'arguments')" in error_after(edited("args.json", '"arguments"', '"x"'))
+    assert "train.jsonl, line 1: not a JSON" in error_after(lambda run: (run / "train.jsonl").write_text("{\n{}\n"))
     assert "train.jsonl is damaged" in error_after(lambda run: (run / "train.jsonl").write_text(""))
     assert "no finished run" in error_after(lambda run: (run / "model.pt").unlink())
     assert "not of simsiam/train.py" in error_after(edited("args.json", "simsiam/train.py", "bsa/train.py"))
@@ -255,7 +255,7 @@ def test_dead_loader_worker_is_a_one_line_error(pictures, tmp_path):
 
 @pytest.mark.parametrize("fault", ["loss", "gradient", "statistics"])
 def test_nan_or_infinity_finishes_the_run_as_diverged(fault, pictures, tmp_path, monkeypatch, capsys):
-    """The fault is in the last step of the second epoch. The newest state is damaged, too."""
+    """The fault is in the last step of the second epoch, and the newest state is damaged."""
     calls, models, out = [], [], tmp_path / "run"
     real_build_model = train.build_model
 

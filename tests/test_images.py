@@ -24,7 +24,7 @@ def copy_folder(pictures, tmp_path):
     return tmp_path / "data"
 
 
-def test_an_image_folder_is_decoded_once_and_the_cache_equals_its_images(pictures, tmp_path, monkeypatch):
+def test_an_image_folder_is_decoded_once_and_the_cache_equals_the_images(pictures, tmp_path, monkeypatch):
     data = copy_folder(pictures, tmp_path)
     loaded = images.load("folder", data, 32, CPU)
     assert loaded.train.shape == (48, 3, 32, 32) and loaded.train.dtype == torch.uint8 and loaded.classes == 2
@@ -70,11 +70,11 @@ def test_different_classes_in_train_and_val_are_an_error(pictures, tmp_path, cap
     shutil.rmtree(data / "val/red")
     with pytest.raises(SystemExit):
         images.load("folder", data, 32, CPU)
-    assert "only one has ['red']" in capsys.readouterr().err
+    assert "classes ['red'] are only in train or only in val" in capsys.readouterr().err
 
 
 def replace_with_equal_size(path: Path) -> None:
-    """Change the content of a file, not its name, size or time of modification."""
+    """Change the content of a file without changing its name, size or mtime."""
     size, status = path.stat().st_size, path.stat()
     Image.fromarray(255 - np.asarray(Image.open(path).convert("RGB"))).save(path, "bmp")
     path.write_bytes(path.read_bytes()[:size].ljust(size, b"\0"))
@@ -82,16 +82,16 @@ def replace_with_equal_size(path: Path) -> None:
     assert (path.stat().st_size, path.stat().st_mtime_ns) == (size, status.st_mtime_ns)
 
 
-def bitmaps(data: Path) -> None:
-    """Save all images of a folder as bitmaps, whose size depends on the image's shape alone."""
+def convert_to_bitmaps(data: Path) -> None:
+    """Convert all images of a folder to bitmaps, whose file size depends only on the image shape."""
     for path in data.glob("*/*/*.png"):
         Image.open(path).convert("RGB").save(path.with_suffix(".bmp"))
         path.unlink()
 
 
-def test_images_that_were_replaced_by_others_of_equal_size_are_decoded_again(pictures, tmp_path):
+def test_images_replaced_by_others_of_equal_size_are_decoded_again(pictures, tmp_path):
     data = copy_folder(pictures, tmp_path)
-    bitmaps(data)
+    convert_to_bitmaps(data)
     before = images.load("folder", data, 32, CPU)
     for path in data.glob("train/*/*.bmp"):
         replace_with_equal_size(path)
@@ -100,7 +100,7 @@ def test_images_that_were_replaced_by_others_of_equal_size_are_decoded_again(pic
     assert torch.equal(after.test, before.test)
 
 
-def test_the_digest_follows_the_content_and_not_the_place(pictures, tmp_path):
+def test_the_digest_depends_on_the_content_not_on_the_path(pictures, tmp_path):
     data = copy_folder(pictures, tmp_path)
     shutil.copytree(data, tmp_path / "moved")
     for size in (32, 96):
@@ -110,16 +110,16 @@ def test_the_digest_follows_the_content_and_not_the_place(pictures, tmp_path):
     assert images.load_or_stream("folder", data, 96, CPU, 0).digest != first.digest
 
 
-def test_streamed_images_of_equal_size_have_another_digest(pictures, tmp_path):
+def test_the_digest_of_streamed_images_changes_with_their_content(pictures, tmp_path):
     data = copy_folder(pictures, tmp_path)
-    bitmaps(data)
+    convert_to_bitmaps(data)
     before = images.load_or_stream("folder", data, 96, CPU, 0).digest
     replace_with_equal_size(next(data.glob("train/red/*.bmp")))
     assert images.load_or_stream("folder", data, 96, CPU, 0).digest != before
 
 
 @pytest.mark.parametrize("size", [32, 96])
-def test_files_that_are_left_out_are_counted(size, pictures, tmp_path, capsys):
+def test_ignored_files_are_counted_in_a_warning(size, pictures, tmp_path, capsys):
     data = copy_folder(pictures, tmp_path)
     expected = images.load_or_stream("folder", data, size, CPU, 0)
     capsys.readouterr()
@@ -128,14 +128,14 @@ def test_files_that_are_left_out_are_counted(size, pictures, tmp_path, capsys):
     (data / "train/.ipynb_checkpoints").mkdir()
     shutil.copy(data / "train/red/0.png", data / "train/.ipynb_checkpoints/0.png")
     shutil.copy(data / "train/red/0.png", data / "train/red/._0.png")
-    found = images.load_or_stream("folder", data, size, CPU, 0)
+    loaded = images.load_or_stream("folder", data, size, CPU, 0)
     printed = capsys.readouterr().err
-    assert printed.count("warning") == 1 and "5 files (.gif, hidden, .txt) left out" in printed
-    assert (found.examples, found.classes, found.digest) == (expected.examples, expected.classes, expected.digest)
+    assert printed.count("warning") == 1 and "5 files (.gif, hidden, .txt) ignored" in printed
+    assert (loaded.examples, loaded.classes, loaded.digest) == (expected.examples, expected.classes, expected.digest)
 
 
 @pytest.mark.parametrize("size", [32, 96])
-def test_a_class_without_images_and_a_dangling_link_are_named(size, pictures, tmp_path, capsys):
+def test_an_empty_class_and_a_broken_link_are_an_error(size, pictures, tmp_path, capsys):
     data = copy_folder(pictures, tmp_path)
     (data / "train/red/0.png").unlink()
     (data / "train/red/0.png").symlink_to(tmp_path / "gone.png")
@@ -149,11 +149,11 @@ def test_a_class_without_images_and_a_dangling_link_are_named(size, pictures, tm
 
 
 @pytest.mark.parametrize("size", [32, 96])
-def test_deep_and_constant_images_stop_before_training(size, pictures, tmp_path, capsys):
-    """16-bit pixels would be clipped to white, and a constant data set looks like a collapse."""
+def test_16_bit_and_constant_images_are_an_error(size, pictures, tmp_path, capsys):
+    """16-bit pixels would be clipped to white, and a constant data set would look like a collapse."""
     data = copy_folder(pictures, tmp_path)
-    deep = np.linspace(20000, 40000, 1200).astype(np.uint16).reshape(30, 40)
-    Image.fromarray(deep).save(data / "train/blue/0.png")
+    pixels = np.linspace(20000, 40000, 1200).astype(np.uint16).reshape(30, 40)
+    Image.fromarray(pixels).save(data / "train/blue/0.png")
     with pytest.raises(SystemExit) as end:
         images.load_or_stream("folder", data, size, CPU, 0)
     assert end.value.code == 2 and "blue/0.png has more than 8 bits" in capsys.readouterr().err
@@ -161,7 +161,7 @@ def test_deep_and_constant_images_stop_before_training(size, pictures, tmp_path,
         Image.new("RGB", (40, 36), (77, 77, 77)).save(path)
     with pytest.raises(SystemExit) as end:
         images.load_or_stream("folder", data, size, CPU, 0)
-    assert end.value.code == 2 and "one and the same colour" in capsys.readouterr().err
+    assert end.value.code == 2 and "are equal: give images that are not constant" in capsys.readouterr().err
 
 
 def test_a_constant_channel_is_not_divided_by_zero(pictures, tmp_path, capsys):
@@ -170,13 +170,13 @@ def test_a_constant_channel_is_not_divided_by_zero(pictures, tmp_path, capsys):
         pixels = np.array(Image.open(path).convert("RGB"))
         pixels[..., 2] = 77
         Image.fromarray(pixels).save(path)
-    found = images.load("folder", data, 32, CPU)
-    assert found.std.flatten()[2] == 1 and found.normalise(found.train).isfinite().all()
-    assert "constant in blue" in capsys.readouterr().err
+    loaded = images.load("folder", data, 32, CPU)
+    assert loaded.std.flatten()[2] == 1 and loaded.normalise(loaded.train).isfinite().all()
+    assert "channel blue is constant" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["glyphs10", "cifar10"])
-def test_an_image_folder_is_not_ignored_by_a_data_set_that_does_not_read_it(name, pictures, tmp_path, capsys):
+def test_an_image_folder_with_another_data_set_is_an_error(name, pictures, tmp_path, capsys):
     data = copy_folder(pictures, tmp_path)
     before = sorted(data.rglob("*"))
     for folder in (data, data / "train", data / "train/red"):
@@ -188,7 +188,7 @@ def test_an_image_folder_is_not_ignored_by_a_data_set_that_does_not_read_it(name
     assert end.value.code == 2 and sorted(data.rglob("*")) == before
     with pytest.raises(SystemExit) as end:
         images.load(name, data / "train/red/0.png", 32, CPU)
-    assert end.value.code == 2 and "it is a file" in capsys.readouterr().err
+    assert end.value.code == 2 and "0.png is a file: give a folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -198,10 +198,11 @@ def test_the_error_for_an_undecodable_image_names_the_file(workers, pictures, tm
     with pytest.raises(SystemExit) as end:
         images.load("folder", data, 32, CPU, workers)
     printed = capsys.readouterr().err
-    assert end.value.code == 2 and "red/3.png cannot be decoded" in printed and printed.count("\n") == 1
+    assert end.value.code == 2 and printed.count("\n") == 1
+    assert "error: --data: image " in printed and "red/3.png cannot be decoded (unknown image format)" in printed
 
 
-def test_a_damaged_or_unwritable_glyph_cache_is_no_error(tmp_path, monkeypatch):
+def test_a_damaged_or_unwritable_glyph_cache_is_not_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "GLYPH_COUNTS", {"train": 60, "test": 20})
     first = images.load("glyphs10", tmp_path, 32, CPU)
     (path,) = tmp_path.glob("glyphs10-train-60-*.pt")
@@ -213,7 +214,7 @@ def test_a_damaged_or_unwritable_glyph_cache_is_no_error(tmp_path, monkeypatch):
     assert images.load("glyphs10", blocked / "below", 32, CPU).digest == first.digest
 
 
-def test_glyphs_drawn_by_other_code_or_fonts_are_not_taken_from_the_cache(tmp_path, monkeypatch):
+def test_the_glyph_cache_of_other_code_or_fonts_is_not_used(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "GLYPH_COUNTS", {"train": 60, "test": 20})
     images.load("glyphs10", tmp_path, 32, CPU)
     before = set(tmp_path.glob("*.pt"))
@@ -243,7 +244,7 @@ def test_streamed_views_depend_only_on_seed_epoch_and_index(pictures):
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "another type", "another shape"])
-def test_a_damaged_decoded_file_is_named(damage, pictures, tmp_path, capsys):
+def test_a_damaged_image_cache_is_an_error(damage, pictures, tmp_path, capsys):
     data = copy_folder(pictures, tmp_path)
     folder = image_folder.open_folder(data / "train")
     pixels, _ = image_folder.load_cached(folder, "train", 32, data)
@@ -254,14 +255,16 @@ def test_a_damaged_decoded_file_is_named(damage, pictures, tmp_path, capsys):
         np.save(path, pixels.float().numpy() if damage == "another type" else pixels[1:].numpy())
     with pytest.raises(SystemExit) as end:
         image_folder.load_cached(folder, "train", 32, data)
-    assert end.value.code == 2 and "remove it, and the images are decoded again" in capsys.readouterr().err
+    assert end.value.code == 2 and "delete it to decode the images again" in capsys.readouterr().err
 
 
-def test_a_cache_that_cannot_be_written_is_named(pictures, tmp_path, capsys):
+def test_an_unwritable_image_cache_is_an_error(pictures, tmp_path, capsys):
     folder = image_folder.open_folder(pictures / "train")
     with pytest.raises(SystemExit) as end:
         image_folder.load_cached(folder, "train", 32, Path("/proc/none"))
-    assert end.value.code == 2 and "cannot be written to /proc/none" in capsys.readouterr().err
+    assert (
+        end.value.code == 2 and "error: --data /proc/none: image cache /proc/none/train-32-" in capsys.readouterr().err
+    )
 
 
 def test_partly_extracted_cifar_is_an_error(tmp_path, capsys):
@@ -280,7 +283,7 @@ def test_partly_extracted_cifar_is_an_error(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("served", [True, False])
-def test_the_error_for_a_failed_download_says_which_file_to_put_where(served, tmp_path, monkeypatch, capsys):
+def test_the_error_for_a_failed_download_names_the_archive_and_its_folder(served, tmp_path, monkeypatch, capsys):
     """The server returns a web page instead of the archive, or there is no server."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site/cifar-10-python.tar.gz").write_text("<html>please log in</html>")
@@ -306,6 +309,8 @@ def test_a_subset_is_fixed_and_equal_for_cached_and_streamed_images(pictures, tm
     subset, again = full.subset(10), images.load("folder", data, 32, CPU).subset(10)
     assert subset.examples == 10 and len(subset.test) == 10 and torch.equal(subset.train, again.train)
     assert set(subset.train_labels.tolist()) == {0, 1} and full.subset(1000).examples == 48
-    streamed = image_folder.StreamedImages(data, 32, 0, CPU).subset(10)
+    all_streamed = image_folder.StreamedImages(data, 32, 0, CPU)
+    streamed = all_streamed.subset(10)
+    assert all_streamed.examples == len(all_streamed.train) == 48  # subset returns a copy
     pixels, labels = next(streamed.batches("train"))
     assert streamed.examples == len(pixels) == 10 and torch.equal(labels, subset.train_labels)

@@ -1,4 +1,4 @@
-"""No input is ignored: a flag, file or folder that is given is used or refused, in one sentence and before any work."""
+"""No input is ignored: a flag, file or folder is used, or it is an error with a one-line message before training."""
 
 import json
 import shutil
@@ -23,10 +23,10 @@ from common import checkpoints, images
 PAPERS = {"simsiam": simsiam, "conmim": conmim, "cocord": cocord, "bsa": bsa, "seqvcr": seqvcr}
 
 
-def refused(capsys, function, *given) -> str:
-    """Return the one line of an error."""
+def error_line(capsys, function, *arguments) -> str:
+    """Return the error message of a call that exits with code 2."""
     with pytest.raises(SystemExit) as end:
-        function(*given)
+        function(*arguments)
     printed = capsys.readouterr().err
     assert end.value.code == 2 and printed.startswith("error: ") and printed.count("\n") == 1
     assert "Traceback" not in printed and "\x1b" not in printed
@@ -41,7 +41,7 @@ def matrix(rows: int = 60) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["emb.npy", "emb.NPY", "emb.Npz", "emb.SafeTensors"])
-def test_a_matrix_is_used_whatever_the_case_of_its_suffix(name, tmp_path):
+def test_matrix_suffixes_are_case_insensitive(name, tmp_path):
     path = tmp_path / name
     if name.lower().endswith("npy"):
         with open(path, "wb") as file:
@@ -58,44 +58,42 @@ def test_a_matrix_is_used_whatever_the_case_of_its_suffix(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["vec.csv", "vec.txt", "vec", "missing.parquet"])
-def test_a_matrix_of_another_format_is_refused(name, tmp_path, capsys):
+def test_a_matrix_of_another_format_is_an_error(name, tmp_path, capsys):
     if name != "missing.parquet":
         (tmp_path / name).write_text("1,2\n")
-    assert "give a matrix, a file ending in .npy" in refused(
-        capsys, bsa.train.parse_args, ["--data", str(tmp_path / name)]
-    )
+    assert "give a matrix file (.npy" in error_line(capsys, bsa.train.parse_args, ["--data", str(tmp_path / name)])
 
 
-def test_a_folder_with_a_matrix_that_is_not_read_is_refused(tmp_path, capsys):
+def test_a_folder_with_an_unused_matrix_is_an_error(tmp_path, capsys):
     np.save(tmp_path / "emb.npy", matrix())
-    assert "does not read" in refused(capsys, bsa.train.parse_args, ["--data", str(tmp_path)])
+    assert "does not read" in error_line(capsys, bsa.train.parse_args, ["--data", str(tmp_path)])
     (tmp_path / "emb.npy").rename(tmp_path / "train-32-0123456789ab.npy")  # a cache of this project
     np.save(tmp_path / "mesh-minilm.npy", matrix())
     assert bsa.train.parse_args(["--data", str(tmp_path)]).data_set == "planted"
 
 
-@pytest.mark.parametrize(("factor", "words"), [(1e22, "above 1e+15"), (1e-25, "have no number above 1e-15")])
-def test_numbers_whose_squares_leave_float32_are_refused(factor, words, tmp_path, capsys):
+@pytest.mark.parametrize(("factor", "words"), [(1e22, "above 1e+15"), (1e-25, "contain no absolute value above 1e-15")])
+def test_values_whose_squares_overflow_or_underflow_in_float32_are_an_error(factor, words, tmp_path, capsys):
     np.save(tmp_path / "emb.npy", factor * matrix())
-    assert words in refused(capsys, bsa.train.load_splits, "file", tmp_path / "emb.npy", torch.device("cpu"))
+    assert words in error_line(capsys, bsa.train.load_splits, "file", tmp_path / "emb.npy", torch.device("cpu"))
 
 
-def test_float64_numbers_beyond_float32_are_refused(tmp_path, capsys):
+def test_float64_values_above_the_float32_range_are_an_error(tmp_path, capsys):
     np.save(tmp_path / "emb.npy", 1e200 * matrix().astype(np.float64))
-    assert "above 1e+15" in refused(capsys, bsa.train.load_splits, "file", tmp_path / "emb.npy", torch.device("cpu"))
+    assert "above 1e+15" in error_line(capsys, bsa.train.load_splits, "file", tmp_path / "emb.npy", torch.device("cpu"))
 
 
 # ---------------------------------------------------------------------------------------------- image folders
 
 
 @pytest.mark.parametrize("paper", ["simsiam", "conmim", "cocord"])
-def test_an_image_folder_without_its_data_set_is_refused(paper, pictures, tmp_path, capsys):
+def test_an_image_folder_without_data_set_folder_is_an_error(paper, pictures, tmp_path, capsys):
     data = tmp_path / "photos"
     shutil.copytree(pictures, data)
     before = sorted(data.rglob("*"))
     flags = ["--teacher", "none", "--lambda-contrast", "0", "--lambda-kd", "0"] if paper == "cocord" else []
     argv = ["--data", str(data), "--out", str(tmp_path / "run"), "--device", "cpu", *flags]
-    assert "add --data-set folder" in refused(capsys, PAPERS[paper].train.main, argv)
+    assert "add --data-set folder" in error_line(capsys, PAPERS[paper].train.main, argv)
     assert sorted(data.rglob("*")) == before and not (tmp_path / "run/args.json").exists()
 
 
@@ -103,22 +101,22 @@ def test_an_image_folder_without_its_data_set_is_refused(paper, pictures, tmp_pa
 
 
 @pytest.mark.parametrize("paper", PAPERS)
-def test_an_infinite_learning_rate_is_refused(paper, capsys):
+def test_an_infinite_learning_rate_is_an_error(paper, capsys):
     argv = ["--lr", "1e200", "--lr-factor", "1e200"]
-    assert "too large" in refused(capsys, PAPERS[paper].train.parse_args, argv)
+    assert "too large" in error_line(capsys, PAPERS[paper].train.parse_args, argv)
 
 
 # ---------------------------------------------------------------------------------------------- Seq-VCR
 
 
-def test_a_file_of_rows_under_the_wrong_flag_is_refused(tmp_path, capsys):
+def test_a_file_of_rows_as_data_is_an_error(tmp_path, capsys):
     (tmp_path / "rows.txt").write_text("1 2||3 4 #### 1\n")
-    assert "as --data-file" in refused(capsys, seqvcr.train.parse_args, ["--data", str(tmp_path / "rows.txt")])
+    assert "as --data-file" in error_line(capsys, seqvcr.train.parse_args, ["--data", str(tmp_path / "rows.txt")])
 
 
-def test_the_number_of_heads_must_be_gpt2s(tmp_path, capsys):
+def test_gpt2_requires_its_number_of_heads(tmp_path, capsys):
     flags = ["--init-from", str(tmp_path / "model.safetensors"), "--width", "768", "--task", "multiplication"]
-    assert "has 12 heads" in refused(capsys, seqvcr.train.parse_args, [*flags, "--heads", "6"])
+    assert "give --width 768 --heads 12" in error_line(capsys, seqvcr.train.parse_args, [*flags, "--heads", "6"])
     assert seqvcr.train.parse_args([*flags, "--heads", "12"]).heads == 12
 
 
@@ -130,18 +128,18 @@ def arithmetic(tmp_path_factory) -> Path:
     return out
 
 
-def test_entropies_of_another_order_are_not_written_as_the_metrics(arithmetic, tmp_path):
+def test_entropies_of_another_order_are_written_to_another_file(arithmetic, tmp_path):
     shutil.copytree(arithmetic, tmp_path / "run")
     seqvcr.eval.main([str(tmp_path / "run"), "--alpha", "2"])
     assert (tmp_path / "run/metrics-alpha-2.json").exists() and not (tmp_path / "run/metrics.json").exists()
 
 
-def test_a_data_file_for_a_run_of_generated_rows_is_refused(arithmetic, tmp_path, capsys):
+def test_a_data_file_for_a_run_on_generated_rows_is_an_error(arithmetic, tmp_path, capsys):
     argv = [str(arithmetic), "--data-file", str(tmp_path / "rows.txt")]
-    assert "were generated" in refused(capsys, seqvcr.eval.main, argv)
+    assert "were generated" in error_line(capsys, seqvcr.eval.main, argv)
 
 
-def test_a_run_is_evaluated_with_its_data_file_at_another_place(tmp_path, capsys):
+def test_a_run_is_evaluated_after_its_data_file_has_moved(tmp_path, capsys):
     lines = []
     for a in range(10, 60):
         for b in (11, 47):
@@ -151,7 +149,7 @@ def test_a_run_is_evaluated_with_its_data_file_at_another_place(tmp_path, capsys
     flags = ["--data-file", str(tmp_path / "rows.txt"), "--size", "2", "--rehearse", "1", "--batch", "32"]
     seqvcr.train.main([*flags, "--out", str(tmp_path / "run"), "--device", "cpu", "--width", "16"])
     (tmp_path / "rows.txt").rename(tmp_path / "moved.txt")
-    assert "no such file" in refused(capsys, seqvcr.eval.main, [str(tmp_path / "run")]).lower()
+    assert "does not exist" in error_line(capsys, seqvcr.eval.main, [str(tmp_path / "run")])
     seqvcr.eval.main([str(tmp_path / "run"), "--data-file", str(tmp_path / "moved.txt")])
     assert (tmp_path / "run/metrics.json").exists()
 
@@ -159,60 +157,62 @@ def test_a_run_is_evaluated_with_its_data_file_at_another_place(tmp_path, capsys
 # ---------------------------------------------------------------------------------------------- teachers
 
 
-def test_a_teacher_is_judged_by_cifar100s_table_on_cifar100_alone(tmp_path):
+def test_teacher_accuracy_is_compared_with_the_table_only_on_cifar100(tmp_path):
     torch.save(net.build("resnet20", 100).state_dict(), tmp_path / "x.pth")
     flags = ["--teacher", "resnet20", "--student", "resnet8", "--weights", str(tmp_path / "x.pth")]
     args = cocord.train.parse_args([*flags, "--data-set", "folder"])
     pixels = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
     labels, channel = torch.zeros(8, dtype=torch.int64), torch.full((3, 1, 1), 0.5)
     data = images.Images(pixels, labels, pixels, labels, 100, channel, channel, "")
-    assert cocord.train.load_teacher(args, data).digest  # a set of 100 classes of one's own
+    assert cocord.train.load_teacher(args, data).digest  # another data set with 100 classes
 
 
-def test_a_teacher_with_nan_weights_is_refused_and_the_student_is_not_blamed(tmp_path, capsys):
+def test_a_teacher_with_nan_weights_is_an_error_before_training(tmp_path, capsys):
     state = net.build("resnet8", 10).state_dict()
     state["conv1.weight"][0] = float("nan")
     torch.save({"model": state}, tmp_path / "x.pth")
-    assert "conv1.weight holds a number that is NaN" in refused(capsys, net.load, "resnet8", 10, tmp_path / "x.pth")
+    assert "conv1.weight contains NaN" in error_line(capsys, net.load, "resnet8", 10, tmp_path / "x.pth")
 
 
 @pytest.mark.parametrize("value", [{"top1": 71}, [71.0], float("nan"), 7100])
-def test_a_recorded_accuracy_that_is_no_number_is_refused(value, tmp_path, capsys):
+def test_an_invalid_recorded_accuracy_is_an_error(value, tmp_path, capsys):
     torch.save({"model": net.build("resnet8", 10).state_dict(), "accuracy": value}, tmp_path / "x.pth")
-    assert "accuracy" in refused(capsys, net.load, "resnet8", 10, tmp_path / "x.pth")
+    assert "accuracy" in error_line(capsys, net.load, "resnet8", 10, tmp_path / "x.pth")
 
 
-def test_a_recorded_accuracy_below_one_is_a_share(tmp_path):
+def test_a_recorded_accuracy_below_1_is_a_fraction(tmp_path):
     torch.save({"model": net.build("resnet8", 10).state_dict(), "accuracy": 0.71}, tmp_path / "x.pth")
     assert net.load("resnet8", 10, tmp_path / "x.pth")[1] == pytest.approx(71)
 
 
-# ---------------------------------------------------------------------------------------------- official weights
+# ---------------------------------------------------------------------------------------------- authors' checkpoints
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_official_files_of_both_formats_of_torch_are_read(legacy, tmp_path):
+def test_authors_checkpoints_are_read_in_both_formats_of_torch(legacy, tmp_path):
     model = simsiam.train.build_model(simsiam.train.parse_args(["--network", "resnet18"]), torch.device("cpu"))
     state = {f"module.encoder.{name}": tensor for name, tensor in model.backbone.state_dict().items()}
     path = tmp_path / "checkpoint.pth.tar"
     torch.save({"epoch": 100, "state_dict": state}, path, _use_new_zipfile_serialization=not legacy)
-    assert set(simsiam.eval.official_weights(path)["backbone"]) == set(model.backbone.state_dict())
+    assert set(simsiam.eval.read_authors_checkpoint(path)["backbone"]) == set(model.backbone.state_dict())
     torch.save({"model": {"patch_embed.proj.weight": torch.ones(1)}}, path, _use_new_zipfile_serialization=not legacy)
-    assert set(conmim.eval.official_weights(path)) == {"patch_embed.proj.weight"}
+    assert set(conmim.eval.read_authors_checkpoint(path)) == {"patch_embed.proj.weight"}
 
 
-@pytest.mark.parametrize("read", [simsiam.eval.official_weights, conmim.eval.official_weights, seqvcr.net.read_gpt2])
+@pytest.mark.parametrize(
+    "read", [simsiam.eval.read_authors_checkpoint, conmim.eval.read_authors_checkpoint, seqvcr.net.read_gpt2]
+)
 @pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, {"wte.weight": torch.full((2, 2), float("nan"))}])
-def test_files_without_the_weights_are_refused_by_all_readers(read, content, tmp_path, capsys):
+def test_files_without_the_weights_are_an_error_in_all_readers(read, content, tmp_path, capsys):
     torch.save(content, tmp_path / "x.bin")
-    refused(capsys, read, tmp_path / "x.bin")
+    error_line(capsys, read, tmp_path / "x.bin")
 
 
 # ---------------------------------------------------------------------------------------------- logs
 
 
-def test_the_untrained_baseline_is_never_a_later_epochs(pictures, tmp_path, capsys):
-    """Kill a run, damage its log, resume and evaluate: the baseline is epoch 0's, or the evaluation stops."""
+def test_the_untrained_baseline_is_always_epoch_0(pictures, tmp_path, capsys):
+    """If the line of epoch 0 is missing from the log, the evaluation is an error."""
     from conftest import tiny
 
     out = tmp_path / "run"
@@ -222,11 +222,11 @@ def test_the_untrained_baseline_is_never_a_later_epochs(pictures, tmp_path, caps
     expected = json.loads((out / "metrics.json").read_text())["untrained_knn_accuracy"]
     assert json.loads(log[0])["knn_accuracy"] == expected
     (out / "train.jsonl").write_text("".join(log[1:]))
-    assert "epochs are missing" in refused(capsys, simsiam.eval.main, [str(out)])
+    assert "epochs are missing" in error_line(capsys, simsiam.eval.main, [str(out)])
 
 
-def test_a_state_of_an_evaluation_of_other_data_is_not_resumed(tmp_path):
-    """With --weights nothing else ties an interrupted evaluation to its data."""
+def test_the_state_of_an_evaluation_on_other_data_is_not_resumed(tmp_path):
+    """With --weights, only the identity links an interrupted evaluation to its data."""
     settings = [{"labels": 24}.items(), False, "digest of the data"]
     features = conmim.eval.Features(
         conmim.train.build_model(conmim.train.parse_args([]), torch.device("cpu")).online.vit
@@ -235,4 +235,4 @@ def test_a_state_of_an_evaluation_of_other_data_is_not_resumed(tmp_path):
     assert len(names) == 2
     checkpoints.save(tmp_path / "eval_state.pt", {"identity": min(names), "finished": {"finetune_accuracy": 1.0}})
     device = torch.device("cpu")
-    assert conmim.eval.Progress(tmp_path / "eval_state.pt", max(names), device).finished == {}
+    assert conmim.eval.EvaluationState(tmp_path / "eval_state.pt", max(names), device).finished == {}

@@ -133,9 +133,9 @@ def test_a_study_runs_seed_by_seed_and_then_is_up_to_date(repo):
     code, calls, _ = repo.make("simsiam-predictor", "SEEDS=0 1")
     arms = ["base", "no-predictor", "frozen-predictor"]
     assert code == 0 and runs(calls) == runs(calls, "eval") == [f"{arm}/{seed}" for seed in (0, 1) for arm in arms]
-    drawn = [number for number, call in enumerate(calls) if "plot.py" in call]
+    drawn = [index for index, call in enumerate(calls) if "plot.py" in call]
     assert len(drawn) == 2 and calls[-1].startswith("-m common.study.page")
-    assert drawn[0] < next(number for number, call in enumerate(calls) if "base/1" in call)
+    assert drawn[0] < next(index for index, call in enumerate(calls) if "base/1" in call)
     assert repo.make("simsiam-predictor", "SEEDS=0 1")[:2] == (0, [])
     assert runs(repo.make("simsiam-predictor", "SEEDS=0 1 2")[1]) == [f"{arm}/2" for arm in arms]
 
@@ -144,7 +144,7 @@ def test_other_seeds_redraw_the_study_without_new_runs(repo):
     repo.make("simsiam-predictor", "SEEDS=0 1 2")
     code, calls, _ = repo.make("simsiam-predictor", "SEEDS=0 1")
     assert code == 0 and runs(calls) == runs(calls, "eval") == [] and "--seeds 0 1 --results" in calls[-2]
-    repo.edit('Arm("frozen-predictor", "--predictor frozen", against="base"),', "")
+    repo.edit('Arm("frozen-predictor", "--predictor frozen", reference="base"),', "")
     _, calls, _ = repo.make("simsiam-predictor", "SEEDS=0 1")
     assert runs(calls) == runs(calls, "eval") == [] and calls[0].startswith("simsiam/plot.py simsiam-predictor ")
 
@@ -155,7 +155,7 @@ def test_two_studies_in_one_command_share_their_runs(repo):
 
 
 def test_making_one_study_does_not_touch_the_others(repo):
-    """Even if another study has changed flags, a deleted run or other seeds in the report, or if DATA differs."""
+    """This also holds if another study has changed flags, a deleted run or other seeds, or if DATA differs."""
     repo.make("simsiam", "SEEDS=0 1")
     shutil.rmtree(repo.folder / "runs/demo/simsiam/narrow")
     code, calls, _ = repo.make("simsiam-predictor", "SEEDS=0", "EXTRA=--epochs 3")
@@ -219,7 +219,7 @@ def test_teachers_are_trained_in_parallel(repo):
 def test_a_parallel_make_runs_everything_once_and_seed_by_seed(repo):
     code, calls, _ = repo.make("simsiam", "SEEDS=0 1", "-j4")
     assert code == 0 and len(runs(calls)) == len(set(runs(calls))) == 18
-    second = next(number for number, call in enumerate(calls) if "--seed 1" in call)
+    second = next(index for index, call in enumerate(calls) if "--seed 1" in call)
     assert (
         sum("eval.py" in call for call in calls[:second]) == 9
         and sum("plot.py" in call for call in calls[:second]) == 4
@@ -245,7 +245,7 @@ def test_a_run_without_metrics_is_evaluated_again_and_nothing_else_runs(repo):
     assert code == 0 and runs(calls) == [] and runs(calls, "eval") == ["base/0"]
 
 
-def test_after_a_failed_run_make_fails_draws_the_page_and_with_k_continues(repo):
+def test_after_a_failed_run_make_exits_nonzero_and_still_draws_the_page_and_k_continues(repo):
     broken = {"BREAK": "runs/demo/simsiam/base/0"}
     code, calls, _ = repo.make("simsiam-predictor", "SEEDS=0", **broken)
     assert code != 0 and runs(calls) == ["base/0"] and calls[-1].startswith("-m common.study.page")
@@ -286,7 +286,7 @@ def test_the_generated_rules_are_a_readable_file(repo):
     assert f"{run}/model.pt: | $(venv)\n\t$(run) simsiam/train.py --scale demo --out {run} --seed 0 " in text
     assert f"{run}/metrics.json: {run}/model.pt\n\t$(run) simsiam/eval.py {run} " in text
     assert "\nruns/demo/report/.drawn/simsiam-predictor: " in text and "simsiam-predictor@1" not in text
-    assert repo.make("simsiam-predictor", "SEEDS=0", "-n")[2].count("rules: ") == 1  # inner makes do not print it again
+    assert repo.make("simsiam-predictor", "SEEDS=0", "-n")[2].count("rules: ") == 1  # sub-makes do not print it again
     assert "rules: " not in repo.make("simsiam-predictor", "SEEDS=0")[2]
     assert len(list(repo.folder.glob("runs/demo/rules-*.mk"))) == 1  # shared by all makes with these variables
 
@@ -300,8 +300,8 @@ def test_a_single_file_can_be_a_goal(repo):
 
 
 def test_folder_names_may_contain_spaces_and_special_characters(repo):
-    words = ["simsiam-stop-gradient", "SEEDS=0", "RUNS=my runs/a#1", "RESULTS=my $results", "DATA=my data", "SCALE=gpu",
-             "DEVICE=cpu"]  # fmt: skip
+    folders = ["RUNS=my runs/a#1", "RESULTS=my $results", "DATA=my data"]
+    words = ["simsiam-stop-gradient", "SEEDS=0", *folders, "SCALE=gpu", "DEVICE=cpu"]
     code, calls, printed = repo.make(*words)
     assert code == 0, printed
     assert calls[1] == "-m common.images cifar10 --data my data" and calls[2].endswith("--data my data --replace")
@@ -399,8 +399,8 @@ def test_if_drawing_a_study_fails_the_others_and_the_page_are_drawn(repo):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("seqvcr TASKS=9x9", "*** TASKS: there is no '9x9'"),
-        ("cocord PAIRS=vgg13", "PAIRS: 'vgg13' is not a pair"),
+        ("seqvcr TASKS=9x9", "*** invalid TASKS='9x9': give 2x2,"),
+        ("cocord PAIRS=vgg13", "invalid PAIRS='vgg13': give TEACHER-STUDENT"),
         ("simsiam PAPERS=simclr", "invalid PAPERS: no paper 'simclr'"),
         ("simsiam SCALE=small", "invalid SCALE=small: give demo, gpu or paper"),
         ("simsiam SEEDS=", "SEEDS is empty"),
@@ -432,14 +432,14 @@ def test_an_invalid_goal_or_variable_fails_before_anything_runs(repo, words, mes
         ('"no-predictor", "--predictor none"', '"base", "--predictor none"', "arm 'base' is declared twice"),
         ('"no-stop-gradient:base"', '"no-stop-gradeint:base"', "uses the undeclared arm 'no-stop-gradeint'"),
         ('"no-stop-gradient:base"', '"no-stop-gradient:bse"', "uses the undeclared arm 'bse'"),
-        ('"--predictor frozen", against="base"', '"--predictor frozen"', "invalid contrast 'frozen-predictor:'"),
+        ('"--predictor frozen", reference="base"', '"--predictor frozen"', "invalid contrast 'frozen-predictor:'"),
         ('"--predictor frozen"', '"--predictor none"', "'no-predictor' and 'frozen-predictor' have the same flags"),
         ('metric="knn_accuracy"', 'metric="kNN"', "uses the undeclared metric 'kNN'"),
         ('"untrained", "knn_accuracy"', '"untrained", "knn"', "uses the undeclared metric 'knn'"),
         ('beats_untrained("base")', 'beats_untrained("basis")', "uses the undeclared arm 'basis'"),
         ('"%", 1, "higher")', '"%", 1, "hihger")', "metric 'linear_accuracy': set better to"),
         ('"kNN accuracy", "%", 1, "higher"', '"kNN accuracy", "%"', "metric 'knn_accuracy' must declare better="),
-        ('"gradient_leak"', '"gradient_leek"', "sweeps 'gradient_leek', but no flag of its arms sets it"),
+        ('"gradient_leak"', '"gradient_leek"', "no arm has --gradient-leek: add it to the flags"),
         ('["knn_accuracy", "std_ratio"]', '["knn_accuracy", "std"]', "uses the undeclared metric 'std'"),
         ('"simsiam-projector"', '"simsiam-predictor"', "study 'simsiam-predictor' is declared twice"),
         ('"simsiam-projector"', '"projector"', "invalid study name 'projector': start with 'simsiam-'"),
@@ -449,7 +449,11 @@ def test_an_invalid_goal_or_variable_fails_before_anything_runs(repo, words, mes
             '="untrained_knn_acuracy")',
             "the undeclared baseline 'untrained_knn_acuracy'",
         ),
-        ('must_beat=[beats_untrained("base")]', "must_beat=[]", "declare a baseline that base must beat"),
+        (
+            'must_beat=[beats_untrained("base")]',
+            "must_beat=[]",
+            "contrast no-stop-gradient:base has no baseline: add MustBeat(",
+        ),
         ("seeds=(0, 1, 2)", "seeds=()", "seeds are distinct non-negative integers"),
         ('"no-predictor", "--p', '"predictor=none", "--p', "invalid arm name 'predictor=none'"),
         ('["knn_accuracy", "linear_accuracy",', '["linear_accuracy",', "add its primary metric 'knn_accuracy' to"),
@@ -554,7 +558,7 @@ def test_primary_runs_the_primary_contrasts_and_their_baselines(repo):
 
 
 def test_another_data_matrix_retrains_the_runs(repo):
-    """The content counts and not the place: a moved matrix is the same, a changed one is another."""
+    """A matrix file is identified by its content: a moved file keeps the runs, a changed file does not."""
     study, count = "bsa-alignment-loss", 4
     trained = []
     for data, content in (("a.npy", "1"), ("a.npy", "1"), ("moved.NPY", "1"), ("moved.NPY", "2"), ("b.npy", "1")):
@@ -576,7 +580,7 @@ def test_demo_runs_the_primary_contrasts_with_one_seed_on_the_cpu(repo):
     assert {run.split("/")[1] for run in runs(calls)} == {"0"}
     drawn = [call.split()[1] for call in calls if call.split()[0].endswith("plot.py")]
     assert len(drawn) == len(set(drawn)) == 12 and "--results runs/demo/report " in calls[-1]
-    first = next(place for place, call in enumerate(calls) if "plot.py" in call)
+    first = next(index for index, call in enumerate(calls) if "plot.py" in call)
     assert not any("train.py" in call and not call.startswith("simsiam/") for call in calls[:first])
 
 
@@ -597,16 +601,16 @@ def test_robustness_and_curves_run_three_seeds(repo):
     assert {call.split()[1] for call in drawn} == {"bsa-robustness", "cocord-robustness"}
     page = next(call for call in calls if "study.page" in call)
     assert page.split(" --extras ")[1].split()[:2] == ["bsa-robustness", "cocord-robustness"]
-    for place, call in enumerate(calls):  # all rates share a teacher, which is trained first
+    for index, call in enumerate(calls):  # all rates share a teacher, which is trained first
         if "cocord/train.py" in call and "@third" in call and "--weights" in call:
             weights = Path(call.split("--weights ")[1].split()[0])
-            assert any(f"--out {weights.parent} " in one for one in calls[:place])
+            assert any(f"--out {weights.parent} " in earlier for earlier in calls[:index])
     assert repo.make("robustness", "PAPERS=bsa cocord")[:2] == (0, [])
     code, calls, _ = repo.make("curves", "PAPERS=bsa", "SEEDS=0")
     assert code == 0 and len([call for call in calls if "train.py" in call]) == 4  # base and no-alignment exist already
 
 
-ONE_EDIT = """            study(
+NEW_STUDY = """            study(
                 "simsiam-head",
                 "Is a projector without a predictor worth anything?",
                 ["no-predictor:no-projector"],
@@ -616,8 +620,8 @@ ONE_EDIT = """            study(
 
 
 def test_a_study_is_added_by_one_edit(repo):
-    place = '            study("simsiam-projector"'
-    repo.edit(place, ONE_EDIT + place)
+    next_study = '            study("simsiam-projector"'
+    repo.edit(next_study, NEW_STUDY + next_study)
     code, calls, _ = repo.make("simsiam-head", "SEEDS=0")
     assert code == 0 and runs(calls) == ["no-projector/0", "no-predictor/0"]
     assert "simsiam/plot.py simsiam-head " in " ".join(calls) and " simsiam-head " in calls[-1]
@@ -636,11 +640,11 @@ def test_teachers_are_trained_first_and_once_and_ignore_extra(repo):
     teachers = [call for call in calls if "teacher.py" in call]
     assert code == 0 and len(teachers) == len(set(teachers)) == 3, printed
     assert not any("--queue" in call for call in teachers) and all("--seed 0" in call for call in teachers)
-    for place, call in enumerate(calls):
+    for index, call in enumerate(calls):
         if "cocord/train.py" in call and "--weights" in call:
             weights = Path(call.split("--weights ")[1].split()[0])
             assert weights.parts[3] == f"teacher@{call.split('--teacher ')[1].split()[0]}"
-            assert any(f"--out {weights.parent} " in one for one in calls[:place])
+            assert any(f"--out {weights.parent} " in earlier for earlier in calls[:index])
     assert sum("--teacher none" in call for call in calls if "train.py" in call) == 2
     assert repo.make("cocord-teacher-momentum", "SEEDS=0 1", "EXTRA=--queue 64")[:2] == (0, [])
 

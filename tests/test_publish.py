@@ -16,12 +16,12 @@ STUDIES = """
 from common.study.design import Arm, Design, Metric, MustBeat, Study
 METRICS = {"knn": Metric("kNN accuracy", "%", 1, "higher")}
 def design(scale, settings):
-    guards = [MustBeat("base", "untrained", "knn", "untrained")]
-    arm = Arm("arm", "--leak 1", against="base")
-    extra = Arm("more", "--leak 2", against="base")
+    must_beat = [MustBeat("base", "untrained", "knn", "untrained")]
+    arm = Arm("arm", "--leak 1", reference="base")
+    extra = Arm("more", "--leak 2", reference="base")
     return Design("toy", "Toy", METRICS, [
-        Study("toy-arm", "What does it do?", [arm], "knn", must_beat=guards, seeds=(0, 1)),
-        Study("toy-more", "And more?", [extra], "knn", must_beat=guards, seeds=(0, 1), extra=True),
+        Study("toy-arm", "What does it do?", [arm], "knn", must_beat=must_beat, seeds=(0, 1)),
+        Study("toy-more", "And more?", [extra], "knn", must_beat=must_beat, seeds=(0, 1), extra=True),
     ], arms=[Arm("base")], baselines=["untrained"])
 """
 PLOT = """
@@ -117,7 +117,7 @@ def test_outdated_figures_of_published_studies_are_deleted(clone):
 
 
 def test_publish_redraws_the_study_as_declared(clone):
-    """The report itself may show other seeds or hold outdated figures."""
+    """The report itself may show other seeds or contain outdated figures."""
     draw("toy-arm", "0")
     report = clone / "runs/demo/report"
     (report / "toy-arm-old.png").write_bytes(b"")

@@ -66,7 +66,7 @@ def test_two_ranks_measure_as_one_rank_and_their_run_does_not_resume_on_one(pict
     (out / "model.pt").unlink()
     with pytest.raises(SystemExit) as end:
         train.main(tiny(out, pictures))
-    assert end.value.code == 2 and "began elsewhere (world 2 -> 1)" in capsys.readouterr().err
+    assert end.value.code == 2 and "was started in another environment (world 2 -> 1)" in capsys.readouterr().err
 
 
 def test_paper_scale_runs_under_make_and_torchrun(pictures, tmp_path):

@@ -63,9 +63,9 @@ def grid(root, **arms):
             run(root, arm.replace("_", "-"), seed, knn, UNTRAINED[seed % 5])
 
 
-def summarise(root, seeds=5, rule=None, **changes):
+def summarise(root, seeds=5, remark_of=None, **changes):
     design = study(**changes)
-    return ABOUT | analysis.summarise(design, results.read_runs(root, design.arms, range(seeds)), METRICS, rule)
+    return ABOUT | analysis.summarise(design, results.read_runs(root, design.arms, range(seeds)), METRICS, remark_of)
 
 
 def test_numbers_equal_scipy(tmp_path):
@@ -157,8 +157,8 @@ def test_a_failed_baseline_of_another_reference_does_not_change_the_primary_verd
     for seed in range(5):
         for arm, knn in (("base", 60.0), ("arm", 40.0), ("other", 15.0)):
             run(tmp_path, arm, seed, knn + seed, untrained=15.0 + seed)
-    guards = [MustBeat(arm, "untrained", "knn", baseline_metric="untrained_knn") for arm in ("base", "other")]
-    summary = summarise(tmp_path, contrasts=["arm:base", "arm:other"], must_beat=guards)
+    must_beat = [MustBeat(arm, "untrained", "knn", baseline_metric="untrained_knn") for arm in ("base", "other")]
+    summary = summarise(tmp_path, contrasts=["arm:base", "arm:other"], must_beat=must_beat)
     assert [baseline["passed"] for baseline in summary["controls"]] == [True, False]
     assert summary["verdict"] == "lower" and not summary["finding"].startswith("Not informative")
     assert "Contrasts with other are not informative" in summary["finding"]
@@ -170,8 +170,8 @@ def test_the_baseline_of_a_contrasts_arm_takes_precedence_over_those_of_its_sett
     for seed in range(5):
         for arm, knn in (("base", 60.0), ("high", 80.0), ("low", 15.0)):
             run(tmp_path, arm, seed, knn + seed, untrained=15.0 + seed)
-    guards = [MustBeat(arm, "chance", "knn", baseline_metric="untrained_knn") for arm in ("low", "high")]
-    summary = summarise(tmp_path, contrasts=["high:base", "low:base"], primary=2, must_beat=guards)
+    must_beat = [MustBeat(arm, "chance", "knn", baseline_metric="untrained_knn") for arm in ("low", "high")]
+    summary = summarise(tmp_path, contrasts=["high:base", "low:base"], primary=2, must_beat=must_beat)
     assert summary["verdict"] == "high: higher; low: not informative at this scale"
 
 
@@ -184,8 +184,8 @@ def test_baselines_by_arm_direction_and_setting(tmp_path):
     assert (summary["controls"][0]["passed"], summary["counted"]) == (False, False)
     for setting, accuracies in {"a": BASE, "b": UNTRAINED[::-1]}.items():  # base learns only in setting a
         grid(tmp_path, **{f"base@{setting}": accuracies, f"arm@{setting}": ARM})
-    guards = [MustBeat(f"base@{setting}", "untrained", "knn", "untrained_knn") for setting in "ab"]
-    both = summarise(tmp_path, contrasts=["arm@a:base@a", "arm@b:base@b"], primary=2, must_beat=guards)
+    must_beat = [MustBeat(f"base@{setting}", "untrained", "knn", "untrained_knn") for setting in "ab"]
+    both = summarise(tmp_path, contrasts=["arm@a:base@a", "arm@b:base@b"], primary=2, must_beat=must_beat)
     assert both["verdict"] == "arm@a: lower; arm@b: not informative at this scale" and both["counted"]
 
 
@@ -201,7 +201,9 @@ def test_no_difference_requires_a_margin(tmp_path):
     wide = summarise(tmp_path, margin=4.0)
     assert (wide["verdict"], wide["counted"]) == ("no difference", True)
     assert "no difference between arm and base within 4.0 points" in wide["finding"]
-    assert {one["word"] for one in wide["all_contrasts"] if one["metric"] == "spread"} == {"not resolved at n = 5"}
+    assert {contrast["word"] for contrast in wide["all_contrasts"] if contrast["metric"] == "spread"} == {
+        "not resolved at n = 5"
+    }
 
 
 def test_one_seed_gives_values_but_no_interval(tmp_path):
@@ -218,25 +220,26 @@ def test_one_seed_gives_values_but_no_interval(tmp_path):
 
 def test_a_metric_with_judged_false_gets_no_verdict(tmp_path):
     grid(tmp_path, base=BASE, arm=ARM)
-    assert {one["word"] for one in summarise(tmp_path)["all_contrasts"] if one["metric"] == "loss"} == {"not judged"}
+    contrasts = summarise(tmp_path)["all_contrasts"]
+    assert {contrast["word"] for contrast in contrasts if contrast["metric"] == "loss"} == {"not judged"}
 
 
-def test_the_rule_gets_finished_seeds_and_its_remark_appears_in_the_finding(tmp_path):
+def test_remark_of_gets_only_finished_seeds_and_the_finding_contains_its_remark(tmp_path):
     grid(tmp_path, base=BASE, arm=[*ARM[:4], None], other=ARM)
     seeds_per_call = []
 
-    def rule(metrics):
+    def remark_of(metrics):
         seeds_per_call.append(len(metrics))
         return "collapsed in every seed" if all(seed["knn"] < 15 for seed in metrics) else None
 
-    summary = summarise(tmp_path, rule=rule, contrasts=["arm:base", "other:base"])
+    summary = summarise(tmp_path, remark_of=remark_of, contrasts=["arm:base", "other:base"])
     assert seeds_per_call == [5, 4, 5]
     assert [row["word"] for row in summary["rows"]] == [None, *["collapsed in every seed"] * 2]
     assert "arm collapsed in every seed" in summary["finding"]
     assert re.search(r"\(descriptive\): other:base lower \(-50\.6, -\d+\.\d to -\d+\.\d\)\.$", summary["finding"])
 
 
-def test_json_csv_and_markdown_hold_the_same_numbers(tmp_path):
+def test_json_csv_and_markdown_contain_the_same_numbers(tmp_path):
     grid(tmp_path, base=BASE, arm=ARM)
     summary = summarise(tmp_path)
     tables.write_tables(summary, tmp_path)
@@ -253,8 +256,8 @@ def test_json_csv_and_markdown_hold_the_same_numbers(tmp_path):
 
 
 def test_numbers_are_never_shown_as_negative_zero():
-    assert tables.number(-0.04, vars(METRICS["knn"])) == "0.0"
-    assert tables.number(None, vars(METRICS["knn"])) == "–"
+    assert tables.format_number(-0.04, vars(METRICS["knn"])) == "0.0"
+    assert tables.format_number(None, vars(METRICS["knn"])) == "–"
 
 
 @pytest.fixture(scope="module")

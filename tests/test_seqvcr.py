@@ -337,10 +337,11 @@ def damaged(arrays: dict[str, np.ndarray], damage: str) -> dict[str, np.ndarray]
 
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [("untied head", "not tied"), ("no embedding", "no wte.weight"), ("transposed", "h.0.mlp.c_fc.weight"),
-     ("too many tokens", "12 tokens instead of 11"), ("missing tensor", "h.1.ln_2.bias")],
+    [("untied head", "not tied"), ("no embedding", "no wte.weight): give Hugging Face"),
+     ("transposed", "h.0.mlp.c_fc.weight"), ("too many tokens", "12 tokens instead of 11"),
+     ("missing tensor", "h.1.ln_2.bias")],
 )  # fmt: skip
-def test_a_file_with_other_tensors_than_gpt2_is_refused(damage, message, tmp_path, capsys):
+def test_a_file_with_other_tensors_than_gpt2_exits_with_code_2(damage, message, tmp_path, capsys):
     path = tmp_path / "model.safetensors"
     arrays = damaged(gpt2_arrays(), damage)
     write_safetensors(path, {name: np.ascontiguousarray(array) for name, array in arrays.items()})
@@ -381,7 +382,7 @@ def test_symbols_map_to_gpt2_tokens_followed_by_the_pause_tokens():
 
 
 def test_teacher_forced_equals_greedy_exact_match():
-    """A network that is right on some rows: trained for 60 steps on 40 rows."""
+    """The network is trained for 60 steps on 40 rows, so that some of its answers are correct."""
     model, rows = network(width=32)[0].gpt, some_rows(40)
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for _ in range(60):
@@ -420,7 +421,7 @@ def test_no_two_arms_resolve_to_equal_arguments(scale):
 
 @pytest.mark.parametrize(("scale", "settings"), [("demo", ("2x2", "2x2-128")), ("gpu", ("4x4", "arithmetic")),
                                                  ("paper", ("5x5", "4x4"))])  # fmt: skip
-def test_six_pairs_of_coefficients_in_both_settings_and_four_projection_widths(scale, settings):
+def test_the_studies_have_six_coefficient_pairs_per_setting_and_four_projection_widths(scale, settings):
     arms, studies = DESIGNS[scale]
     pairs = {(0.5, 0.002), (1, 0.004), (2, 0.008), (0.05, 0.25), (0.1, 0.5), (0.2, 1)}
     compared = [contrast.split(":")[0] for contrast in studies["seqvcr-coefficients"]]
@@ -438,7 +439,7 @@ def test_six_pairs_of_coefficients_in_both_settings_and_four_projection_widths(s
     assert studies["seqvcr-projection-width"][0] == f"width-4096@{settings[0]}:width-512@{settings[0]}"
 
 
-def test_every_flag_is_read():
+def test_all_flags_are_used():
     source = (ROOT / "seqvcr/train.py").read_text()
     read = set(re.findall(r"args\.(\w+)", source[source.index("class SeqVCR") :]))  # parse_args is above it
     assert read | {"data"} >= set(vars(train.parse_args([])))
@@ -449,20 +450,20 @@ def test_every_flag_is_read():
     [
         (["--layer", "3"], "invalid --layer '3' with --layers 2: give 0 to 2, or last"),
         (["--layer", "first"], "invalid --layer 'first'"),
-        (["--width", "65"], "multiple of --heads 4"),
-        (["--batch", "100"], "multiple of --covariance-batch 32"),
+        (["--width", "65"], "multiple of --heads 4: give --heads 1"),
+        (["--batch", "100"], "multiple of --covariance-batch 32: change --batch"),
         (["--batch", "1"], "less than 2"),
         (["--size", "10"], "invalid --size 10 for --task multiplication: give 1 to 9"),
         (["--task", "lis", "--size", "1"], "give 2 to 200"),
-        (["--task", "arithmetic", "--data-file", "x"], "for --task multiplication, not for arithmetic"),
-        (["--task", "lis", "--init-from", "x"], "for --task multiplication, not for lis"),
-        (["--data-file", "nowhere.txt"], "--data-file nowhere.txt cannot be read"),
+        (["--task", "arithmetic", "--data-file", "x"], "--data-file requires --task multiplication, not arithmetic"),
+        (["--task", "lis", "--init-from", "x"], "--init-from requires --task multiplication, not lis"),
+        (["--data-file", "nowhere.txt"], "--data-file nowhere.txt does not exist: give"),
         (["--data-file", "x", "--train-size", "stream"], "drop --train-size stream"),
-        (["--init-from", "nowhere.bin", "--heads", "1"], "--init-from nowhere.bin cannot be read (No such file"),
+        (["--init-from", "nowhere.bin", "--heads", "1"], "--init-from nowhere.bin does not exist: give"),
         (["--scale", "paper", "--device", "cpu"], "--init-from model.safetensors"),
         (["--train-size", "some"], "--train-size"),
-        (["--train-size", "64"], "--batch 128 is larger than the training set of 64 rows"),
-        (["--lambda1", "nan"], "not between"),
+        (["--train-size", "64"], "--batch 128 is larger than the training set (64 examples): give at most 64"),
+        (["--lambda1", "nan"], "nan is not a finite number >= 0"),
         (["--scale", "gpu"], "--scale demo"),
     ],
 )
@@ -496,7 +497,7 @@ def test_all_arms_end_with_different_weights(finished):
         assert not torch.equal(weights[arm], weights[other]), (arm, other)
 
 
-def test_arms_with_one_seed_have_equal_initial_weights_and_batches(monkeypatch, tmp_path):
+def test_arms_with_equal_seeds_have_equal_initial_weights_and_batches(monkeypatch, tmp_path):
     by_arm = {}
     for arm in ("off@2x2", "base@2x2", "width-512@2x2", "0.1-0.5@2x2-128"):
         rows: list[torch.Tensor] = []
@@ -558,7 +559,7 @@ def test_metrics_equal_a_naive_evaluation_of_model_pt(finished):
 
 
 @pytest.mark.parametrize("flags", [[], ["--dropout", "0.2"], ["--train-size", "stream"]])
-def test_a_run_is_a_function_of_its_seed_and_resumes_exactly(flags, tmp_path, monkeypatch):
+def test_a_resumed_run_is_bit_identical_and_another_seed_gives_other_weights(flags, tmp_path, monkeypatch):
     train.main(tiny(tmp_path / "uninterrupted", *flags))
     saved, save = [], train.Run.save
 
@@ -594,7 +595,7 @@ def test_streamed_rows_are_new_at_each_step(tmp_path, monkeypatch):
     evaluate.main([str(tmp_path / "run")])
 
 
-def test_each_pass_has_all_rows_once_in_a_new_order():
+def test_each_pass_over_the_data_yields_all_rows_once_in_a_new_order():
     args, task = argparse.Namespace(train_size=18, batch=4, seed=0), tasks.build_task("multiplication", 2)
 
     def batches(count: int, start: int, stop: int) -> torch.Tensor:
@@ -689,19 +690,19 @@ def test_paper_scale_fine_tunes_gpt2(arm, gpt2, no_checkpoints, tmp_path, monkey
     evaluate.main([str(tmp_path / "run"), "--show", "2"])
 
 
-def test_training_from_a_data_file_and_evaluation_with_another_file_is_refused(tmp_path, capsys):
+def test_training_from_a_data_file_and_evaluation_with_a_changed_file_exits_with_code_2(tmp_path, capsys):
     lines = [tasks.published_line(a, b, 2) for a in range(10, 60) for b in range(10, 50)]
     (tmp_path / "train.txt").write_text("\n".join(lines) + "\n")
     flags = ["--data-file", str(tmp_path / "train.txt"), "--train-size", "2000"]
     train.main(tiny(tmp_path / "run", *flags))
     evaluate.main([str(tmp_path / "run"), "--show", "3"])
     printed = capsys.readouterr().out
-    assert "2000 distinct rows" in printed and "of validation or test" in printed
+    assert "2000 distinct rows" in printed and "belong to the validation or test split" in printed
     assert len(re.findall(r"^\d\d \* \d\d = \d{4} ", printed, flags=re.M)) == 3
     (tmp_path / "train.txt").write_text("\n".join(lines[:-1]) + "\n")
     with pytest.raises(SystemExit) as end:
         evaluate.main([str(tmp_path / "run")])
-    assert end.value.code == 2 and "other rows" in capsys.readouterr().err
+    assert end.value.code == 2 and "differ from the training data" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", ["", "{\n{}\n", '{"loss": 1}\n'])
@@ -710,7 +711,8 @@ def test_a_damaged_train_jsonl_exits_with_one_line(content, finished, tmp_path, 
     (tmp_path / "run/train.jsonl").write_text(content)
     with pytest.raises(SystemExit) as end:
         evaluate.main([str(tmp_path / "run")])
-    assert end.value.code == 2 and "train.jsonl is damaged" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert end.value.code == 2 and "train.jsonl" in printed and f"move {tmp_path / 'run'} away and train" in printed
 
 
 @pytest.mark.parametrize("arm", ["off@2x2", "base@2x2", "0.1-0.5@2x2-128", "last-batch-length@2x2", "layer-1@2x2"])

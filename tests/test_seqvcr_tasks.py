@@ -1,4 +1,4 @@
-"""Tasks of Seq-VCR: golden rows, the published format, values checked by independent code, a split without leakage."""
+"""Tasks of Seq-VCR: example rows, Deng et al.'s file format, values from independent code, splits without leakage."""
 
 import itertools
 import subprocess
@@ -74,10 +74,10 @@ def test_read_published_returns_the_distinct_pairs_of_a_file(tmp_path):
     ("text", "message"),
     [
         ("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 106656000\n", "Git LFS pointer"),
-        ("", "is empty"),
-        ("1 2 * 3 4||x #### 5 0 0 0\n", "line 1: wrong product 21 * 43 = 5"),
+        ("", "is empty: give a file with one problem per line"),
+        ("1 2 * 3 4||x #### 5 0 0 0\n", "line 1: wrong product 21 * 43 = 5: write digits"),
         (tasks.published_line(12, 34, 2) + "\n1 2 3 * 3 4 5||x #### 1 2 3 4 5 6\n", "line 2: expected"),
-        ("12 * 34 = 408\n", "line 1: expected"),
+        ("12 * 34 = 408\n", "set --size or correct the line"),
     ],
 )
 def test_a_malformed_data_file_exits_with_its_name_and_line(text, message, tmp_path, capsys):
@@ -87,7 +87,7 @@ def test_a_malformed_data_file_exits_with_its_name_and_line(text, message, tmp_p
     assert end.value.code == 2 and message in printed and "train.txt" in printed and printed.count("\n") == 1
 
 
-def test_lines_of_a_data_file_in_validation_or_test_are_dropped(tmp_path):
+def test_rows_of_a_data_file_in_the_validation_or_test_split_are_removed(tmp_path):
     task = tasks.build_task("multiplication", 2)
     lines = [tasks.published_line(a, b, 2) for a in range(10, 100) for b in range(10, 100)]
     path = write(tmp_path / "all.txt", "\n".join(lines))
@@ -233,7 +233,7 @@ def test_no_question_is_in_two_splits_even_with_swapped_factors(name, size):
     assert all(torch.equal(*pair) for pair in zip(data, again, strict=True))
 
 
-def test_the_key_of_an_expression_is_a_function_of_its_tokens_without_the_answer():
+def test_the_key_of_an_expression_depends_on_its_tokens_but_not_on_the_answer():
     task = tasks.build_task("arithmetic", 2)
     end = [PAD, PAD, EQUALS]
     rows = torch.tensor([[2, PLUS, 3, TIMES, 4, *end, 3], [2, PLUS, 3, TIMES, 4, *end, 9],
@@ -245,7 +245,7 @@ def test_the_key_of_an_expression_is_a_function_of_its_tokens_without_the_answer
 @pytest.mark.parametrize(
     ("name", "size"), [("multiplication", 2), ("multiplication", 4), ("arithmetic", 5), ("lis", 10)]
 )
-def test_a_stream_has_training_rows_only_and_new_ones_at_each_step(name, size):
+def test_a_stream_yields_only_training_rows_and_new_rows_at_each_step(name, size):
     task = tasks.build_task(name, size)
     rows = torch.cat([tasks.stream(task, 0, step, 256, "cpu") for step in range(8)])
     assert len(rows) == 2048 and (tasks.split_of(task, rows) == tasks.TRAIN).all()

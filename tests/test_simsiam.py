@@ -223,7 +223,7 @@ def test_every_flag_is_used():
         (["--device", "gpu"], "invalid --device 'gpu'"),
         (["--data-set", "cifar10", "--data", "nowhere"], "common.images cifar10"),
         (["--data-set", "folder", "--data", "nowhere"], "has no class folders"),
-        (["--batch", "6000"], "5000 training images"),
+        (["--batch", "6000"], "larger than the training set (5000 examples)"),
     ],
 )
 def test_usage_errors_are_one_line(flags, message, tmp_path, capsys):
@@ -286,11 +286,11 @@ class FakeStreamedImages:
     train = type("Folder", (), {"targets": [0] * 16})
     normalise = staticmethod(lambda images: images / 255)
 
-    def views(self, transform, views, order, seed, epoch):
+    def views(self, transform, n_views, order, seed, epoch):
         for rows in order:
-            yield [torch.zeros(len(rows), 3, 32, 32, dtype=torch.uint8, device="cuda") for _ in range(views)]
+            yield [torch.zeros(len(rows), 3, 32, 32, dtype=torch.uint8, device="cuda") for _ in range(n_views)]
 
-    def batches(self, part, rank=0, world=1):
+    def batches(self, split, rank=0, world=1):
         yield torch.zeros(8, 3, 32, 32, device="cuda"), torch.zeros(8, dtype=torch.int64, device="cuda")
 
 
@@ -469,7 +469,7 @@ def test_every_arm_trains_at_larger_scales(scale, pictures, no_checkpoints, tmp_
         (tmp_path / arm / "0/model.pt").unlink()
 
 
-def test_lars_probe_learns_and_official_names_load(pictures, no_checkpoints, tmp_path, monkeypatch, capsys):
+def test_lars_probe_learns_and_authors_checkpoint_is_read(pictures, no_checkpoints, tmp_path, monkeypatch, capsys):
     """Two epochs of the LARS probe on red versus blue images; then a checkpoint with the authors' parameter names."""
     out = tmp_path / "run"
     flags = ["--scale", "paper", "--data", str(pictures), "--size", "96", "--batch", "24", "--epochs", "1"]
@@ -480,18 +480,18 @@ def test_lars_probe_learns_and_official_names_load(pictures, no_checkpoints, tmp
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["linear_accuracy"] >= 50
     assert not (out / "eval_state.pt").exists()
-    official = {"epoch": 100, "arch": "resnet50", "state_dict": {}}
+    authors = {"epoch": 100, "arch": "resnet50", "state_dict": {}}
     for name, tensor in before.items():
         part, parameter = name.split(".", 1)
         prefix = {"backbone": "encoder.", "projector": "encoder.fc.", "predictor": "predictor."}[part]
-        official["state_dict"][f"module.{prefix}{parameter}"] = tensor
-    torch.save(official, tmp_path / "official.pth.tar")
-    states = evaluate.official_weights(tmp_path / "official.pth.tar")
+        authors["state_dict"][f"module.{prefix}{parameter}"] = tensor
+    torch.save(authors, tmp_path / "authors.pth.tar")
+    states = evaluate.read_authors_checkpoint(tmp_path / "authors.pth.tar")
     names = {f"{part}.{name}" for part, state in states.items() for name in state}
     assert names == {name for name in before if not name.startswith("predictor.")}
-    del official["state_dict"]["module.encoder.layer1.0.conv1.weight"]
-    torch.save(official, tmp_path / "official.pth.tar")
-    state = evaluate.official_weights(tmp_path / "official.pth.tar")["backbone"]
+    del authors["state_dict"]["module.encoder.layer1.0.conv1.weight"]
+    torch.save(authors, tmp_path / "authors.pth.tar")
+    state = evaluate.read_authors_checkpoint(tmp_path / "authors.pth.tar")["backbone"]
     with pytest.raises(SystemExit):
         checkpoints.load_weights(net.build_backbone("resnet50", 224), state, tmp_path)
     assert "layer1.0.conv1.weight" in capsys.readouterr().err

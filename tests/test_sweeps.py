@@ -32,10 +32,10 @@ def untrained(name):
     return MustBeat(name, "untrained", "knn", "untrained")
 
 
-def draw(root, contrasts, guards, sweep, primary=1):
-    """Draw a study of these contrasts with plotting.draw and return its summary."""
+def draw(root, contrasts, tested, sweep, primary=1):
+    """Draw a study of these contrasts with plotting.draw and return its summary. `tested`: arms with a baseline."""
     study = Study("toy-x", ROBUSTNESS if sweep is ROBUST else "How much?", contrasts, "knn", primary,
-                  [untrained(name) for name in guards], extra=True, sweep=sweep)  # fmt: skip
+                  [untrained(name) for name in tested], extra=True, sweep=sweep)  # fmt: skip
     arms = [Arm(name, f"--name {name} --leak 0") for name in study.arms]
     design = Design("toy", "toy", METRICS, [study], arms, baselines=["untrained"])
     argv = ["toy-x", "--runs", str(root), "--seeds", "0", "1", "2", "--results", str(root / "results")]
@@ -67,7 +67,7 @@ def test_robustness_verdict_combines_the_verdicts_at_three_rates(third, base, tr
     assert sweeps.robustness_verdict({"third": third, "": base, "triple": triple}) == verdict
 
 
-def test_holding_at_all_rates_needs_runs_at_all_rates():
+def test_robust_verdict_requires_runs_at_all_three_rates():
     assert sweeps.robustness_verdict({"third": "lower", "": "lower"}) == sweeps.TWO_RATES
 
 
@@ -78,8 +78,8 @@ def test_robustness_from_runs_to_verdict(tmp_path, capsys):
         arm(tmp_path, f"arm{rate}", [20.0, 21.0, 22.0] if rate != "@triple" else [59.0, 62.0, 61.5])
         arm(tmp_path, f"other{rate}", [90.0, 91.0, 92.0])
     others = [contrast.replace("arm", "other") for contrast in AT_OTHER_RATES]
-    guards = ("base", "base@third", "base@triple")
-    summary = draw(tmp_path, ["arm:base", "other:base", *AT_OTHER_RATES, *others], guards, ROBUST, 2)
+    tested = ("base", "base@third", "base@triple")
+    summary = draw(tmp_path, ["arm:base", "other:base", *AT_OTHER_RATES, *others], tested, ROBUST, 2)
     assert summary["verdict"] == f"{sweeps.TWO_RATES}: arm:base; {sweeps.ALL_RATES}: other:base"
     assert summary["counted"] and "higher at all three rates" in summary["finding"]
     assert "lower at a third; lower at base's rate; not resolved at n = 3 at three times" in summary["finding"]
@@ -115,8 +115,8 @@ def test_a_curve_has_the_arms_that_differ_only_in_the_swept_argument(tmp_path):
     runs = results.read_runs(tmp_path, names, [0])
     swept = sweeps.swept_values(runs, "base", LEAK)
     assert list(swept.items()) == [("base", 0), ("tenth", 0.1), ("half", 0.5), ("all", 1)]
-    moving = Sweep(("knn",), "leak", moving=("lr",))
-    assert list(sweeps.swept_values(runs, "base", moving)) == ["base", "tenth", "other", "half", "all"]
+    covarying = Sweep(("knn",), "leak", covarying=("lr",))
+    assert list(sweeps.swept_values(runs, "base", covarying)) == ["base", "tenth", "other", "half", "all"]
     assert sweeps.swept_values(runs, "absent", LEAK) == {}
 
 
@@ -125,11 +125,14 @@ def test_a_curve_has_the_arms_that_differ_only_in_the_swept_argument(tmp_path):
     [
         ({"a": "not resolved at n = 3", "b": "lower", "c": "lower"}, "lower from 0.2 up"),
         ({"a": "lower", "b": "not resolved at n = 3", "c": "lower"}, "lower from 0.5 up"),
-        ({"a": "lower", "b": "lower", "c": "not resolved at n = 3"}, "no lasting difference up to 0.5"),
+        (
+            {"a": "lower", "b": "lower", "c": "not resolved at n = 3"},
+            "no consistent difference for larger values, tested to 0.5",
+        ),
         ({"a": "higher", "b": "lower", "c": "lower"}, "lower from 0.2 up"),
     ],
 )
-def test_onset_is_the_first_value_after_which_all_arms_differ_alike(words, phrase):
+def test_onset_is_the_first_value_from_which_all_arms_differ_in_the_same_direction(words, phrase):
     contrasts = [
         {"arm": name, "reference": "base", "metric": "knn", "word": word, "primary": name == "c"}
         for name, word in words.items()
@@ -214,7 +217,7 @@ def test_all_arms_of_a_sweep_have_different_arguments(paper, scale, tmp_path):
                 assert args == expected | {"lr": pytest.approx(factor * expected["lr"])}
         arm, reference = study.pairs[0]
         if study.sweep.argument:
-            varied = {study.sweep.argument, *study.sweep.moving}
+            varied = {study.sweep.argument, *study.sweep.covarying}
             fixed = resolved[arm].keys() - varied
             assert {key for key, value in resolved[arm].items() if value != resolved[reference][key]} == varied
             swept = [name for name, other in study.pairs if other == reference]

@@ -6,7 +6,7 @@
 | check make's variables, write the rules for runs | request.py, rules.py (`run_rules`) |
 | choose a GPU, estimate the cost | slots.py, cost.py |
 | read the runs | results.py |
-| intervals and verdicts | statistics.py (`verdict`), analysis.py (`guarded_verdict`), sweeps.py (robustness) |
+| intervals and verdicts | statistics.py (`verdict`), analysis.py (`verdict_with_baselines`), sweeps.py (robustness) |
 | figures | plotting.py (calls `draw` of a paper's plot.py or of sweeps.py), figures.py |
 | tables and HTML page | tables.py, page.py |
 | copy to results/ | publish.py |

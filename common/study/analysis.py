@@ -8,21 +8,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from common.study.design import Metric, MustBeat, Study, guards_of
+from common.study.design import Metric, MustBeat, Study, required_baselines
 from common.study.results import Runs, notes, provenance, values
 from common.study.statistics import paired, summary, verdict, welch
 from common.study.tables import NOT_INFORMATIVE, ONE_SEED, finding
 
 FINDINGS = ("lower", "higher", "no difference")  # the verdicts that count as a finding
 NO_BASELINE = "no interval for the baseline"
-Rule = Callable[[list[dict[str, Any]]], str | None]
+RemarkFunction = Callable[[list[dict[str, Any]]], str | None]  # see `summarise`
 
 
-def summarise(study: Study, runs: Runs, metrics: Mapping[str, Metric], rule: Rule | None = None) -> dict[str, Any]:
+def summarise(
+    study: Study, runs: Runs, metrics: Mapping[str, Metric], remark_of: RemarkFunction | None = None
+) -> dict[str, Any]:
     """Return the study's contrasts, baselines, arms, notes, provenance and verdict as a JSON-serialisable dictionary.
 
-    `runs` holds the runs of `study.arms`. `rule` takes the metrics of an arm's finished seeds, without diverged ones.
-    It returns a remark that follows the arm's name in a sentence ("collapsed in every seed"), or None.
+    `runs` contains the runs of `study.arms`. `remark_of` takes the metrics of an arm's finished seeds, without diverged
+    ones. It returns a remark that follows the arm's name in a sentence ("collapsed in every seed"), or None.
     """
     key = study.metric
     contrasts = [
@@ -41,25 +43,25 @@ def summarise(study: Study, runs: Runs, metrics: Mapping[str, Metric], rule: Rul
         "metrics": {name: asdict(metric) for name, metric in metrics.items()},
         "contrasts": [contrast for contrast in contrasts if contrast["metric"] == key],
         "all_contrasts": contrasts,
-        "controls": [_baseline(runs, guard, metrics[guard.metric].better == "lower") for guard in study.must_beat],
-        "rows": [_row(runs, arm, metrics, rule) for arm in runs],
+        "controls": [_baseline(runs, item, metrics[item.metric].better == "lower") for item in study.must_beat],
+        "rows": [_row(runs, arm, metrics, remark_of) for arm in runs],
         "notes": notes(runs, metrics),
         "provenance": provenance(runs),
     }
     primary = [contrast for contrast in result["contrasts"] if contrast["primary"]]
     for baseline in result["controls"]:
-        baseline["primary"] = any(baseline in _guards(contrast, result["controls"]) for contrast in primary)
+        baseline["primary"] = any(baseline in _required_baselines(contrast, result["controls"]) for contrast in primary)
     arms = [contrast["arm"] for contrast in primary]
     verdicts = {}
     for contrast in primary:
         arm, reference = contrast["arm"], contrast["reference"]
         name = arm if arms.count(arm) == 1 else f"{arm}:{reference}"
-        verdicts[name] = guarded_verdict(contrast, result["controls"])
+        verdicts[name] = verdict_with_baselines(contrast, result["controls"])
     if len(set(verdicts.values())) == 1:
         result["verdict"] = next(iter(verdicts.values()))
     else:
-        result["verdict"] = "; ".join(f"{name}: {word}" for name, word in verdicts.items())
-    result["counted"] = any(word in FINDINGS for word in verdicts.values())
+        result["verdict"] = "; ".join(f"{name}: {text}" for name, text in verdicts.items())
+    result["counted"] = any(text in FINDINGS for text in verdicts.values())
     return result | {"finding": finding(result)}
 
 
@@ -91,34 +93,35 @@ def _contrast(runs: Runs, arm: str, reference: str, key: str, metric: Metric, ma
     return result
 
 
-def _baseline(runs: Runs, guard: MustBeat, lower_wins: bool) -> dict[str, Any]:
+def _baseline(runs: Runs, must_beat: MustBeat, lower_is_better: bool) -> dict[str, Any]:
     """Compare an arm with the baseline that it must beat.
 
     `passed` is True if the interval of arm minus baseline excludes zero on the better side, and None without an
     interval.
     """
-    arm = list(values(runs, guard.arm, guard.metric).values())
-    baseline = list(values(runs, guard.baseline_arm or guard.arm, guard.baseline_metric or guard.metric).values())
-    result = asdict(guard) | {"lower_wins": lower_wins} | dict.fromkeys(("mean", "low", "high", "passed"))
+    arm = list(values(runs, must_beat.arm, must_beat.metric).values())
+    baseline_arm = must_beat.baseline_arm or must_beat.arm
+    baseline = list(values(runs, baseline_arm, must_beat.baseline_metric or must_beat.metric).values())
+    result = asdict(must_beat) | {"lower_wins": lower_is_better} | dict.fromkeys(("mean", "low", "high", "passed"))
     if arm and baseline:
         difference = welch(arm, baseline)
         result |= asdict(difference)
         result["arm_mean"] = summary(arm).mean
         result["control_mean"] = summary(baseline).mean
         if difference.low is not None:
-            result["passed"] = verdict(difference) == ("lower" if lower_wins else "higher")
+            result["passed"] = verdict(difference) == ("lower" if lower_is_better else "higher")
     return result
 
 
-def _guards(contrast: dict[str, Any], baselines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the baselines that guard a contrast."""
-    indices = guards_of(contrast["arm"], contrast["reference"], [baseline["arm"] for baseline in baselines])
+def _required_baselines(contrast: dict[str, Any], baselines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the baselines that a contrast requires: if one is not beaten, the contrast is not informative."""
+    indices = required_baselines(contrast["arm"], contrast["reference"], [baseline["arm"] for baseline in baselines])
     return [baselines[index] for index in indices]
 
 
-def guarded_verdict(contrast: dict[str, Any], baselines: list[dict[str, Any]]) -> str:
-    """Return the verdict of a contrast, or why it has none if a baseline that guards it was not beaten."""
-    passed = [baseline["passed"] for baseline in _guards(contrast, baselines)]
+def verdict_with_baselines(contrast: dict[str, Any], baselines: list[dict[str, Any]]) -> str:
+    """Return the verdict of a contrast, or the reason why it has none if a baseline that it requires was not beaten."""
+    passed = [baseline["passed"] for baseline in _required_baselines(contrast, baselines)]
     if False in passed:
         return NOT_INFORMATIVE
     if contrast["low"] is not None and (not passed or None in passed):
@@ -126,8 +129,8 @@ def guarded_verdict(contrast: dict[str, Any], baselines: list[dict[str, Any]]) -
     return contrast["word"]
 
 
-def _row(runs: Runs, arm: str, metrics: Mapping[str, Metric], rule: Rule | None) -> dict[str, Any]:
-    """Summarise one arm: flags, remark of `rule`, statistics of every metric, diverged and missing seeds."""
+def _row(runs: Runs, arm: str, metrics: Mapping[str, Metric], remark_of: RemarkFunction | None) -> dict[str, Any]:
+    """Summarise one arm: flags, remark, statistics of every metric, diverged and missing seeds."""
     measured = {seed: run.metrics for seed, run in runs[arm].items() if run.metrics}
     diverged = [seed for seed, run_metrics in measured.items() if run_metrics.get("diverged")]
     finished = [run_metrics for run_metrics in measured.values() if not run_metrics.get("diverged")]
@@ -135,7 +138,7 @@ def _row(runs: Runs, arm: str, metrics: Mapping[str, Metric], rule: Rule | None)
     return {
         "arm": arm,
         "flags": next((run.flags for run in runs[arm].values() if run.flags), ""),
-        "word": rule(finished) if rule and finished else None,
+        "word": remark_of(finished) if remark_of and finished else None,
         "metrics": {
             name: asdict(summary(list(by_seed.values())))
             | {"values": {str(seed): value for seed, value in by_seed.items()}}

@@ -3,9 +3,9 @@
     python -m common.study.cost PAPERS="simsiam bsa" SCALE=gpu --rehearsals runs/rehearsal/gpu
 
 The hours of an arm are the mean of its finished runs with the requested flags. Without such runs, the speed of the
-last epoch of its rehearsal gives the training time, without monitors and evaluation. An arm that several studies share
-is counted once. --unknown prints only the metrics.json files that a rehearsal must create. Needs only the standard
-library.
+last epoch of its rehearsal gives the training time, without the per-epoch kNN evaluation and eval.py. An arm that
+several studies share is counted once. --unknown prints only the metrics.json files that a rehearsal must create. Needs
+only the standard library.
 """
 
 import sys
@@ -101,8 +101,8 @@ def cost_tables(studies: dict[str, ArmRuns], total: ArmRuns, costs: dict[str, Co
         hours = sum(count * costs[arm].hours for arm, count in arms.items() if arm in costs)
         study_rows.append([study, str(sum(arms.values())), duration(hours) + unknown])
     note = (
-        "Runs one after the other. Source `rehearsal`: training only, without monitors and evaluation. CoCoRD's "
-        "teachers, trained once for all seeds, are not counted."
+        "Runs one after the other. Source `rehearsal`: training only, without the per-epoch kNN evaluation and "
+        "eval.py. CoCoRD's teachers, trained once for all seeds, are not counted."
     )
     return "\n\n".join([align(arm_rows), align(study_rows), note])
 

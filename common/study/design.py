@@ -55,14 +55,14 @@ class Metric:
 
 @dataclass(frozen=True)
 class Arm:
-    """One setting of the flags of train.py. `against` names its reference in a study's list of contrasts.
+    """One configuration (set of flags) of train.py. `reference` is the arm that it is compared with in a study.
 
-    `needs` names the teacher whose weights it loads. `name` may end in "@setting" (a task or a pair of networks).
+    `needs` is the teacher whose weights it loads. `name` may end in "@setting" (a task or a pair of networks).
     """
 
     name: str
     flags: str = ""
-    against: str = ""
+    reference: str = ""
     needs: str = ""
 
 
@@ -83,20 +83,20 @@ class MustBeat:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A study that sweeps one argument of train.py. `metrics` are plotted, `label` is the x axis.
+    """Options of a study that sweeps one argument of train.py. `metrics` are plotted, `label` is the x-axis label.
 
-    `moving` names arguments that change together with `argument`. Without `argument` it is the robustness study.
+    `covarying` lists arguments that change together with `argument`. Without `argument` it is the robustness study.
     """
 
     metrics: Sequence[str]
     argument: str = ""
     label: str = ""
-    moving: Sequence[str] = ()
+    covarying: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Study:
-    """One question. Its name is a make target.
+    """A study: one research question, its contrasts and metric. Its name is a make target.
 
     A contrast is "arm:reference", or an Arm that is declared here and names its reference. The verdict comes from the
     first `primary` contrasts on `metric`. The verdict "no difference" requires an interval within ± `margin`, in the
@@ -126,20 +126,20 @@ class Study:
         """All arms that the study runs: references first, then the other arms as declared, then baselines."""
         references = [reference for _, reference in self.pairs]
         arms = [arm for arm, _ in self.pairs]
-        baselines = [arm for guard in self.must_beat for arm in (guard.arm, guard.baseline_arm) if arm]
+        baselines = [arm for item in self.must_beat for arm in (item.arm, item.baseline_arm) if arm]
         return list(dict.fromkeys(references + arms + baselines))
 
     @property
     def primary_only(self) -> "Study":
-        """A copy of the study with only its primary contrasts and the baselines that guard them."""
+        """A copy of the study with only its primary contrasts and the baselines that they require."""
         contrasts = self.contrasts[: self.primary]
-        return replace(self, contrasts=contrasts, must_beat=self.primary_guards)
+        return replace(self, contrasts=contrasts, must_beat=self.primary_baselines)
 
     @property
-    def primary_guards(self) -> list[MustBeat]:
-        """The baselines that guard the primary contrasts."""
-        guarded = [guard.arm for guard in self.must_beat]
-        indices = {index for pair in self.pairs[: self.primary] for index in guards_of(*pair, guarded)}
+    def primary_baselines(self) -> list[MustBeat]:
+        """The baselines that the primary contrasts require."""
+        tested = [item.arm for item in self.must_beat]
+        indices = {index for pair in self.pairs[: self.primary] for index in required_baselines(*pair, tested)}
         return [self.must_beat[index] for index in sorted(indices)]
 
     @property
@@ -152,17 +152,17 @@ class Study:
         return "curves" if self.sweep.argument else "robustness"
 
 
-def guards_of(arm: str, reference: str, guarded: Sequence[str]) -> list[int]:
-    """Return the indices of the `guarded` arms that must beat their baseline for arm:reference to be informative.
+def required_baselines(arm: str, reference: str, tested: Sequence[str]) -> list[int]:
+    """Return the indices of the baselines that arm:reference requires: a failure makes the contrast uninformative.
 
-    These are the reference if it is guarded, else the arm if it is guarded, else all guarded arms of the reference's
-    setting.
+    `tested` lists for each baseline the arm that must beat it. Required are the baselines of the reference, else those
+    of the arm, else those of all arms of the reference's setting.
     """
     for name in (reference, arm):
-        if name in guarded:
-            return [index for index, other in enumerate(guarded) if other == name]
+        if name in tested:
+            return [index for index, other in enumerate(tested) if other == name]
     setting = reference.partition("@")[2]
-    return [index for index, other in enumerate(guarded) if other.partition("@")[2] == setting]
+    return [index for index, other in enumerate(tested) if other.partition("@")[2] == setting]
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,9 @@ class Design:
         names = [arm.name for arm in declared]
         for name in names:
             if not re.fullmatch(r"[\w+-][\w.+-]*(@[\w.+-]+)*", name):
-                raise DesignError(f"invalid arm name '{name}': use letters, digits and ._+-, and @ before a setting")
+                raise DesignError(
+                    f"invalid arm name '{name}': use letters, digits and ._+-, optionally followed by @SETTING"
+                )
         for name in names:
             if names.count(name) > 1:
                 raise DesignError(f"arm '{name}' is declared twice")
@@ -244,30 +246,36 @@ class Design:
         for arm in study.arms:
             if arm not in self.by_name:
                 raise DesignError(f"{study.name} uses the undeclared arm '{arm}'")
-        metrics = [study.metric] + [guard.metric for guard in study.must_beat]
+        metrics = [study.metric] + [item.metric for item in study.must_beat]
         if study.sweep:
             metrics += study.sweep.metrics
         for metric in metrics:
             if metric not in self.metrics:
                 raise DesignError(f"{study.name} uses the undeclared metric '{metric}'")
-        for guard in study.must_beat:
-            if bool(guard.baseline_metric) == bool(guard.baseline_arm):
-                raise DesignError(f"{study.name}: give '{guard.arm}' either a baseline_metric or a baseline_arm")
-            if guard.baseline_metric and guard.baseline_metric not in {*self.metrics, *self.baselines}:
-                raise DesignError(f"{study.name} uses the undeclared baseline '{guard.baseline_metric}'")
-            if not self.metrics[guard.metric].better:
-                raise DesignError(f"{study.name}: metric '{guard.metric}' must declare better='higher' or 'lower'")
+        for item in study.must_beat:
+            if bool(item.baseline_metric) == bool(item.baseline_arm):
+                raise DesignError(
+                    f"{study.name}: baseline of '{item.arm}': give exactly one of baseline_metric and baseline_arm"
+                )
+            if item.baseline_metric and item.baseline_metric not in {*self.metrics, *self.baselines}:
+                raise DesignError(f"{study.name} uses the undeclared baseline '{item.baseline_metric}'")
+            if not self.metrics[item.metric].better:
+                raise DesignError(f"{study.name}: metric '{item.metric}' must declare better='higher' or 'lower'")
         if not self.metrics[study.metric].judged:
             raise DesignError(f"{study.name}: its primary metric '{study.metric}' has judged=False")
-        if not 1 <= study.primary <= len(study.contrasts):
+        count = len(study.contrasts)
+        if not 1 <= study.primary <= count:
             raise DesignError(
-                f"{study.name}: primary={study.primary} is not between 1 and its {len(study.contrasts)} contrasts"
+                f"{study.name}: primary={study.primary}, but there are {count} contrasts: give 1 to {count}"
             )
-        if len(set(study.contrasts)) < len(study.contrasts):
+        if len(set(study.contrasts)) < count:
             raise DesignError(f"{study.name} declares a contrast twice")
         for arm, reference in study.pairs[: study.primary]:
-            if not guards_of(arm, reference, [guard.arm for guard in study.must_beat]):
-                raise DesignError(f"{study.name}: declare a baseline that {reference} must beat in {arm}:{reference}")
+            if not required_baselines(arm, reference, [item.arm for item in study.must_beat]):
+                raise DesignError(
+                    f"{study.name}: primary contrast {arm}:{reference} has no baseline: "
+                    f"add MustBeat({reference!r}, ...) to must_beat"
+                )
         if study.sweep and study.metric not in study.sweep.metrics:
             raise DesignError(f"{study.name}: add its primary metric '{study.metric}' to the metrics of its sweep")
         by_flags: dict[tuple[str, ...], str] = {}
@@ -276,9 +284,10 @@ class Design:
             if other != arm:
                 raise DesignError(f"{study.name}: the arms '{other}' and '{arm}' have the same flags")
         flags = {word for arm in study.arms for word in self.by_name[arm].flags.split()}
-        for argument in (study.sweep.argument, *study.sweep.moving) if study.sweep else ():
-            if argument and f"--{argument.replace('_', '-')}" not in flags:
-                raise DesignError(f"{study.name} sweeps '{argument}', but no flag of its arms sets it")
+        for argument in (study.sweep.argument, *study.sweep.covarying) if study.sweep else ():
+            flag = f"--{argument.replace('_', '-')}"
+            if argument and flag not in flags:
+                raise DesignError(f"{study.name}: no arm has {flag}: add it to the flags")
 
     def study(self, name: str) -> Study:
         """Return the study with this name. Raises DesignError if it is not declared."""
@@ -301,7 +310,7 @@ class Design:
 
 def _contrast_name(study: Study, contrast: str | Arm) -> str:
     """Return a contrast as "arm:reference"."""
-    name = contrast if isinstance(contrast, str) else f"{contrast.name}:{contrast.against}"
+    name = contrast if isinstance(contrast, str) else f"{contrast.name}:{contrast.reference}"
     arm, _, reference = name.partition(":")
     if not arm or not reference or ":" in reference:
         raise DesignError(f"{study.name}: invalid contrast '{name}': write arm:reference")
@@ -316,10 +325,10 @@ def _robustness(design: Design) -> Study:
     assert design.robustness
     main_studies = [study for study in design.studies if not study.extra]
     primary = list(dict.fromkeys(pair for study in main_studies for pair in study.pairs[: study.primary]))
-    guards = design.robustness.must_beat
-    if guards is None:
-        guards = list(dict.fromkeys(guard for study in main_studies for guard in study.primary_guards))
-    baselines = [(guard.arm, guard.baseline_arm) for guard in guards if guard.baseline_arm]
+    must_beat = design.robustness.must_beat
+    if must_beat is None:
+        must_beat = list(dict.fromkeys(item for study in main_studies for item in study.primary_baselines))
+    baselines = [(item.arm, item.baseline_arm) for item in must_beat if item.baseline_arm]
     baselines = [pair for pair in baselines if pair not in primary]
 
     def at(rate: str, name: str) -> str:
@@ -335,9 +344,9 @@ def _robustness(design: Design) -> Study:
         metric=main_studies[0].metric,
         primary=len(primary),
         must_beat=[
-            replace(guard, arm=at(rate, guard.arm), baseline_arm=at(rate, guard.baseline_arm))
+            replace(item, arm=at(rate, item.arm), baseline_arm=at(rate, item.baseline_arm))
             for rate in rates
-            for guard in guards
+            for item in must_beat
         ],
         margin=main_studies[0].margin,
         published=design.robustness.published,

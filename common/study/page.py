@@ -16,7 +16,7 @@ from typing import Any
 from common.cli import Parser, fail
 from common.files import read_json, write_text
 from common.study import tables
-from common.study.statistics import counts
+from common.study.statistics import format_counts
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: auto; padding: 1rem; }
@@ -77,8 +77,8 @@ def overview_row(study: str, summary: Mapping[str, Any] | str) -> list[str]:
     metric = summary["metrics"][summary["primary_metric"]]
     primary = [contrast for contrast in summary["contrasts"] if contrast["primary"]]
     differences = [
-        f"{contrast['arm']}:{contrast['reference']} {tables.number(contrast['mean'], metric)}"
-        + (f" ({tables.interval(contrast, metric)})" if contrast["low"] is not None else "")
+        f"{contrast['arm']}:{contrast['reference']} {tables.format_number(contrast['mean'], metric)}"
+        + (f" ({tables.format_interval(contrast, metric)})" if contrast["low"] is not None else "")
         for contrast in primary
     ]
     results = {True: "passed", False: "not passed", None: "no interval"}
@@ -92,7 +92,7 @@ def overview_row(study: str, summary: Mapping[str, Any] | str) -> list[str]:
     if others:
         baselines.append(f"{others.count(True)} of {len(others)} others passed")
     contrast_cell = f"{metric['label']}: {'; '.join(differences)}"
-    n = "; ".join(dict.fromkeys(counts(contrast["n"], contrast["n_reference"]) for contrast in primary))
+    n = "; ".join(dict.fromkeys(format_counts(contrast["n"], contrast["n_reference"]) for contrast in primary))
     verdict, published = summary["verdict"], summary["published"]
     return [study, summary["question"], contrast_cell, n, "; ".join(baselines), verdict, published]
 
@@ -233,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = [*args.studies, *args.extras]
     for study in names:
         if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", study) or names.count(study) > 1:
-            fail(f"invalid study '{study}': give names of make targets, each once")
+            fail(f"invalid or repeated study '{study}': give each name once, lower-case letters, digits and -")
     try:
         args.results.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from common.cli import SCALES, Parser, fail, int_min
 from common.study import figures, page, sweeps, tables
-from common.study.analysis import Rule, summarise
+from common.study.analysis import RemarkFunction, summarise
 from common.study.design import Design, DesignError, Metric, Settings, Study
 from common.study.results import Runs, View, read_runs
 
@@ -40,8 +40,8 @@ def drop_arms_without_runs(study: Study, runs: Runs) -> tuple[Study, list[str]]:
         if index < study.primary or started.issuperset(pair)
     ]
     compared = {arm for contrast in contrasts for arm in str(contrast).split(":")}
-    guards = [guard for guard in study.must_beat if guard.arm in compared or guard in study.primary_guards]
-    reduced = replace(study, contrasts=contrasts, must_beat=guards)
+    must_beat = [item for item in study.must_beat if item.arm in compared or item in study.primary_baselines]
+    reduced = replace(study, contrasts=contrasts, must_beat=must_beat)
     return reduced, [arm for arm in study.arms if arm not in started and arm not in reduced.arms]
 
 
@@ -52,7 +52,7 @@ def measured_metrics(study: Study, design: Design, runs: Runs) -> dict[str, Metr
     """
     saved = [run.metrics for by_seed in runs.values() for run in by_seed.values() if run.metrics]
     finished = [metrics for metrics in saved if not metrics.get("diverged")]
-    keys = {study.metric, *(guard.metric for guard in study.must_beat), *(study.sweep.metrics if study.sweep else ())}
+    keys = {study.metric, *(item.metric for item in study.must_beat), *(study.sweep.metrics if study.sweep else ())}
     keys |= {key for metrics in finished for key in metrics}
     return {key: metric for key, metric in design.metrics.items() if key in keys or not finished}
 
@@ -63,12 +63,12 @@ def draw(
     design: Callable[[str, Settings], Design],
     describe: Callable[[Runs], str],
     draw_figures: Callable[[View], Mapping[str, Figure]],
-    rule: Rule | None = None,
+    remark_of: RemarkFunction | None = None,
 ) -> None:
     """Run a paper's plot.py: write figures and tables of one study from its existing runs and print its finding.
 
     `describe` returns data and training setup in words, or "" if there are no runs. `draw_figures` may change the
-    summary of its View. `rule`: see `summarise`. Exits with code 2 if the design does not declare the study.
+    summary of its View. `remark_of`: see `summarise`. Exits with code 2 if the design does not declare the study.
     """
     args = parse_args(description, argv)
     try:
@@ -84,9 +84,9 @@ def draw(
     runs = {arm: runs[arm] for arm in study.arms}
     data = describe(runs)
     if not data:
-        print(f"{study.name}: no runs in {args.runs} yet")
+        print(f"{study.name}: no runs in {args.runs}: run make {study.name} SCALE={args.scale} first")
         return
-    summary = summarise(study, runs, measured_metrics(study, paper, runs), rule) | {
+    summary = summarise(study, runs, measured_metrics(study, paper, runs), remark_of) | {
         "paper": paper.title,
         "scale": args.scale,
         "data": data,

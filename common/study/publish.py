@@ -49,17 +49,22 @@ def problems(request: Request, design: Design, study: Study) -> list[str]:
         setting = folders[folder].partition("@")[2]
         data.setdefault(setting, set()).add(provenance.get("data"))
     mixed = [script for script, versions in sources.items() if len(versions) > 1]
+    remedy = f"run make {study.name} SCALE={request.scale}"
     reasons = []
     if missing:
-        reasons.append(f"missing or incomplete runs: {_shortened(missing)}")
+        reasons.append(f"missing or incomplete runs: {_shortened(missing)}; {remedy}")
     if other_flags:
-        reasons.append(f"flags differ from the declared ones: {_shortened(other_flags)}")
+        reasons.append(f"flags differ from the declared ones: {_shortened(other_flags)}; {remedy}")
     if dirty:
-        reasons.append(f"run with uncommitted changes or outside a git clone: {_shortened(dirty)}")
+        reasons.append(
+            f"run with uncommitted changes or outside a git clone: {_shortened(dirty)}; move them away and {remedy}"
+        )
     if mixed:
-        reasons.append(f"runs come from several versions of {_shortened(mixed)} or its imports")
+        reasons.append(
+            f"runs come from several versions of {_shortened(mixed)} or its imports; move old runs away and {remedy}"
+        )
     if any(len(digests) > 1 for digests in data.values()):
-        reasons.append("runs used different data")
+        reasons.append(f"runs used different data; move those with other data away and {remedy}")
     return [f"{study.name}: {reason}" for reason in reasons]
 
 
@@ -86,9 +91,9 @@ def publish(request: Request, names: Sequence[str], folder: Path) -> None:
     """
     for name in FIXED_VARIABLES:
         if request.variables.get(name, "").strip():
-            fail(f"{name} is set: remove it, only the runs that studies.py declares can be published")
+            fail(f"{name} is set: unset it, because only the declared runs can be published")
     if request.data_is_matrix:
-        fail(f"DATA={request.data}: remove it, only the data that studies.py declares can be published")
+        fail(f"DATA is set to {request.data}: unset it, because only runs on the declared data can be published")
     studies = {study.name: (design, study) for design, study in request.studies}
     for name in names:
         if name not in studies:

@@ -11,13 +11,19 @@ from pathlib import Path
 from common.study.design import Arm, Design, DesignError, Settings, Study, load
 
 VARIABLES = ("PAPERS", "SCALE", "SEEDS", "DEVICE", "DATA", "EXTRA", "RUNS", "RESULTS", "PAIRS", "TASKS", "RESUME")
-VARIABLE_OF_FLAG = {"--scale": "SCALE", "--seed": "SEEDS", "--device": "DEVICE", "--data": "DATA", "--out": "RUNS",
-                    "--resume-elsewhere": "RESUME=elsewhere"}  # fmt: skip
+VARIABLE_OF_FLAG = {  # flags that EXTRA must not contain -> the variable that sets them
+    "--scale": "SCALE",
+    "--seed": "SEEDS",
+    "--device": "DEVICE",
+    "--data": "DATA",
+    "--out": "RUNS",
+    "--resume-elsewhere": "RESUME=elsewhere",
+}
 MATRIX_SUFFIXES = (".npy", ".npz", ".safetensors")
 
 
 def is_matrix(data: str) -> bool:
-    """Return whether DATA is the user's matrix file."""
+    """Return whether DATA names a matrix file (for BSA) and not a folder."""
     return data.lower().endswith(MATRIX_SUFFIXES) and not Path(data).is_dir()
 
 
@@ -63,13 +69,16 @@ class Request:
             formats = ", ".join(MATRIX_SUFFIXES)
             raise DesignError(f"invalid DATA={data}: give a folder, or for BSA an existing matrix ending in {formats}")
         if variables.get("RESUME", "").strip() not in ("", "elsewhere"):
-            raise DesignError(f"invalid RESUME={variables['RESUME']}: give elsewhere, or leave it out")
+            raise DesignError(f"invalid RESUME={variables['RESUME']}: give elsewhere, or leave RESUME unset")
         seeds = variables.get("SEEDS", "own").split()
         declared_seeds = seeds in (["own"], ["first"])
         if not seeds:
             raise DesignError("SEEDS is empty: give at least one seed")
         if not declared_seeds and not all(re.fullmatch(r"\d+", seed) for seed in seeds):
-            raise DesignError(f"invalid SEEDS={variables['SEEDS']}: give integers separated by spaces, or first")
+            raise DesignError(
+                f"invalid SEEDS={variables['SEEDS']}: give integers separated by spaces, "
+                '"first" (the study\'s first seed) or leave SEEDS unset (all its seeds)'
+            )
         if len({seed.lstrip("0") for seed in seeds}) < len(seeds):
             raise DesignError(f"invalid SEEDS={variables['SEEDS']}: give each seed once")
         papers = variables.get("PAPERS", "").split()
@@ -102,7 +111,7 @@ class Request:
 
     @cached_property
     def matrix_digest(self) -> str:
-        """sha256 of the matrix file: a run belongs to its content, not to its place."""
+        """sha256 of the matrix file. It is part of a run's flags: the content identifies the data, not the path."""
         with open(self.data, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 

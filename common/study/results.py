@@ -22,7 +22,7 @@ PROVENANCE = {  # key in args.json's provenance -> plural for the note about dif
 
 
 @dataclass(frozen=True)
-class Record:
+class RunFiles:
     """The files of one run. `metrics` is None if metrics.json is missing or unreadable."""
 
     metrics: dict[str, Any] | None
@@ -32,13 +32,16 @@ class Record:
     notes: list[str] = field(default_factory=list)
 
 
-Runs = Mapping[str, Mapping[int, Record]]
+Runs = Mapping[str, Mapping[int, RunFiles]]
 Curve = tuple[list[float], list[float]]
 
 
 @dataclass
 class View:
-    """Everything that the figures of a study need. `data` describes data and training; `caption` is its sentence."""
+    """Input of a paper's plot.draw: arguments of plot.py, study, runs and the summary of `analysis.summarise`.
+
+    `data` describes data and training setup in words. `caption` is the same text as a sentence for figure captions.
+    """
 
     args: Any
     study: Study
@@ -53,12 +56,12 @@ class View:
         return self.study.pairs[0][1]
 
 
-def read_runs(folder: Path, arms: Sequence[str], seeds: Sequence[int]) -> dict[str, dict[int, Record]]:
+def read_runs(folder: Path, arms: Sequence[str], seeds: Sequence[int]) -> dict[str, dict[int, RunFiles]]:
     """Read the runs <folder>/<arm>/<seed>/. Unreadable files are reported in the notes of the run."""
     return {arm: {seed: _read_run(Path(folder), arm, seed) for seed in seeds} for arm in arms}
 
 
-def _read_run(folder: Path, arm: str, seed: int) -> Record:
+def _read_run(folder: Path, arm: str, seed: int) -> RunFiles:
     """Read the files of one run."""
     folder, run_name = folder / arm / str(seed), f"{arm}, seed {seed}"
     contents: dict[str, dict[str, Any] | None] = {"metrics": None, "args": None}
@@ -80,7 +83,7 @@ def _read_run(folder: Path, arm: str, seed: int) -> Record:
     flags = ""
     if (folder / "flags").exists():
         flags = (folder / "flags").read_text(encoding="utf-8").removeprefix("flags:").strip()
-    return Record(contents["metrics"], contents["args"] or {}, log, flags, notes)
+    return RunFiles(contents["metrics"], contents["args"] or {}, log, flags, notes)
 
 
 def _finite(value: object) -> bool:
@@ -88,7 +91,7 @@ def _finite(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _all_runs(runs: Runs) -> list[Record]:
+def _all_runs(runs: Runs) -> list[RunFiles]:
     """Return the runs of all arms and seeds."""
     return [run for by_seed in runs.values() for run in by_seed.values()]
 
@@ -140,8 +143,8 @@ def notes(runs: Runs, metrics: Iterable[str]) -> list[str]:
     for arm, by_seed in runs.items():
         measured = {seed: run.metrics for seed, run in by_seed.items() if run.metrics}
         gaps = {"missing": [seed for seed in by_seed if seed not in measured]}
-        gaps["diverged, not averaged"] = [seed for seed, found in measured.items() if found.get("diverged")]
-        gaps |= {f"without {key}": [seed for seed, found in measured.items() if key not in found] for key in metrics}
+        gaps["diverged, not averaged"] = [seed for seed, saved in measured.items() if saved.get("diverged")]
+        gaps |= {f"without {key}": [seed for seed, saved in measured.items() if key not in saved] for key in metrics}
         for gap, seeds in gaps.items():
             if seeds:
                 listed = ", ".join(map(str, seeds))

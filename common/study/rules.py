@@ -4,11 +4,11 @@
     python -m common.study.rules help SCALE=demo
 
 The arguments are make's variables. Prints the path of the file, RUNS/rules-<digest of the arguments>.mk, or with `help`
-the papers, studies and arms. An invalid variable or design: one sentence, exit code 2. Needs only the standard library.
+the papers, studies and arms. Exits with code 2 if a variable or a design is invalid. Needs only the standard library.
 
 Each run has two rules: train.py writes model.pt, and eval.py writes metrics.json. Each study has a rule that draws it.
-The targets STUDY, PAPER, all, primary, robustness, curves and report start inner makes, one seed after the other. The
-targets of the inner makes are STUDY@SEED, STUDY-primary@SEED and STUDY@report.
+The targets STUDY, PAPER, all, primary, robustness, curves and report start sub-makes, one seed after the other. The
+targets of the sub-makes are STUDY@SEED, STUDY-primary@SEED and STUDY@report.
 """
 
 import contextlib
@@ -78,7 +78,7 @@ def run_rules(request: Request, design: Design, arm: Arm, seed: int) -> str:
 def study_rules(request: Request, design: Design, study: Study) -> str:
     """Return the rules that draw a study: after each seed, with the runs that exist, and for `make report`.
 
-    The file .drawn/STUDY records what the report shows. It is outdated if a run of the inner make's seed is newer, or
+    The file .drawn/STUDY records what the report shows. It is outdated if a run of the sub-make's seed is newer, or
     if the report was drawn from other contrasts, seeds or runs.
     """
     seeds = request.seeds_of(study)
@@ -111,10 +111,10 @@ def study_rules(request: Request, design: Design, study: Study) -> str:
     return "\n".join([*lines, f".PHONY: {study.name}@report", f"{study.name}@report: | $(venv)", *recipe])
 
 
-def inner_goals(
+def sub_make_goals(
     request: Request, studies: Sequence[tuple[Design, Study]], suffix: str = "", by_paper: bool = False
 ) -> str:
-    """Return one word per inner make: the goals of one seed (and of one paper if `by_paper`), joined by +."""
+    """Return one word per sub-make: the goals of one seed (and of one paper if `by_paper`), joined by +."""
     seeds = dict.fromkeys(seed for _, study in studies for seed in request.seeds_of(study))
     papers = dict.fromkeys(design.paper for design, _ in studies)
     groups = [[paper] for paper in papers] if by_paper else [list(papers)]
@@ -131,7 +131,7 @@ def inner_goals(
 
 
 def goal_rules(request: Request) -> str:
-    """Return the rules of the targets that a user names: one inner make per seed, then the page."""
+    """Return the rules of the targets that a user names: one sub-make per seed, then the page."""
     by_group: dict[str, list[tuple[Design, Study]]] = {"all": [], "robustness": [], "curves": [], "": []}
     for design, study in request.studies:
         by_group[study.group].append((design, study))
@@ -143,9 +143,9 @@ def goal_rules(request: Request) -> str:
     lines = [f"goals := {' '.join([*goals, *others])} report draw-page up-to-date-page"]
     for goal, studies in goals.items():
         names = " ".join(study.name for _, study in studies)
-        lines += [f".PHONY: {goal}", f"{goal}: ; $(call seed-by-seed,{inner_goals(request, studies)},{names})"]
+        lines += [f".PHONY: {goal}", f"{goal}: ; $(call seed-by-seed,{sub_make_goals(request, studies)},{names})"]
     # Primary contrasts run paper by paper, so that the first figure appears early.
-    primary_goals = inner_goals(request, main_studies, "-primary", by_paper=True)
+    primary_goals = sub_make_goals(request, main_studies, "-primary", by_paper=True)
     names = " ".join(study.name for _, study in main_studies)
     lines += [".PHONY: primary", f"primary: ; $(call seed-by-seed,{primary_goals},{names})"]
     for paper, design in request.designs.items():

@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         slot = acquire_slot(slots.split(), FOLDER)
     except KeyboardInterrupt:
-        fail("interrupted while waiting for a free GPU", EXIT_INTERRUPTED)
+        fail("interrupted while waiting for a free GPU; run the same command again", EXIT_INTERRUPTED)
     os.environ["CUDA_VISIBLE_DEVICES"] = slot
     os.environ[RUNS_ON_THIS_GPU] = str(slots.split().count(slot))
     try:

@@ -146,9 +146,9 @@ def verdict(difference: Difference, margin: float | None = None) -> str:
             return "higher"
         if margin is not None and -margin <= low and high <= margin:
             return "no difference"
-    return f"not resolved at n = {counts(difference.n, difference.n_reference)}"
+    return f"not resolved at n = {format_counts(difference.n, difference.n_reference)}"
 
 
-def counts(n: int, n_reference: int) -> str:
+def format_counts(n: int, n_reference: int) -> str:
     """Return "5" if both numbers of seeds are 5, else for example "4 and 5"."""
     return str(n) if n == n_reference else f"{n} and {n_reference}"

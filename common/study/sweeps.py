@@ -38,7 +38,7 @@ def swept_values(runs: results.Runs, reference: str, sweep: Sweep) -> dict[str, 
     arguments = {}
     for arm, by_seed in runs.items():
         arguments[arm] = next((run.args["arguments"] for run in by_seed.values() if run.args), None)
-    varying = {sweep.argument, *sweep.moving, "seed", *NON_METHOD_FLAGS}
+    varying = {sweep.argument, *sweep.covarying, "seed", *NON_METHOD_FLAGS}
 
     def fixed(arm_arguments: Mapping[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in arm_arguments.items() if name not in varying}
@@ -77,7 +77,8 @@ def onset(summary: Mapping[str, Any], swept: Mapping[str, float], metric: str) -
         if outermost in ("lower", "higher"):
             phrases.append(f"{outermost} from {swept[arms[first]]:g} {direction}")
         else:
-            phrases.append(f"no lasting difference {direction} to {swept[arms[-1]]:g}")
+            size = "larger" if direction == "up" else "smaller"
+            phrases.append(f"no consistent difference for {size} values, tested to {swept[arms[-1]]:g}")
     return "; ".join(phrases)
 
 
@@ -88,7 +89,7 @@ def curve_finding(summary: Mapping[str, Any], swept: Mapping[str, float], sweep:
     for name in sweep.metrics:
         metric = summary["metrics"][name]
         points = [
-            f"{tables.number(rows[arm][name]['mean'], metric)} at {value:g}"
+            f"{tables.format_number(rows[arm][name]['mean'], metric)} at {value:g}"
             for arm, value in swept.items()
             if name in rows[arm]
         ]
@@ -184,10 +185,12 @@ def robustness(summary: dict[str, Any], sweep: Sweep) -> dict[str, Any]:
         for name, by_rate in contrasts_by_rate(summary, key).items():
             verdicts, numbers = {}, []
             for rate, contrast in by_rate.items():
-                verdict = analysis.guarded_verdict(contrast, summary["controls"]) if primary else contrast["word"]
+                verdict = contrast["word"]
+                if primary:
+                    verdict = analysis.verdict_with_baselines(contrast, summary["controls"])
                 verdicts[rate] = verdict.removesuffix(" at this scale")
-                bounds = "" if contrast["low"] is None else f" ({tables.interval(contrast, metric)})"
-                numbers.append(f"{RATES[rate]} {tables.number(contrast['mean'], metric)}{bounds}")
+                bounds = "" if contrast["low"] is None else f" ({tables.format_interval(contrast, metric)})"
+                numbers.append(f"{RATES[rate]} {tables.format_number(contrast['mean'], metric)}{bounds}")
             if primary:
                 names_by_verdict.setdefault(robustness_verdict(verdicts), []).append(name)
             if len(set(verdicts.values())) == 1 and len(verdicts) == len(RATES):
@@ -240,7 +243,7 @@ def rates_panel(
     by_rate: Mapping[str, dict[str, Any]],
     baselines: list[dict[str, Any]] | None,
 ) -> None:
-    """Draw the differences of one contrast at its rates. `baselines` guard the verdict of the primary metric."""
+    """Draw the differences of one contrast at its rates. `baselines`: those of the primary metric, else None."""
     colour = figures.COLOURS[0]
     axis.axhline(0, color=figures.GREY, linewidth=1)
     axis.set(xlim=(-0.5, len(RATES) - 0.5), axisbelow=True)
@@ -251,7 +254,7 @@ def rates_panel(
         if contrast is None or contrast["mean"] is None:
             axis.text(x, 0.5, "no value", ha="center", transform=axis.get_xaxis_transform(), **figures.SMALL)
             continue
-        verdict = contrast["word"] if baselines is None else analysis.guarded_verdict(contrast, baselines)
+        verdict = contrast["word"] if baselines is None else analysis.verdict_with_baselines(contrast, baselines)
         arm = results.values(runs, contrast["arm"], contrast["metric"])
         reference = results.values(runs, contrast["reference"], contrast["metric"])
         differences = [arm[seed] - reference[seed] for seed in sorted(arm.keys() & reference.keys())]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files import write_json, write_text
-from common.study.statistics import counts
+from common.study.statistics import format_counts
 
 ONE_SEED = "one seed: no interval"
 NOT_INFORMATIVE = "not informative at this scale"
@@ -23,7 +23,7 @@ CSV_COLUMNS = ["kind", "arm", "reference", "metric", "seed", "value", "mean", "s
 CSV_COLUMNS += ["paired_mean", "paired_low", "paired_high", "correlation", "word"]
 
 
-def number(value: float | None, metric: Mapping[str, Any]) -> str:
+def format_number(value: float | None, metric: Mapping[str, Any]) -> str:
     """Format a value with the metric's decimal places, never as "-0.0". None becomes a dash."""
     digits = metric["digits"]
     return DASH if value is None else f"{round(value, digits) + 0.0:.{digits}f}"
@@ -34,9 +34,11 @@ def title(metric: Mapping[str, Any]) -> str:
     return f"{metric['label']} ({metric['unit']})" if metric["unit"] else metric["label"]
 
 
-def interval(stats: Mapping[str, Any], metric: Mapping[str, Any]) -> str:
+def format_interval(stats: Mapping[str, Any], metric: Mapping[str, Any]) -> str:
     """Format an interval as "low to high", or as a dash if there is none."""
-    return DASH if stats["low"] is None else f"{number(stats['low'], metric)} to {number(stats['high'], metric)}"
+    if stats["low"] is None:
+        return DASH
+    return f"{format_number(stats['low'], metric)} to {format_number(stats['high'], metric)}"
 
 
 def finding(summary: Mapping[str, Any]) -> str:
@@ -59,9 +61,9 @@ def finding(summary: Mapping[str, Any]) -> str:
     secondary = []
     for contrast in summary["contrasts"]:
         if not contrast["primary"] and contrast["mean"] is not None:
-            numbers = number(contrast["mean"], metric)
+            numbers = format_number(contrast["mean"], metric)
             if contrast["low"] is not None:
-                numbers += f", {interval(contrast, metric)}"
+                numbers += f", {format_interval(contrast, metric)}"
             secondary.append(f"{contrast['arm']}:{contrast['reference']} {contrast['word']} ({numbers})")
     if remarks:
         sentences.append("; ".join(remarks))
@@ -78,11 +80,13 @@ def finding(summary: Mapping[str, Any]) -> str:
 def _failed_baseline(baseline: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     """Describe an arm that did not beat its baseline."""
     metric = summary["metrics"][baseline["metric"]]
-    arm_mean, baseline_mean = number(baseline["arm_mean"], metric), number(baseline["control_mean"], metric)
+    arm_mean = format_number(baseline["arm_mean"], metric)
+    baseline_mean = format_number(baseline["control_mean"], metric)
+    difference = format_number(baseline["mean"], metric)
     side = "below" if baseline["lower_wins"] else "above"
     return (
         f"{metric['label']} of {baseline['arm']} ({arm_mean}) is not clearly {side} its baseline, {baseline['name']} "
-        f"({baseline_mean}; difference {number(baseline['mean'], metric)}, 95 % interval {interval(baseline, metric)})"
+        f"({baseline_mean}; difference {difference}, 95 % interval {format_interval(baseline, metric)})"
     )
 
 
@@ -96,19 +100,19 @@ def _contrast_sentence(
 
     def amount(value: float) -> str:
         unit = "points" if metric["unit"] == "%" else metric["unit"]
-        return f"{number(value, metric)} {unit}".strip()
+        return f"{format_number(value, metric)} {unit}".strip()
 
     arm_mean, reference_mean = (rows[name]["metrics"][contrast["metric"]]["mean"] for name in (arm, reference))
-    means = f"{arm}: {number(arm_mean, metric)}, {reference}: {number(reference_mean, metric)}"
-    n = f"n = {counts(contrast['n'], contrast['n_reference'])}"
-    facts = f"({means}; 95 % interval {interval(contrast, metric)}, {n})"
+    means = f"{arm}: {format_number(arm_mean, metric)}, {reference}: {format_number(reference_mean, metric)}"
+    n = f"n = {format_counts(contrast['n'], contrast['n_reference'])}"
+    details = f"({means}; 95 % interval {format_interval(contrast, metric)}, {n})"
     if contrast["low"] is None:
         return f"{label}: {arm} minus {reference} is {amount(contrast['mean'])} ({means}); no interval at {n}"
     if word in ("lower", "higher"):
-        return f"{label} is {amount(abs(contrast['mean']))} {word} for {arm} than for {reference} {facts}"
+        return f"{label} is {amount(abs(contrast['mean']))} {word} for {arm} than for {reference} {details}"
     if word == "no difference":
-        return f"{label}: no difference between {arm} and {reference} within {amount(margin or 0)} {facts}"
-    return f"{label}: {arm} minus {reference} is {amount(contrast['mean'])}, {word} {facts}"
+        return f"{label}: no difference between {arm} and {reference} within {amount(margin or 0)} {details}"
+    return f"{label}: {arm} minus {reference} is {amount(contrast['mean'])}, {word} {details}"
 
 
 def arms_by_setting(summary: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -137,8 +141,8 @@ def arms_table(summary: Mapping[str, Any], arms: Collection[str] | None = None) 
         cells = []
         for name, metric in metrics.items():
             stats = row["metrics"].get(name, {"mean": None, "low": None})
-            half_width = "" if stats["low"] is None else f" ± {number(stats['high'] - stats['mean'], metric)}"
-            cells.append(number(stats["mean"], metric) + half_width)
+            half_width = "" if stats["low"] is None else f" ± {format_number(stats['high'] - stats['mean'], metric)}"
+            cells.append(format_number(stats["mean"], metric) + half_width)
         remarks = [row["word"]] if row["word"] else []
         for state in ("diverged", "missing"):
             if row[state]:
@@ -157,8 +161,8 @@ def differences_table(summary: Mapping[str, Any], arms: Collection[str] | None =
         if arms is not None and not {arm, reference} <= set(arms):
             continue
         name = f"{arm}:{reference}" + (" (primary)" if contrast["primary"] else "")
-        n = counts(contrast["n"], contrast["n_reference"])
-        difference, bounds = number(contrast["mean"], metric), interval(contrast, metric)
+        n = format_counts(contrast["n"], contrast["n_reference"])
+        difference, bounds = format_number(contrast["mean"], metric), format_interval(contrast, metric)
         table.append([name, difference, bounds, n, contrast["word"]])
     return table
 
