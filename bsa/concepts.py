@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("--data", type=Path, default=Path("data"), help="output folder of the two files")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--threads", type=cli.int_min(1), default=1, help="CPU threads")
+    parser.add_argument("--threads", type=cli.int_in(1, cli.MAX_THREADS), default=1, help="CPU threads")
     args = parser.parse_args(argv)
     path = args.data / "mesh-minilm.npy"
     if path.exists():

@@ -51,7 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("folder", type=Path, help="folder of a finished run")
     parser.add_argument("--data", type=Path, help="folder of the data, or the matrix file; default: as in training")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N; default: as in training")
-    parser.add_argument("--threads", type=cli.int_min(1), help="CPU threads; default: as in training")
+    parser.add_argument("--threads", type=cli.int_in(1, cli.MAX_THREADS), help="CPU threads; default: as in training")
     parser.add_argument(
         "--held-out",
         action="store_true",
@@ -64,7 +64,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--export", type=Path, metavar="FILE.npz", help="write the codes of all rows, 8 features per byte"
     )
     codes.add_argument("--neighbours", metavar="NAME", help=f"{KNN_K} nearest concepts by Jaccard index and by cosine")
-    codes.add_argument("--features", type=cli.int_min(1), metavar="COUNT", help="print the top concepts of the COUNT "
+    codes.add_argument("--features", type=cli.int_in(1), metavar="COUNT", help="print the top concepts of the COUNT "
                        "most frequently active features")  # fmt: skip
     return parser.parse_args(argv)
 

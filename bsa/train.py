@@ -91,8 +91,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--data-set", choices=("planted", "mesh", "file"), help="planted: synthetic "
                       "concepts; mesh: MeSH terms; file: --data is a matrix file")  # fmt: skip
     optimisation = parser.add_argument_group("optimisation (unknown in the paper)")
-    optimisation.add_argument("--steps", type=cli.int_min(1), help=f"optimiser steps, in {EPOCHS} equal epochs")
-    optimisation.add_argument("--batch", type=cli.int_min(2), help="rows per step")
+    optimisation.add_argument("--steps", type=cli.int_in(1), help=f"optimiser steps, in {EPOCHS} equal epochs")
+    optimisation.add_argument("--batch", type=cli.int_in(2), help="rows per step")
     optimisation.add_argument("--lr", type=cli.float_in(0), help="learning rate of Adam, constant")
     optimisation.add_argument("--lr-factor", type=cli.float_in(0), default=1.0, help="multiplies --lr; "
                               "used by the robustness study")  # fmt: skip
@@ -103,8 +103,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--compile", action="store_true", help="use torch.compile; pays off in long runs on a GPU"
     )
     method = parser.add_argument_group("method")
-    method.add_argument("--latent", type=cli.int_min(2), help="N, number of features of the code")
-    method.add_argument("--active", type=cli.int_min(1), help="K, target number of active features")
+    method.add_argument("--latent", type=cli.int_in(2), help="N, number of features of the code")
+    method.add_argument("--active", type=cli.int_in(1), help="K, target number of active features")
     method.add_argument("--alpha", default="1", help="weight of the alignment loss; paper: 1. matched: N/(2K) for "
                         "mse (1/(2K) with --mse-reduction sum), so that mse and cosine losses agree near the optimum; "
                         "4matched: 4 times that")  # fmt: skip
@@ -321,6 +321,8 @@ def read_matrix(path: Path) -> np.ndarray:
         )
     if (np.isfinite(matrices[0]) & (np.abs(matrices[0]) > MAX_ABS_VALUE)).any():
         fail(f"--data {path} contains absolute values above {MAX_ABS_VALUE:g}: rescale the matrix")
+    if matrices[0].shape[1] < 2:
+        fail(f"--data {path} has one column: give at least two, because rows are scaled to norm 1")
     return matrices[0].astype(np.float32)
 
 

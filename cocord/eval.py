@@ -46,7 +46,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("folder", type=Path, help="folder of a finished run")
     parser.add_argument("--data", type=Path, help="folder of the data sets; default: as in training")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N; default: as in training")
-    parser.add_argument("--threads", type=cli.int_min(1), help="CPU threads; default: as in training")
+    parser.add_argument("--threads", type=cli.int_in(1, cli.MAX_THREADS), help="CPU threads; default: as in training")
     return parser.parse_args(argv)
 
 

@@ -102,8 +102,8 @@ def optimisation_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGro
     """Add the optimisation flags of train.py and teacher.py; return their argument group."""
     group = parser.add_argument_group("optimisation")
     decay = "the learning rate is divided by 10 after 5/8, 3/4 and 7/8 of the steps"
-    group.add_argument("--epochs", type=cli.int_min(1), help=f"paper: 240; {decay}")
-    group.add_argument("--batch", type=cli.int_min(2), help="batch size; paper: 64; the last batch may be smaller")
+    group.add_argument("--epochs", type=cli.int_in(1), help=f"paper: 240; {decay}")
+    group.add_argument("--batch", type=cli.int_in(2), help="batch size; paper: 64; the last batch may be smaller")
     group.add_argument("--lr", type=cli.float_in(0), help="default 0.05; 0.01 for MobileNetV2 and ShuffleNets")
     group.add_argument("--weight-decay", type=cli.float_in(0), default=5e-4, help="of all trained parameters")
     precisions = ("auto", "float32", "bfloat16")
@@ -143,10 +143,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "tensors of the teacher's head that are an EMA of the student's head. frozen: none; partial: those of equal "
         "shape; adapter: all, in a head of the student's shape after a fixed random linear map; full: all; "
         "auto: full if the feature widths are equal, else frozen"))  # fmt: skip
-    method.add_argument("--queue", type=cli.int_min(1), help="K, the number of keys in the queue (negatives)")
-    method.add_argument("--hidden", type=cli.int_min(1), help="hidden width of the heads")
-    method.add_argument("--dim", type=cli.int_min(2), help="width of the embeddings")
-    method.add_argument("--bottleneck", type=cli.int_min(1), help="hidden width of the predictor")
+    method.add_argument("--queue", type=cli.int_in(1), help="K, the number of keys in the queue (negatives)")
+    method.add_argument("--hidden", type=cli.int_in(1), help="hidden width of the heads")
+    method.add_argument("--dim", type=cli.int_in(2), help="width of the embeddings")
+    method.add_argument("--bottleneck", type=cli.int_in(1), help="hidden width of the predictor")
     args = cli.parse(parser, SCALES, argv)
 
     if args.lr is None:
@@ -155,6 +155,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.teacher == "none":
         if args.lambda_contrast or args.lambda_kd:
             fail("--teacher none excludes contrastive and distillation loss: give --lambda-contrast 0 --lambda-kd 0")
+        if args.weights:
+            fail(f"--weights {args.weights} are not used with --teacher none: drop one of the two flags")
         args.teacher_head = "frozen"
         return args
     teacher_width, student_width = net.feature_width(args.teacher), net.feature_width(args.student)

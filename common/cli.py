@@ -15,6 +15,7 @@ RUNS_ON_THIS_GPU = "RUNS_ON_THIS_GPU"  # environment variable of common.study.sl
 # Flags for paths and hardware: they do not define a run.
 NON_METHOD_FLAGS = frozenset({"out", "replace", "data", "device", "workers", "weights", "resume_elsewhere"})
 SCALES = ("demo", "gpu", "paper")
+MAX_THREADS = 1024  # torch crashes when it cannot create its threads
 Defaults = Mapping[str, tuple[Any, Any, Any]]  # flag -> default at demo, gpu and paper scale
 
 
@@ -53,15 +54,15 @@ def run_flags(parser: Parser) -> argparse._ArgumentGroup:
     run.add_argument("--scale", choices=SCALES, default="demo", help="scale of the defaults (data, network, training "
                      "length): see the table below")  # fmt: skip
     run.add_argument("--out", type=Path, default=Path("runs/scratch"), help="output folder of this run")
-    run.add_argument("--seed", type=int_min(0), default=0, help="determines initial weights, batches and augmentation")
+    run.add_argument("--seed", type=int_in(0), default=0, help="determines initial weights, batches and augmentation")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    run.add_argument("--threads", type=int_min(1), default=1, help="CPU threads; changing it changes floating-point "
-                     "rounding")  # fmt: skip
+    run.add_argument("--threads", type=int_in(1, MAX_THREADS), default=1,
+                     help="CPU threads; changing it changes floating-point rounding")  # fmt: skip
     run.add_argument("--replace", action="store_true", help="if --out contains a run with other flags, rename it to "
                      "OUT.replaced-N")  # fmt: skip
     run.add_argument("--resume-elsewhere", action="store_true", help="resume on another device, torch version, number "
                      "of threads or processes: not bit-identical; recorded in args.json")  # fmt: skip
-    run.add_argument("--rehearse", type=int_min(1), help="smoke test: two epochs of N steps on a subset", metavar="N")
+    run.add_argument("--rehearse", type=int_in(1), help="smoke test: two epochs of N steps on a subset", metavar="N")
     data = parser.add_argument_group("data")
     data.add_argument("--data", type=Path, default=Path("data"), help="folder of data sets and caches")
     return data
@@ -82,16 +83,16 @@ def apply_lr_factor(args: argparse.Namespace) -> None:
     del args.lr_factor
 
 
-def int_min(minimum: int):
-    """Return an argparse type: an integer of at least `minimum`."""
+def int_in(low: int, high: int = 2**31 - 1):
+    """Return an argparse type for integers in [low, high]."""
 
     def convert(text: str) -> int:
         value = int(text)
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"{text} is less than {minimum}")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
 
-    convert.__name__ = "integer"  # argparse prints it: "invalid integer value: 'x'"
+    convert.__name__ = "integer"
     return convert
 
 

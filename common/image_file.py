@@ -30,6 +30,9 @@ def open_rgb(path: str | Path) -> Image.Image:
                     f"{path} has more than 8 bits per channel (mode {image.mode}): convert it to 8 bits, with the "
                     "intensity range that you need"
                 )
+            frames = getattr(image, "n_frames", 1)
+            if frames > 1 and image.format != "MPO":  # an MPO file is a JPEG photo with a preview
+                raise UnreadableImage(f"{path} has {frames} frames: save each frame as a separate image")
             if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
                 rgba = image.convert("RGBA")
                 return Image.alpha_composite(Image.new("RGBA", rgba.size, (*BACKGROUND, 255)), rgba).convert("RGB")

@@ -89,6 +89,8 @@ def open_splits(data: Path) -> "tuple[datasets.ImageFolder, datasets.ImageFolder
     train, test = open_folder(data / "train"), open_folder(data / "val")
     if difference := set(train.classes) ^ set(test.classes):
         fail(f"--data {data}: classes {sorted(difference)[:3]} are only in train or only in val: make them equal")
+    if len(train.classes) < 2:
+        fail(f"--data {data}: there is only the class {train.classes[0]}: give at least two class folders")
     return train, test
 
 

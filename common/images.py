@@ -82,6 +82,7 @@ def load(name: str, data: Path, size: int, device: torch.device, workers: int = 
             for folder, split in zip(folders, ("train", "val"), strict=True)
         ]
         classes = len(folders[0].classes)
+        warn_of_duplicates(splits[0][0], splits[1][0], data)
     elif name in glyphs.PRESETS:
         splits = [cached_glyphs(name, split, data) for split in GLYPH_COUNTS]
         classes = glyphs.classes(name)
@@ -108,6 +109,14 @@ def load_or_stream(name: str, data: Path, size: int, device: torch.device, worke
     if name == "folder" and size > MAX_IN_MEMORY_PIXELS:
         return image_folder.StreamedImages(data, size, workers, device)
     return load(name, data, size, device, workers)
+
+
+def warn_of_duplicates(train: Tensor, test: Tensor, data: Path) -> None:
+    """Print how many test images (N, 3, S, S) uint8 are also in the training set: they would be no test."""
+    known = {image.numpy().tobytes() for image in train}
+    duplicates = sum(image.numpy().tobytes() in known for image in test)
+    if duplicates:
+        print(f"warning: --data {data}: {duplicates} of {len(test)} images in val are also in train", file=sys.stderr)
 
 
 def check_data_folder(name: str, data: Path) -> None:

@@ -86,7 +86,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--network", choices=tuple(NETWORKS), default="vit_base_16", help="network of --weights")
     parser.add_argument("--data", type=Path, help="folder of the data; default: as in training")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N; default: as in training")
-    parser.add_argument("--threads", type=cli.int_min(1), help="CPU threads; default: as in training")
+    parser.add_argument("--threads", type=cli.int_in(1, cli.MAX_THREADS), help="CPU threads; default: as in training")
     parser.add_argument(
         "--held-out",
         action="store_true",

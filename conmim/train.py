@@ -104,16 +104,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--data-set", choices=images.DATA_SETS, help="folder: --data contains train/CLASS/*, val/CLASS/*")
     data.add_argument(
         "--size",
-        type=cli.int_min(16),
+        type=cli.int_in(16),
         help="image size in pixels, only for --data-set folder; images larger than 64 pixels are decoded by --workers",
     )
-    data.add_argument("--workers", type=cli.int_min(0), help="number of DataLoader workers for --data-set folder")
+    data.add_argument("--workers", type=cli.int_in(0), help="number of DataLoader workers for --data-set folder")
     optimisation = parser.add_argument_group("optimisation")
     optimisation.add_argument(
-        "--epochs", type=cli.int_min(0), help="0: keep the initial weights; paper: 300, 800 (table 1)"
+        "--epochs", type=cli.int_in(0), help="0: keep the initial weights; paper: 300, 800 (table 1)"
     )
     optimisation.add_argument("--warm-up", type=cli.float_in(0), help="epochs of linear warm-up; authors' code: 10")
-    optimisation.add_argument("--batch", type=cli.int_min(2), help="global batch size; authors' code: 2048")
+    optimisation.add_argument("--batch", type=cli.int_in(2), help="global batch size; authors' code: 2048")
     optimisation.add_argument("--lr", type=cli.float_in(0), help="peak learning rate, not scaled by --batch")
     optimisation.add_argument(
         "--lr-factor", type=cli.float_in(0), default=1.0, help="multiplies --lr; used by the robustness study"
@@ -132,8 +132,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         choices=POSITIONS,
         help="position encoding. relative: relative bias (authors' code); absolute: learned embedding; both",
     )
-    method.add_argument("--hidden", type=cli.int_min(1), help="hidden width of the projector; authors' code: 4096")
-    method.add_argument("--dim", type=cli.int_min(2), help="width of queries and keys; authors' code: 256")
+    method.add_argument("--hidden", type=cli.int_in(1), help="hidden width of the projector; authors' code: 4096")
+    method.add_argument("--dim", type=cli.int_in(2), help="width of queries and keys; authors' code: 256")
     method.add_argument(
         "--keys",
         choices=("ema", "online"),
@@ -169,6 +169,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             f"--no-stop-gradient (= --gradient-leak 1) contradicts --gradient-leak {args.gradient_leak}: "
             "give only one of them"
         )
+    if args.warm_up >= args.epochs > 0:
+        fail(f"--warm-up {args.warm_up:g} must be less than --epochs {args.epochs}: otherwise the learning rate never "
+             "reaches --lr")  # fmt: skip
     args.gradient_leak = 1.0 if args.no_stop_gradient else args.gradient_leak or 0.0
     cli.apply_lr_factor(args)
     del args.no_stop_gradient

@@ -53,11 +53,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="not needed: the tasks are generated")
     parser.add_argument("--data-file", type=Path, help="new path of the training rows; default: as in training")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N; default: as in training")
-    parser.add_argument("--threads", type=cli.int_min(1), help="CPU threads; default: as in training")
+    parser.add_argument("--threads", type=cli.int_in(1, cli.MAX_THREADS), help="CPU threads; default: as in training")
     parser.add_argument("--held-out", action="store_true", help="evaluate on the validation split, for tuning")
     parser.add_argument("--alpha", type=cli.float_in(0), default=1.0, help="order of the entropies; paper: 1. Other "
                         "orders are written to metrics-alpha-ALPHA.json")  # fmt: skip
-    parser.add_argument("--show", type=cli.int_min(1), metavar="N", help="print N answers and write nothing")
+    parser.add_argument("--show", type=cli.int_in(1), metavar="N", help="print N answers and write nothing")
     return parser.parse_args(argv)
 
 

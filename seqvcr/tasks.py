@@ -351,6 +351,8 @@ def load(task: Task, train_size: int, data_file: Path | None, device: torch.devi
         removed = len(rows) - len(train)
         print(f"{data_file}: {len(rows)} distinct rows, {removed} removed because they belong to the validation or "
               "test split", flush=True)  # fmt: skip
+    if len(train) < train_size:
+        print(f"only {len(train)} distinct training rows exist, fewer than --train-size {train_size}", flush=True)
     return Splits(train[:train_size], validation[: task.eval_rows], test[: task.eval_rows])
 
 
@@ -416,8 +418,8 @@ def to_text(task: Task, row: Tensor) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(__doc__)
-    parser.add_argument("--size", type=cli.int_min(1), default=4, help="digits per factor")
-    parser.add_argument("--lines", type=cli.int_min(1), default=10, help="number of lines to print")
+    parser.add_argument("--size", type=cli.int_in(1), default=4, help="digits per factor")
+    parser.add_argument("--lines", type=cli.int_in(1), default=10, help="number of lines to print")
     args = parser.parse_args(argv)
     rows = load(build_task("multiplication", args.size), args.lines, None, "cpu").train
     a, b = factors_of(rows, args.size)

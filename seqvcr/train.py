@@ -99,23 +99,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(__doc__, SCALES)
     data = cli.run_flags(parser)
     data.add_argument("--task", choices=TASK_NAMES)
-    data.add_argument("--size", type=cli.int_min(1), help="multiplication: digits per factor (default 4, demo 2); "
+    data.add_argument("--size", type=cli.int_in(1), help="multiplication: digits per factor (default 4, demo 2); "
                       "arithmetic: operators (5, demo 3); lis: numbers (50, demo 12)")  # fmt: skip
     data.add_argument("--train-size", type=train_size, help="maximum number of distinct training rows (paper: 808,000; "
                       "other tasks: 1,000,000), or `stream`: new rows at each step")  # fmt: skip
     data.add_argument("--data-file", type=Path, help="file with training rows in the format of Deng et al. 2023 "
                       "(multiplication only)")  # fmt: skip
     network = parser.add_argument_group("network")
-    network.add_argument("--layers", type=cli.int_min(1), help="transformer blocks")
-    network.add_argument("--heads", type=cli.int_min(1), help="attention heads")
-    network.add_argument("--width", type=cli.int_min(1), help="hidden width D")
+    network.add_argument("--layers", type=cli.int_in(1), help="transformer blocks")
+    network.add_argument("--heads", type=cli.int_in(1), help="attention heads")
+    network.add_argument("--width", type=cli.int_in(1), help="hidden width D")
     network.add_argument("--dropout", type=cli.float_in(0, 0.99), help="paper: 0.1 in its small networks")
     network.add_argument("--init-from", type=Path, help="pre-trained GPT-2 (model.safetensors or pytorch_model.bin), "
                          "multiplication only; `none` at paper scale: from scratch (table 7)")  # fmt: skip
     optimisation = parser.add_argument_group("optimisation")
-    optimisation.add_argument("--steps", type=cli.int_min(1), help=f"optimiser steps, split into {EPOCHS} epochs; "
+    optimisation.add_argument("--steps", type=cli.int_in(1), help=f"optimiser steps, split into {EPOCHS} epochs; "
                               "paper: 40 passes over 808,000 rows at batch 32")  # fmt: skip
-    optimisation.add_argument("--batch", type=cli.int_min(2), help="sequences per step; paper: 32; other tasks: 128")
+    optimisation.add_argument("--batch", type=cli.int_in(2), help="sequences per step; paper: 32; other tasks: 128")
     optimisation.add_argument("--lr", type=cli.float_in(0), help="peak learning rate; paper: 5e-4, small networks 1e-4")
     lr_factor = "multiplies --lr; used by the robustness study"
     optimisation.add_argument("--lr-factor", type=cli.float_in(0), default=1.0, help=lr_factor)
@@ -130,15 +130,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     method.add_argument("--lambda2", type=cli.float_in(0), help="coefficient of the covariance loss; paper: 0.004 in "
                         "multiplication, else 0.5 (appendix A)")  # fmt: skip
     projection = "width d of the projection; paper: 2048 (section 3.4)"
-    method.add_argument("--projection-width", type=cli.int_min(1), default=2048, help=projection)
+    method.add_argument("--projection-width", type=cli.int_in(1), default=2048, help=projection)
     method.add_argument("--layer", help="regularised level. 0: embeddings; l: output of block l; last: "
                         "output of the final LayerNorm; paper: last")  # fmt: skip
     axes = ("batch", "batch+length")
     method.add_argument("--covariance-axis", choices=axes, default="batch", help="batch: one covariance per position; "
                         "batch+length: one covariance over all positions (appendix F)")  # fmt: skip
-    method.add_argument("--covariance-batch", type=cli.int_min(2), help="N, number of sequences per covariance; "
+    method.add_argument("--covariance-batch", type=cli.int_in(2), help="N, number of sequences per covariance; "
                         "paper: the whole batch, 32 in multiplication, else 128")  # fmt: skip
-    method.add_argument("--pause", type=cli.int_min(0), default=2, help="number of pause tokens between start and "
+    method.add_argument("--pause", type=cli.int_in(0), default=2, help="number of pause tokens between start and "
                         "end marker; 0: no pause tokens and no markers; paper: 2 (section 3.5)")  # fmt: skip
     args = cli.parse(parser, SCALES, argv)
 
@@ -177,7 +177,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def train_size(text: str) -> int:
     """Return STREAM for `stream`, else the number of rows (argparse type)."""
-    return STREAM if text == "stream" else cli.int_min(1)(text)
+    return STREAM if text == "stream" else cli.int_in(1)(text)
 
 
 # ------------------------------------------------------------------------------------------------- model

@@ -90,15 +90,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--data-set", choices=images.DATA_SETS, help="folder: --data contains train/CLASS/*, val/CLASS/*")
     data.add_argument(
         "--size",
-        type=cli.int_min(16),
+        type=cli.int_in(16),
         help="image size in pixels, only for --data-set folder; images larger than 64 pixels are decoded by --workers",
     )
-    data.add_argument("--workers", type=cli.int_min(0), help="number of DataLoader workers for --data-set folder")
-    data.add_argument("--neighbours", type=cli.int_min(1), help="k of the kNN evaluation; not given in the paper")
-    data.add_argument("--monitor-every", type=cli.int_min(1), help="epochs between two evaluations (kNN, collapse)")
+    data.add_argument("--workers", type=cli.int_in(0), help="number of DataLoader workers for --data-set folder")
+    data.add_argument("--neighbours", type=cli.int_in(1), help="k of the kNN evaluation; not given in the paper")
+    data.add_argument("--monitor-every", type=cli.int_in(1), help="epochs between two evaluations (kNN, collapse)")
     optimisation = parser.add_argument_group("optimisation")
-    optimisation.add_argument("--epochs", type=cli.int_min(1), help="paper: 100 on ImageNet, 800 on CIFAR-10")
-    optimisation.add_argument("--batch", type=cli.int_min(2), help="global batch size; paper: 512")
+    optimisation.add_argument("--epochs", type=cli.int_in(1), help="paper: 100 on ImageNet, 800 on CIFAR-10")
+    optimisation.add_argument("--batch", type=cli.int_in(2), help="global batch size; paper: 512")
     optimisation.add_argument("--lr", type=cli.float_in(0), help="base learning rate; multiplied by --batch / 256")
     optimisation.add_argument(
         "--lr-factor", type=cli.float_in(0), default=1.0, help="multiplies --lr; used by the robustness study"
@@ -465,6 +465,9 @@ def main(argv: list[str] | None = None) -> None:
                 f"--batch {args.batch} is larger than the training set ({data.examples} examples): "
                 f"give at most {data.examples}"
             )
+        if args.neighbours > data.examples:
+            limit = f"the training set has {data.examples} examples, and kNN uses all of them"
+            print(f"warning: --neighbours {args.neighbours}: {limit}", file=sys.stderr)
         steps = args.epochs * (data.examples // args.batch)
         provenance = devices.environment(device) | {"data": data.digest, "steps": steps}
         run.write_config(f"{args.data_set}, {args.network}", provenance, args.resume_elsewhere)

@@ -205,7 +205,7 @@ def parse_args(argv: list[str] | None = None) -> Any:
     parser.add_argument("--data", type=Path, default=ROOT / "data", help="folder of data sets, if any")
     parser.add_argument("--report", type=Path, default=ROOT / "runs/gpu-check", help="folder of the report")
     jobs_help = "concurrent processes; default: 1 on a CPU, on a GPU one per two cores and 12 GiB of memory"
-    parser.add_argument("--jobs", type=cli.int_min(1), help=jobs_help)
+    parser.add_argument("--jobs", type=cli.int_in(1), help=jobs_help)
     minutes_help = "time limit: cases that would start later are not run"
     parser.add_argument("--minutes", type=cli.float_in(0), default=math.inf, help=minutes_help)
     return parser.parse_args(argv)

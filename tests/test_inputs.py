@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import tiny
+from PIL import Image
 
 import bsa.eval
 import bsa.train
@@ -213,8 +215,6 @@ def test_files_without_the_weights_are_an_error_in_all_readers(read, content, tm
 
 def test_the_untrained_baseline_is_always_epoch_0(pictures, tmp_path, capsys):
     """If the line of epoch 0 is missing from the log, the evaluation is an error."""
-    from conftest import tiny
-
     out = tmp_path / "run"
     simsiam.train.main(tiny(out, pictures, "--epochs", "2"))
     log = (out / "train.jsonl").read_text().splitlines(keepends=True)
@@ -236,3 +236,79 @@ def test_the_state_of_an_evaluation_on_other_data_is_not_resumed(tmp_path):
     checkpoints.save(tmp_path / "eval_state.pt", {"identity": min(names), "finished": {"finetune_accuracy": 1.0}})
     device = torch.device("cpu")
     assert conmim.eval.EvaluationState(tmp_path / "eval_state.pt", max(names), device).finished == {}
+
+
+# ---------------------------------------------------------------------------------------------- silent nonsense
+
+
+def save_images(root: Path, classes: int, seed: int = 0) -> Path:
+    rng = np.random.default_rng(seed)
+    for split, count in (("train", 12), ("val", 4)):
+        for label in range(classes):
+            (root / split / f"class{label}").mkdir(parents=True, exist_ok=True)
+            for number in range(count):
+                image = Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8))
+                image.save(root / split / f"class{label}/{number}.png")
+    return root
+
+
+@pytest.mark.parametrize("size", [32, 96])
+def test_a_single_class_is_refused_because_every_accuracy_would_be_100(size, tmp_path, capsys):
+    data = save_images(tmp_path / "data", 1)
+    assert "at least two class folders" in assert_usage_error_of_load(capsys, data, size)
+
+
+@pytest.mark.parametrize("size", [32, 96])
+def test_a_file_with_several_frames_is_refused_because_only_one_would_be_read(size, tmp_path, capsys):
+    data = save_images(tmp_path / "data", 2)
+    frames = [Image.fromarray(np.full((40, 40, 3), value, np.uint8)) for value in (9, 99, 199)]
+    frames[0].save(data / "train/class0/0.tif", save_all=True, append_images=frames[1:])
+    assert "0.tif has 3 frames" in assert_usage_error_of_load(capsys, data, size)
+
+
+def assert_usage_error_of_load(capsys, data: Path, size: int) -> str:
+    return error_line(capsys, images.load_or_stream, "folder", data, size, torch.device("cpu"), 0)
+
+
+def test_test_images_that_are_also_training_images_are_counted(tmp_path, capsys):
+    data = save_images(tmp_path / "data", 2)
+    images.load("folder", data, 32, torch.device("cpu"))
+    assert "also in train" not in capsys.readouterr().err
+    for number in range(3):
+        shutil.copy(data / f"train/class0/{number}.png", data / f"val/class1/copy{number}.png")
+    images.load("folder", data, 32, torch.device("cpu"))
+    assert "3 of 11 images in val are also in train" in capsys.readouterr().err
+
+
+def test_a_matrix_with_one_column_is_refused(tmp_path, capsys):
+    np.save(tmp_path / "x.npy", matrix()[:, :1])
+    assert "has one column" in error_line(capsys, bsa.train.read_matrix, tmp_path / "x.npy")
+
+
+def test_more_neighbours_than_training_images_are_reported(pictures, tmp_path, capsys):
+    simsiam.train.main([*tiny(tmp_path / "run", pictures), "--rehearse", "1", "--neighbours", "1000"])
+    assert "--neighbours 1000: the training set has 48 examples" in capsys.readouterr().err
+
+
+def test_a_warm_up_as_long_as_the_training_is_refused(capsys):
+    assert "never reaches --lr" in error_line(capsys, conmim.train.parse_args, ["--warm-up", "8", "--epochs", "8"])
+    assert conmim.train.parse_args(["--epochs", "0"]).epochs == 0  # without pre-training there is no warm-up either
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+@pytest.mark.parametrize("flags", [["--threads", "100000"], ["--epochs", "9" * 25], ["--batch", "9" * 25]])
+def test_integers_far_out_of_range_are_refused(paper, flags, capsys):
+    if flags[0] == "--epochs" and paper in ("bsa", "seqvcr"):
+        flags = ["--steps", flags[1]]
+    assert "is not between" in error_line(capsys, PAPERS[paper].train.parse_args, flags)
+
+
+def test_weights_without_a_teacher_are_refused(tmp_path, capsys):
+    flags = ["--teacher", "none", "--lambda-contrast", "0", "--lambda-kd", "0", "--weights", str(tmp_path / "x.pt")]
+    assert "drop one of the two flags" in error_line(capsys, cocord.train.parse_args, flags)
+
+
+def test_a_training_size_that_does_not_exist_is_reported(capsys):
+    task = seqvcr.train.tasks.build_task("multiplication", 1)
+    splits = seqvcr.train.tasks.load(task, 10_000, None, "cpu")
+    assert f"only {len(splits.train)} distinct training rows exist" in capsys.readouterr().out

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from common.cli import SCALES, Parser, fail, int_min
+from common.cli import SCALES, Parser, fail, int_in
 from common.study import figures, page, sweeps, tables
 from common.study.analysis import RemarkFunction, summarise
 from common.study.design import Design, DesignError, Metric, Settings, Study
@@ -20,7 +20,7 @@ def parse_args(description: str | None, argv: Sequence[str] | None) -> Any:
     parser.add_argument("study", help="name of a study in studies.py")
     parser.add_argument("--scale", choices=SCALES, default="demo")
     parser.add_argument("--runs", type=Path, help="folder that contains the arms (default: runs/SCALE/PAPER)")
-    parser.add_argument("--seeds", type=int_min(0), nargs="+", help="default: the seeds that the study declares")
+    parser.add_argument("--seeds", type=int_in(0), nargs="+", help="default: the seeds that the study declares")
     parser.add_argument("--results", type=Path, help="output folder (default: runs/SCALE/report)")
     parser.add_argument("--reproduce", default="", help="command that the page shows for this study")
     parser.add_argument("--pairs", nargs="+", default=[], help="CoCoRD: pairs TEACHER-STUDENT (make PAIRS=...)")
