@@ -88,8 +88,10 @@ def int_in(low: int, high: int = 2**31 - 1):
 
     def convert(text: str) -> int:
         value = int(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{text} is less than {low}")
+        if value > high:
+            raise argparse.ArgumentTypeError(f"{text} is more than {high}")
         return value
 
     convert.__name__ = "integer"

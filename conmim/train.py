@@ -169,9 +169,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             f"--no-stop-gradient (= --gradient-leak 1) contradicts --gradient-leak {args.gradient_leak}: "
             "give only one of them"
         )
-    if args.warm_up >= args.epochs > 0:
-        fail(f"--warm-up {args.warm_up:g} must be less than --epochs {args.epochs}: otherwise the learning rate never "
-             "reaches --lr")  # fmt: skip
     args.gradient_leak = 1.0 if args.no_stop_gradient else args.gradient_leak or 0.0
     cli.apply_lr_factor(args)
     del args.no_stop_gradient
@@ -560,6 +557,9 @@ def main(argv: list[str] | None = None) -> None:
                 f"--batch {args.batch} is larger than the training set ({data.examples} examples): "
                 f"give at most {data.examples}"
             )
+        if args.warm_up >= args.epochs > 0 and rank == 0:
+            limit = f"--warm-up {args.warm_up:g} is as long as --epochs {args.epochs}"
+            print(f"warning: {limit}: the learning rate never reaches --lr", file=sys.stderr)
         steps = args.epochs * (data.examples // args.batch)
         provenance = devices.environment(device) | {"data": data.digest, "steps": steps}
         run.write_config(f"{args.data_set}, {args.network}", provenance, args.resume_elsewhere)

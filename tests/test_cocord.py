@@ -750,11 +750,13 @@ def random_cifar(monkeypatch):
 def train_two_steps(arm: str, flags: list[str], folder, scale: str) -> None:
     """Train two epochs of one step with four images, at the widths of `scale` and with an untrained teacher."""
     name = flags[flags.index("--teacher") + 1]
-    weights = folder / f"{name}.pt"
-    if name != "none" and not weights.exists():
-        torch.save(net.build(name, 100).state_dict(), weights)
+    common_flags = ["--scale", scale, "--batch", "4", "--rehearse", "1", "--device", "cpu"]
+    if name != "none":
+        weights = folder / f"{name}.pt"
+        if not weights.exists():
+            torch.save(net.build(name, 100).state_dict(), weights)
+        common_flags += ["--weights", str(weights)]
     out = folder / arm / "0"
-    common_flags = ["--scale", scale, "--batch", "4", "--rehearse", "1", "--device", "cpu", "--weights", str(weights)]
     train.main([*common_flags, *flags, "--out", str(out)])
     evaluate.main([str(out)])
     assert json.loads((out / "metrics.json").read_text())["accuracy"] is not None

@@ -906,14 +906,14 @@ LARGER = [("gpu", "vit_tiny_4"), ("gpu", "vit_small_8"), ("paper", "vit_small_16
 
 
 @pytest.mark.parametrize(("scale", "network"), LARGER)
-def test_arms_take_two_steps_at_full_network_size(scale, network, pictures, monkeypatch):
+def test_arms_take_two_steps_at_full_network_size(scale, network, pictures, tmp_path, monkeypatch):
     """Full widths on four small images. Images above 64 pixels are augmented by the code of the DataLoader workers.
 
     One network of each scale trains all arms, the other only the cheapest and the most expensive arm.
     """
     size = {"vit_tiny_4": 32, "vit_small_8": 64}.get(network, 96)
-    flags = ["--scale", scale, "--network", network, "--data", str(pictures), "--size", str(size)]
-    flags += [] if network == "vit_tiny_4" else ["--data-set", "folder"]
+    flags = ["--scale", scale, "--network", network, "--size", str(size)]
+    flags += ["--data", str(tmp_path)] if network == "vit_tiny_4" else ["--data", str(pictures), "--data-set", "folder"]
     monkeypatch.setattr(images, "cifar", lambda *_: (torch.randint(0, 256, (40, 3, 32, 32)).byte(), torch.arange(40)))
     monkeypatch.setattr(train, "N_DIAGNOSTIC", 4)
     flags += ["--batch", "4", "--epochs", "1"]
