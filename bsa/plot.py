@@ -167,22 +167,23 @@ def matched_activity_finding(runs: results.Runs, reference: str) -> list[str]:
     if reference_family is None or not counts:
         return []
     active = mean(counts)
-    reference_losses = list(results.values(runs, reference, "reconstruction_loss").values())
+    reference_losses = results.values(runs, reference, "reconstruction_loss")
     parts = []
     for name in sorted(groups, key=lambda name: name != reference_family):  # the reference's family comes first
         by_seed = loss_at_activity(runs, list(groups[name]), active)
         losses = reference_losses
         if name != reference_family:
-            losses = [loss for loss in by_seed.values() if loss is not None]
+            losses = {seed: loss for seed, loss in by_seed.items() if loss is not None}
         if not losses:
             parts.append(f"{name}: outside its range")
             continue
-        summary = statistics.summary(losses)
+        summary = statistics.summary(list(losses.values()))
         details = [f"95 % interval {tables.format_interval(vars(summary), metric)}"] if summary.low is not None else []
         outside = len(by_seed) - summary.n if name != reference_family else 0
         details.append(f"n = {summary.n}" + (f", {outside} more outside its range" if outside else ""))
-        if name != reference_family and reference_losses:
-            difference = statistics.welch(losses, reference_losses)
+        seeds = sorted(losses.keys() & reference_losses.keys())
+        if name != reference_family and seeds:
+            difference = statistics.paired([losses[seed] for seed in seeds], [reference_losses[seed] for seed in seeds])
             bounds = "" if difference.low is None else f", {tables.format_interval(vars(difference), metric)}"
             details.append(f"minus {reference} {tables.format_number(difference.mean, metric)}{bounds}")
         label = reference if name == reference_family else name
@@ -249,11 +250,7 @@ def set_log_axis(axes: Axes, which: Literal["x", "y"]) -> None:
 
 def mark_target(axes: Axes, active: int) -> None:
     """Draw K as a dotted vertical line, labelled above the panel."""
-    axes.axvline(active, color=figures.GREY, linewidth=1, linestyle=":", zorder=1)
-    axes.annotate(
-        f"K = {active}", (active, 1), xycoords=("data", "axes fraction"), xytext=(0, 3), textcoords="offset points",
-        ha="center", **figures.SMALL,
-    )  # fmt: skip
+    figures.reference_lines(axes, {f"K = {active}": active}, vertical=True)
 
 
 def panel_grid(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[list[Axes]]]:
@@ -265,7 +262,7 @@ def panel_grid(rows: int, columns: int, width: float, height: float) -> tuple[Fi
 # ------------------------------------------------------------------------------------------------- curves and dots
 
 
-def curve_panels(runs: results.Runs, active: int) -> list[figures.Curves]:
+def curve_panels(runs: results.Runs, active: int, data_set: str) -> list[figures.Curves]:
     """Return panels of training loss, reconstruction loss, alignment loss and active count over the steps.
 
     Arms with alpha 0 have no alignment loss. With many arms there are only two panels per family: reconstruction loss
@@ -278,8 +275,8 @@ def curve_panels(runs: results.Runs, active: int) -> list[figures.Curves]:
             members = {arm: runs[arm] for arm in alphas}
             losses = results.series(members, "reconstruction_loss", x="step")
             counts = results.series(members, "active_mean", x="step")
-            panels.append(figures.Curves(f"reconstruction loss, as trained\n{name}", losses, {}, "step"))
-            panels.append(figures.Curves(f"active features\n{name}", counts, target, "step", y_scale="log"))
+            panels.append(figures.Curves(f"reconstruction loss, {data_set}\n{name}", losses, {}, "step"))
+            panels.append(figures.Curves(f"active features, {data_set}\n{name}", counts, target, "step", y_scale="log"))
         return panels
     aligned = {
         arm: by_seed
@@ -287,7 +284,7 @@ def curve_panels(runs: results.Runs, active: int) -> list[figures.Curves]:
         if any(run.args["arguments"]["alpha"] for run in by_seed.values() if run.args)
     }
     contents: dict[str, tuple[str, results.Runs, dict[str, float]]] = {
-        "loss": ("training loss (units differ between losses)", runs, {}),
+        "loss": ("training loss", runs, {}),
         "reconstruction_loss": ("reconstruction loss, as trained", runs, {}),
         "alignment_loss": ("alignment loss, before × α", aligned, {}),
         "active_mean": ("active features", runs, target),
@@ -296,11 +293,11 @@ def curve_panels(runs: results.Runs, active: int) -> list[figures.Curves]:
         series = results.series(shown, key, x="step")
         values = [y for curves in series.values() for _, ys in curves for y in ys]
         scale = "log" if key == "active_mean" or needs_log_axis(values) else "linear"
-        panels.append(figures.Curves(title, series, lines, x_label="step", y_scale=scale))
+        panels.append(figures.Curves(f"{title}, {data_set}", series, lines, x_label="step", y_scale=scale))
     return panels
 
 
-def dot_panels(runs: results.Runs, active: int) -> list[figures.Dots]:
+def dot_panels(runs: results.Runs, active: int, data_set: str) -> list[figures.Dots]:
     """Return panels of the main metrics and the kNN overlap, three panels if there are many arms.
 
     Hollow marks show the untrained code.
@@ -314,7 +311,7 @@ def dot_panels(runs: results.Runs, active: int) -> list[figures.Dots]:
 
     return [
         figures.Dots(
-            METRICS[key].title,
+            f"{METRICS[key].title}, {data_set}",
             by_arm(key),
             by_arm(BASELINE_METRICS[key]) if key in BASELINE_METRICS else {},
             {f"K = {active}": float(active)} if key == "active_mean" else {},
@@ -323,25 +320,25 @@ def dot_panels(runs: results.Runs, active: int) -> list[figures.Dots]:
     ]
 
 
-def format_curves(figure: Figure, panels: Sequence[figures.Curves], arms: int) -> Figure:
+def format_curves(drawing: figures.Drawing, panels: Sequence[figures.Curves], arms: int) -> figures.Drawing:
     """Set plain numbers on the log axes of a figure of `figures.curves`, and make room for the legend of many arms."""
     if arms > MANY_ARMS:
-        figure.set_figheight(figure.get_figheight() + 0.1 * arms)
-    for axes, panel in zip(figure.axes, panels, strict=True):
+        drawing.figure.set_figheight(drawing.figure.get_figheight() + 0.1 * arms)
+    for axes, panel in zip(drawing.figure.axes, panels, strict=True):
         if panel.y_scale == "log":
             set_log_axis(axes, "y")
-    return figure
+    return drawing
 
 
-def format_dots(figure: Figure, panels: Sequence[figures.Dots]) -> Figure:
+def format_dots(drawing: figures.Drawing, panels: Sequence[figures.Dots]) -> figures.Drawing:
     """Widen a figure of `figures.dots` for its titles, and set log axes for active counts that differ widely."""
-    figure.set_figwidth(figure.get_figwidth() + 1)
-    for axes, panel in zip(figure.axes, panels, strict=True):
+    drawing.figure.set_figwidth(drawing.figure.get_figwidth() + 1)
+    for axes, panel in zip(drawing.figure.axes, panels, strict=True):
         counts = [value for by_seed in panel.values.values() for value in by_seed]
         if "active" in panel.title and needs_log_axis(counts, 4):
             axes.set_xlim(min(value for value in counts if value > 0) / 1.3, max(counts) * 1.3)
             set_log_axis(axes, "x")
-    return figure
+    return drawing
 
 
 # ------------------------------------------------------------------------------------------------- trade-offs
@@ -357,7 +354,7 @@ def metric_pairs(runs: results.Runs, arm: str, x: str, y: str) -> tuple[list[flo
 def format_tradeoff(axes: Axes, x: str, y: str, active: int) -> None:
     """Set title, labels, grid and target line of one trade-off panel."""
     labels = {"active_mean": "active features per row (mean, log scale)", "bits_per_row": "bits per row (log scale)"}
-    axes.set_title(METRICS[y].label, pad=18)
+    axes.set_title(METRICS[y].label)
     axes.set(xlabel=labels[x], xscale="log")
     axes.grid(color="#EEEEEE", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -367,8 +364,12 @@ def format_tradeoff(axes: Axes, x: str, y: str, active: int) -> None:
 
 
 def tradeoff_figure(
-    runs: results.Runs, reference: str, active: int, caption: str, sign: Mapping[str, float] | None = None
-) -> Figure:
+    runs: results.Runs,
+    styles: Mapping[str, figures.Style],
+    active: int,
+    caption: str,
+    sign: Mapping[str, float] | None = None,
+) -> figures.Drawing:
     """Return a scatter plot of losses against active features, one mark per run.
 
     `sign`: metrics of the sign code. If given, two panels against bits per row are added, with the sign code as a
@@ -382,7 +383,6 @@ def tradeoff_figure(
             f"reconstruction loss {sign['sign_reconstruction_loss']:.3f}, "
             f"kNN overlap {sign['sign_knn_overlap']:.2f}. {caption}"
         )
-    styles = figures.arm_styles(list(runs), reference)
     markers = dict(zip(runs, "os^Dv<>P" * len(runs), strict=False))
     with matplotlib.rc_context(figures.STYLE):
         figure, rows = panel_grid(len(panels) // 2, 2, 4.6, 3.3)
@@ -394,7 +394,7 @@ def tradeoff_figure(
                 axes.plot(xs, ys, markers[arm], ms=6, alpha=0.75, mec="white", mew=0.5, color=colour)
             if sign and x == "bits_per_row":
                 point = sign["sign_bits_per_row"], sign[f"sign_{y}"]
-                axes.plot(*point, "o", ms=8, mfc="none", mec=figures.REFERENCE)
+                axes.plot(*point, "o", ms=8, mfc="none", mec=figures.BASE)
                 axes.annotate(
                     "sign code", point, xytext=(-8, -3), textcoords="offset points", ha="right", **figures.SMALL
                 )
@@ -403,15 +403,21 @@ def tradeoff_figure(
         return figures.finish(figure, legend, f"One mark per run (training seed). {caption}")
 
 
-def alpha_figure(runs: results.Runs, reference: str, active: int, caption: str) -> Figure:
+def alpha_figure(
+    runs: results.Runs, reference: str, arm_styles: Mapping[str, figures.Style], active: int, caption: str
+) -> figures.Drawing:
     """Return a figure of losses against active features; lines join the arms of a family in the order of alpha.
 
     Joined marks are means over seeds; faint dots are runs. The curves may overlap, so a second row of panels shows for
-    each family the active count at each alpha.
+    each family the active count at each alpha. A family has the colour of `reference` or of its first arm.
     """
     groups = families(runs)
     reference_family = next((name for name, alphas in groups.items() if reference in alphas), "")
-    styles = figures.arm_styles(list(groups), reference_family)
+    order = list(arm_styles)
+    styles = {
+        name: arm_styles[reference if reference in alphas else min(alphas, key=order.index)]
+        for name, alphas in groups.items()
+    }
     with matplotlib.rc_context(figures.STYLE):
         figure = Figure(figsize=(11.2, 5.4 + 0.4 * len(groups)), layout="constrained")
         columns = figure.subplots(2, 2, sharex=True, height_ratios=[3.6, 0.42 * len(groups)]).T
@@ -475,15 +481,17 @@ def rows_per_doubling(rows: np.ndarray, edges: np.ndarray) -> np.ndarray:
 
 
 def activation_figure(
-    by_arm: Mapping[str, Sequence[Activations]], reference: str, active: int, caption: str,
+    by_arm: Mapping[str, Sequence[Activations]],
+    styles: Mapping[str, figures.Style],
+    active: int,
+    caption: str,
     groups: Mapping[str, Sequence[str]] | None = None,
-) -> Figure:  # fmt: skip
+) -> figures.Drawing:
     """Return the distributions of feature frequencies and of active counts, means over seeds.
 
     The three panels are: frequency by rank, histogram of frequencies with a separate bar for dead features, and rows by
     active count. `groups`: arms of each row of panels, by the row's title; default: all arms in one row.
     """
-    styles = figures.arm_styles(list(by_arm), reference)
     by_arm = {arm: seeds for arm, seeds in by_arm.items() if seeds}
     features = {arm: padded_mean([run.features for run in seeds]) for arm, seeds in by_arm.items()}
     rows = {arm: padded_mean([run.rows for run in seeds]) for arm, seeds in by_arm.items()}
@@ -497,7 +505,8 @@ def activation_figure(
     with matplotlib.rc_context(figures.STYLE):
         figure, panels = panel_grid(len(groups), 3, 3.5, 2.9)
         for (group, arms), (by_rank, by_frequency, by_count) in zip(groups.items(), panels, strict=True):
-            shown = sorted((arm for arm in arms if arm in by_arm), key=lambda arm: arm == reference)  # reference on top
+            shown = [arm for arm in arms if arm in by_arm]
+            shown.sort(key=lambda arm: styles[arm]["color"] == figures.BASE)  # base on top
             bar_width = -0.22 * floor / max(len(shown), 1)
             for index, arm in enumerate(shown):
                 alive = features[arm][: np.count_nonzero(features[arm])]
@@ -511,15 +520,15 @@ def activation_figure(
                 x = dead + (index - (len(shown) - 1) / 2) * bar_width
                 by_frequency.bar(x, dead_share, bar_width, color=styles[arm]["color"])
                 by_count.stairs(rows_per_doubling(rows[arm], edges), edges, linewidth=1.5, **styles[arm])
-            by_rank.set_title(group or "feature frequency by rank", pad=18)
+            by_rank.set_title(group or "feature frequency by rank")
             by_rank.set(xlabel="rank of the feature", ylabel="share of rows", yscale="log")
             set_log_axis(by_rank, "y")
-            by_frequency.set_title("" if group else "histogram of feature frequencies", pad=18)
+            by_frequency.set_title("" if group else "histogram of feature frequencies")
             by_frequency.set(xlabel="share of rows (log scale)", ylabel="share of features")
             powers = list(range(0, math.ceil(floor) - 1, -1 if floor >= -4 else -2))
             by_frequency.set_xticks([dead, *powers], ["dead", *(f"{10.0**power:g}" for power in powers)])
             by_frequency.axvline(1.08 * floor, color="#BBBBBB", linewidth=0.8)
-            by_count.set_title("" if group else "rows by active features", pad=18)
+            by_count.set_title("" if group else "rows by active features")
             by_count.set(xlabel="active features (log scale)", ylabel="share of rows per doubling", xscale="log")
             mark_target(by_count, active)
             by_count.set_xlim(max(min(counts) / 1.3, 0.5), edges[-1])
@@ -534,31 +543,34 @@ def activation_figure(
 # ------------------------------------------------------------------------------------------------- main
 
 
-def draw(view: results.View) -> dict[str, Figure]:
+def draw(view: results.View) -> dict[str, figures.Drawing]:
     """Return the figures of a study. Adds notes on runs not converged and on unreadable files to the summary."""
     runs, study, reference, summary = view.runs, view.study, view.reference, view.summary
     by_arm, unread = read_activations(view.args.runs, runs)
     summary["notes"] += not_converged_notes(runs) + unread
-    active = results.first_arguments(runs)["active"]
+    arguments = results.first_arguments(runs)
+    active, data_set = arguments["active"], arguments["data_set"]
+    styles = {arm: view.styles[arm] for arm in study.arms}
     remarks = incomplete_arms(summary)
     caption = view.caption + "".join(f"{arm}: {text}. " for arm, text in remarks.items())
-    lines, dots, groups = curve_panels(runs, active), dot_panels(runs, active), None
-    curve_figure = figures.curves(lines, study.arms, reference, caption)
-    dot_figure = figures.dots(dots, study.arms, reference, remarks, "the untrained code", view.caption)
+    lines, dots, groups = curve_panels(runs, active, data_set), dot_panels(runs, active, data_set), None
+    curve_figure = figures.curves(lines, styles, view.highlight, caption)
+    dot_figure = figures.dots(dots, styles, remarks, "the untrained code", view.caption)
     if study.name == "bsa-alpha":
         summary["finding"] = " ".join([summary["finding"], *matched_activity_finding(runs, reference)])
-        tradeoff = alpha_figure(runs, reference, active, caption)
+        tradeoff = alpha_figure(runs, reference, styles, active, caption)
         groups = {name: list(alphas) for name, alphas in families(runs).items()}
     else:
         keys = ("sign_reconstruction_loss", "sign_knn_overlap", "sign_bits_per_row")
         sign = {key: mean(values.values()) for key in keys if (values := results.values(runs, reference, key))}
         shows_sign = study.name == "bsa-baselines" and len(sign) == len(keys)
-        tradeoff = tradeoff_figure(runs, reference, active, caption, sign if shows_sign else None)
+        tradeoff = tradeoff_figure(runs, styles, active, caption, sign if shows_sign else None)
     return {
         "curves": format_curves(curve_figure, lines, len(study.arms)),
         "metrics": format_dots(dot_figure, dots),
         "tradeoff": tradeoff,
-        "activations": activation_figure(by_arm, reference, active, caption, groups),
+        "activations": activation_figure(by_arm, styles, active, caption, groups),
+        "summary": figures.summary_slide(summary, dots[1], styles, hollow="the untrained code"),
     }
 
 

@@ -5,20 +5,21 @@
 Reads metrics.json and train.jsonl of the runs. Missing runs are left out of the figures.
 """
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import stdev
-
-from matplotlib.figure import Figure
 
 if not __package__:  # run as a script: import from this clone, not from an installed copy
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cocord.studies import METRICS, design
 from common.study import figures, plotting, results, statistics, tables
+from common.study.figures import without_setting
 
 PRIMARY = "accuracy"
+CHANCE = {"glyphs36": 100 / 36, "cifar100": 1.0}  # accuracy in percent, by data set
 PUBLISHED_STD = 0.18  # accuracy points, over five CIFAR-100 runs (DKD, resnet32x4 to resnet8x4, mdistiller issue #7)
 
 # ------------------------------------------------------------------------------------------------- descriptions
@@ -54,13 +55,8 @@ def resolution_note(runs: results.Runs, reference: str, seeds: int) -> str:
 # ------------------------------------------------------------------------------------------------- figures
 
 
-def without_pair(arm: str) -> str:
-    """Return the name of an arm without its pair of networks."""
-    return arm.partition("@")[0]
-
-
 def curve_panels(
-    runs: results.Runs, groups: Mapping[str, Sequence[str]], metrics: Mapping[str, str]
+    runs: results.Runs, groups: Mapping[str, Sequence[str]], metrics: Mapping[str, str], data_set: str
 ) -> list[figures.Curves]:
     """Return one panel per pair and metric of the log."""
     panels = []
@@ -69,8 +65,9 @@ def curve_panels(
             curves = results.series({arm: runs[arm] for arm in arms}, key)
             if key != "test_accuracy":  # the other metrics are about keys, which need a contrastive loss
                 curves = {arm: seeds if has_contrast(runs[arm]) else [] for arm, seeds in curves.items()}
-            values = {without_pair(arm): seeds for arm, seeds in curves.items()}
-            panels.append(figures.Curves(f"{title}\n{pair.replace('-', ' → ')}", values))
+            values = {without_setting(arm): seeds for arm, seeds in curves.items()}
+            lines = {"chance": CHANCE[data_set]} if key == "test_accuracy" and data_set in CHANCE else {}
+            panels.append(figures.Curves(f"{title}, {data_set}\n{pair.replace('-', ' → ')}", values, lines))
     return panels
 
 
@@ -81,32 +78,34 @@ def has_contrast(seeds: Mapping[int, results.RunFiles]) -> bool:
 
 def seed_values(runs: results.Runs, arms: Sequence[str], key: str) -> dict[str, list[float]]:
     """Return the values of a metric over seeds, by arm without its pair."""
-    return {without_pair(arm): list(results.values(runs, arm, key).values()) for arm in arms}
+    return {without_setting(arm): list(results.values(runs, arm, key).values()) for arm in arms}
 
 
-def dot_panels(runs: results.Runs, groups: Mapping[str, Sequence[str]], metrics: Sequence[str]) -> list[figures.Dots]:
+def dot_panels(
+    runs: results.Runs, groups: Mapping[str, Sequence[str]], metrics: Sequence[str], data_set: str
+) -> list[figures.Dots]:
     """Return one panel per pair and metric. Hollow marks in the accuracy panel show the slow student."""
     panels = []
     for pair, arms in groups.items():
         for key in metrics:
             values = seed_values(runs, arms, key)
             slow = seed_values(runs, arms, "accuracy_slow_student")
-            title = f"{METRICS[key].title}\n{pair.replace('-', ' → ')}"
-            limits = {"limits": (0, 100)} if METRICS[key].unit == "%" else {}
-            panels.append(figures.Dots(title, values, slow if key == PRIMARY else {}, **limits))
+            title = f"{METRICS[key].title}, {data_set}\n{pair.replace('-', ' → ')}"
+            limits = (0.0, 100.0) if METRICS[key].unit == "%" else (-math.inf, math.inf)
+            panels.append(figures.Dots(title, values, slow if key == PRIMARY else {}, limits=limits))
     return panels
 
 
 # ------------------------------------------------------------------------------------------------- main
 
 
-def draw(view: results.View) -> dict[str, Figure]:
+def draw(view: results.View) -> dict[str, figures.Drawing]:
     """Return the figures of a study by name; adds a note about the smallest resolvable difference to the summary."""
     view.summary["notes"].insert(0, resolution_note(view.runs, view.reference, len(view.args.seeds)))
     groups = tables.arms_by_setting(view.summary)
-    names = [without_pair(arm) for group in groups.values() for arm in group]
+    names = [without_setting(arm) for group in groups.values() for arm in group]
     arms = sorted(dict.fromkeys(names), key=lambda arm: -names.count(arm))  # arms that all pairs have come first
-    remarks = {without_pair(row["arm"]): "diverged" for row in view.summary["rows"] if row["diverged"]}
+    remarks = {without_setting(row["arm"]): "diverged" for row in view.summary["rows"] if row["diverged"]}
     curve_metrics = {"test_accuracy": "test accuracy (%)"}
     dot_metrics = [PRIMARY]
     if view.study.name == "cocord-teacher-momentum":
@@ -115,11 +114,16 @@ def draw(view: results.View) -> dict[str, Figure]:
     else:
         curve_metrics["contrastive_accuracy"] = "contrastive top-1"
         dot_metrics.append("contrastive_accuracy")
-    reference = without_pair(view.reference)
-    curves = figures.curves(curve_panels(view.runs, groups, curve_metrics), arms, reference, caption=view.caption)
-    panels = dot_panels(view.runs, groups, dot_metrics)
-    dots = figures.dots(panels, arms, reference, remarks, "slow student", view.caption)
-    return {"curves": figures.integer_x_ticks(curves), "metrics": dots}
+    styles = {arm: view.styles[arm] for arm in arms}
+    highlight = list(dict.fromkeys(map(without_setting, view.highlight)))
+    data_set = results.first_arguments(view.runs)["data_set"]
+    panels = curve_panels(view.runs, groups, curve_metrics, data_set)
+    dots = dot_panels(view.runs, groups, dot_metrics, data_set)
+    return {
+        "curves": figures.integer_x_ticks(figures.curves(panels, styles, highlight, view.caption)),
+        "metrics": figures.dots(dots, styles, remarks, "slow student", view.caption),
+        "summary": figures.summary_slide(view.summary, panels[0], styles, highlight),
+    }
 
 
 def main(argv: list[str] | None = None) -> None:

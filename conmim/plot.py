@@ -23,10 +23,11 @@ if not __package__:  # run as a script: import from this clone, not from an inst
 
 from common.cli import NON_METHOD_FLAGS
 from common.study import figures, plotting, results, statistics, tables
-from common.study.analysis import FINDINGS
+from common.study.analysis import FINDINGS, TOO_WEAK
 from common.study.design import MustBeat
 from conmim.studies import METRICS, design
 
+CHANCE = {"glyphs10": 10.0, "glyphs36": 100 / 36, "cifar10": 10.0, "cifar100": 1.0}  # percent, by data set
 PRIMARY, ONLINE = "finetune_accuracy", "finetune_accuracy_online"
 INFORMATIVE_RANGE = (20.0, 80.0)  # percent: accuracy is informative only if the baseline's accuracy is in this range
 DISAGREE = "EMA and online weights disagree in sign"
@@ -188,10 +189,11 @@ def apply_paper_rules(summary: dict[str, Any], runs: results.Runs, required_base
     low, high = INFORMATIVE_RANGE
     if baseline and not low <= mean(baseline.values()) <= high:
         reason = f"{baseline_arm} has {mean(baseline.values()):.1f} %, outside {low:.0f} to {high:.0f} %."
-        notes.append(f"Accuracy is {tables.NOT_INFORMATIVE}: {reason}")
-        if summary["verdict"] != tables.NOT_INFORMATIVE:
-            finding = f"{tables.NOT_INFORMATIVE.capitalize()}: {reason} {finding}"
-        summary |= {"verdict": tables.NOT_INFORMATIVE, "counted": False}
+        notes.append(f"Accuracy is {TOO_WEAK}: {reason}")
+        if summary["verdict"] != TOO_WEAK:
+            finding = f"{TOO_WEAK.capitalize()}: {reason} {finding}"
+        primary["word"] = TOO_WEAK
+        summary |= {"verdict": TOO_WEAK, "counted": False}
     online = next(contrast for contrast in contrasts if contrast["metric"] == ONLINE)
     if None not in (primary["mean"], online["mean"]) and primary["mean"] * online["mean"] < 0:
         sentence = (
@@ -207,7 +209,7 @@ def apply_paper_rules(summary: dict[str, Any], runs: results.Runs, required_base
     sentence = f"Position diagnostics (they need no labels), {arm} minus {reference}: {diagnostics}."
     remarks = [f"{row['arm']} {row['word']}" for row in summary["rows"] if row["word"]]
     notes.append(f"{sentence} {'; '.join(remarks)}." if remarks else sentence)
-    if summary["verdict"] in (tables.NOT_INFORMATIVE, DISAGREE):
+    if summary["verdict"] in (TOO_WEAK, DISAGREE):
         finding = f"{finding} {sentence}"
     return summary | {"finding": finding, "notes": notes + summary["notes"]}
 
@@ -235,7 +237,7 @@ def interaction_panel(
     axis.set(xticks=range(len(KEYS)), xlim=(-0.35, len(KEYS) - 0.65), axisbelow=True)
     axis.set_xticklabels(list(KEYS), fontsize=9)
     axis.margins(y=0.08)
-    axis.set_title(METRICS[metric].title)
+    axis.set_title(f"{METRICS[metric].title}, {results.first_arguments(runs)['data_set']}")
     axis.set_xlabel("keys from")
     axis.grid(axis="y", color="#E5E5E5", linewidth=0.8)
     baseline_result = linear_contrast([list(results.values(runs, baseline, metric).values())], [1])
@@ -257,6 +259,7 @@ def interaction_panel(
         for keys in means:
             if keys + 1 in means:  # no line across a missing cell
                 axis.plot([keys + shift, keys + 1 + shift], [means[keys], means[keys + 1]], alpha=0.8, **styles[views])
+    figures.widen(axis, "y", METRICS[metric].title)
 
 
 def effects_panel(axis: Axes, runs: results.Runs, arms: Mapping[Cell, str]) -> None:
@@ -268,9 +271,9 @@ def effects_panel(axis: Axes, runs: results.Runs, arms: Mapping[Cell, str]) -> N
     axis.grid(axis="x", color="#E5E5E5", linewidth=0.8)
     axis.set_title("effects on fine-tuned accuracy")
     for label, row in zip(axis.set_yticklabels([row.name for row in rows]), rows, strict=True):
-        label.set(fontsize=8.5 if row.simple else 10, color=figures.GREY if row.simple else figures.REFERENCE)
+        label.set(fontsize=8.5 if row.simple else 10, color=figures.GREY if row.simple else figures.BASE)
     for y, row in enumerate(rows):
-        style: dict[str, Any] = {"color": figures.REFERENCE, "marker": "o", "ms": 6}
+        style: dict[str, Any] = {"color": figures.BASE, "marker": "o", "ms": 6}
         if row.simple:
             style |= {"color": figures.GREY, "ms": 4}
         ema = contrast_of_cells(runs, arms, row.weights, PRIMARY)
@@ -281,18 +284,20 @@ def effects_panel(axis: Axes, runs: results.Runs, arms: Mapping[Cell, str]) -> N
             draw_interval(axis, y + 0.14, online, True, **style, mfc="white", mew=1.2)
 
 
-def factorial_figure(runs: results.Runs, base: str, baseline: str, caption: str) -> Figure:
+def factorial_figure(runs: results.Runs, base: str, baseline: str, caption: str) -> figures.Drawing:
     """Return the factorial of six cells: accuracy and position R² by keys and views, and the effects."""
     arms = cells(runs, base)
-    legend = figures.arm_styles(["asymmetric views", "basic views"], "asymmetric views")
-    styles = dict(zip(VIEWS, legend.values(), strict=True))
+    styles = {
+        "asymmetric": {"color": figures.BASE, "linestyle": "-"},
+        "basic": {"color": figures.COLOURS[0], "linestyle": figures.DASHES[0]},
+    }
     with matplotlib.rc_context(figures.STYLE):
         figure = Figure(figsize=(12.4, 4.8), layout="constrained")
         axes = figure.subplots(1, 3, width_ratios=[1, 1, 0.9])
         for axis, metric in zip(axes, (PRIMARY, "position_r2"), strict=False):
             interaction_panel(axis, runs, arms, baseline, metric, styles)
         effects_panel(axes[2], runs, arms)
-        legend = {name: style | {"marker": "o"} for name, style in legend.items()}
+        legend = {f"{views} views": style | {"marker": "o"} for views, style in styles.items()}
         legend[f"{baseline} (mean, interval)"] = {"color": figures.GREY, "linestyle": ":"}
         text = "One training seed: no interval. "
         if any(len(by_seed) > 1 for by_seed in runs.values()):
@@ -314,25 +319,27 @@ def factorial_figure(runs: results.Runs, base: str, baseline: str, caption: str)
         return figures.finish(figure, legend, text + caption)
 
 
-def curve_panels(runs: results.Runs, floor: float | None) -> list[figures.Curves]:
+def curve_panels(runs: results.Runs, floor: float | None, data_set: str) -> list[figures.Curves]:
     """Return the panels of loss and position diagnostics over the epochs."""
     floor_line = {} if floor is None else {"floor": floor}
-    panels = [figures.Curves(METRICS["train_loss"].title, results.series(runs, "loss"), floor_line)]
+    panels = [figures.Curves(f"{METRICS['train_loss'].title}, {data_set}", results.series(runs, "loss"), floor_line)]
     for name in ("position_r2", "own_top1", "cross_top1"):
-        panels.append(figures.Curves(METRICS[name].title, results.series(runs, name)))
+        panels.append(figures.Curves(f"{METRICS[name].title}, {data_set}", results.series(runs, name)))
     return panels
 
 
-def dot_panels(runs: results.Runs) -> list[figures.Dots]:
+def dot_panels(runs: results.Runs, data_set: str) -> list[figures.Dots]:
     """Return the panels of final accuracies, with the online weights as hollow marks, and of position R²."""
 
     def values(name: str) -> dict[str, list[float]]:
         return {arm: list(results.values(runs, arm, name).values()) for arm in runs}
 
-    panels = []
+    panels, chance = [], {"chance": CHANCE[data_set]} if data_set in CHANCE else {}
     for name in (PRIMARY, "linear_accuracy", "knn_accuracy"):
-        panels.append(figures.Dots(METRICS[name].title, values(name), values(f"{name}_online"), limits=(0, 100)))
-    panels.append(figures.Dots(METRICS["position_r2"].title, values("position_r2"), limits=(0, 1)))
+        title = f"{METRICS[name].title}, {data_set}"
+        panels.append(figures.Dots(title, values(name), values(f"{name}_online"), chance, limits=(0, 100)))
+    title = f"{METRICS['position_r2'].title}, {data_set}"
+    panels.append(figures.Dots(title, values("position_r2"), limits=(0, 1)))
     return panels
 
 
@@ -355,7 +362,7 @@ def read_similarity(path: Path) -> dict[str, np.ndarray] | None:
 
 def similarity_figure(
     folder: Path, arms: Sequence[str], seeds: Sequence[int], caption: str
-) -> tuple[Figure | None, list[str]]:
+) -> tuple[figures.Drawing | None, list[str]]:
     """Return the similarity matrices of one image, and one note per unreadable file.
 
     Each arm has one column, from its first seed with a readable file. The keys are those of the image itself in the
@@ -444,7 +451,7 @@ def all_arms(folder: Path, study_arms: Sequence[str]) -> list[str]:
     return list(dict.fromkeys([*study_arms, *others]))
 
 
-def draw(view: results.View) -> dict[str, Figure]:
+def draw(view: results.View) -> dict[str, figures.Drawing]:
     """Return the figures of a study by name, and apply the rules of this paper to its summary."""
     runs, seeds = view.runs, view.args.seeds
     required_baseline = view.study.must_beat[-1]
@@ -458,15 +465,20 @@ def draw(view: results.View) -> dict[str, Figure]:
     runs_of_all_studies = results.read_runs(view.args.runs, all_arms(view.args.runs, view.study.arms), seeds)
     floors = [value for arm in runs for value in results.values(runs, arm, "loss_floor").values()]
     pretrained = {arm: by_seed for arm, by_seed in runs.items() if arm != baseline}
+    data_set = results.first_arguments(runs)["data_set"]
+    styles = {arm: view.styles[arm] for arm in view.study.arms}
     curves = figures.curves(
-        curve_panels(pretrained, min(floors, default=None)), list(pretrained), view.reference, caption
+        curve_panels(pretrained, min(floors, default=None), data_set),
+        {arm: styles[arm] for arm in pretrained},
+        view.highlight,
+        caption,
     )
+    dots = dot_panels(runs, data_set)
     drawn = {
         "factorial": factorial_figure(runs_of_all_studies, base, baseline, caption),
         "curves": figures.integer_x_ticks(curves),
-        "metrics": figures.dots(
-            dot_panels(runs), view.study.arms, view.reference, remarks, "online weights", view.caption
-        ),
+        "metrics": figures.dots(dots, styles, remarks, "online weights", view.caption),
+        "summary": figures.summary_slide(view.summary, dots[0], styles, hollow="online weights"),
     }
     arms = list(dict.fromkeys([base, view.reference, view.study.pairs[0][0]]))
     similarity, unreadable = similarity_figure(view.args.runs, arms, seeds, view.caption)

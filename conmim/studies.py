@@ -26,7 +26,7 @@ METRICS = {
 LEAKS = (0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # values of --gradient-leak; 1 is no stop-gradient
 
 no_pretraining = MustBeat("base", "no pre-training", "finetune_accuracy", baseline_arm="no-pretraining")
-study = partial(Study, metric="finetune_accuracy", must_beat=[no_pretraining])
+study = partial(Study, metric="finetune_accuracy", margin=3.0, must_beat=[no_pretraining])
 
 
 def design(scale: str, settings: Settings) -> Design:

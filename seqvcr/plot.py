@@ -11,7 +11,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 if not __package__:  # run as a script: import from this clone, not from an installed copy
@@ -48,15 +47,20 @@ def arm_arguments(runs: results.Runs) -> dict[str, dict[str, Any]]:
     return arguments
 
 
+def tasks(runs: results.Runs) -> str:
+    """Return the tasks of the runs in words."""
+    arguments = arm_arguments(runs).values()
+    return " and ".join(dict.fromkeys(TASK_NAMES[args["task"]].format(args["size"]) for args in arguments))
+
+
 def describe(runs: results.Runs) -> str:
     """Return tasks, network, steps and batch size as a caption; "" if there are no runs."""
     arguments = list(arm_arguments(runs).values())
     if not arguments:
         return ""
     first = arguments[0]
-    task_names = dict.fromkeys(TASK_NAMES[args["task"]].format(args["size"]) for args in arguments)
     network = f"{first['layers']} blocks of width {first['width']}"
-    return f"{' and '.join(task_names)}, {network}, {first['steps']} steps, batch size {first['batch']}"
+    return f"{tasks(runs)}, {network}, {first['steps']} steps, batch size {first['batch']}"
 
 
 def arm_label(study: str, arm: str, arguments: Mapping[str, Any] | None) -> str:
@@ -96,9 +100,9 @@ def level_curves(runs: results.Runs, arm: str, metric: str) -> list[results.Curv
 # ------------------------------------------------------------------------------------------------- figures
 
 
-def panel_title(title: str, setting: str, groups: Mapping[str, Any]) -> str:
-    """Return the title of a panel, followed by its setting if there are several."""
-    return f"{title}\n{setting}" if len(groups) > 1 else title
+def panel_title(title: str, setting: str) -> str:
+    """Return the title of a panel, followed by its setting, the name of the data."""
+    return f"{title}, {setting}" if setting else title
 
 
 def entropy_panels(runs: results.Runs, groups: Mapping[str, Mapping[str, str]]) -> list[figures.Curves]:
@@ -106,7 +110,7 @@ def entropy_panels(runs: results.Runs, groups: Mapping[str, Mapping[str, str]]) 
     titles = {"entropy": "matrix entropy over tokens (eq. 2)", "entropy_batch": "entropy over the batch"}
     return [
         figures.Curves(
-            panel_title(title, setting, groups),
+            panel_title(title, setting),
             {label: level_curves(runs, arm, metric) for arm, label in arms.items()},
             x_label="level",
         )
@@ -125,7 +129,7 @@ def position_panels(runs: results.Runs, groups: Mapping[str, Mapping[str, str]])
         for setting, arms in groups.items():
             curves = {label: by_arm[arm] for arm, label in arms.items() if by_arm[arm]}
             if curves:
-                title = panel_title(f"token {position + 1} of the answer (%)", setting, groups)
+                title = panel_title(f"token {position + 1} of the answer (%)", setting)
                 panels.append(figures.Curves(title, curves, x_label="step"))
     return panels
 
@@ -134,7 +138,7 @@ def dot_panels(runs: results.Runs) -> list[figures.Dots]:
     """Return the panels of the main metrics; hollow marks show the most frequent answer as a baseline."""
     return [
         figures.Dots(
-            METRICS[key].title,
+            f"{METRICS[key].title}, {tasks(runs)}",
             {arm: list(results.values(runs, arm, key).values()) for arm in runs},
             {arm: list(results.values(runs, arm, "chance_exact_match").values()) for arm in runs}
             if key == PRIMARY
@@ -144,34 +148,43 @@ def dot_panels(runs: results.Runs) -> list[figures.Dots]:
     ]
 
 
+def primary_panel(runs: results.Runs, groups: Mapping[str, Mapping[str, str]]) -> figures.Curves:
+    """Return the panel of exact match over the steps, for the first setting."""
+    setting, arms = next(iter(groups.items()))
+    curves = results.series(runs, PRIMARY, x="step")
+    title = panel_title(METRICS[PRIMARY].title, setting)
+    return figures.Curves(title, {label: curves[arm] for arm, label in arms.items()}, SOLVED_LINE, "step")
+
+
 def solved_panels(runs: results.Runs) -> list[figures.Dots]:
     """Return the panels of exact match, with a line at 90 %, and of the steps until a seed was solved."""
     keys = {"exact_match": SOLVED_LINE, "steps_to_solve": {}}
     values = {key: {arm: list(results.values(runs, arm, key).values()) for arm in runs} for key in keys}
     return [
-        figures.Dots(METRICS[key].title, values[key], lines=lines)
+        figures.Dots(f"{METRICS[key].title}, {tasks(runs)}", values[key], lines=lines)
         for key, lines in keys.items()
         if key == PRIMARY or any(values[key].values())
     ]
 
 
-def prediction_figure(runs: results.Runs, reference: str, caption: str) -> Figure:
-    """Return the figure of measured std and regulariser loss of the regularised runs; hollow marks are predictions."""
+def prediction_figure(runs: results.Runs, styles: Mapping[str, figures.Style], caption: str) -> figures.Drawing:
+    """Return measured std and regulariser loss of the regularised runs; hollow marks are predictions."""
     arms = [arm for arm in runs if results.values(runs, arm, "projected_std")]
     pairs = {"projected_std": "predicted_std", "regulariser_loss": "predicted_loss"}
     panels = [
         figures.Dots(
-            METRICS[key].label,
+            f"{METRICS[key].label}, {tasks(runs)}",
             {arm: list(results.values(runs, arm, key).values()) for arm in arms},
             {arm: list(results.values(runs, arm, predicted).values()) for arm in arms},
         )
         for key, predicted in pairs.items()
     ]
-    return figures.dots(panels, arms, reference, hollow="predicted from rank, width and coefficients", caption=caption)
+    styles = {arm: styles[arm] for arm in arms}
+    return figures.dots(panels, styles, hollow="predicted from rank, width and coefficients", caption=caption)
 
 
-def width_figure(runs: results.Runs, arguments: Mapping[str, Mapping[str, Any]], caption: str) -> Figure:
-    """Return the figure of accuracy, entropy, std and loss over the projection width; `off` is a dotted line."""
+def width_figure(runs: results.Runs, arguments: Mapping[str, Mapping[str, Any]], caption: str) -> figures.Drawing:
+    """Return accuracy, entropy, std and loss over the projection width; `off` is a dotted line."""
     width_of = {arm: args["projection_width"] for arm, args in arguments.items() if args["lambda1"] or args["lambda2"]}
     width_of = dict(sorted(width_of.items(), key=lambda item: item[1]))
     off_arms = [arm for arm in runs if arm in arguments and arm not in width_of]
@@ -197,39 +210,49 @@ def width_figure(runs: results.Runs, arguments: Mapping[str, Mapping[str, Any]],
             values = list(results.values(runs, arm, key).values())
             if values:
                 lines[arm.partition("@")[0]] = mean(values)
-        panels.append(figures.Curves(METRICS[key].title, curves, lines, "projection width d", "log"))
-    figure = figures.curves(panels, ["measured", "predicted"], "predicted", caption)
+        title = f"{METRICS[key].title}, {tasks(runs)}"
+        panels.append(figures.Curves(title, curves, lines, "projection width d", "log"))
+    styles = {
+        "measured": {"color": figures.COLOURS[0], "linestyle": "-"},
+        "predicted": {"color": figures.GREY, "linestyle": figures.DASHES[0]},
+    }
+    drawing = figures.curves(panels, styles, caption=caption)
     ticks = sorted(set(width_of.values()))
-    for axis in figure.axes:
+    for axis in drawing.figure.axes:
         axis.set_xscale("log", base=2)
         axis.set_xticks(ticks, map(str, ticks))
         axis.xaxis.set_minor_locator(NullLocator())
-    return figure
+    return drawing
 
 
 # ------------------------------------------------------------------------------------------------- main
 
 
-def draw(view: results.View) -> dict[str, Figure]:
-    """Return the figures of a study by name: "entropy", "metrics", "prediction", "solved", "positions", "width"."""
-    runs, study, reference, caption = view.runs, view.study, view.reference, view.caption
+def draw(view: results.View) -> dict[str, figures.Drawing]:
+    """Return the figures of a study by name: "entropy", "metrics", "solved", "summary", and others if they apply."""
+    runs, study, caption = view.runs, view.study, view.caption
     arguments = arm_arguments(runs)
     groups = by_setting(view.summary, study.name, arguments)
-    labels = list(dict.fromkeys(label for arms in groups.values() for label in arms.values()))
-    reference_label = arm_label(study.name, reference, arguments.get(reference))
+    names = {arm: label for group in groups.values() for arm, label in group.items()}
+    label_styles: dict[str, figures.Style] = {}
+    for arm, label in names.items():
+        label_styles.setdefault(label, view.styles[arm])
+    highlight = list(dict.fromkeys(names[arm] for arm in view.highlight if arm in names))
     remarks = {row["arm"]: f"{len(row['diverged'])} diverged" for row in view.summary["rows"] if row["diverged"]}
     solved = {row["arm"]: row["word"] or "" for row in view.summary["rows"]}
     arms = list(dict.fromkeys([*(arm for group in groups.values() for arm in group), *study.arms]))
-    entropy = figures.curves(entropy_panels(runs, groups), labels, reference_label, caption)
+    styles = {arm: label_styles[names[arm]] if arm in names else view.styles[arm] for arm in arms}
+    entropy = figures.curves(entropy_panels(runs, groups), label_styles, highlight, caption)
     drawn = {
         "entropy": figures.integer_x_ticks(entropy),
-        "metrics": figures.dots(dot_panels(runs), arms, reference, remarks, "the most frequent answer", caption),
-        "prediction": prediction_figure({arm: runs[arm] for arm in arms}, reference, caption),
-        "solved": figures.dots(solved_panels(runs), arms, reference, solved, caption=caption),
+        "metrics": figures.dots(dot_panels(runs), styles, remarks, "the most frequent answer", caption),
+        "prediction": prediction_figure({arm: runs[arm] for arm in arms}, styles, caption),
+        "solved": figures.dots(solved_panels(runs), styles, solved, caption=caption),
+        "summary": figures.summary_slide(view.summary, primary_panel(runs, groups), label_styles, highlight),
     }
     positions = position_panels(runs, groups)
     if positions:  # empty if no run has been validated
-        drawn["positions"] = figures.curves(positions, labels, reference_label, caption)
+        drawn["positions"] = figures.curves(positions, label_styles, highlight, caption)
     if "width" in study.name:
         drawn["width"] = width_figure(runs, arguments, caption)
     return drawn

@@ -51,7 +51,7 @@ FLAGS = {
     **{f"off-pause-{k}": f"{OFF} --pause {k}" for k in PAUSES},
 }
 
-study = partial(Study, metric="exact_match")
+study = partial(Study, metric="exact_match", margin=3.0)
 extra = partial(study, extra=True, seeds=(0, 1, 2))
 
 

@@ -10,8 +10,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from matplotlib.figure import Figure
-
 if not __package__:  # run as a script: import from this clone, not from an installed copy
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -19,6 +17,7 @@ from common.study import figures, plotting, results
 from simsiam.studies import METRICS, design
 
 PLOTTED = ("linear_accuracy", "knn_accuracy", "train_loss", "std_ratio")
+CHANCE = {"glyphs10": 10.0, "cifar10": 10.0}  # accuracy in percent, by data set
 # Metrics that are also measured on the untrained network.
 UNTRAINED = {"knn_accuracy": "untrained_knn_accuracy", "std_ratio": "untrained_std_ratio"}
 
@@ -39,7 +38,7 @@ def describe(runs: results.Runs) -> str:
     return f"{data}, {args['network']}, {args['epochs']} epochs, batch size {args['batch']}"
 
 
-def curve_panels(runs: results.Runs, batch: int) -> list[figures.Curves]:
+def curve_panels(runs: results.Runs, data_set: str, batch: int) -> list[figures.Curves]:
     """Return the panels of training loss, kNN accuracy and std of z (train and eval mode) per epoch (cf. figure 2).
 
     Reference lines: std × √d is 1 for an isotropic z. In train mode it is not 0 after collapse, because the last batch
@@ -53,35 +52,45 @@ def curve_panels(runs: results.Runs, batch: int) -> list[figures.Curves]:
         values = results.values(runs, arm, "untrained_std_ratio")
         if values and any(run.args and run.args["arguments"]["projector"] == "none" for run in by_seed.values()):
             untrained[f"{arm}\nuntrained"] = mean(values.values())
+    accuracy = {"chance": CHANCE[data_set]} if data_set in CHANCE else {}
+    before = [value for arm in runs for value in results.values(runs, arm, "untrained_knn_accuracy").values()]
+    if before:
+        accuracy["untrained"] = mean(before)
     panels = {
+        "knn_accuracy": ("kNN accuracy (%)", accuracy),
         "loss": ("training loss", {}),
-        "knn_accuracy": ("kNN accuracy (%)", {}),
         "std_ratio_train_mode": ("std of z × √d, train mode", isotropic | collapse),
         "std_ratio": ("std of z × √d, eval mode", isotropic | untrained),
     }
-    return [figures.Curves(title, results.series(runs, key), lines) for key, (title, lines) in panels.items()]
+    return [
+        figures.Curves(f"{title}, {data_set}", results.series(runs, key), lines)
+        for key, (title, lines) in panels.items()
+    ]
 
 
-def dot_panels(runs: results.Runs) -> list[figures.Dots]:
+def dot_panels(runs: results.Runs, data_set: str) -> list[figures.Dots]:
     """Return the panels of the four main metrics; hollow marks show the untrained network where it was measured."""
     return [
         figures.Dots(
-            METRICS[key].title,
+            f"{METRICS[key].title}, {data_set}",
             {arm: list(results.values(runs, arm, key).values()) for arm in runs},
             {arm: list(results.values(runs, arm, UNTRAINED[key]).values()) for arm in runs} if key in UNTRAINED else {},
+            {"chance": CHANCE[data_set]} if "accuracy" in key and data_set in CHANCE else {},
         )
         for key in PLOTTED
     ]
 
 
-def draw(view: results.View) -> dict[str, Figure]:
-    """Return the figures of a study by name: "curves" and "metrics"."""
-    batch = results.first_arguments(view.runs)["batch"]
-    arms, reference = view.study.arms, view.reference
+def draw(view: results.View) -> dict[str, figures.Drawing]:
+    """Return the figures of a study by name: "curves", "metrics" and "summary"."""
+    arguments = results.first_arguments(view.runs)
+    panels = curve_panels(view.runs, arguments["data_set"], arguments["batch"])
+    styles = {arm: view.styles[arm] for arm in view.study.arms}
     remarks = {row["arm"]: f"{len(row['diverged'])} diverged" for row in view.summary["rows"] if row["diverged"]}
     return {
-        "curves": figures.curves(curve_panels(view.runs, batch), arms, reference, caption=view.caption),
-        "metrics": figures.dots(dot_panels(view.runs), arms, reference, remarks, caption=view.caption),
+        "curves": figures.curves(panels, styles, view.highlight, view.caption),
+        "metrics": figures.dots(dot_panels(view.runs, arguments["data_set"]), styles, remarks, caption=view.caption),
+        "summary": figures.summary_slide(view.summary, panels[0], styles, view.highlight),
     }
 
 

@@ -30,7 +30,7 @@ sys.path[:0] = [{root!r}, "."]
 from common.study import figures, plotting
 from toy.studies import design
 def draw(view):
-    return {{"metrics": figures.dots([figures.Dots("knn", {{"base": [1.0]}})], ["base"], "base")}}
+    return {{"metrics": figures.dots([figures.Dots("knn", {{"base": [1.0]}})], view.styles)}}
 if __name__ == "__main__":
     plotting.draw(None, None, design, lambda runs: "pictures", draw)
 """
@@ -90,14 +90,15 @@ def errors(capsys, *words):
 def test_a_complete_study_is_published_and_appears_on_the_page(clone, capsys):
     publish.main(VARIABLES)
     published = sorted(path.name for path in (clone / "results/demo").iterdir())
-    assert published == ["README.md", "toy-arm-metrics.png", "toy-arm.csv", "toy-arm.json"]
+    names = ["toy-arm-differences.png", "toy-arm-metrics.png", "toy-arm.csv", "toy-arm.json"]
+    assert published == ["README.md", *names]
     readme = (clone / "results/demo/README.md").read_text()
     assert "![toy-arm-metrics](toy-arm-metrics.png)" in readme and "| arm | --leak 1 | 20.5" in readme
     git("add", ".")
     git("commit", "-qm", "results")
     publish.main(["page", *VARIABLES])
     page = (clone / "results/demo/index.html").read_text()
-    assert "data:image/png;base64," in page and "kNN accuracy is 40.0 points lower" in page
+    assert "data:image/png;base64," in page and "arm hurts: kNN accuracy" in page
     assert not subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True).stdout
     for seed in (0, 1):
         run("more", seed, 50.0, "--leak 2")
@@ -113,7 +114,7 @@ def test_outdated_figures_of_published_studies_are_deleted(clone):
         (clone / "results/demo" / name).write_bytes(b"")
     publish.main([*VARIABLES, "toy-arm"])
     figures = {path.name for path in (clone / "results/demo").glob("*.png")}
-    assert figures == {"toy-arm-metrics.png", "toy-more-metrics.png"}
+    assert figures == {"toy-arm-differences.png", "toy-arm-metrics.png", "toy-more-metrics.png"}
 
 
 def test_publish_redraws_the_study_as_declared(clone):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from common.study.statistics import Difference, paired, student_t_quantile, summary, verdict, welch
+from common.study.statistics import Difference, holm, paired, seeds_needed, student_t_quantile, summary, verdict
 
 RNG = np.random.default_rng(0)
 
@@ -38,50 +38,49 @@ def test_summary_equals_scipy(n):
     assert (result.low, result.high) == (pytest.approx(low), pytest.approx(high))
 
 
-@pytest.mark.parametrize(("n", "m"), [(2, 2), (3, 5), (5, 5), (5, 2), (10, 4)])
-def test_welch_equals_scipy(n, m):
-    one, other = RNG.normal(60, 4, n), RNG.normal(58, 0.5, m)
-    result = welch(one, other)
-    expected = stats.ttest_ind(one, other, equal_var=False).confidence_interval()
-    assert result.mean == pytest.approx(one.mean() - other.mean())
-    assert (result.low, result.high) == (pytest.approx(expected.low), pytest.approx(expected.high))
-    assert (result.n, result.n_reference) == (n, m)
-
-
-def test_paired_equals_scipy():
-    reference = RNG.normal(60, 3, 5)
-    values = reference - 2 + RNG.normal(0, 0.5, 5)
-    result, correlation = paired(values, reference)
-    expected = stats.ttest_rel(values, reference).confidence_interval()
-    assert (result.low, result.high) == (pytest.approx(expected.low), pytest.approx(expected.high))
-    assert correlation == pytest.approx(stats.pearsonr(values, reference).statistic)
-    with pytest.raises(ValueError, match="cannot pair"):
+@pytest.mark.parametrize("n", [2, 3, 5, 10])
+def test_paired_equals_scipy(n):
+    reference = RNG.normal(60, 3, n)
+    values = reference - 1 + RNG.normal(0, 0.5, n)
+    result = paired(values, reference)
+    expected = stats.ttest_rel(values, reference)
+    low, high = expected.confidence_interval()
+    assert (result.low, result.high, result.p) == (
+        pytest.approx(low), pytest.approx(high), pytest.approx(expected.pvalue, rel=1e-9))  # fmt: skip
+    assert result.sd == pytest.approx((values - reference).std(ddof=1)) and result.n == n
+    if n > 2:
+        assert result.correlation == pytest.approx(stats.pearsonr(values, reference).statistic)
+    with pytest.raises(ValueError, match="cannot be paired"):
         paired([1.0, 2.0], [1.0])
+
+
+def test_pairing_removes_what_the_seeds_share():
+    """Seeds differ by far more than arms: only paired differences show the effect."""
+    reference = [50.0, 70.0, 60.0, 40.0, 55.0]
+    result = paired([value - 1 - 0.1 * seed for seed, value in enumerate(reference)], reference)
+    assert verdict(result, "higher") == "worse" and result.correlation > 0.99
 
 
 def test_one_seed_has_no_interval():
     only = summary([3.5])
     assert (only.mean, only.sd, only.low, only.high) == (3.5, None, None, None)
-    for result in (welch([3.0], [1.0, 2.0]), welch([1.0, 2.0], [0.0]), paired([3.0], [2.0])[0]):
-        assert result.low is None and result.high is None
-        assert verdict(result, margin=100.0).startswith("not resolved at n = 1") or result.n == 2
-    assert verdict(welch([1.0, 2.0], [0.0])) == "not resolved at n = 2 and 1"
+    result = paired([3.0], [2.0])
+    assert (result.mean, result.n) == (1.0, 1) and verdict(result, "higher", margin=100.0) == "one seed"
+    assert (result.low, result.high, result.sd, result.p, result.correlation) == (None,) * 5
 
 
 def test_zero_variance_gives_an_interval_of_zero_width():
     flat = summary([0.1, 0.1, 0.1])
     assert (flat.mean, flat.sd, flat.low, flat.high) == (0.1, 0.0, 0.1, 0.1)
-    assert welch([0.1] * 3, [0.1] * 5) == Difference(0.0, 0.0, 0.0, 3, 5)
-    apart = welch([10.0, 10.0], [0.0, 0.0])
-    assert (apart.low, apart.high, verdict(apart)) == (10.0, 10.0, "higher")
-    one_side = welch([10.0, 10.0, 10.0], [1.0, 2.0, 3.0])
-    assert one_side.low == pytest.approx(8 - stats.t.ppf(0.975, 2) / math.sqrt(3))
-    assert paired([1.0, 2.0, 3.0], [5.0, 5.0, 5.0])[1] is None
+    equal, apart = paired([0.1] * 3, [0.1] * 3), paired([11.0, 12.0], [1.0, 2.0])
+    assert (equal.mean, equal.low, equal.high, equal.p) == (0.0, 0.0, 0.0, 1.0)
+    assert (apart.low, apart.high, apart.p, verdict(apart, "higher")) == (10.0, 10.0, 0.0, "better")
+    assert paired([1.0, 2.0, 3.0], [5.0, 5.0, 5.0]).correlation is None
 
 
 def test_tiny_variances_do_not_underflow():
-    result = welch([1e-120, 2e-120, 3e-120], [4e-120, 5e-120, 9e-120])
-    assert result.low < result.mean < result.high
+    result = paired([1e-120, 2e-120, 4e-120], [4e-120, 5e-120, 9e-120])
+    assert result.low < result.mean < result.high and 0 < result.p < 0.05
 
 
 @pytest.mark.parametrize("values", [[], [1.0, float("nan")], [float("inf")]])
@@ -93,15 +92,39 @@ def test_summary_raises_on_empty_or_non_finite_values(values):
 @pytest.mark.parametrize(
     ("low", "high", "margin", "word"),
     [
-        (-2.0, -0.1, None, "lower"),
-        (0.1, 2.0, None, "higher"),
+        (-2.0, -0.1, None, "worse"),
+        (0.1, 2.0, None, "better"),
         (-0.4, 0.5, 0.5, "no difference"),
-        (-0.4, 0.6, 0.5, "not resolved at n = 5"),  # exceeds the margin
-        (-0.6, 0.4, 0.5, "not resolved at n = 5"),
-        (-0.4, 0.5, None, "not resolved at n = 5"),  # no margin was declared
-        (-0.3, -0.1, 0.5, "lower"),  # excludes zero: never "no difference"
-        (0.0, 0.0, None, "not resolved at n = 5"),
+        (-0.3, -0.1, 0.5, "no difference"),  # it excludes zero, but everything in it is too small to matter
+        (-0.4, 0.6, 0.5, "unclear"),  # exceeds the margin
+        (-0.6, 0.4, 0.5, "unclear"),
+        (-0.4, 0.5, None, "unclear"),  # no margin was declared
+        (-0.6, -0.1, 0.5, "worse"),
+        (0.0, 0.0, None, "unclear"),
     ],
 )
 def test_verdict_follows_from_interval_and_margin(low, high, margin, word):
-    assert verdict(Difference((low + high) / 2, low, high, 5, 5), margin) == word
+    result = Difference((low + high) / 2, 1.0, 5, low, high, 0.5, None)
+    assert verdict(result, "higher", margin) == word
+    opposite = {"worse": "better", "better": "worse"}
+    assert verdict(result, "lower", margin) == opposite.get(word, word)
+    neutral = {"worse": "lower", "better": "higher"}
+    assert verdict(result, "", margin) == neutral.get(word, word)
+
+
+@pytest.mark.parametrize("ratio", [0.01, 0.3, 1.0, 2.5, 10.0])
+def test_seeds_needed_is_the_least_number_that_reaches_the_margin(ratio):
+    n = seeds_needed(ratio, 1.0)
+
+    def half_width(n):
+        return stats.t.ppf(0.975, n - 1) * ratio / math.sqrt(n)
+
+    assert half_width(n) <= 1 and (n == 2 or half_width(n - 1) > 1)
+
+
+def test_holm_rejects_step_by_step():
+    """0.01 <= 0.05 / 4; 0.015 <= 0.05 / 3; 0.03 > 0.05 / 2, so it and all larger ones stay."""
+    assert holm({"a": 0.015, "b": 0.01, "c": 0.03, "d": 0.04}) == {"a", "b"}
+    assert holm({"a": 0.04}) == {"a"} and holm({"a": 0.06}) == set() and holm({}) == set()
+    assert holm(dict.fromkeys("abcd", 0.0125)) == set("abcd")
+    assert holm({"a": 0.02, "b": 0.001, "c": 0.02}) == set("abc")  # Bonferroni would keep b alone

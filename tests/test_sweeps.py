@@ -54,13 +54,13 @@ def no_figures(view):
 @pytest.mark.parametrize(
     ("third", "base", "triple", "verdict"),
     [
-        ("lower", "lower", "lower", sweeps.ALL_RATES),
-        ("lower", "lower", "not resolved at n = 3", sweeps.TWO_RATES),
-        ("not informative", "lower", "not resolved at n = 3", sweeps.BASE_RATE_ONLY),
-        ("lower", "lower", "higher", sweeps.REVERSED),
-        ("higher", "lower", "not informative", sweeps.REVERSED),
-        ("lower", "not resolved at n = 3", "lower", sweeps.NO_FINDING),
-        ("not informative",) * 3 + (sweeps.NO_FINDING,),
+        ("worse", "worse", "worse", sweeps.ALL_RATES),
+        ("worse", "worse", "unclear", sweeps.TWO_RATES),
+        ("too weak to test", "worse", "unclear", sweeps.BASE_RATE_ONLY),
+        ("worse", "worse", "better", sweeps.REVERSED),
+        ("better", "worse", "too weak to test", sweeps.REVERSED),
+        ("worse", "unclear", "worse", sweeps.NO_FINDING),
+        ("too weak to test",) * 3 + (sweeps.NO_FINDING,),
     ],
 )
 def test_robustness_verdict_combines_the_verdicts_at_three_rates(third, base, triple, verdict):
@@ -68,7 +68,7 @@ def test_robustness_verdict_combines_the_verdicts_at_three_rates(third, base, tr
 
 
 def test_robust_verdict_requires_runs_at_all_three_rates():
-    assert sweeps.robustness_verdict({"third": "lower", "": "lower"}) == sweeps.TWO_RATES
+    assert sweeps.robustness_verdict({"third": "worse", "": "worse"}) == sweeps.TWO_RATES
 
 
 def test_robustness_from_runs_to_verdict(tmp_path, capsys):
@@ -81,21 +81,21 @@ def test_robustness_from_runs_to_verdict(tmp_path, capsys):
     tested = ("base", "base@third", "base@triple")
     summary = draw(tmp_path, ["arm:base", "other:base", *AT_OTHER_RATES, *others], tested, ROBUST, 2)
     assert summary["verdict"] == f"{sweeps.TWO_RATES}: arm:base; {sweeps.ALL_RATES}: other:base"
-    assert summary["counted"] and "higher at all three rates" in summary["finding"]
-    assert "lower at a third; lower at base's rate; not resolved at n = 3 at three times" in summary["finding"]
-    assert "a third -40.0 (-42.3 to -37.7)" in summary["finding"]
-    assert "std ratio, arm:base: not resolved at n = 3 at all three rates" in summary["finding"]
+    assert summary["counted"] and "better at all three rates" in summary["finding"]
+    assert "worse at a third; worse at base's rate; unclear at three times" in summary["finding"]
+    assert "a third -40.0 (-40.0 to -40.0)" in summary["finding"]
+    assert "std ratio, arm:base: unclear at all three rates" in summary["finding"]
     assert (tmp_path / "results" / "toy-x-sweep.svg").exists() and summary["finding"] in capsys.readouterr().out
 
 
-def test_a_rate_at_which_base_fails_its_baseline_is_not_informative(tmp_path):
-    """At three times the rate base is no better than untrained, so the contrast there is not informative."""
+def test_a_rate_at_which_base_fails_its_baseline_is_too_weak(tmp_path):
+    """At three times the rate base is no better than untrained, so the contrast there is too weak to test."""
     for rate in ("", "@third", "@triple"):
         arm(tmp_path, f"base{rate}", [60.0, 61.0, 62.0] if rate != "@triple" else [11.0, 10.0, 12.0])
         arm(tmp_path, f"arm{rate}", [2.0, 3.0, 4.0])
     summary = draw(tmp_path, ["arm:base", *AT_OTHER_RATES], ("base", "base@third", "base@triple"), ROBUST)
     assert summary["verdict"] == f"{sweeps.TWO_RATES}: arm:base"
-    assert "not informative at three times" in summary["finding"] and not summary["counted"]
+    assert "too weak to test at three times" in summary["finding"] and not summary["counted"]
 
 
 def test_robustness_without_runs_at_other_rates(tmp_path):
@@ -120,13 +120,20 @@ def test_a_curve_has_the_arms_that_differ_only_in_the_swept_argument(tmp_path):
     assert sweeps.swept_values(runs, "absent", LEAK) == {}
 
 
+INTERVALS = {
+    "lower": {"mean": -2.0, "low": -3.0, "high": -1.0},
+    "unclear": {"mean": 0.5, "low": -1.0, "high": 2.0},
+    "higher": {"mean": 2.0, "low": 1.0, "high": 3.0},
+}
+
+
 @pytest.mark.parametrize(
     ("words", "phrase"),
     [
-        ({"a": "not resolved at n = 3", "b": "lower", "c": "lower"}, "lower from 0.2 up"),
-        ({"a": "lower", "b": "not resolved at n = 3", "c": "lower"}, "lower from 0.5 up"),
+        ({"a": "unclear", "b": "lower", "c": "lower"}, "lower from 0.2 up"),
+        ({"a": "lower", "b": "unclear", "c": "lower"}, "lower from 0.5 up"),
         (
-            {"a": "lower", "b": "lower", "c": "not resolved at n = 3"},
+            {"a": "lower", "b": "lower", "c": "unclear"},
             "no consistent difference for larger values, tested to 0.5",
         ),
         ({"a": "higher", "b": "lower", "c": "lower"}, "lower from 0.2 up"),
@@ -134,7 +141,7 @@ def test_a_curve_has_the_arms_that_differ_only_in_the_swept_argument(tmp_path):
 )
 def test_onset_is_the_first_value_from_which_all_arms_differ_in_the_same_direction(words, phrase):
     contrasts = [
-        {"arm": name, "reference": "base", "metric": "knn", "word": word, "primary": name == "c"}
+        {"arm": name, "reference": "base", "metric": "knn", "primary": name == "c"} | INTERVALS[word]
         for name, word in words.items()
     ]
     summary = {"contrasts": contrasts, "all_contrasts": contrasts}
@@ -142,9 +149,9 @@ def test_onset_is_the_first_value_from_which_all_arms_differ_in_the_same_directi
 
 
 def test_onset_is_reported_on_both_sides_of_a_reference_in_the_middle():
-    words = {"low": "lower", "mid": "not resolved at n = 3", "high": "higher"}
+    words = {"low": "lower", "mid": "unclear", "high": "higher"}
     contrasts = [
-        {"arm": name, "reference": "base", "metric": "knn", "word": word, "primary": name == "low"}
+        {"arm": name, "reference": "base", "metric": "knn", "primary": name == "low"} | INTERVALS[word]
         for name, word in words.items()
     ]
     summary = {"contrasts": contrasts, "all_contrasts": contrasts}
@@ -157,7 +164,7 @@ def test_a_curve_from_runs_to_finding(tmp_path):
         arm(tmp_path, name, [knn, knn + 1.0, knn + 2.0], leak=leak)
     summary = draw(tmp_path, ["all:base", "x:base", "y:base", "absent:base"], ["base"], LEAK)
     assert summary["not_run"] == ["absent"]
-    assert summary["verdict"] == "lower" and summary["question"] == "How much?"
+    assert summary["verdict"] == "worse" and summary["question"] == "How much?"
     assert summary["finding"].startswith(
         "kNN accuracy: 61.0 at 0, 60.5 at 0.1, 31.0 at 0.5, 13.0 at 1; against base: lower"
     )

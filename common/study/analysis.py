@@ -10,11 +10,12 @@ from typing import Any
 
 from common.study.design import Metric, MustBeat, Study, required_baselines
 from common.study.results import Runs, notes, provenance, values
-from common.study.statistics import paired, summary, verdict, welch
-from common.study.tables import NOT_INFORMATIVE, ONE_SEED, finding
+from common.study.statistics import paired, seeds_needed, summary, verdict
+from common.study.tables import descriptive_remark, finding, headline
 
-FINDINGS = ("lower", "higher", "no difference")  # the verdicts that count as a finding
-NO_BASELINE = "no interval for the baseline"
+FINDINGS = ("no difference", "better", "worse", "higher", "lower")  # the verdicts that count as a finding
+TOO_WEAK = "too weak to test"  # a baseline that the contrast requires was not beaten
+NO_BASELINE = "no baseline"  # that baseline has no interval
 RemarkFunction = Callable[[list[dict[str, Any]]], str | None]  # see `summarise`
 
 
@@ -34,6 +35,7 @@ def summarise(
         for index, (arm, reference) in enumerate(study.pairs)
     ]
     result: dict[str, Any] = {
+        "version": 2,
         "study": study.name,
         "question": study.question,
         "published": study.published,
@@ -48,6 +50,8 @@ def summarise(
         "notes": notes(runs, metrics),
         "provenance": provenance(runs),
     }
+    for contrast in result["contrasts"]:  # on other metrics the baselines say nothing
+        contrast["word"] = verdict_with_baselines(contrast, result["controls"])
     primary = [contrast for contrast in result["contrasts"] if contrast["primary"]]
     for baseline in result["controls"]:
         baseline["primary"] = any(baseline in _required_baselines(contrast, result["controls"]) for contrast in primary)
@@ -55,41 +59,40 @@ def summarise(
     verdicts = {}
     for contrast in primary:
         arm, reference = contrast["arm"], contrast["reference"]
-        name = arm if arms.count(arm) == 1 else f"{arm}:{reference}"
-        verdicts[name] = verdict_with_baselines(contrast, result["controls"])
+        verdicts[arm if arms.count(arm) == 1 else f"{arm}:{reference}"] = contrast["word"]
     if len(set(verdicts.values())) == 1:
         result["verdict"] = next(iter(verdicts.values()))
     else:
-        result["verdict"] = "; ".join(f"{name}: {text}" for name, text in verdicts.items())
-    result["counted"] = any(text in FINDINGS for text in verdicts.values())
-    return result | {"finding": finding(result)}
+        result["verdict"] = "; ".join(f"{name}: {word}" for name, word in verdicts.items())
+    result["counted"] = any(word in FINDINGS for word in verdicts.values())
+    sentences = {"headline": headline(result), "remark": descriptive_remark(result), "finding": finding(result)}
+    return result | sentences
 
 
 def _contrast(runs: Runs, arm: str, reference: str, key: str, metric: Metric, margin: float | None) -> dict[str, Any]:
-    """Compare an arm with its reference on one metric: Welch and paired differences, and the verdict ("word")."""
+    """Compare an arm with its reference on one metric, over the seeds that both have finished.
+
+    "word" is the verdict of the interval alone; `verdict_with_baselines` completes it.
+    """
     by_seed, reference_by_seed = values(runs, arm, key), values(runs, reference, key)
-    numbers = ("mean", "low", "high", "paired_mean", "paired_low", "paired_high", "correlation")
-    result = {"arm": arm, "reference": reference, "metric": key, **dict.fromkeys(numbers)}
-    result |= {"n": len(by_seed), "n_reference": len(reference_by_seed), "word": "no value"}
-    if not by_seed or not reference_by_seed:
-        for name in (arm, reference):
-            diverged = sum(bool(run.metrics and run.metrics.get("diverged")) for run in runs[name].values())
-            if diverged:
-                result["word"] = f"{name}: {diverged} of {len(runs[name])} diverged"
-        return result
-    difference = welch(list(by_seed.values()), list(reference_by_seed.values()))
+    seeds = sorted(by_seed.keys() & reference_by_seed.keys())
+    statistics = ("mean", "sd", "low", "high", "p", "correlation", "arm_mean", "reference_mean", "seeds_needed")
+    result = {"arm": arm, "reference": reference, "metric": key, "n": len(seeds), **dict.fromkeys(statistics)}
+    if not seeds:
+        diverged = {
+            name: sum(bool(run.metrics and run.metrics.get("diverged")) for run in runs[name].values())
+            for name in (arm, reference)
+        }
+        reasons = [f"{name}: {count} of {len(runs[name])} diverged" for name, count in diverged.items() if count]
+        return result | {"word": "; ".join(reasons) or "not run"}
+    arm_values, reference_values = [by_seed[seed] for seed in seeds], [reference_by_seed[seed] for seed in seeds]
+    difference = paired(arm_values, reference_values)
     result |= asdict(difference)
-    if not metric.judged:
-        result["word"] = "not judged"
-    else:
-        result["word"] = ONE_SEED if difference.low is None else verdict(difference, margin)
-    shared_seeds = sorted(by_seed.keys() & reference_by_seed.keys())
-    if shared_seeds:
-        matched, correlation = paired(
-            [by_seed[seed] for seed in shared_seeds], [reference_by_seed[seed] for seed in shared_seeds]
-        )
-        result |= {"paired_mean": matched.mean, "paired_low": matched.low, "paired_high": matched.high}
-        result["correlation"] = correlation
+    result |= {"arm_mean": summary(arm_values).mean, "reference_mean": summary(reference_values).mean}
+    result["word"] = verdict(difference, metric.better, margin) if metric.judged else "not judged"
+    if result["word"] == "unclear" and margin and difference.sd:
+        needed = seeds_needed(difference.sd, margin)
+        result["seeds_needed"] = needed if needed > len(seeds) else None
     return result
 
 
@@ -99,17 +102,19 @@ def _baseline(runs: Runs, must_beat: MustBeat, lower_is_better: bool) -> dict[st
     `passed` is True if the interval of arm minus baseline excludes zero on the better side, and None without an
     interval.
     """
-    arm = list(values(runs, must_beat.arm, must_beat.metric).values())
+    arm = values(runs, must_beat.arm, must_beat.metric)
     baseline_arm = must_beat.baseline_arm or must_beat.arm
-    baseline = list(values(runs, baseline_arm, must_beat.baseline_metric or must_beat.metric).values())
-    result = asdict(must_beat) | {"lower_wins": lower_is_better} | dict.fromkeys(("mean", "low", "high", "passed"))
-    if arm and baseline:
-        difference = welch(arm, baseline)
-        result |= asdict(difference)
-        result["arm_mean"] = summary(arm).mean
-        result["control_mean"] = summary(baseline).mean
+    baseline = values(runs, baseline_arm, must_beat.baseline_metric or must_beat.metric)
+    seeds = sorted(arm.keys() & baseline.keys())
+    statistics = ("mean", "low", "high", "arm_mean", "control_mean", "passed")
+    result = asdict(must_beat) | {"lower_wins": lower_is_better, "n": len(seeds)} | dict.fromkeys(statistics)
+    if seeds:
+        difference = paired([arm[seed] for seed in seeds], [baseline[seed] for seed in seeds])
+        result |= {"mean": difference.mean, "low": difference.low, "high": difference.high}
+        result["arm_mean"] = summary([arm[seed] for seed in seeds]).mean
+        result["control_mean"] = summary([baseline[seed] for seed in seeds]).mean
         if difference.low is not None:
-            result["passed"] = verdict(difference) == ("lower" if lower_is_better else "higher")
+            result["passed"] = verdict(difference, "lower" if lower_is_better else "higher") == "better"
     return result
 
 
@@ -120,13 +125,13 @@ def _required_baselines(contrast: dict[str, Any], baselines: list[dict[str, Any]
 
 
 def verdict_with_baselines(contrast: dict[str, Any], baselines: list[dict[str, Any]]) -> str:
-    """Return the verdict of a contrast, or the reason why it has none if a baseline that it requires was not beaten."""
+    """Return the verdict of a contrast, or TOO_WEAK or NO_BASELINE if a baseline that it requires was not beaten."""
+    if contrast["low"] is None or contrast["word"] == "not judged":
+        return contrast["word"]
     passed = [baseline["passed"] for baseline in _required_baselines(contrast, baselines)]
     if False in passed:
-        return NOT_INFORMATIVE
-    if contrast["low"] is not None and (not passed or None in passed):
-        return NO_BASELINE
-    return contrast["word"]
+        return TOO_WEAK
+    return NO_BASELINE if not passed or None in passed else contrast["word"]
 
 
 def _row(runs: Runs, arm: str, metrics: Mapping[str, Metric], remark_of: RemarkFunction | None) -> dict[str, Any]:

@@ -3,10 +3,12 @@
     python -m common.study.page --results runs/demo/report --scale demo --studies simsiam-stop-gradient ...
 
 Reads <study>.json and <study>-*.svg, or .png if there is no .svg. A main study without a JSON file is shown as
-missing; an extra without one is omitted.
+not run; an extra without one is omitted. Verdicts come from the JSON files. The page adds only Holm's dagger.
+A file without "version" was published under earlier rules. Its verdict is shown in grey and not judged anew.
 """
 
 import base64
+import os
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -16,36 +18,128 @@ from typing import Any
 from common.cli import Parser, fail
 from common.files import read_json, write_text
 from common.study import tables
-from common.study.statistics import format_counts
+from common.study.statistics import holm
 
+Summary = Mapping[str, Any]
+ROOT = Path(__file__).resolve().parents[2]
+TITLES = {"index": "Ablation studies", "extras": "Robustness, curves and other extras"}  # file name -> title
+GREY = "#777777"
+COLOURS = {  # verdict -> colour; other words get the last one
+    "worse": "#D55E00",
+    "better": "#009E73",
+    "no difference": "#0072B2",
+    "higher": "#7B4FA3",
+    "lower": "#7B4FA3",
+    "unclear": GREY,
+    "too weak to test": "#AAAAAA",
+    "no baseline": "#AAAAAA",
+    "one seed": "#AAAAAA",
+    "not run": "#AAAAAA",
+}
+RESOLVED = ("worse", "better", "higher", "lower")  # verdicts that Holm's correction can put in doubt
+TESTED = (*RESOLVED, "no difference", "unclear")
+LEGEND = {  # verdicts -> what they mean
+    ("worse", "better"): "interval excludes zero",
+    ("higher", "lower"): "likewise, neither side preferred",
+    ("no difference",): "inside the margin",
+    ("unclear",): "none of these",
+    ("too weak to test",): "reference does not beat its baseline",
+    ("no baseline", "one seed", "not run"): "no test possible",
+}
+BARS = "Bar: mean difference, arm − reference, 95 % interval over n seeds; vertical line: zero; band: margin; "
+BARS += "one scale per paper."
+DAGGER = "†: does not survive Holm's correction over this page"
+EARLIER = "published under earlier rules"
+EARLIER_LEGEND = f"{EARLIER}; lower, higher: unpaired interval excludes zero; not resolved: includes it; "
+EARLIER_LEGEND += "not informative: baseline not beaten"
+EARLIER_CAPTION = "Differences with Welch's 95 % interval, as published under earlier rules."
+FIRST_FIGURES = ("differences", "summary", "curves")  # shown in this order; the others are folded
+FALLBACK_FIGURES = ("sweep", "metrics", "")  # the first that exists is shown if there is none of FIRST_FIGURES
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: auto; padding: 1rem; }
-h1, h2 { line-height: 1.2; } h2 { margin-top: 3rem; border-top: 1px solid #ccc; padding-top: 1rem; }
-.wide { overflow-x: auto; } .wide > svg, .wide > img { display: block; max-width: 100%; min-width: 36rem;
-  height: auto; }
-table { border-collapse: collapse; font-size: .85rem; margin: .5rem 0; }
-th, td { text-align: left; vertical-align: top; padding: .25rem .7rem .25rem 0; }
-.short { white-space: nowrap; } tr { border-bottom: 1px solid #ddd; }
-figure { margin: 1rem 0; } code { background: #f3f3f3; padding: .1rem .3rem; overflow-wrap: anywhere; }
-.finding { border-left: 4px solid #0072b2; padding-left: .8rem; } .missing { border-left: 4px solid #d55e00;
-  padding-left: .8rem; } small, .small { font-size: .8rem; color: #555; overflow-wrap: anywhere; }
-@media print { h2 { break-after: avoid; } figure, table { break-inside: avoid; } body { max-width: none; } }
+:root { color-scheme: light dark; --text: #1d1d1f; --soft: #5c5c61; --line: #d9d9de; --back: #fff; --card: #f6f6f8;
+  --link: #0b57d0; --band: #0072b226; }
+@media (prefers-color-scheme: dark) { :root { --text: #e8e8ea; --soft: #a9a9b0; --line: #3a3a40; --back: #16171a;
+  --card: #202126; --link: #8ab4f8; --band: #56b4e940; } }
+* { box-sizing: border-box; }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back); max-width: 74rem;
+  margin: auto; padding: 1rem; overflow-wrap: anywhere; }
+a { color: var(--link); } h1, h2 { line-height: 1.2; } h1 { margin: .5rem 0; } p { margin: .5rem 0; }
+h2 { margin: 0; font-size: 1.3rem; }
+section { border-top: 1px solid var(--line); margin-top: 2.5rem; padding-top: 1.5rem; }
+section > * { max-width: 56rem; }
+small, .small { line-height: 1.35; font-size: .82rem; color: var(--soft); }
+code { background: var(--card); padding: .1rem .3rem; }
+.legend { font-size: .85rem; color: var(--soft); line-height: 1.9; }
+.word { display: inline-block; border-radius: .3rem; padding: 0 .5rem; font-size: .85rem; font-weight: 600;
+  line-height: 1.5rem; background: #aaa; color: #000; overflow-wrap: normal; }
+table { border-collapse: collapse; } th, td { text-align: left; vertical-align: top; }
+.overview { width: 100%; font-size: .95rem; }
+.overview th, .overview td { padding: .6rem 1rem .6rem 0; border-bottom: 1px solid var(--line); }
+.overview thead th { font-size: .82rem; color: var(--soft); font-weight: 400; padding: .2rem 1rem .2rem 0; }
+.overview .paper th { font-size: 1.05rem; padding-top: 1.4rem; border-bottom: 2px solid var(--text); }
+.overview td:first-child { width: 11rem; } .overview td:nth-child(3) { width: 23rem; }
+.overview td:last-child { width: 13rem; padding-right: 0; }
+.contrast { display: flex; flex-wrap: wrap; align-items: center; gap: .1rem .8rem; margin-bottom: .3rem; }
+.contrast small { flex-basis: 100%; line-height: 1.3; }
+.bar { width: 180px; height: 24px; flex: none; color: #aaa; }
+.bar * { vector-effect: non-scaling-stroke; } .bar .axis { stroke: var(--line); } .bar .zero { stroke: var(--text); }
+.bar .margin { fill: var(--band); } .bar .interval { stroke: currentColor; stroke-width: 4; }
+.bar circle { fill: currentColor; stroke: var(--back); stroke-width: 1.5; }
+.data { font-size: .82rem; } .data th, .data td { padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line);
+  overflow-wrap: normal; }
+.short { white-space: nowrap; } .wide { overflow-x: auto; max-width: 100%; }
+.card { background: #fff; border-radius: .4rem; padding: .4rem; } .card a, .card svg, .card img { display: block; }
+.card svg, .card img { max-width: 100%; height: auto; }
+figure { margin: 1.2rem 0; } figcaption { font-size: .82rem; color: var(--soft); margin-top: .3rem; }
+details { margin: .8rem 0; } summary { cursor: pointer; color: var(--link); }
+@media (max-width: 44rem) {
+  body { padding: .7rem; } h1 { font-size: 1.5rem; }
+  .overview, .overview tbody, .overview tr, .overview td, .overview th { display: block; width: auto !important; }
+  .overview thead { display: none; } .overview td, .overview .paper th { border: 0; padding: .15rem 0; }
+  .overview tr { background: var(--card); border-radius: .6rem; padding: .6rem .8rem; margin: .6rem 0; }
+  .overview .paper { background: none; padding: 0; margin: 1.4rem 0 0; }
+  .overview td:first-child { font-weight: 600; } .overview td:last-child::before { content: "paper: "; }
+}
+@media print { figure, table { break-inside: avoid; } body { max-width: none; } }
 """
-HEADER = ["study", "question", "primary contrast", "n", "baseline to beat", "verdict", "published"]
 
 
-def read_summary(folder: Path, study: str) -> dict[str, Any] | str:
-    """Return a study's summary, or a sentence that says why it is missing."""
+def css_class(word: str) -> str:
+    """Return the CSS class of a verdict."""
+    return word.replace(" ", "-") if word in COLOURS else "other"
+
+
+def word_styles() -> str:
+    """Return the CSS rules of the verdicts: background with readable text, and the colour of the bar."""
+    rules = []
+    for word, colour in COLOURS.items():
+        text = "#fff" if colour in ("#0072B2", "#7B4FA3", GREY) else "#000"
+        rules.append(f".word.{css_class(word)} {{ background: {colour}; color: {text}; }}")
+        rules.append(f".bar.{css_class(word)} {{ color: {colour}; }}")
+    rules.append(f".word.earlier {{ background: {GREY}; color: #fff; }} .bar.earlier {{ color: {GREY}; }}")
+    return "\n".join(rules)
+
+
+def read_summary(folder: Path, study: str) -> Summary | str:
+    """Return a study's summary, or a sentence that says why it is missing.
+
+    Contrasts that were published under earlier rules get the keys of the tables: their two arms may differ in n.
+    """
     try:
-        return dict(read_json(folder / f"{study}.json"))
+        summary = dict(read_json(folder / f"{study}.json"))
     except FileNotFoundError:
         return "Not run yet"
     except (ValueError, TypeError):
         return f"{study}.json cannot be read"
+    if is_earlier(summary):
+        for contrast in summary["contrasts"]:
+            counts = dict.fromkeys((contrast["n"], contrast["n_reference"]))
+            contrast |= {"n": " and ".join(map(str, counts)), "seeds_needed": None}
+    return summary
 
 
 def find_figures(folder: Path, studies: Sequence[str]) -> dict[str, list[Path]]:
-    """Return the figures <study>-*.svg of each study, or .png if there is no .svg.
+    """Return the figures <study>-*.svg of each study, or .png if there is no .svg, in the order of the page.
 
     If several study names are prefixes of a file name, the longest one gets the figure.
     """
@@ -56,100 +150,311 @@ def find_figures(folder: Path, studies: Sequence[str]) -> dict[str, list[Path]]:
         matches = [study for study in result if stem == study or stem.startswith(f"{study}-")]
         if matches:
             result[max(matches, key=len)].append(path)
+    order = (*FIRST_FIGURES, *FALLBACK_FIGURES)
+    for study, paths in result.items():
+        suffixes = {path: path.stem.removeprefix(study)[1:] for path in paths}
+        paths.sort(key=lambda path: order.index(suffixes[path]) if suffixes[path] in order else len(order))
     return result
 
 
-def figure_html(path: Path) -> str:
-    """Return a figure as inline HTML. The ids of an SVG get the file name as a prefix, so that they stay unique."""
-    if path.suffix == ".png":
-        data = base64.b64encode(path.read_bytes()).decode()
-        return f'<img alt="{escape(path.stem)}" src="data:image/png;base64,{data}">'
-    text = path.read_text(encoding="utf-8")
-    text = re.sub(r"<metadata>.*?</metadata>|<script.*?</script>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{path.stem}-", text)
-    return text.replace("<svg", f'<svg role="img" aria-label="{escape(path.stem)}"', 1)
+def split_figures(study: str, figures: Sequence[Path]) -> tuple[Sequence[Path], Sequence[Path]]:
+    """Return the figures of a study that are shown and those that are folded."""
+    count = sum(path.stem.removeprefix(f"{study}-") in FIRST_FIGURES for path in figures) or 1
+    return figures[:count], figures[count:]
 
 
-def overview_row(study: str, summary: Mapping[str, Any] | str) -> list[str]:
-    """Return a study's row of the overview table; the columns are HEADER."""
-    if isinstance(summary, str):
-        return [study, summary, *[tables.DASH] * 5]
-    metric = summary["metrics"][summary["primary_metric"]]
-    primary = [contrast for contrast in summary["contrasts"] if contrast["primary"]]
-    differences = [
-        f"{contrast['arm']}:{contrast['reference']} {tables.format_number(contrast['mean'], metric)}"
-        + (f" ({tables.format_interval(contrast, metric)})" if contrast["low"] is not None else "")
-        for contrast in primary
-    ]
-    results = {True: "passed", False: "not passed", None: "no interval"}
-    several = len(summary["controls"]) > 1
-    baselines = []
-    for baseline in summary["controls"]:
-        if baseline["primary"]:
-            arm = f"{baseline['arm']} against " if several else ""
-            baselines.append(f"{arm}{baseline['name']}: {results[baseline['passed']]}")
-    others = [baseline["passed"] for baseline in summary["controls"] if not baseline["primary"]]
-    if others:
-        baselines.append(f"{others.count(True)} of {len(others)} others passed")
-    contrast_cell = f"{metric['label']}: {'; '.join(differences)}"
-    n = "; ".join(dict.fromkeys(format_counts(contrast["n"], contrast["n_reference"]) for contrast in primary))
-    verdict, published = summary["verdict"], summary["published"]
-    return [study, summary["question"], contrast_cell, n, "; ".join(baselines), verdict, published]
+def is_earlier(summary: Summary) -> bool:
+    """Return whether the study was published under earlier rules."""
+    return "version" not in summary
 
 
-def html_table(rows: Sequence[Sequence[str]], links: bool = False) -> str:
-    """Return an HTML table of escaped cells; the first row is the header. `links`: link the first column to its id."""
+def primary_contrasts(summary: Summary) -> list[dict[str, Any]]:
+    """Return the contrasts that carry the verdict."""
+    return [contrast for contrast in summary["contrasts"] if contrast["primary"]]
+
+
+def sentences(summary: Summary) -> list[str]:
+    """Return the headline and the sentences of the finding that add to it."""
+    finding = [f"{text.rstrip('.')}." for text in summary["finding"].split(". ") if text]
+    headline = summary.get("headline") or finding[0]
+    added = [text for text in finding if text.rstrip(".").removeprefix("Too weak to test: ") not in headline]
+    return [text.replace(" -> ", " → ") for text in (headline, *added)]
+
+
+def daggers(summaries: Mapping[str, Summary | str]) -> set[tuple[str, str, str]]:
+    """Return (study, arm, reference) of the resolved primary contrasts that do not survive Holm's correction.
+
+    The family is all tested primary contrasts of the page.
+    """
+    tested = {
+        (study, contrast["arm"], contrast["reference"]): contrast
+        for study, summary in summaries.items()
+        if not isinstance(summary, str) and not is_earlier(summary)
+        for contrast in primary_contrasts(summary)
+        if contrast["p"] is not None and contrast["word"] in TESTED
+    }
+    survivors = holm({key: contrast["p"] for key, contrast in tested.items()})
+    return {key for key, contrast in tested.items() if contrast["word"] in RESOLVED and key not in survivors}
+
+
+def shown_words(summaries: Mapping[str, Summary | str]) -> tuple[set[str], bool]:
+    """Return the verdicts on a page, and whether one was published under earlier rules."""
+    words, earlier = set(), False
+    for summary in summaries.values():
+        if isinstance(summary, str):
+            words.add("not run")
+        elif is_earlier(summary):
+            earlier = True
+        else:
+            words.update(contrast["word"] for contrast in primary_contrasts(summary))
+    return words, earlier
+
+
+def word_html(word: str, dagger: bool = False, name: str = "") -> str:
+    """Return a verdict as coloured HTML. `name`: CSS class, by default that of the verdict."""
+    return f'<span class="word {name or css_class(word)}">{escape(word)}{"†" if dagger else ""}</span>'
+
+
+def legend(summaries: Mapping[str, Summary | str], markup: bool) -> str:
+    """Return the legend of the verdicts that occur, as HTML (`markup`) or Markdown."""
+    words, earlier = shown_words(summaries)
+    parts = []
+    for group, meaning in LEGEND.items():
+        present = [word for word in group if word in words]
+        if present:
+            named = " ".join(map(word_html, present)) if markup else ", ".join(f"**{word}**" for word in present)
+            parts.append(f"{named} {meaning}" if markup else f"{named}: {meaning}")
+    parts += [DAGGER] if daggers(summaries) else []
+    if earlier:
+        parts.append(f"{word_html('grey', name='earlier')} {EARLIER_LEGEND}" if markup else EARLIER_LEGEND)
+    return f"{BARS if markup else 'Difference: arm − reference, 95 % interval over n seeds.'} {'; '.join(parts)}."
+
+
+def contrast_label(contrast: Mapping[str, Any]) -> str:
+    """Return "arm − reference", with a setting that both share in brackets."""
+    arm, _, setting = contrast["arm"].partition("@")
+    reference, _, reference_setting = contrast["reference"].partition("@")
+    if setting != reference_setting:
+        return f"{contrast['arm']} − {contrast['reference']}"
+    return f"{arm} − {reference}" + (f" ({setting})" if setting else "")
+
+
+def numbers(contrast: Mapping[str, Any], metric: Mapping[str, Any]) -> str:
+    """Return difference, interval and number of seeds in words."""
+    if contrast["mean"] is None:
+        return "no value"
+    text = tables.amount(contrast["mean"], metric)
+    if contrast["low"] is not None:
+        text += f" ({tables.format_interval(contrast, metric)})"
+    text += f", n\u00a0=\u00a0{contrast['n']}"
+    if contrast["seeds_needed"]:
+        text += f"; n\u00a0=\u00a0{contrast['seeds_needed']} would decide"
+    return text
+
+
+def bar_scale(summary: Summary) -> float:
+    """Return the largest absolute value that the interval bars of a study show."""
+    ends = [contrast[key] for contrast in primary_contrasts(summary) for key in ("mean", "low", "high")]
+    return max([abs(end) for end in [*ends, summary["margin"]] if end is not None], default=0.0)
+
+
+def bar_html(contrast: Mapping[str, Any], margin: float | None, scale: float, name: str) -> str:
+    """Return the difference of a contrast as an SVG: margin, zero, interval and mean. "" if there is no value.
+
+    Values from -scale to scale fill the width, so that zero is in the middle. `name`: CSS class of the colour.
+    """
+    if contrast["mean"] is None:
+        return ""
+
+    def x(value: float) -> float:
+        return round(100 + 94 * value / (scale or 1), 1)
+
+    parts = ['<line class="axis" x1="0" x2="200" y1="12" y2="12"/>']
+    if margin:
+        width = round(x(margin) - x(-margin), 1)
+        parts.insert(0, f'<rect class="margin" x="{x(-margin)}" y="0" width="{width}" height="24"/>')
+    parts.append('<line class="zero" x1="100" x2="100" y1="0" y2="24"/>')
+    if contrast["low"] is not None:
+        parts.append(f'<line class="interval" x1="{x(contrast["low"])}" x2="{x(contrast["high"])}" y1="12" y2="12"/>')
+    parts.append(f'<circle cx="{x(contrast["mean"])}" cy="12" r="5"/>')
+    return f'<svg class="bar {name}" viewBox="0 0 200 24" aria-hidden="true">{"".join(parts)}</svg>'
+
+
+def contrasts_html(
+    study: str, summary: Summary, dagger_keys: set[tuple[str, str, str]], scale: float | None = None
+) -> str:
+    """Return verdict, and with a `scale` also bar and numbers, of every primary contrast."""
+    metric, contrasts, earlier = summary["metrics"][summary["primary_metric"]], primary_contrasts(summary), []
+    if is_earlier(summary):  # one verdict for all primary contrasts
+        earlier = [f"{word_html(summary['verdict'], name='earlier')} <small>{EARLIER}</small>"]
+    words, rows = [], []
+    for contrast in contrasts:
+        dagger = (study, contrast["arm"], contrast["reference"]) in dagger_keys
+        word = "" if earlier else word_html(contrast["word"], dagger)
+        words.append(word)
+        name = "earlier" if earlier else css_class(contrast["word"])
+        bar = "" if scale is None else bar_html(contrast, summary["margin"], scale, name)
+        label = f"{contrast_label(contrast)}: " if len(contrasts) > 1 else ""
+        rows.append(
+            f'<div class="contrast">{bar}{word}<small>{escape(label + numbers(contrast, metric))}</small></div>'
+        )
+    parts = list(dict.fromkeys(words)) if scale is None else rows
+    if own_verdict(summary) and not earlier:
+        parts.append(f'<span class="small">{escape(summary["verdict"])}</span>')
+    return " ".join([*parts, *earlier])
+
+
+def own_verdict(summary: Summary) -> bool:
+    """Return whether the verdict says more than the words of the contrasts, as that of a robustness study does."""
+    words = {contrast["word"] for contrast in primary_contrasts(summary)}
+    return any(part.rpartition(": ")[2] not in words for part in summary["verdict"].split("; "))
+
+
+def paper_groups(summaries: Mapping[str, Summary | str]) -> dict[str, list[str]]:
+    """Return paper -> its studies. A study's name begins with the folder of its paper."""
+    folders: dict[str, list[str]] = {}
+    for study in summaries:
+        folders.setdefault(study.partition("-")[0], []).append(study)
+    groups: dict[str, list[str]] = {}
+    for folder, studies in folders.items():
+        found = [summary["paper"] for study in studies if not isinstance(summary := summaries[study], str)]
+        groups.setdefault(found[0] if found else folder, []).extend(studies)
+    return groups
+
+
+def without_brackets(text: str) -> str:
+    """Return a text without its remarks in brackets; the study's section shows it in full."""
+    return re.sub(r" ?\([^()]*\)", "", text)
+
+
+def overview_html(summaries: Mapping[str, Summary | str], dagger_keys: set[tuple[str, str, str]]) -> str:
+    """Return the overview: a row per study, grouped by paper. Bars of one paper and metric have the same scale."""
+    header = "".join(f"<th>{name}</th>" for name in ("study", "result", "difference and verdict", "paper's value"))
+    parts = [f'<table class="overview"><thead><tr>{header}</tr></thead>']
+    for paper, studies in paper_groups(summaries).items():
+        rows = [f'<tr class="paper"><th colspan="4" scope="rowgroup">{escape(paper)}</th></tr>']
+        scales: dict[str, float] = {}
+        for study in studies:
+            if not isinstance(summary := summaries[study], str):
+                metric = summary["primary_metric"]
+                scales[metric] = max(scales.get(metric, 0.0), bar_scale(summary))
+        for study in studies:
+            summary = summaries[study]
+            if isinstance(summary, str):
+                cells = [escape(f"{summary}."), word_html("not run"), tables.DASH]
+            else:
+                verdict = contrasts_html(study, summary, dagger_keys, scales[summary["primary_metric"]])
+                cells = [escape(sentences(summary)[0]), verdict, escape(without_brackets(summary["published"]))]
+            name = escape(study)
+            cells.insert(0, f'<a href="#{name}">{name}</a>')
+            rows.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+        parts.append("<tbody>" + "\n".join(rows) + "</tbody>")
+    return "\n".join([*parts, "</table>"])
+
+
+def html_table(rows: Sequence[Sequence[str]]) -> str:
+    """Return an HTML table of escaped cells; the first row is the header."""
     lines = []
     for index, row in enumerate(rows):
-        cells = [escape(cell) for cell in row]
-        if links and index:
-            cells[0] = f'<a href="#{cells[0]}">{cells[0]}</a>'
         tag = "td" if index else "th"
         classes = [' class="short"' if len(cell) < 25 else "" for cell in row]
-        line = "".join(f"<{tag}{name}>{cell}</{tag}>" for name, cell in zip(classes, cells, strict=True))
-        lines.append(f"<tr>{line}</tr>")
-    return '<div class="wide"><table>' + "\n".join(lines) + "</table></div>"
+        cells = zip(classes, row, strict=True)
+        lines.append(f"<tr>{''.join(f'<{tag}{name}>{escape(cell)}</{tag}>' for name, cell in cells)}</tr>")
+    return '<div class="wide"><table class="data">' + "\n".join(lines) + "</table></div>"
 
 
-def setting_html(summary: Mapping[str, Any], setting: str, arms: Sequence[str]) -> str:
+def figure_html(path: Path, caption: str) -> str:
+    """Return a figure as inline HTML with a caption and a link to its PNG file.
+
+    The ids of an SVG get the file name as a prefix, so that they stay unique.
+    """
+    if path.suffix == ".png":
+        data = base64.b64encode(path.read_bytes()).decode()
+        image = f'<img alt="{escape(path.stem)}" src="data:image/png;base64,{data}">'
+    else:
+        text = path.read_text(encoding="utf-8")
+        text = re.sub(r"<metadata>.*?</metadata>|<script.*?</script>", "", text[text.index("<svg") :], flags=re.DOTALL)
+        text = re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{path.stem}-", text)
+        image = text.replace("<svg", f'<svg role="img" aria-label="{escape(path.stem)}"', 1)
+    link, png = "", escape(path.with_suffix(".png").name)
+    if path.with_suffix(".png").exists():
+        image, link = f'<a href="{png}">{image}</a>', f' <a href="{png}">PNG</a>'
+    return f'<figure><div class="card">{image}</div><figcaption>{escape(caption)}{link}</figcaption></figure>'
+
+
+def study_links(folder: Path, study: str) -> dict[str, str]:
+    """Return label -> relative path of the data and code of a study, where the file exists."""
+    paper, root = study.partition("-")[0], os.path.relpath(ROOT, folder.resolve())
+    links = {"CSV": f"{study}.csv", "JSON": f"{study}.json"}
+    links |= {name: f"{Path(root).as_posix()}/{paper}/{name}" for name in ("train.py", "studies.py")}
+    return {label: link for label, link in links.items() if (folder.resolve() / link).exists()}
+
+
+def difference_caption(summary: Summary) -> str:
+    """Return the caption of the tables of differences."""
+    return EARLIER_CAPTION if is_earlier(summary) else tables.DIFFERENCES_CAPTION
+
+
+def setting_html(summary: Summary, setting: str, arms: Sequence[str]) -> str:
     """Return the two tables of one setting, with its name as a heading unless it is ""."""
     parts = [f"<h3>{escape(setting)}</h3>"] if setting else []
     for rows, caption in (
         (tables.arms_table(summary, arms), tables.caption(summary)),
-        (tables.differences_table(summary, arms), tables.DIFFERENCES_CAPTION),
+        (tables.differences_table(summary, arms), difference_caption(summary)),
     ):
         parts.append(html_table(rows) + f'<p class="small">{escape(caption)}</p>')
     return "\n".join(parts)
 
 
-def study_html(study: str, summary: Mapping[str, Any] | str, figures: Sequence[Path], command: str) -> str:
+def study_html(
+    study: str,
+    summary: Summary | str,
+    folder: Path,
+    figures: Sequence[Path],
+    command: str,
+    dagger_keys: set[tuple[str, str, str]],
+) -> str:
     """Return the section of one study."""
     head = f'<section id="{escape(study)}">\n<h2>{escape(study)}</h2>\n'
+    links = " · ".join(f'<a href="{escape(link)}">{label}</a>' for label, link in study_links(folder, study).items())
+    links = f'<p class="small">{links}</p>' if links else ""
     if isinstance(summary, str):
-        return f'{head}<p class="missing">{escape(summary)}. Run it: <code>{escape(command)}</code></p>\n</section>'
+        text = f"{word_html('not run')} {escape(summary)}. Run it: <code>{escape(command)}</code>"
+        return f"{head}<p>{text}</p>\n{links}</section>"
     provenance = []
     for key, value in summary["provenance"].items():
         values = value if isinstance(value, list) else [value]
         provenance.append(f"{key}: {', '.join(str(item)[:20] for item in values)}")
     notes = "".join(f"<li>{escape(note)}</li>" for note in summary["notes"])
+    headline, *others = sentences(summary)
+    second = summary.get("remark", "").replace(" -> ", " → ") or (
+        others.pop(0) if others and len(others[0]) < 300 else ""
+    )
+    captions = summary.get("captions", {})
+    shown, folded = (
+        [figure_html(path, captions.get(path.stem.removeprefix(f"{study}-"), "")) for path in paths]
+        for paths in split_figures(study, figures)
+    )
     parts = [
-        f"<p><strong>{escape(summary['question'])}</strong></p>",
-        f'<p class="finding"><strong>Verdict: {escape(summary["verdict"])}.</strong> {escape(summary["finding"])}</p>',
-        *(f'<figure class="wide">{figure_html(path)}</figure>' for path in figures),
+        f"<p>{escape(summary['question'])}</p>",
+        f"<p>{contrasts_html(study, summary, dagger_keys)} <strong>{escape(headline)}</strong> {escape(second)}</p>",
+        f'<p class="small">In the paper: {escape(summary["published"])}.</p>',
+        *shown,
+        links,
+        "<details><summary>Tables, notes, provenance and further figures</summary>",
+        f"<p>{escape(' '.join(others))}</p>" if others else "",
         *(setting_html(summary, setting, arms) for setting, arms in tables.arms_by_setting(summary).items()),
-        f"<p>Published: {escape(summary['published'])}.</p>",
         f"<p>Here: scale {escape(summary['scale'])}; {escape(summary['data'])}.</p>",
         f"<p>Reproduce: <code>{escape(summary['reproduce'])}</code></p>",
         f"<ul>{notes}</ul>" if notes else "",
         f'<p class="small">{escape("; ".join(provenance))}</p>',
+        *folded,
+        "</details>",
     ]
-    return head + "\n".join(parts) + "\n</section>"
+    return head + "\n".join(part for part in parts if part) + "\n</section>"
 
 
-TITLES = {"index": "Ablation studies", "extras": "Robustness, curves and other extras"}  # file name -> title
-
-
-def study_counts(summaries: Mapping[str, Mapping[str, Any] | str]) -> str:
+def study_counts(summaries: Mapping[str, Summary | str]) -> str:
     """Return one sentence: the number of studies, of those run, and of those with a finding."""
     run = [summary for summary in summaries.values() if not isinstance(summary, str)]
     findings = sum(summary["counted"] for summary in run)
@@ -159,10 +464,10 @@ def study_counts(summaries: Mapping[str, Mapping[str, Any] | str]) -> str:
 def write_page(folder: Path, name: str, scale: str, studies: Sequence[str], command: str, other: str = "") -> list[str]:
     """Write <name>.html into `folder`. Return one line per study with its verdict. `other`: page to link to."""
     summaries = {study: read_summary(folder, study) for study in studies}
-    figures, title = find_figures(folder, studies), f"{TITLES[name]}, scale {scale}"
-    rows = [HEADER, *(overview_row(study, summary) for study, summary in summaries.items())]
+    figures, title, dagger_keys = find_figures(folder, studies), f"{TITLES[name]}, scale {scale}", daggers(summaries)
     sections = [
-        study_html(study, summary, figures[study], command.replace("{}", study)) for study, summary in summaries.items()
+        study_html(study, summary, folder, figures[study], command.replace("{}", study), dagger_keys)
+        for study, summary in summaries.items()
     ]
     link = f' See also: <a href="{other}.html">{escape(TITLES[other])}</a>.' if other else ""
     page = f"""<!DOCTYPE html>
@@ -171,13 +476,14 @@ def write_page(folder: Path, name: str, scale: str, studies: Sequence[str], comm
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}</title>
-<style>{STYLE}</style>
+<style>{STYLE}{word_styles()}</style>
 </head>
 <body>
 <h1>{escape(title)}</h1>
-<p>{study_counts(summaries)} Differences have Welch's 95 % intervals over training seeds; data and split are fixed.
-Published values come from the papers' data and training length. Do not compare their size with ours.{link}</p>
-{html_table(rows, links=True)}
+<p>{study_counts(summaries)} Published values come from the papers' data and training length: compare signs, not
+sizes.{link}</p>
+<p class="legend">{legend(summaries, markup=True)}</p>
+{overview_html(summaries, dagger_keys)}
 {"".join(sections)}
 </body>
 </html>
@@ -195,30 +501,72 @@ def write_pages(folder: Path, scale: str, studies: Sequence[str], extras: Sequen
     return lines
 
 
+def overview_markdown(summaries: Mapping[str, Summary | str]) -> str:
+    """Return the overview as a Markdown table with a row per study, grouped by paper."""
+    dagger_keys = daggers(summaries)
+    rows = [["study", "result", "difference", "verdict", "paper's value"]]
+    for paper, studies in paper_groups(summaries).items():
+        rows.append([f"**{paper}**", "", "", "", ""])
+        for study in studies:
+            summary, link = summaries[study], f"[{study}](#{study})"
+            if isinstance(summary, str):
+                rows.append([link, f"{summary}.", tables.DASH, "not run", tables.DASH])
+                continue
+            metric = summary["metrics"][summary["primary_metric"]]
+            contrasts = primary_contrasts(summary)
+            differences = [f"{contrast_label(contrast)}: {numbers(contrast, metric)}" for contrast in contrasts]
+            words = [
+                contrast["word"] + "†" * ((study, contrast["arm"], contrast["reference"]) in dagger_keys)
+                for contrast in contrasts
+            ]
+            verdict = "<br>".join(words if len(set(words)) > 1 else words[:1])
+            if is_earlier(summary):
+                verdict = f"{summary['verdict']} ({EARLIER})"
+            elif own_verdict(summary):
+                verdict = f"{verdict}<br>{summary['verdict']}"
+            published = without_brackets(summary["published"])
+            rows.append([link, sentences(summary)[0], "<br>".join(differences), verdict, published])
+    return tables.markdown(rows)
+
+
 def readme(folder: Path, name: str, scale: str, studies: Sequence[str], command: str) -> str:
-    """Return the page as Markdown: overview, findings, figures and folded tables."""
+    """Return the page as Markdown: overview, legend, then each study with its figures and folded tables."""
     summaries = {study: read_summary(folder, study) for study in studies}
     figures = find_figures(folder, studies)
-    rows = [HEADER, *(overview_row(study, summary) for study, summary in summaries.items())]
-    parts = [f"# {TITLES[name]}, scale {scale}"]
-    parts += [f"{study_counts(summaries)} As an HTML page: `make page SCALE={scale}`.", tables.markdown(rows)]
+    parts = [
+        f"# {TITLES[name]}, scale {scale}",
+        f"{study_counts(summaries)} As an HTML page: `make page SCALE={scale}`.",
+        overview_markdown(summaries),
+        legend(summaries, markup=False),
+    ]
     for study, summary in summaries.items():
-        parts += [f"## {study}"]
+        parts.append(f"## {study}")
         if isinstance(summary, str):
-            parts += [f"{summary}. Run it: `{command.replace('{}', study)}`"]
+            parts.append(f"{summary}. Run it: `{command.replace('{}', study)}`")
             continue
-        parts += [summary["question"], summary["finding"]]
-        parts += [f"![{path.stem}]({path.stem}.png)" for path in figures[study]]
-        parts += ["<details><summary>Tables</summary>", tables.as_markdown(summary), "</details>"]
-    return "\n\n".join(parts) + "\n"
+        headline, *others = sentences(summary)
+        captions = summary.get("captions", {})
+        shown, folded = (
+            [
+                f"![{path.stem}]({path.stem}.png)\n\n{captions.get(path.stem.removeprefix(f'{study}-'), '')}".strip()
+                for path in paths
+            ]
+            for paths in split_figures(study, figures[study])
+        )
+        text = tables.as_markdown(summary).replace(tables.DIFFERENCES_CAPTION, difference_caption(summary))
+        links = [f"[{label}]({link})" for label, link in study_links(folder, study).items()]
+        parts += [summary["question"], f"**{headline}**", f"In the paper: {summary['published']}.", *shown]
+        parts += [" · ".join(links), "<details><summary>Tables, notes and further figures</summary>"]
+        parts += [" ".join(others), text, *folded, f"Reproduce: `{summary['reproduce']}`", "</details>"]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def terminal_line(study: str, summary: Mapping[str, Any] | str) -> str:
-    """Return a study's verdict and primary contrasts as one line."""
+def terminal_line(study: str, summary: Summary | str) -> str:
+    """Return a study's verdict and headline as one line."""
     if isinstance(summary, str):
         return f"{study}: {summary}"
-    _, _, contrast, _, _, verdict, _ = overview_row(study, summary)
-    return f"{study}: {verdict}. {contrast}"
+    earlier = f" ({EARLIER})" if is_earlier(summary) else ""
+    return f"{study}: {summary['verdict']}{earlier}. {sentences(summary)[0]}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

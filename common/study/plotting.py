@@ -5,8 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from common.cli import SCALES, Parser, fail, int_in
 from common.study import figures, page, sweeps, tables
 from common.study.analysis import RemarkFunction, summarise
@@ -62,7 +60,7 @@ def draw(
     description: str | None,
     design: Callable[[str, Settings], Design],
     describe: Callable[[Runs], str],
-    draw_figures: Callable[[View], Mapping[str, Figure]],
+    draw_figures: Callable[[View], Mapping[str, figures.Drawing]],
     remark_of: RemarkFunction | None = None,
 ) -> None:
     """Run a paper's plot.py: write figures and tables of one study from its existing runs and print its finding.
@@ -95,14 +93,18 @@ def draw(
     }
     if not_run:
         summary["notes"].insert(0, f"Not run: {', '.join(not_run)}.")
-    view = View(args, study, runs, summary, data, f"{data[0].upper()}{data[1:]}. ")
-    drawn = sweeps.draw(view) if study.sweep else draw_figures(view)
+    styles = figures.arm_styles(list(paper.by_name), [other.arms for other in paper.studies if not other.sweep])
+    view = View(args, study, runs, summary, data, f"{data[0].upper()}{data[1:]}. ", styles)
+    drawn = dict(sweeps.draw(view) if study.sweep else draw_figures(view))
+    if not study.sweep:
+        drawn = {"differences": figures.differences(view.summary), **drawn}
+    view.summary["captions"] = {f"{study.name}-{name}": caption for name, (_, caption) in drawn.items()}
     args.results.mkdir(parents=True, exist_ok=True)
     for old in page.find_figures(args.results, [study.name])[study.name]:
         if old.stem.removeprefix(f"{study.name}-") not in drawn:  # outdated, from other runs
             for suffix in (".png", ".svg"):
                 old.with_suffix(suffix).unlink(missing_ok=True)
-    for name, figure in drawn.items():
-        figures.save(figure, args.results, f"{study.name}-{name}")
+    for name, drawing in drawn.items():
+        figures.save(drawing.figure, args.results, f"{study.name}-{name}")
     tables.write_tables(view.summary, args.results)
     print(f"{study.name}: {view.summary['finding']}")

@@ -41,6 +41,7 @@ class View:
     """Input of a paper's plot.draw: arguments of plot.py, study, runs and the summary of `analysis.summarise`.
 
     `data` describes data and training setup in words. `caption` is the same text as a sentence for figure captions.
+    `styles`: see `figures.arm_styles`.
     """
 
     args: Any
@@ -49,11 +50,19 @@ class View:
     summary: dict[str, Any]
     data: str
     caption: str
+    styles: Mapping[str, Mapping[str, Any]]
 
     @property
     def reference(self) -> str:
         """The reference of the first contrast."""
         return self.study.pairs[0][1]
+
+    @property
+    def highlight(self) -> list[str]:
+        """The arms in the order of their importance in a figure: base, those of the primary contrasts, the others."""
+        primary = [name for pair in self.study.pairs[: self.study.primary] for name in pair[::-1]]
+        base = [arm for arm in self.study.arms if arm.partition("@")[0] == "base"]
+        return list(dict.fromkeys([*base, *primary, *self.study.arms]))
 
 
 def read_runs(folder: Path, arms: Sequence[str], seeds: Sequence[int]) -> dict[str, dict[int, RunFiles]]:

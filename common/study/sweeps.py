@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from common.cli import NON_METHOD_FLAGS
 from common.study import analysis, figures, results, tables
 from common.study.design import Sweep
+from common.study.figures import without_setting
 
 RATES = {"third": "a third", "": "base's rate", "triple": "three times"}  # text after an arm's last "@" -> label
 # Verdicts of a robustness study.
@@ -54,30 +55,39 @@ def swept_values(runs: results.Runs, reference: str, sweep: Sweep) -> dict[str, 
     return dict(sorted(swept.items(), key=lambda item: item[1]))
 
 
+def direction(contrast: Mapping[str, Any]) -> str | None:
+    """Return "higher" or "lower" if the interval of a difference excludes zero, "" if not, None without an interval."""
+    if contrast["low"] is None:
+        return None
+    if contrast["low"] <= 0 <= contrast["high"]:
+        return ""
+    return "higher" if contrast["mean"] > 0 else "lower"
+
+
 def onset(summary: Mapping[str, Any], swept: Mapping[str, float], metric: str) -> str:
     """Describe from which value on, seen from the reference, all arms differ in the same direction.
 
     Returns "" if there are no intervals or the reference has no run.
     """
     reference = next(contrast["reference"] for contrast in summary["contrasts"] if contrast["primary"])
-    verdicts = {}
+    directions = {}
     for contrast in summary["all_contrasts"]:
         if contrast["metric"] == metric and contrast["reference"] == reference:
-            verdicts[contrast["arm"]] = contrast["word"]
+            directions[contrast["arm"]] = direction(contrast)
     order, phrases = list(swept), []
     if reference not in order:
         return ""
     index = order.index(reference)
-    for direction, arms in (("up", order[index + 1 :]), ("down", order[:index][::-1])):
-        side = [verdicts.get(arm, "") for arm in arms]
-        if not side or tables.ONE_SEED in side:
+    for way, arms in (("up", order[index + 1 :]), ("down", order[:index][::-1])):
+        side = [directions.get(arm) for arm in arms]
+        if not side or None in side:
             continue
         outermost = side[-1]
         first = next(i for i in range(len(side)) if set(side[i:]) == {outermost})
         if outermost in ("lower", "higher"):
-            phrases.append(f"{outermost} from {swept[arms[first]]:g} {direction}")
+            phrases.append(f"{outermost} from {swept[arms[first]]:g} {way}")
         else:
-            size = "larger" if direction == "up" else "smaller"
+            size = "larger" if way == "up" else "smaller"
             phrases.append(f"no consistent difference for {size} values, tested to {swept[arms[-1]]:g}")
     return "; ".join(phrases)
 
@@ -101,8 +111,8 @@ def curve_finding(summary: Mapping[str, Any], swept: Mapping[str, float], sweep:
     return " ".join(sentences) or "No value yet."
 
 
-def curve(view: results.View, swept: Mapping[str, float], sweep: Sweep) -> Figure:
-    """Return a figure with one panel per metric: a dot per seed and a line through the means.
+def curve(view: results.View, swept: Mapping[str, float], sweep: Sweep) -> figures.Drawing:
+    """Return one panel per metric: a dot per seed and a line through the means.
 
     The swept values are evenly spaced. The two arms of the first contrast are labelled by name.
     """
@@ -112,36 +122,35 @@ def curve(view: results.View, swept: Mapping[str, float], sweep: Sweep) -> Figur
         ticks.append(f"{value:g}" + (f"\n{textwrap.fill(without_setting(arm), 13)}" if arm in named else ""))
     with matplotlib.rc_context(figures.STYLE):
         figure, axes = figures.grid(len(sweep.metrics), max(4.4, 0.58 * len(arms)), 3.0)
+        colours = {arm: view.styles[arm]["color"] if arm in named else figures.GREY for arm in arms}
         for axis, metric in zip(axes, sweep.metrics, strict=True):
             values = {arm: list(results.values(view.runs, arm, metric).values()) for arm in arms}
             means = [(x, float(np.mean(values[arm]))) for x, arm in enumerate(arms) if values[arm]]
-            axis.plot([x for x, _ in means], [mean for _, mean in means], color=figures.COLOURS[0], zorder=2)
+            axis.plot([x for x, _ in means], [mean for _, mean in means], color=figures.GREY, zorder=2)
             for x, arm in enumerate(arms):
-                colour = figures.REFERENCE if arm in named else figures.COLOURS[0]
+                colour = colours[arm]
                 axis.plot([x] * len(values[arm]), values[arm], "o", color=colour, ms=4, alpha=0.6, mec="none")
             for x, mean in means:
-                colour = figures.REFERENCE if arms[x] in named else figures.COLOURS[0]
+                colour = colours[arms[x]]
                 axis.plot(x, mean, "s" if arms[x] in named else "_", color=colour, ms=8, mew=2, zorder=3)
             axis.set(xlabel=sweep.label, axisbelow=True, xlim=(-0.4, len(arms) - 0.6))
-            axis.set_title(tables.title(view.summary["metrics"][metric]))
+            title = tables.title(view.summary["metrics"][metric])
+            axis.set_title(title)
+            figures.widen(axis, "y", title)
             axis.set_xticks(range(len(arms)), ticks)
             axis.grid(axis="y", color="#E5E5E5", linewidth=0.8)
         markers: dict[str, dict[str, Any]] = {
-            "arms of the main study (mean)": {
-                "color": figures.REFERENCE,
+            f"{without_setting(arm)} (mean)": {
+                "color": colours[arm],
                 "marker": "s",
                 "linestyle": "",
                 "markersize": 8,
-            },
-            "other values": {"color": figures.COLOURS[0]},
+            }
+            for arm in named[::-1]
         }
+        markers["other values"] = {"color": figures.GREY}
         text = f"Dots: training seeds; line: means; values evenly spaced. {view.caption}"
         return figures.finish(figure, markers, text)
-
-
-def without_setting(arm: str) -> str:
-    """Return the name of an arm without "@setting"."""
-    return arm.partition("@")[0]
 
 
 # ------------------------------------------------------------------------------------------------- robustness
@@ -168,7 +177,7 @@ def robustness_verdict(verdicts: Mapping[str, str]) -> str:
     at_base_rate = verdicts.get("", "")
     if at_base_rate not in analysis.FINDINGS:
         return NO_FINDING
-    if {"lower", "higher"} <= set(verdicts.values()):
+    if {"worse", "better"} <= set(verdicts.values()) or {"lower", "higher"} <= set(verdicts.values()):
         return REVERSED
     same = sum(verdict == at_base_rate for verdict in verdicts.values())
     if same == len(RATES):
@@ -185,10 +194,7 @@ def robustness(summary: dict[str, Any], sweep: Sweep) -> dict[str, Any]:
         for name, by_rate in contrasts_by_rate(summary, key).items():
             verdicts, numbers = {}, []
             for rate, contrast in by_rate.items():
-                verdict = contrast["word"]
-                if primary:
-                    verdict = analysis.verdict_with_baselines(contrast, summary["controls"])
-                verdicts[rate] = verdict.removesuffix(" at this scale")
+                verdicts[rate] = contrast["word"]
                 bounds = "" if contrast["low"] is None else f" ({tables.format_interval(contrast, metric)})"
                 numbers.append(f"{RATES[rate]} {tables.format_number(contrast['mean'], metric)}{bounds}")
             if primary:
@@ -205,8 +211,8 @@ def robustness(summary: dict[str, Any], sweep: Sweep) -> dict[str, Any]:
     }
 
 
-def rates_figure(runs: results.Runs, summary: Mapping[str, Any], sweep: Sweep, caption: str) -> Figure:
-    """Return a figure of differences at the three rates: a row per metric, a column per primary contrast."""
+def rates_figure(runs: results.Runs, summary: Mapping[str, Any], sweep: Sweep, caption: str) -> figures.Drawing:
+    """Return the differences at the three rates: a row per metric, a column per primary contrast."""
     columns = list(contrasts_by_rate(summary, summary["primary_metric"]))
     with matplotlib.rc_context(figures.STYLE):
         size = (max(5.0, 3.3 * len(columns)), 2.7 * len(sweep.metrics) + 0.9)
@@ -214,19 +220,23 @@ def rates_figure(runs: results.Runs, summary: Mapping[str, Any], sweep: Sweep, c
         axes = figure.subplots(len(sweep.metrics), len(columns), squeeze=False, sharey="row")
         for row, metric in enumerate(sweep.metrics):
             contrasts = contrasts_by_rate(summary, metric)
-            baselines = summary["controls"] if metric == summary["primary_metric"] else None
             for axis, name in zip(axes[row], columns, strict=True):
-                rates_panel(axis, runs, contrasts[name], baselines)
+                rates_panel(axis, runs, contrasts[name])
                 if row == 0:
                     axis.set_title(panel_title(name))
                 if row == len(axes) - 1:
                     axis.set_xlabel("times the learning rate")
             axes[row][0].set_ylabel(tables.title(summary["metrics"][metric]))
+        words = [by_rate["word"] for metric in sweep.metrics for rates in contrasts_by_rate(summary, metric).values()
+                 for by_rate in rates.values()]  # fmt: skip
         markers = {
-            "interval excludes zero": {"color": figures.COLOURS[0], "marker": "o"},
-            "not resolved, or not informative": {"color": figures.COLOURS[0], "marker": "o", "mfc": "white"},
+            word: {"color": figures.verdict_colour(word), "marker": "o", "linestyle": ""}
+            for word in figures.VERDICT_COLOURS
+            if word in words
         }
-        text = "Difference of the means with Welch's 95 % interval; faint dots: differences of equal seeds. "
+        if set(words) - set(figures.VERDICT_COLOURS):
+            markers["no verdict"] = {"color": figures.NO_VERDICT, "marker": "o", "linestyle": ""}
+        text = "Mean paired difference with 95 % interval; faint dots: differences of the seeds. "
         return figures.finish(figure, markers, text + caption)
 
 
@@ -237,15 +247,9 @@ def panel_title(contrast: str) -> str:
     return f"{without_setting(arm)}\nminus {without_setting(reference)}" + (f"\n({setting})" if setting else "")
 
 
-def rates_panel(
-    axis: Axes,
-    runs: results.Runs,
-    by_rate: Mapping[str, dict[str, Any]],
-    baselines: list[dict[str, Any]] | None,
-) -> None:
-    """Draw the differences of one contrast at its rates. `baselines`: those of the primary metric, else None."""
-    colour = figures.COLOURS[0]
-    axis.axhline(0, color=figures.GREY, linewidth=1)
+def rates_panel(axis: Axes, runs: results.Runs, by_rate: Mapping[str, dict[str, Any]]) -> None:
+    """Draw the differences of one contrast at its rates."""
+    axis.axhline(0, color=figures.BASE, linewidth=1.4)
     axis.set(xlim=(-0.5, len(RATES) - 0.5), axisbelow=True)
     axis.set_xticks(range(len(RATES)), ["⅓", "1", "3"])
     axis.grid(axis="y", color="#E5E5E5", linewidth=0.8)
@@ -254,21 +258,20 @@ def rates_panel(
         if contrast is None or contrast["mean"] is None:
             axis.text(x, 0.5, "no value", ha="center", transform=axis.get_xaxis_transform(), **figures.SMALL)
             continue
-        verdict = contrast["word"] if baselines is None else analysis.verdict_with_baselines(contrast, baselines)
         arm = results.values(runs, contrast["arm"], contrast["metric"])
         reference = results.values(runs, contrast["reference"], contrast["metric"])
         differences = [arm[seed] - reference[seed] for seed in sorted(arm.keys() & reference.keys())]
-        axis.plot([x + 0.16] * len(differences), differences, "o", color=colour, ms=4, alpha=0.5, mec="none")
+        colour = figures.verdict_colour(contrast["word"])
+        axis.plot([x + 0.16] * len(differences), differences, "o", color="#333333", ms=4, alpha=0.5, mec="none")
         if contrast["low"] is not None:
-            axis.plot([x, x], [contrast["low"], contrast["high"]], color=colour, linewidth=1.8)
-        face: dict[str, Any] = {} if verdict in analysis.FINDINGS else {"mfc": "white"}
-        axis.plot(x, contrast["mean"], "o", color=colour, ms=7, **face)
+            axis.plot([x, x], [contrast["low"], contrast["high"]], color=colour, linewidth=2.4)
+        axis.plot(x, contrast["mean"], "o", color=colour, ms=7)
 
 
 # ------------------------------------------------------------------------------------------------- entry point
 
 
-def draw(view: results.View) -> dict[str, Figure]:
+def draw(view: results.View) -> dict[str, figures.Drawing]:
     """Return the figure of a sweep. Replaces the finding of `view.summary`, and its verdict if it is robustness."""
     sweep, summary = view.study.sweep, view.summary
     assert sweep

@@ -10,17 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from common.files import write_json, write_text
-from common.study.statistics import format_counts
 
-ONE_SEED = "one seed: no interval"
-NOT_INFORMATIVE = "not informative at this scale"
 DASH = "–"
 DIFFERENCES_CAPTION = (
-    "Differences with Welch's 95 % interval. The verdict comes from the primary contrasts only; the others are "
-    "descriptive and not adjusted for multiple comparisons."
+    "Paired differences over seeds with 95 % Student-t interval. Verdicts count for the primary contrasts; the others "
+    "are descriptive and not adjusted for multiple comparisons. seeds: the number of seeds at which the half-width of "
+    "an unclear interval would equal the margin, from the spread."
 )
-CSV_COLUMNS = ["kind", "arm", "reference", "metric", "seed", "value", "mean", "sd", "n", "n_reference", "low", "high"]
-CSV_COLUMNS += ["paired_mean", "paired_low", "paired_high", "correlation", "word"]
+CSV_COLUMNS = ["kind", "arm", "reference", "metric", "seed", "value", "mean", "sd", "n", "low", "high", "p"]
+CSV_COLUMNS += ["correlation", "arm_mean", "reference_mean", "seeds_needed", "word"]
+PHRASES = {  # verdict -> what the arm does, compared with its reference
+    "worse": "{arm} hurts",
+    "better": "{arm} helps",
+    "no difference": "{arm} makes no difference",
+    "higher": "{arm} is higher",
+    "lower": "{arm} is lower",
+    "unclear": "{arm} has an unclear effect",
+    "too weak to test": "{arm} cannot be tested",
+    "no baseline": "{arm} cannot be judged",
+    "one seed": "{arm}, one seed",
+}
 
 
 def format_number(value: float | None, metric: Mapping[str, Any]) -> str:
@@ -41,18 +50,88 @@ def format_interval(stats: Mapping[str, Any], metric: Mapping[str, Any]) -> str:
     return f"{format_number(stats['low'], metric)} to {format_number(stats['high'], metric)}"
 
 
+def amount(value: float, metric: Mapping[str, Any]) -> str:
+    """Format a difference with its unit; differences of percentages are in points."""
+    unit = "points" if metric["unit"] == "%" else metric["unit"]
+    return f"{format_number(value, metric)} {unit}".strip()
+
+
+def headline(summary: Mapping[str, Any]) -> str:
+    """Return one sentence by meaning: "no-stop-gradient hurts: kNN accuracy 47.9 -> 11.9 % (untrained 14.5)."
+
+    Several primary contrasts are separated by semicolons. If base does not beat its baseline, the sentence says so
+    instead. A setting that all contrasts share is left out.
+    """
+    metric = summary["metrics"][summary["primary_metric"]]
+    primary = [contrast for contrast in summary["contrasts"] if contrast["primary"]]
+    baselines = [baseline for baseline in summary["controls"] if baseline["primary"] and baseline["mean"] is not None]
+    one_setting = len({contrast["arm"].partition("@")[2] for contrast in primary}) == 1
+
+    def short(arm: str) -> str:
+        return arm.partition("@")[0] if one_setting else arm
+
+    for baseline in baselines:
+        if baseline["passed"] is False:
+            own, other = (format_number(baseline[key], metric) for key in ("arm_mean", "control_mean"))
+            side = "below" if baseline["lower_wins"] else "above"
+            label = summary["metrics"][baseline["metric"]]["label"]
+            return (
+                f"Too weak to test: {label} of {short(baseline['arm'])} ({own}) is not clearly {side} that of "
+                f"{baseline['name']} ({other})."
+            )
+    parts = []
+    for contrast in primary:
+        name, reference = short(contrast["arm"]), short(contrast["reference"])
+        if reference.partition("@")[0] != "base":
+            name = f"{name} (instead of {reference})"
+        if contrast["mean"] is None:
+            parts.append(f"{name}: {contrast['word']}")
+            continue
+        phrase = PHRASES[contrast["word"]].format(arm=name)
+        before, after = (format_number(contrast[key], metric) for key in ("reference_mean", "arm_mean"))
+        parts.append(f"{phrase}: {metric['label']} {before} -> {after} {metric['unit']}".strip())
+    shown = {
+        f"{baseline['name'].removeprefix('the ')} {format_number(baseline['control_mean'], metric)}"
+        for baseline in baselines
+        if baseline["metric"] == summary["primary_metric"]
+    }
+    context = f" ({shown.pop()})" if len(shown) == 1 else ""
+    return "; ".join(parts) + context + "."
+
+
+def descriptive_remark(summary: Mapping[str, Any]) -> str:
+    """Return one sentence on the clearest effects of the primary contrasts on other metrics, "" if there are none.
+
+    At most two, by mean / standard deviation of the paired differences. They carry no verdict of the study.
+    """
+    pairs = {(contrast["arm"], contrast["reference"]) for contrast in summary["contrasts"] if contrast["primary"]}
+    effects = [
+        contrast
+        for contrast in summary["all_contrasts"]
+        if contrast["metric"] != summary["primary_metric"]
+        and (contrast["arm"], contrast["reference"]) in pairs
+        and contrast["word"] in ("worse", "better")
+    ]
+    effects.sort(key=lambda contrast: abs(contrast["mean"]) / max(contrast["sd"], 1e-12), reverse=True)
+    parts = []
+    for contrast in effects[:2]:
+        metric = summary["metrics"][contrast["metric"]]
+        before, after = (format_number(contrast[key], metric) for key in ("reference_mean", "arm_mean"))
+        arm = contrast["arm"].partition("@")[0]
+        parts.append(f"{metric['label']} of {arm} {before} -> {after} {metric['unit']}".strip())
+    return f"Descriptive: {'; '.join(parts)}." if parts else ""
+
+
 def finding(summary: Mapping[str, Any]) -> str:
     """Return the finding: failed baselines, primary contrasts, remarks on their arms, then secondary contrasts."""
     metric = summary["metrics"][summary["primary_metric"]]
     rows = {row["arm"]: row for row in summary["rows"]}
     failed = [baseline for baseline in summary["controls"] if baseline["passed"] is False]
     sentences = [
-        f"{NOT_INFORMATIVE.capitalize()}: {_failed_baseline(baseline, summary)}"
-        for baseline in failed
-        if baseline["primary"]
+        f"Too weak to test: {_failed_baseline(baseline, summary)}" for baseline in failed if baseline["primary"]
     ]
     primary = [contrast for contrast in summary["contrasts"] if contrast["primary"]]
-    sentences += [_contrast_sentence(contrast, metric, rows, summary["margin"]) for contrast in primary]
+    sentences += [_contrast_sentence(contrast, metric, summary["margin"]) for contrast in primary]
     remarks = []
     for arm in dict.fromkeys(arm for contrast in primary for arm in (contrast["arm"], contrast["reference"])):
         diverged = len(rows[arm]["diverged"])
@@ -70,7 +149,7 @@ def finding(summary: Mapping[str, Any]) -> str:
     if secondary:
         sentences.append("Secondary contrasts (descriptive): " + "; ".join(secondary))
     sentences += [
-        f"Contrasts with {baseline['arm']} are not informative: {_failed_baseline(baseline, summary)}"
+        f"Contrasts with {baseline['arm']} are too weak to test: {_failed_baseline(baseline, summary)}"
         for baseline in failed
         if not baseline["primary"]
     ]
@@ -90,29 +169,23 @@ def _failed_baseline(baseline: Mapping[str, Any], summary: Mapping[str, Any]) ->
     )
 
 
-def _contrast_sentence(
-    contrast: Mapping[str, Any], metric: Mapping[str, Any], rows: Mapping[str, Any], margin: float | None
-) -> str:
+def _contrast_sentence(contrast: Mapping[str, Any], metric: Mapping[str, Any], margin: float | None) -> str:
     """Describe a primary contrast with its verdict, means, interval and number of seeds."""
     arm, reference, word, label = contrast["arm"], contrast["reference"], contrast["word"], metric["label"]
     if contrast["mean"] is None:
         return f"{arm}:{reference} cannot be compared on {label} ({word})"
-
-    def amount(value: float) -> str:
-        unit = "points" if metric["unit"] == "%" else metric["unit"]
-        return f"{format_number(value, metric)} {unit}".strip()
-
-    arm_mean, reference_mean = (rows[name]["metrics"][contrast["metric"]]["mean"] for name in (arm, reference))
-    means = f"{arm}: {format_number(arm_mean, metric)}, {reference}: {format_number(reference_mean, metric)}"
-    n = f"n = {format_counts(contrast['n'], contrast['n_reference'])}"
-    details = f"({means}; 95 % interval {format_interval(contrast, metric)}, {n})"
+    arm_mean, reference_mean = (format_number(contrast[key], metric) for key in ("arm_mean", "reference_mean"))
+    details = f"{arm} {arm_mean}, {reference} {reference_mean}"
+    difference = amount(contrast["mean"], metric)
     if contrast["low"] is None:
-        return f"{label}: {arm} minus {reference} is {amount(contrast['mean'])} ({means}); no interval at {n}"
-    if word in ("lower", "higher"):
-        return f"{label} is {amount(abs(contrast['mean']))} {word} for {arm} than for {reference} {details}"
+        return f"{label}: {arm} minus {reference} is {difference} ({details}; one seed, no interval)"
+    interval = f"95 % interval {format_interval(contrast, metric)}, n = {contrast['n']}"
+    text = f"{label}: {arm} minus {reference} is {difference}, {word} ({details}; {interval})"
     if word == "no difference":
-        return f"{label}: no difference between {arm} and {reference} within {amount(margin or 0)} {details}"
-    return f"{label}: {arm} minus {reference} is {amount(contrast['mean'])}, {word} {details}"
+        text += f"; the interval lies within the margin of {amount(margin or 0, metric)}"
+    if contrast["seeds_needed"]:
+        text += f"; with this spread {contrast['seeds_needed']} seeds would give a half-width of the margin"
+    return text
 
 
 def arms_by_setting(summary: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -155,15 +228,15 @@ def arms_table(summary: Mapping[str, Any], arms: Collection[str] | None = None) 
 def differences_table(summary: Mapping[str, Any], arms: Collection[str] | None = None) -> list[list[str]]:
     """Return a header and one row per contrast on the primary metric. `arms`: only contrasts between these."""
     metric = summary["metrics"][summary["primary_metric"]]
-    table = [["contrast", f"difference in {title(metric)}", "95 % interval", "n", "result"]]
+    table = [["contrast", f"difference in {title(metric)}", "95 % interval", "n", "seeds", "result"]]
     for contrast in summary["contrasts"]:
         arm, reference = contrast["arm"], contrast["reference"]
         if arms is not None and not {arm, reference} <= set(arms):
             continue
         name = f"{arm}:{reference}" + (" (primary)" if contrast["primary"] else "")
-        n = format_counts(contrast["n"], contrast["n_reference"])
         difference, bounds = format_number(contrast["mean"], metric), format_interval(contrast, metric)
-        table.append([name, difference, bounds, n, contrast["word"]])
+        seeds = str(contrast["seeds_needed"] or DASH)
+        table.append([name, difference, bounds, str(contrast["n"]), seeds, contrast["word"]])
     return table
 
 
