@@ -193,7 +193,7 @@ def apply_paper_rules(summary: dict[str, Any], runs: results.Runs, required_base
         if summary["verdict"] != TOO_WEAK:
             finding = f"{TOO_WEAK.capitalize()}: {reason} {finding}"
         primary["word"] = TOO_WEAK
-        summary |= {"verdict": TOO_WEAK, "counted": False}
+        summary |= {"verdict": TOO_WEAK, "counted": False, "headline": f"{TOO_WEAK.capitalize()}: {reason}"}
     online = next(contrast for contrast in contrasts if contrast["metric"] == ONLINE)
     if None not in (primary["mean"], online["mean"]) and primary["mean"] * online["mean"] < 0:
         sentence = (
