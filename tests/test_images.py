@@ -164,6 +164,15 @@ def test_16_bit_and_constant_images_are_an_error(size, pictures, tmp_path, capsy
     assert end.value.code == 2 and "are equal: give images that are not constant" in capsys.readouterr().err
 
 
+def test_a_constant_channel_has_a_standard_deviation_of_exactly_zero():
+    """Rounding leaves many constants a tiny variance, by which pixels would be divided."""
+    for value in range(256):
+        pixels = torch.full((5, 3, 7, 7), value, dtype=torch.uint8)
+        pixels[0, 0, 0, 0] = 255 - value
+        std = images.channel_statistics(pixels)[1].flatten()
+        assert std[0] > 0 and std[1] == std[2] == 0, value
+
+
 def test_a_constant_channel_is_not_divided_by_zero(pictures, tmp_path, capsys):
     data = copy_folder(pictures, tmp_path)
     for path in data.glob("*/*/*.png"):

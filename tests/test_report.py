@@ -116,6 +116,14 @@ def test_missing_and_inconsistent_runs_are_counted_and_reported(tmp_path):
     assert cells[-2:] == ["2", "1 of 5 diverged; 2 of 5 missing"]
 
 
+def test_a_difference_is_that_of_the_seeds_that_both_arms_have_finished(tmp_path):
+    for seed in (0, 1, 2):
+        run(tmp_path, "base", seed, 60.0 + 10 * seed, untrained=20.0)
+        run(tmp_path, "arm", seed + 1, 60.0 + 10 * (seed + 1) - seed, untrained=20.0)
+    contrast = summarise(tmp_path)["contrasts"][0]
+    assert (contrast["n"], contrast["mean"]) == (2, -0.5) and contrast["reference_mean"] == 75.0
+
+
 def test_a_finite_value_of_a_diverged_run_is_not_averaged(tmp_path):
     grid(tmp_path, base=BASE, arm=ARM[:4])
     run(tmp_path, "arm", 4, 99.0, diverged=True)
