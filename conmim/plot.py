@@ -188,7 +188,7 @@ def apply_paper_rules(summary: dict[str, Any], runs: results.Runs, required_base
     baseline = results.values(runs, baseline_arm, PRIMARY)
     low, high = INFORMATIVE_RANGE
     if baseline and not low <= mean(baseline.values()) <= high:
-        reason = f"{baseline_arm} has {mean(baseline.values()):.1f} %, outside {low:.0f} to {high:.0f} %."
+        reason = f"{baseline_arm} has {mean(baseline.values()):.1f} % accuracy, outside {low:.0f} to {high:.0f} %."
         notes.append(f"Accuracy is {TOO_WEAK}: {reason}")
         if summary["verdict"] != TOO_WEAK:
             finding = f"{TOO_WEAK.capitalize()}: {reason} {finding}"

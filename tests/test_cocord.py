@@ -672,7 +672,8 @@ def test_plot_writes_figures_and_findings(study, finished, tmp_path):
     assert all(control["arm_mean"] is not None for control in summary["controls"])
     assert any("1 of 2 missing (seed 1)" in note for note in summary["notes"])
     names = {path.name.removeprefix(f"{study}-") for path in tmp_path.iterdir() if path.suffix in (".png", ".svg")}
-    assert names == {"curves.png", "curves.svg", "metrics.png", "metrics.svg"}
+    figures = ("differences", "summary", "curves", "metrics")
+    assert names == {f"{figure}.{suffix}" for figure in figures for suffix in ("png", "svg")}
     title = "key consistency (cosine)" if study == "cocord-teacher-momentum" else "contrastive top-1"
     assert title in (tmp_path / f"{study}-curves.svg").read_text()
 

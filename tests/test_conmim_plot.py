@@ -213,7 +213,7 @@ def test_a_finding_requires_that_ema_and_online_weights_agree_in_sign(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("shift", "words"), [(-20.0, "13.2 %, outside 20 to 80 %"), (48.0, "81.2 %, outside 20 to 80 %")]
+    ("shift", "words"), [(-20.0, "13.2 % accuracy, outside 20 to 80 %"), (48.0, "81.2 % accuracy, outside 20 to 80 %")]
 )
 def test_a_baseline_near_chance_or_ceiling_is_too_weak(tmp_path, shift, words):
     summary = draw_with_accuracies(tmp_path, shift)

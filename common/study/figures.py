@@ -554,7 +554,10 @@ def summary_slide(
             right.legend(handles=handles, ncols=columns, handlelength=2.4, fontsize=15, **anchor)
         else:
             shown = {arm: style for arm, style in styles.items() if panel.values.get(arm)}
-            draw_dots(right, panel, dict(list(shown.items())[:8]))
+            shown = dict(list(shown.items())[:8])
+            draw_dots(right, panel, shown)
+            right.set_yticklabels([textwrap.fill(arm, 17) for arm in shown])
+            right.set_title(textwrap.fill(" ".join(panel.title.split()), 28), pad=18 if panel.lines else 6)
             for label in right.get_yticklabels():
                 label.set_fontsize(14.5)
             if panel.hollow:
