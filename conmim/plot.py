@@ -204,7 +204,9 @@ def apply_paper_rules(summary: dict[str, Any], runs: results.Runs, required_base
         notes.append(sentence)
         finding = f"{finding} {sentence}"
         if summary["verdict"] in FINDINGS:
-            summary |= {"verdict": DISAGREE, "counted": False}
+            primary["word"] = DISAGREE
+            headline = f"No verdict on {arm}: {DISAGREE}."
+            summary |= {"verdict": DISAGREE, "counted": False, "headline": headline}
     diagnostics = "; ".join(difference_text(contrasts, name) for name in ("own_top1", "cross_top1", "position_r2"))
     sentence = f"Position diagnostics (they need no labels), {arm} minus {reference}: {diagnostics}."
     remarks = [f"{row['arm']} {row['word']}" for row in summary["rows"] if row["word"]]

@@ -208,6 +208,8 @@ def test_a_finding_requires_that_ema_and_online_weights_agree_in_sign(tmp_path):
     assert not any("disagree" in note for note in summary["notes"])
     summary = draw_with_accuracies(tmp_path / "disagree", online=20.0)
     assert summary["verdict"] == plot.DISAGREE and not summary["counted"]
+    primary = next(contrast for contrast in summary["contrasts"] if contrast["primary"])
+    assert primary["word"] == plot.DISAGREE and plot.DISAGREE in summary["headline"]
     note = next(note for note in summary["notes"] if "disagree" in note)
     assert "symmetric:base" in note and "-11.0" in note and "9.0" in note and note in summary["finding"]
 
