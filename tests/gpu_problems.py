@@ -101,7 +101,7 @@ def cocord_problem(scale: str, rows: int, device: torch.device) -> Problem:
     (slow_student, student), (teacher_head, student_head) = model.ema_pairs()
 
     def loss(precision: str) -> Tensor:
-        """As in train.py, the EMA updates come between the student's forward pass and the targets."""
+        """Return the loss. The EMA updates come between the student's forward pass and the targets."""
         with devices.autocast(precision, device):
             feature, logits = model.student(x)
             z = model.head(feature)

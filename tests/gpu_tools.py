@@ -70,7 +70,7 @@ class Check:
 
     @property
     def dry_run(self) -> bool:
-        """Whether this is a dry run on the CPU."""
+        """True in a dry run on the CPU."""
         return self.device.type == "cpu"
 
     def flags(self, paper: str, out: str, *more: str, rehearse: int = 0, device: str = "") -> list[str]:

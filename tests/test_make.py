@@ -277,7 +277,7 @@ def test_only_publish_writes_to_results(repo):
 
 
 def test_the_generated_rules_are_a_readable_file(repo):
-    """It has two rules per run and one per study and seed, with the exact commands. make -n prints its path."""
+    """The file has two rules per run and one per study and seed, with the exact commands. make -n prints its path."""
     _, _, printed = repo.make("simsiam-predictor", "SEEDS=0", "-n")
     path = next(line.removeprefix("rules: ") for line in printed.splitlines() if line.startswith("rules: "))
     assert path.startswith("runs/demo/rules-") and path.endswith(".mk")

@@ -102,17 +102,17 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
-EVERY_WORD = {f"toy-{index}": summary(contrast(word)) for index, word in enumerate(page.COLOURS)}
+EVERY_WORD = {f"toy-{index}": summary(contrast(word)) for index, word in enumerate(tables.VERDICT_COLOURS)}
 
 
 def test_each_verdict_has_its_colour_and_the_legend_names_it_in_at_most_90_words(tmp_path):
     weak = contrast("higher", p=0.9, arm="weak")
     parsed, _ = write(tmp_path, EVERY_WORD | {"toy-weak": summary(weak), "toy-old": earlier(), "toy-gone": None})
-    assert {word for _, word in parsed.words} >= {*page.COLOURS, "higher†", "lower"}
+    assert {word for _, word in parsed.words} >= {*tables.VERDICT_COLOURS, "higher†", "lower"}
     for name, word in parsed.words:
         if name != "earlier":
             assert name == word.rstrip("†").replace(" ", "-")
-            assert f".word.{name} {{ background: {page.COLOURS[word.rstrip('†')]};" in parsed.text
+            assert f".word.{name} {{ background: {tables.VERDICT_COLOURS[word.rstrip('†')]};" in parsed.text
         assert word.rstrip("†") in parsed.legend
     assert "†" in parsed.legend and page.EARLIER in parsed.legend
     assert len(parsed.legend.split()) <= 90
@@ -128,7 +128,7 @@ def luminance(colour):
 
 def test_the_text_of_a_verdict_is_readable_on_its_colour():
     rules = re.findall(r"background: (#\w{6}); color: (#\w{3});", page.word_styles())
-    assert len(rules) == len(page.COLOURS) + 1
+    assert len(rules) == len(tables.VERDICT_COLOURS) + 1
     for background, text in rules:
         dark, light = sorted([luminance(background), luminance("#" + text[1:] * 2)])
         assert (light + 0.05) / (dark + 0.05) > 4.4, (background, text)

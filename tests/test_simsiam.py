@@ -402,7 +402,7 @@ def test_arm_with_only_diverged_seeds_is_plotted_and_reported(finished, tmp_path
 
 
 def test_arms_without_runs_are_listed_and_left_out(finished, tmp_path, capsys):
-    """As after `make primary`. The primary contrast is kept although its arm has no run."""
+    """The runs are those of `make primary`. The primary contrast is kept although its arm has no run."""
     for arm in ("base", "projector-bn"):
         shutil.copytree(finished / arm, tmp_path / "runs" / arm)
     plot.main(["simsiam-projector", "--runs", str(tmp_path / "runs"), "--seeds", "0", "--results", str(tmp_path)])

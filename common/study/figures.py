@@ -27,21 +27,13 @@ from PIL import Image
 from common.files import write_bytes
 from common.study.results import Curve
 from common.study.statistics import summary as seed_statistics
+from common.study.tables import NO_VERDICT, VERDICT_COLOURS
 
 BASE, GREY = "#000000", "#777777"
 SMALL: Any = {"fontsize": "small", "color": "#555555"}
 # Vermilion and green come last, because they also mean worse and better.
 COLOURS = ("#0072B2", "#E69F00", "#CC79A7", "#56B4E9", "#8C6D31", "#D55E00", "#009E73")
 DASHES: tuple[Any, ...] = ((0, (6, 1.5)), (0, (3, 1.2)), (0, (6, 1.5, 1.5, 1.5)), "-")
-VERDICT_COLOURS = {
-    "worse": "#D55E00",
-    "better": "#009E73",
-    "no difference": "#0072B2",
-    "higher": "#7B4FA3",
-    "lower": "#7B4FA3",
-    "unclear": GREY,
-}
-NO_VERDICT = "#AAAAAA"  # too weak to test, one seed, not run, no baseline
 HIGHLIGHTED = 3  # the other curves of a panel are faint
 SLIDE_CONTRASTS = 5
 STYLE: Any = {  # Any, because matplotlib types every key of rcParams

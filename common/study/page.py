@@ -24,18 +24,6 @@ Summary = Mapping[str, Any]
 ROOT = Path(__file__).resolve().parents[2]
 TITLES = {"index": "Ablation studies", "extras": "Robustness, curves and other extras"}  # file name -> title
 GREY = "#777777"
-COLOURS = {  # verdict -> colour; other words get the last one
-    "worse": "#D55E00",
-    "better": "#009E73",
-    "no difference": "#0072B2",
-    "higher": "#7B4FA3",
-    "lower": "#7B4FA3",
-    "unclear": GREY,
-    "too weak to test": "#AAAAAA",
-    "no baseline": "#AAAAAA",
-    "one seed": "#AAAAAA",
-    "not run": "#AAAAAA",
-}
 RESOLVED = ("worse", "better", "higher", "lower")  # verdicts that Holm's correction can put in doubt
 TESTED = (*RESOLVED, "no difference", "unclear")
 LEGEND = {  # verdicts -> what they mean
@@ -106,13 +94,13 @@ details { margin: .8rem 0; } summary { cursor: pointer; color: var(--link); }
 
 def css_class(word: str) -> str:
     """Return the CSS class of a verdict."""
-    return word.replace(" ", "-") if word in COLOURS else "other"
+    return word.replace(" ", "-") if word in tables.VERDICT_COLOURS else "other"
 
 
 def word_styles() -> str:
     """Return the CSS rules of the verdicts: background with readable text, and the colour of the bar."""
     rules = []
-    for word, colour in COLOURS.items():
+    for word, colour in tables.VERDICT_COLOURS.items():
         text = "#fff" if colour in ("#0072B2", "#7B4FA3", GREY) else "#000"
         rules.append(f".word.{css_class(word)} {{ background: {colour}; color: {text}; }}")
         rules.append(f".bar.{css_class(word)} {{ color: {colour}; }}")

@@ -106,7 +106,7 @@ class Request:
 
     @property
     def data_is_matrix(self) -> bool:
-        """Whether DATA is the user's matrix file, which is then part of a run's flags. A folder is only a location."""
+        """True if DATA is the user's matrix file, which is then part of a run's flags. A folder is only a location."""
         return is_matrix(self.data)
 
     @cached_property

@@ -19,6 +19,19 @@ DIFFERENCES_CAPTION = (
 )
 CSV_COLUMNS = ["kind", "arm", "reference", "metric", "seed", "value", "mean", "sd", "n", "low", "high", "p"]
 CSV_COLUMNS += ["correlation", "arm_mean", "reference_mean", "seeds_needed", "word"]
+NO_VERDICT = "#AAAAAA"
+VERDICT_COLOURS = {  # on the page and in figures
+    "worse": "#D55E00",
+    "better": "#009E73",
+    "no difference": "#0072B2",
+    "higher": "#7B4FA3",
+    "lower": "#7B4FA3",
+    "unclear": "#777777",
+    "too weak to test": NO_VERDICT,
+    "no baseline": NO_VERDICT,
+    "one seed": NO_VERDICT,
+    "not run": NO_VERDICT,
+}
 PHRASES = {  # verdict -> what the arm does, compared with its reference
     "worse": "{arm} hurts",
     "better": "{arm} helps",
