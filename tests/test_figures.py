@@ -235,3 +235,12 @@ def test_captions_are_in_the_summary_and_not_in_the_figures(tmp_path):
         svg = (tmp_path / f"report/{name}.svg").read_text()
         assert (tmp_path / f"report/{name}.png").exists()
         assert not any(sentence in svg for sentence in caption.split(". ") if len(sentence) > 12)
+
+
+def test_a_row_of_dots_shows_only_the_arms_that_have_a_value_in_it():
+    styles = {arm: {"color": "#000000"} for arm in ("base", "arm", "other")}
+    pairs = [{"base": [1.0], "arm": [2.0]}, {"base": [1.0], "other": [3.0]}]
+    panels = [figures.Dots(f"accuracy {pair} {metric}", values) for pair, values in enumerate(pairs) for metric in "ab"]
+    axes = figures.dots(panels, styles, {"other": "diverged"}).figure.axes
+    labels = [[label.get_text() for label in axis.get_yticklabels()] for axis in axes[::2]]
+    assert labels == [["base", "arm", "other\ndiverged"], ["base", "other\ndiverged"]]

@@ -153,6 +153,22 @@ def test_holm_over_the_primary_contrasts_of_the_page_decides_the_dagger(tmp_path
     assert lines[2] == "toy-c: unclear. It hurts: 50.0 → 10.0 %."
 
 
+def rates(third, triple):
+    """A study of learning rates: its primary contrast at base's rate, and the same contrast at the two others."""
+    contrasts = [contrast()]
+    for rate, word in (("third", third), ("triple", triple)):
+        contrasts.append(contrast(word, arm=f"arm@{rate}", reference=f"base@{rate}", primary=False))
+    return summary(*contrasts, all_contrasts=contrasts)
+
+
+@pytest.mark.parametrize(("triple", "shown"), [("better", "worse, depends on the rate"), ("unclear", "worse")])
+def test_a_verdict_that_another_rate_reverses_says_so(tmp_path, triple, shown):
+    parsed, _ = write(tmp_path, {"toy-a": summary(), "toy-rates": rates("worse", triple), "other-a": summary()})
+    assert [word for _, word in parsed.words if "worse" in word][1] == shown  # the first is the legend's
+    assert f"| {shown} |" in page.readme(tmp_path, "index", "demo", ["toy-a"], "make {}")
+    assert page.DEPENDS_ON_RATE not in page.readme(tmp_path, "index", "demo", ["other-a"], "make {}")
+
+
 def test_the_overview_has_a_row_per_study_grouped_by_paper(tmp_path):
     studies = {"toy-a": summary(), "toy-b": None, "other-c": summary(paper="Other & Co"), "other-d": "{"}
     parsed, lines = write(tmp_path, studies)

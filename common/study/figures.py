@@ -146,12 +146,17 @@ def widen(axis: Axes, which: str, title: str, limits: tuple[float, float] = (-ma
     getattr(axis, f"set_{which}lim")(max(low, limits[0]), min(high, limits[1]))
 
 
-def grid(count: int, width: float, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
-    """Return an empty figure and its `count` axes: one row of up to three panels, else two columns.
+def columns_of(count: int) -> int:
+    """Return the number of columns of a figure with `count` panels: one row of up to three panels, else two columns."""
+    return count if count <= 3 else 2
 
-    `width` and `height` are those of one panel in inches. `options` go to `Figure.subplots`.
+
+def grid(count: int, width: float, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
+    """Return an empty figure and its `count` axes, in the columns of `columns_of`.
+
+    `width` and `height` are those of one panel in inches (mean over the rows). `options` go to `Figure.subplots`.
     """
-    columns = count if count <= 3 else 2
+    columns = columns_of(count)
     rows = math.ceil(count / columns)
     figure = Figure(figsize=(max(5.0, columns * width), rows * height + 0.5), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False, **options).flat)
@@ -350,14 +355,20 @@ def dots(
 ) -> Drawing:
     """Return a figure with the arms on the y axis: a dot per seed, a stroke for the mean, a bar for the 95 % interval.
 
-    `styles` has the arms from top to bottom. `remarks` appear under an arm's name (for example diverged seeds).
-    `hollow` describes the hollow markers.
+    `styles` has the arms from top to bottom; a row of panels shows the arms that have a value in it. `remarks` appear
+    under an arm's name (for example diverged seeds). `hollow` describes the hollow markers.
     """
+    columns = columns_of(len(panels))
+    rows = [panels[start : start + columns] for start in range(0, len(panels), columns)]
+    shown = [{arm for panel in row for arm in styles if panel.values.get(arm)} | set(remarks or ()) for row in rows]
+    arms = [[arm for arm in styles if arm in in_row] for in_row in shown]
+    heights = [0.42 * len(in_row) + 1.0 for in_row in arms]
     with matplotlib.rc_context(STYLE):
-        figure, axes = grid(len(panels), 3.7, 0.42 * len(styles) + 1.0, sharey=True)
-        for axis, panel in zip(axes, panels, strict=True):
+        mean_height = sum(heights) / len(heights)
+        figure, axes = grid(len(panels), 3.7, mean_height, sharey="row", height_ratios=heights)
+        for index, (axis, panel) in enumerate(zip(axes, panels, strict=True)):
             axis.set_title(panel.title)
-            draw_dots(axis, panel, styles, remarks)
+            draw_dots(axis, panel, {arm: styles[arm] for arm in arms[index // columns]}, remarks)
         text = "Dots: training seeds; stroke: mean; bar: 95 % Student-t interval (data and split fixed)"
         if all(len(seeds) < 2 for panel in panels for seeds in panel.values.values()):
             text = "One training seed: no interval"

@@ -3,7 +3,8 @@
     python -m common.study.page --results runs/demo/report --scale demo --studies simsiam-stop-gradient ...
 
 Reads <study>.json and <study>-*.svg, or .png if there is no .svg. A main study without a JSON file is shown as
-not run; an extra without one is omitted. Verdicts come from the JSON files. The page adds only Holm's dagger.
+not run; an extra without one is omitted. Verdicts come from the JSON files. The page adds only two marks: Holm's
+dagger, and "depends on the rate" where the paper's study of learning rates resolves the opposite.
 A file without "version" was published under earlier rules. Its verdict is shown in grey and not judged anew.
 """
 
@@ -17,10 +18,11 @@ from typing import Any
 
 from common.cli import Parser, fail
 from common.files import read_json, write_text
-from common.study import tables
+from common.study import sweeps, tables
 from common.study.statistics import holm
 
 Summary = Mapping[str, Any]
+Marks = Mapping[tuple[str, str, str], str]  # (study, arm, reference) -> text after the verdict
 ROOT = Path(__file__).resolve().parents[2]
 TITLES = {"index": "Ablation studies", "extras": "Robustness, curves and other extras"}  # file name -> title
 GREY = "#777777"
@@ -37,6 +39,7 @@ LEGEND = {  # verdicts -> what they mean
 BARS = "Bar: mean difference, arm − reference, 95 % interval over n seeds; vertical line: zero; band: margin; "
 BARS += "one scale per paper."
 DAGGER = "†: does not survive Holm's correction over this page"
+DEPENDS_ON_RATE = "depends on the rate"
 EARLIER = "published under earlier rules"
 EARLIER_LEGEND = f"{EARLIER}; lower, higher: unpaired interval excludes zero; not resolved: includes it; "
 EARLIER_LEGEND += "not informative: baseline not beaten"
@@ -185,6 +188,27 @@ def daggers(summaries: Mapping[str, Summary | str]) -> set[tuple[str, str, str]]
     return {key for key, contrast in tested.items() if contrast["word"] in RESOLVED and key not in survivors}
 
 
+def marks_of(folder: Path, summaries: Mapping[str, Summary | str]) -> Marks:
+    """Return the marks of the primary contrasts: a dagger, "depends on the rate", or both.
+
+    The studies of learning rates are those of the same paper in `folder` that have the contrast at other rates.
+    """
+    result = dict.fromkeys(daggers(summaries), "†")
+    for study, summary in summaries.items():
+        if isinstance(summary, str) or is_earlier(summary):
+            continue
+        primary = {(contrast["arm"], contrast["reference"]) for contrast in primary_contrasts(summary)}
+        for path in sorted(folder.glob(f"{study.partition('-')[0]}-*.json")):
+            other = read_summary(folder, path.stem)
+            if isinstance(other, str) or is_earlier(other) or other["primary_metric"] != summary["primary_metric"]:
+                continue
+            for arm, reference in sorted(primary & sweeps.opposite_at_another_rate(other)):
+                key = (study, arm, reference)
+                if DEPENDS_ON_RATE not in result.get(key, ""):
+                    result[key] = f"{result.get(key, '')}, {DEPENDS_ON_RATE}"
+    return result
+
+
 def shown_words(summaries: Mapping[str, Summary | str]) -> tuple[set[str], bool]:
     """Return the verdicts on a page, and whether one was published under earlier rules."""
     words, earlier = set(), False
@@ -198,9 +222,9 @@ def shown_words(summaries: Mapping[str, Summary | str]) -> tuple[set[str], bool]
     return words, earlier
 
 
-def word_html(word: str, dagger: bool = False, name: str = "") -> str:
-    """Return a verdict as coloured HTML. `name`: CSS class, by default that of the verdict."""
-    return f'<span class="word {name or css_class(word)}">{escape(word)}{"†" if dagger else ""}</span>'
+def word_html(word: str, mark: str = "", name: str = "") -> str:
+    """Return a verdict and its mark as coloured HTML. `name`: CSS class, by default that of the verdict."""
+    return f'<span class="word {name or css_class(word)}">{escape(word + mark)}</span>'
 
 
 def legend(summaries: Mapping[str, Summary | str], markup: bool) -> str:
@@ -268,17 +292,15 @@ def bar_html(contrast: Mapping[str, Any], margin: float | None, scale: float, na
     return f'<svg class="bar {name}" viewBox="0 0 200 24" aria-hidden="true">{"".join(parts)}</svg>'
 
 
-def contrasts_html(
-    study: str, summary: Summary, dagger_keys: set[tuple[str, str, str]], scale: float | None = None
-) -> str:
+def contrasts_html(study: str, summary: Summary, marks: Marks, scale: float | None = None) -> str:
     """Return verdict, and with a `scale` also bar and numbers, of every primary contrast."""
     metric, contrasts, earlier = summary["metrics"][summary["primary_metric"]], primary_contrasts(summary), []
     if is_earlier(summary):  # one verdict for all primary contrasts
         earlier = [f"{word_html(summary['verdict'], name='earlier')} <small>{EARLIER}</small>"]
     words, rows = [], []
     for contrast in contrasts:
-        dagger = (study, contrast["arm"], contrast["reference"]) in dagger_keys
-        word = "" if earlier else word_html(contrast["word"], dagger)
+        mark = marks.get((study, contrast["arm"], contrast["reference"]), "")
+        word = "" if earlier else word_html(contrast["word"], mark)
         words.append(word)
         name = "earlier" if earlier else css_class(contrast["word"])
         bar = "" if scale is None else bar_html(contrast, summary["margin"], scale, name)
@@ -315,7 +337,7 @@ def without_brackets(text: str) -> str:
     return re.sub(r" ?\([^()]*\)", "", text)
 
 
-def overview_html(summaries: Mapping[str, Summary | str], dagger_keys: set[tuple[str, str, str]]) -> str:
+def overview_html(summaries: Mapping[str, Summary | str], marks: Marks) -> str:
     """Return the overview: a row per study, grouped by paper. Bars of one paper and metric have the same scale."""
     header = "".join(f"<th>{name}</th>" for name in ("study", "result", "difference and verdict", "paper's value"))
     parts = [f'<table class="overview"><thead><tr>{header}</tr></thead>']
@@ -331,7 +353,7 @@ def overview_html(summaries: Mapping[str, Summary | str], dagger_keys: set[tuple
             if isinstance(summary, str):
                 cells = [escape(f"{summary}."), word_html("not run"), tables.DASH]
             else:
-                verdict = contrasts_html(study, summary, dagger_keys, scales[summary["primary_metric"]])
+                verdict = contrasts_html(study, summary, marks, scales[summary["primary_metric"]])
                 cells = [escape(sentences(summary)[0]), verdict, escape(without_brackets(summary["published"]))]
             name = escape(study)
             cells.insert(0, f'<a href="#{name}">{name}</a>')
@@ -400,7 +422,7 @@ def study_html(
     folder: Path,
     figures: Sequence[Path],
     command: str,
-    dagger_keys: set[tuple[str, str, str]],
+    marks: Marks,
 ) -> str:
     """Return the section of one study."""
     head = f'<section id="{escape(study)}">\n<h2>{escape(study)}</h2>\n'
@@ -425,7 +447,7 @@ def study_html(
     )
     parts = [
         f"<p>{escape(summary['question'])}</p>",
-        f"<p>{contrasts_html(study, summary, dagger_keys)} <strong>{escape(headline)}</strong> {escape(second)}</p>",
+        f"<p>{contrasts_html(study, summary, marks)} <strong>{escape(headline)}</strong> {escape(second)}</p>",
         f'<p class="small">In the paper: {escape(summary["published"])}.</p>',
         *shown,
         links,
@@ -452,9 +474,9 @@ def study_counts(summaries: Mapping[str, Summary | str]) -> str:
 def write_page(folder: Path, name: str, scale: str, studies: Sequence[str], command: str, other: str = "") -> list[str]:
     """Write <name>.html into `folder`. Return one line per study with its verdict. `other`: page to link to."""
     summaries = {study: read_summary(folder, study) for study in studies}
-    figures, title, dagger_keys = find_figures(folder, studies), f"{TITLES[name]}, scale {scale}", daggers(summaries)
+    figures, title, marks = find_figures(folder, studies), f"{TITLES[name]}, scale {scale}", marks_of(folder, summaries)
     sections = [
-        study_html(study, summary, folder, figures[study], command.replace("{}", study), dagger_keys)
+        study_html(study, summary, folder, figures[study], command.replace("{}", study), marks)
         for study, summary in summaries.items()
     ]
     link = f' See also: <a href="{other}.html">{escape(TITLES[other])}</a>.' if other else ""
@@ -471,7 +493,7 @@ def write_page(folder: Path, name: str, scale: str, studies: Sequence[str], comm
 <p>{study_counts(summaries)} Published values come from the papers' data and training length: compare signs, not
 sizes.{link}</p>
 <p class="legend">{legend(summaries, markup=True)}</p>
-{overview_html(summaries, dagger_keys)}
+{overview_html(summaries, marks)}
 {"".join(sections)}
 </body>
 </html>
@@ -489,9 +511,8 @@ def write_pages(folder: Path, scale: str, studies: Sequence[str], extras: Sequen
     return lines
 
 
-def overview_markdown(summaries: Mapping[str, Summary | str]) -> str:
+def overview_markdown(summaries: Mapping[str, Summary | str], marks: Marks) -> str:
     """Return the overview as a Markdown table with a row per study, grouped by paper."""
-    dagger_keys = daggers(summaries)
     rows = [["study", "result", "difference", "verdict", "paper's value"]]
     for paper, studies in paper_groups(summaries).items():
         rows.append([f"**{paper}**", "", "", "", ""])
@@ -504,7 +525,7 @@ def overview_markdown(summaries: Mapping[str, Summary | str]) -> str:
             contrasts = primary_contrasts(summary)
             differences = [f"{contrast_label(contrast)}: {numbers(contrast, metric)}" for contrast in contrasts]
             words = [
-                contrast["word"] + "†" * ((study, contrast["arm"], contrast["reference"]) in dagger_keys)
+                contrast["word"] + marks.get((study, contrast["arm"], contrast["reference"]), "")
                 for contrast in contrasts
             ]
             verdict = "<br>".join(words if len(set(words)) > 1 else words[:1])
@@ -524,7 +545,7 @@ def readme(folder: Path, name: str, scale: str, studies: Sequence[str], command:
     parts = [
         f"# {TITLES[name]}, scale {scale}",
         f"{study_counts(summaries)} As an HTML page: `make page SCALE={scale}`.",
-        overview_markdown(summaries),
+        overview_markdown(summaries, marks_of(folder, summaries)),
         legend(summaries, markup=False),
     ]
     for study, summary in summaries.items():

@@ -19,7 +19,8 @@ from common.study import analysis, figures, results, tables
 from common.study.design import Sweep
 from common.study.figures import without_setting
 
-RATES = {"third": "a third", "": "base's rate", "triple": "three times"}  # text after an arm's last "@" -> label
+RATE_LABELS = {"third": "a third", "": "base's rate", "triple": "three times"}  # text after an arm's last "@" -> label
+OPPOSITE = {"worse": "better", "better": "worse", "higher": "lower", "lower": "higher"}
 # Verdicts of a robustness study.
 ALL_RATES = "holds at all three rates"
 TWO_RATES = "holds at base's rate and one other"
@@ -157,7 +158,7 @@ def curve(view: results.View, swept: Mapping[str, float], sweep: Sweep) -> figur
 
 
 def contrasts_by_rate(summary: Mapping[str, Any], metric: str) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return "arm:reference" -> rate -> contrast on `metric`, for every primary contrast and declared rate of RATES."""
+    """Return "arm:reference" -> rate -> contrast on `metric`, for every primary contrast and declared rate."""
     contrasts = {}
     for contrast in summary["all_contrasts"]:
         if contrast["metric"] == metric:
@@ -166,9 +167,22 @@ def contrasts_by_rate(summary: Mapping[str, Any], metric: str) -> dict[str, dict
     for contrast in summary["contrasts"]:
         if contrast["primary"]:
             arm, reference = contrast["arm"], contrast["reference"]
-            pairs = {rate: (f"{arm}@{rate}", f"{reference}@{rate}") if rate else (arm, reference) for rate in RATES}
+            pairs = {
+                rate: (f"{arm}@{rate}", f"{reference}@{rate}") if rate else (arm, reference) for rate in RATE_LABELS
+            }
             by_rate = {rate: contrasts[pair] for rate, pair in pairs.items() if pair in contrasts}
             result[f"{arm}:{reference}"] = by_rate
+    return result
+
+
+def opposite_at_another_rate(summary: Mapping[str, Any]) -> set[tuple[str, str]]:
+    """Return (arm, reference) of the contrasts of a robustness study whose verdict another rate resolves oppositely."""
+    result = set()
+    for name, by_rate in contrasts_by_rate(summary, summary["primary_metric"]).items():
+        words = {rate: contrast["word"] for rate, contrast in by_rate.items()}
+        if OPPOSITE.get(words.get("", "")) in words.values():
+            arm, _, reference = name.partition(":")
+            result.add((arm, reference))
     return result
 
 
@@ -177,10 +191,10 @@ def robustness_verdict(verdicts: Mapping[str, str]) -> str:
     at_base_rate = verdicts.get("", "")
     if at_base_rate not in analysis.FINDINGS:
         return NO_FINDING
-    if {"worse", "better"} <= set(verdicts.values()) or {"lower", "higher"} <= set(verdicts.values()):
+    if OPPOSITE.get(at_base_rate) in verdicts.values():
         return REVERSED
     same = sum(verdict == at_base_rate for verdict in verdicts.values())
-    if same == len(RATES):
+    if same == len(RATE_LABELS):
         return ALL_RATES
     return TWO_RATES if same == 2 else BASE_RATE_ONLY
 
@@ -196,13 +210,13 @@ def robustness(summary: dict[str, Any], sweep: Sweep) -> dict[str, Any]:
             for rate, contrast in by_rate.items():
                 verdicts[rate] = contrast["word"]
                 bounds = "" if contrast["low"] is None else f" ({tables.format_interval(contrast, metric)})"
-                numbers.append(f"{RATES[rate]} {tables.format_number(contrast['mean'], metric)}{bounds}")
+                numbers.append(f"{RATE_LABELS[rate]} {tables.format_number(contrast['mean'], metric)}{bounds}")
             if primary:
                 names_by_verdict.setdefault(robustness_verdict(verdicts), []).append(name)
-            if len(set(verdicts.values())) == 1 and len(verdicts) == len(RATES):
+            if len(set(verdicts.values())) == 1 and len(verdicts) == len(RATE_LABELS):
                 phrase = f"{verdicts['']} at all three rates"
             else:
-                phrase = "; ".join(f"{verdict} at {RATES[rate]}" for rate, verdict in verdicts.items())
+                phrase = "; ".join(f"{verdict} at {RATE_LABELS[rate]}" for rate, verdict in verdicts.items())
             sentences.append(f"{metric['label']}, {name}: {phrase} [{', '.join(numbers)}]")
     return summary | {
         "verdict": "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in names_by_verdict.items()),
@@ -250,10 +264,10 @@ def panel_title(contrast: str) -> str:
 def rates_panel(axis: Axes, runs: results.Runs, by_rate: Mapping[str, dict[str, Any]]) -> None:
     """Draw the differences of one contrast at its rates."""
     axis.axhline(0, color=figures.BASE, linewidth=1.4)
-    axis.set(xlim=(-0.5, len(RATES) - 0.5), axisbelow=True)
-    axis.set_xticks(range(len(RATES)), ["⅓", "1", "3"])
+    axis.set(xlim=(-0.5, len(RATE_LABELS) - 0.5), axisbelow=True)
+    axis.set_xticks(range(len(RATE_LABELS)), ["⅓", "1", "3"])
     axis.grid(axis="y", color="#E5E5E5", linewidth=0.8)
-    for x, rate in enumerate(RATES):
+    for x, rate in enumerate(RATE_LABELS):
         contrast = by_rate.get(rate)
         if contrast is None or contrast["mean"] is None:
             axis.text(x, 0.5, "no value", ha="center", transform=axis.get_xaxis_transform(), **figures.SMALL)
