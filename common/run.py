@@ -363,7 +363,8 @@ def imported_files(source: Path) -> list[Path]:
 def script_provenance(source: Path) -> dict[str, Any]:
     """Return the script's name, sha256 of it and its imports, git commit, dirty flag and number of runs on this GPU.
 
-    `commit` and `dirty` are None outside a git clone. `dirty` ignores results/, where make writes figures during runs.
+    `commit` and `dirty` are None outside a git clone. `dirty` ignores results/ and the READMEs, which `make publish`
+    writes between runs.
     """
 
     def git(*arguments: str) -> str | None:
@@ -372,7 +373,8 @@ def script_provenance(source: Path) -> dict[str, Any]:
         process = subprocess.run(["git", "-C", str(source.parent), *arguments], capture_output=True, text=True)
         return process.stdout.strip() if process.returncode == 0 else None
 
-    status = git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", ":(top,exclude)results")
+    ignored = (":(top,exclude)results", ":(top,exclude,glob)**/README.md")
+    status = git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", *ignored)
     return {
         "script": f"{source.absolute().parent.name}/{source.name}",
         "source": hashlib.sha256(b"".join(path.read_bytes() for path in imported_files(source))).hexdigest(),

@@ -48,6 +48,7 @@ def clone(tmp_path, monkeypatch):
     (tmp_path / "toy/studies.py").write_text(STUDIES)
     (tmp_path / "toy/train.py").write_text("# trains")
     (tmp_path / "toy/plot.py").write_text(PLOT.format(root=str(ROOT)))
+    (tmp_path / "README.md").write_text("\n".join(["# Toy", publish.BLOCK[0], "old table", publish.BLOCK[1], "end\n"]))
     (tmp_path / ".gitignore").write_text("runs\n__pycache__\n*.html\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -94,6 +95,11 @@ def test_a_complete_study_is_published_and_appears_on_the_page(clone, capsys):
     assert published == ["README.md", *names]
     readme = (clone / "results/demo/README.md").read_text()
     assert "![toy-arm-metrics](toy-arm-metrics.png)" in readme and "| arm | --leak 1 | 20.5" in readme
+    front = (clone / "README.md").read_text()
+    assert "old table" not in front and front.startswith("# Toy\n") and front.endswith(f"{publish.BLOCK[1]}\nend\n")
+    assert "| [toy-arm](results/demo/README.md#toy-arm) | arm hurts: kNN accuracy 60.5 -> 20.5 %" in front.replace(
+        "→", "->"
+    )
     git("add", ".")
     git("commit", "-qm", "results")
     publish.main(["page", *VARIABLES])

@@ -538,6 +538,28 @@ def overview_markdown(summaries: Mapping[str, Summary | str], marks: Marks) -> s
     return tables.markdown(rows)
 
 
+def results_table(folder: Path, studies: Sequence[str], link: str) -> str:
+    """Return the table of the project's README: study, result by meaning and verdict. `link`: file that has it all."""
+    summaries = {study: read_summary(folder, study) for study in studies}
+    marks, rows = marks_of(folder, summaries), [["study", "result", "verdict"]]
+    for study, summary in summaries.items():
+        name = f"[{study}]({link}#{study})"
+        if isinstance(summary, str):
+            rows.append([name, f"{summary}.", "not run"])
+        elif is_earlier(summary):
+            metric = summary["metrics"][summary["primary_metric"]]
+            contrasts = [f"{contrast_label(item)}: {numbers(item, metric)}" for item in primary_contrasts(summary)]
+            rows.append([name, f"{metric['label']}: {'; '.join(contrasts)}", f"{summary['verdict']} ‡"])
+        else:
+            words = {
+                contrast["word"] + marks.get((study, contrast["arm"], contrast["reference"]), "")
+                for contrast in primary_contrasts(summary)
+            }
+            rows.append([name, sentences(summary)[0], "; ".join(sorted(words))])
+    table = tables.markdown(rows)
+    return f"{table}\n\n‡ {EARLIER}: {EARLIER_CAPTION}" if "‡" in table else table
+
+
 def readme(folder: Path, name: str, scale: str, studies: Sequence[str], command: str) -> str:
     """Return the page as Markdown: overview, legend, then each study with its figures and folded tables."""
     summaries = {study: read_summary(folder, study) for study in studies}

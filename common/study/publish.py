@@ -4,8 +4,9 @@
     python -m common.study.publish page PAPERS="simsiam bsa" SCALE=demo
 
 Redraws the studies from their runs, as studies.py declares them, and writes JSON, CSV, PNG, README.md and extras.md to
-results/SCALE. A study is refused if runs are missing, if their flags or data differ from the declared ones, if the runs
-come from several versions of the code, or if the working tree has uncommitted changes. Then results/ stays unchanged.
+results/SCALE, and at demo scale the table of results in the project's README.md. A study is refused if runs are
+missing, if their flags or data differ from the declared ones, if the runs come from several versions of the code, or if
+the working tree has uncommitted changes. Then nothing is written.
 """
 
 import shutil
@@ -23,6 +24,8 @@ from common.study import page
 from common.study.design import Design, DesignError, Study
 from common.study.request import Request, read_text
 
+README_SCALE = "demo"  # the scale whose results are in the project's README, between these two lines
+BLOCK = ("<!-- results: written by make publish SCALE=demo -->", "<!-- end of results -->")
 FIXED_VARIABLES = ("SEEDS", "EXTRA", "PAIRS", "TASKS")  # must be unset: they change the declared runs
 
 
@@ -122,6 +125,8 @@ def publish(request: Request, names: Sequence[str], folder: Path) -> None:
             if file.suffix in (".json", ".csv", ".png"):
                 shutil.copyfile(file, folder / file.name)
     write_readmes(request, folder)
+    if request.scale == README_SCALE:
+        update_readme(folder, _main_studies_and_extras(request, folder)[0])
     print(f"published to {folder}: {', '.join(chosen)}")
 
 
@@ -132,6 +137,19 @@ def write_readmes(request: Request, folder: Path) -> None:
     write_text(folder / "README.md", page.readme(folder, "index", request.scale, main_studies, command))
     if extras:
         write_text(folder / "extras.md", page.readme(folder, "extras", request.scale, extras, command))
+
+
+def results_block(folder: Path, studies: Sequence[str]) -> str:
+    """Return the part of the project's README that reports the main studies in `folder`, with its two markers."""
+    return f"{BLOCK[0]}\n{page.results_table(folder, studies, f'{folder.as_posix()}/README.md')}\n{BLOCK[1]}"
+
+
+def update_readme(folder: Path, studies: Sequence[str], path: Path = Path("README.md")) -> None:
+    """Replace the results in the project's README. A README without the two lines of BLOCK stays as it is."""
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    (before, start, rest), end = old.partition(BLOCK[0]), BLOCK[1]
+    if start and end in rest:
+        write_text(path, before + results_block(folder, studies) + rest.partition(end)[2])
 
 
 def _main_studies_and_extras(request: Request, folder: Path) -> tuple[list[str], list[str]]:
