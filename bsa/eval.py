@@ -40,9 +40,10 @@ CHUNK_ROWS = 1024  # rows that are encoded at once, to limit memory
 METRICS_IF_FINITE = (  # null if the run diverged
     "reconstruction_loss", "fixed_topk_reconstruction_loss", "reconstruction_mse", "fixed_topk_reconstruction_mse",
     "active_mean", "active_std", "active_median", "active_min", "active_max", "empty_fraction", "dead_fraction",
-    "always_on_fraction", "rare_fraction", "knn_overlap", "bits_per_row", "entropy_bits_per_row", "distinct_codes",
-    "open_fraction", "atom_recovery_f1", "depth_correlation", "atom_count_correlation", "train_loss",
-    "loss_moved", "reconstruction_loss_moved", "active_mean_moved", "settled_step",
+    "always_on_fraction", "rare_fraction", "knn_overlap", "fixed_topk_knn_overlap", "bits_per_row",
+    "entropy_bits_per_row", "distinct_codes", "open_fraction", "atom_recovery_f1", "depth_correlation",
+    "atom_count_correlation", "train_loss", "loss_moved", "reconstruction_loss_moved", "active_mean_moved",
+    "settled_step",
 )  # fmt: skip
 
 
@@ -219,6 +220,7 @@ def evaluate(
     metrics = {name: float(value) for name, value in tensors.items()}
     metrics |= storage(metrics["active_mean"], latent, frequency, code == "topk-values")
     metrics["knn_overlap"] = knn_overlap(x, z, N_QUERIES)
+    metrics["fixed_topk_knn_overlap"] = knn_overlap(x, zk, N_QUERIES)
     metrics["distinct_codes"] = len(np.unique(pack_bits(z), axis=0)) / len(z)
     if truth:
         atoms, depth = truth
@@ -353,7 +355,7 @@ def print_neighbours(name: str, x: Tensor, z: Tensor, names: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    arguments, provenance, saved = load_finished(args.folder, "bsa/train.py")
+    arguments, provenance, saved = load_finished(args.folder, __file__)
     log = read_log(args.folder, saved["epoch"])
     epochs = log[1:]
     torch.set_num_threads(args.threads or arguments["threads"])
@@ -363,7 +365,7 @@ def main(argv: list[str] | None = None) -> None:
     usage = f"{arguments['latent']} features of all test rows"
     remedy = "use a --device with more memory, or --device cpu (same metrics)"
     with run_lock(args.folder), devices.report_oom(device, usage, remedy):
-        data = load_splits(arguments["data_set"], data_path, device)
+        data = load_splits(arguments["data_set"], data_path, device, arguments["data_seed"])
         if data.digest != provenance["data"]:
             digest, trained_on = data.digest[:12], provenance["data"][:12]
             fail(
@@ -394,7 +396,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             truth = None
             if arguments["data_set"] == "planted":
-                planted = planted_concepts()
+                planted = planted_concepts(seed=arguments["data_seed"])
                 indices = data.indices[1] if args.held_out else data.indices[2]
                 atoms, depth = torch.from_numpy(planted.atoms), torch.from_numpy(planted.depth)
                 truth = (atoms[indices].to(device), depth[indices].to(device))

@@ -543,11 +543,25 @@ def activation_figure(
 # ------------------------------------------------------------------------------------------------- main
 
 
+def overlap_remark(summary: dict[str, Any]) -> str:
+    """Return the kNN overlap of the primary contrasts, so that no distance is judged only by its own loss."""
+    key = "fixed_topk_knn_overlap"
+    metric, parts = summary["metrics"].get(key), []
+    primary = [contrast["arm"] for contrast in summary["contrasts"] if contrast["primary"]]
+    for contrast in summary["all_contrasts"]:
+        if contrast["metric"] == key and contrast["arm"] in primary and contrast["mean"] is not None:
+            means = [tables.format_number(contrast[side], metric) for side in ("reference_mean", "arm_mean")]
+            parts.append(f"{contrast['arm']} {' -> '.join(means)} ({contrast['word']})")
+    return f"Descriptive: kNN overlap with exactly K features: {'; '.join(parts)}." if parts else ""
+
+
 def draw(view: results.View) -> dict[str, figures.Drawing]:
     """Return the figures of a study. Adds notes on runs not converged and on unreadable files to the summary."""
     runs, study, reference, summary = view.runs, view.study, view.reference, view.summary
     by_arm, unread = read_activations(view.args.runs, runs)
     summary["notes"] += not_converged_notes(runs) + unread
+    if study.name == "bsa-distance":
+        summary["remark"] = overlap_remark(summary)
     arguments = results.first_arguments(runs)
     active, data_set = arguments["active"], arguments["data_set"]
     styles = {arm: view.styles[arm] for arm in study.arms}

@@ -4,9 +4,10 @@ from functools import partial
 
 from common.study.design import Arm, Design, Metric, MustBeat, Robustness, Settings, Study, Sweep
 
-METRICS = {  # the first five are the main metrics, the others diagnostics
+METRICS = {  # the first six are the main metrics, the others diagnostics
     "reconstruction_loss": Metric("reconstruction loss", "", 3, "lower"),
     "fixed_topk_reconstruction_loss": Metric("fixed top-K reconstruction loss", "", 3, "lower"),
+    "fixed_topk_knn_overlap": Metric("fixed top-K kNN overlap", "", 3, "higher"),
     "active_mean": Metric("active features, mean", "", 1),
     "active_std": Metric("active features, std over rows", "", 1),
     "dead_fraction": Metric("share of dead features", "", 3),
@@ -43,9 +44,14 @@ study = partial(
     must_beat=[beats_untrained("base")],
     published=PUBLISHED,
 )
-extra = partial(study, extra=True, seeds=(0, 1, 2))
+extra = partial(study, extra=True, n=5)
 COSINE = [Arm(f"cosine-{a}", f"--alpha {a}", reference="base") for a in (0.1, 0.3, 3, 10)]
 L1 = [Arm(f"l1-{a}", f"--alignment l1 --alpha {a}", reference="base") for a in (0.001, 0.003, 0.01, 0.03)]
+
+
+# Swept values; that of `base` (the scale's default) is left out.
+LATENTS = {"demo": (1024, 2048, 4096), "gpu": (512, 2048, 4096), "paper": (4096, 8192, 32768)}
+BATCHES = {"demo": (64, 1024), "gpu": (64, 1024), "paper": (1024, 16384)}
 
 
 def mse(name: str, flags: str, alphas: tuple[str, ...]) -> list[Arm]:
@@ -57,6 +63,7 @@ def design(scale: str, settings: Settings) -> Design:
     return Design(
         "bsa",
         "BSA",
+        scale,
         METRICS,
         [
             study(
@@ -77,6 +84,7 @@ def design(scale: str, settings: Settings) -> Design:
                     Arm("mse-reconstruction", "--reconstruction mse", reference="base"),
                     Arm("mse-alignment", "--alignment mse", reference="base"),
                 ],
+                primary=2,
             ),
             extra(
                 "bsa-alignment-weight",
@@ -98,6 +106,27 @@ def design(scale: str, settings: Settings) -> Design:
                 ],
             ),
             extra(
+                "bsa-latent",
+                "Does one alignment weight suit every number of features?",
+                [Arm(f"latent-{n}", f"--latent {n}", reference="base") for n in LATENTS[scale]],
+                must_beat=[beats_untrained("base")],
+                sweep=Sweep(
+                    ["fixed_topk_reconstruction_loss", "fixed_topk_knn_overlap", "active_mean", "dead_fraction"],
+                    "latent",
+                    "N, number of features (α = 1)",
+                ),
+            ),
+            extra(
+                "bsa-batch",
+                "Does the batch size matter?",
+                [Arm(f"batch-{n}", f"--batch {n}", reference="base") for n in BATCHES[scale]],
+                sweep=Sweep(
+                    ["fixed_topk_reconstruction_loss", "fixed_topk_knn_overlap", "active_mean"],
+                    "batch",
+                    "rows per batch (equal number of steps)",
+                ),
+            ),
+            extra(
                 "bsa-alpha",
                 "What is the trade-off between reconstruction and active features over the alignment weight?",
                 [
@@ -115,5 +144,6 @@ def design(scale: str, settings: Settings) -> Design:
         arms=[Arm("base"), Arm("base-stock-init", "--init torch")],
         data="mesh-minilm.npy" if scale == "gpu" and not settings.own_data else "",
         baselines=["untrained_fixed_topk_reconstruction_loss"],
+        chance={"fixed_topk_reconstruction_loss": {"": 1.0}},  # a code that says nothing about its row
         robustness=Robustness(["fixed_topk_reconstruction_loss", "active_mean"], published=PUBLISHED),
     )

@@ -326,15 +326,15 @@ def read_matrix(path: Path) -> np.ndarray:
     return matrices[0].astype(np.float32)
 
 
-def load_splits(data_set: str, data: Path, device: torch.device) -> Splits:
-    """Return a data set without duplicate rows, split 8 : 1 : 1 by the data seed.
+def load_splits(data_set: str, data: Path, device: torch.device, data_seed: int) -> Splits:
+    """Return a data set without duplicate rows, split 8 : 1 : 1. The split and planted concepts depend on `data_seed`.
 
     Exits with code 2 if rows are not finite or (nearly) zero. The message lists their first indices, counted from 0.
     """
     path = data if data_set == "file" else data / "mesh-minilm.npy"
     if data_set == "mesh" and not path.exists():
         fail(f"--data {data}: {path} does not exist: run `python -m bsa.concepts --data {data}`")
-    matrix = planted_concepts().rows if data_set == "planted" else read_matrix(path)
+    matrix = planted_concepts(seed=data_seed).rows if data_set == "planted" else read_matrix(path)
     near_zero = (np.abs(matrix) < MIN_ABS_VALUE).all(1)
     checks = {
         "contain NaN or infinity": ~np.isfinite(matrix).all(1),
@@ -352,7 +352,7 @@ def load_splits(data_set: str, data: Path, device: torch.device) -> Splits:
         print(f"{data_set}: {duplicates} duplicate rows dropped", flush=True)
     if len(distinct) < 20:
         fail(f"--data {path} contains {len(distinct)} distinct rows: give at least 20")
-    permutation = seeding.permutation(seeding.DATA_SEED, "split", 0, len(distinct), "cpu")
+    permutation = seeding.permutation(data_seed, "split", 0, len(distinct), "cpu")
     order = torch.from_numpy(np.sort(distinct))[permutation]
     tenth = len(order) // 10
     test, held_out, train = (x.sort().values for x in order.tensor_split([tenth, 2 * tenth]))
@@ -453,7 +453,7 @@ def main(argv: list[str] | None = None) -> None:
         run = Run(args.out, vars(args), __file__, args.replace)
         if run.finished:
             return
-        data = load_splits(args.data_set, args.data, device)
+        data = load_splits(args.data_set, args.data, device, args.data_seed)
         if args.batch > len(data.train):
             n = len(data.train)
             fail(f"--batch {args.batch} is larger than the training set ({n} examples): give at most {n}")

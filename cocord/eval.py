@@ -77,7 +77,7 @@ def training_metrics(log: list[dict[str, Any]], arguments: dict[str, Any]) -> di
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    arguments, provenance, saved = load_finished(args.folder, "cocord/train.py")
+    arguments, provenance, saved = load_finished(args.folder, __file__)
     from_log = training_metrics(read_log(args.folder, saved["epoch"]), arguments)
     torch.set_num_threads(args.threads or arguments["threads"])
     device = devices.select_device(args.device or arguments["device"], arguments["scale"])
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
         if metrics["diverged"]:
             metrics |= dict.fromkeys(METRICS_IF_FINITE)
         else:
-            data = load_data(arguments["data_set"], data_folder, arguments["held_out"], device)
+            data = load_data(arguments["data_set"], data_folder, arguments["held_out"], device, arguments["data_seed"])
             if data.digest != provenance["data"]:
                 fail(
                     f"--data {data_folder} (digest {data.digest[:12]}) differs from the training data of {args.folder} "

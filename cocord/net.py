@@ -7,7 +7,7 @@ larger multiple of 4.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -506,11 +506,12 @@ def weights_to_bfloat16(network: nn.Module) -> None:
 # ------------------------------------------------------------------------------------------------- teacher weights
 
 
-def load(name: str, classes: int, path: Path) -> tuple[nn.Module, float | None]:
+def load(name: str, classes: int, path: Path, data_digest: str | None = None) -> tuple[nn.Module, float | None]:
     """Return the network `name` with the weights from `path`, and the accuracy recorded there in percent or None.
 
     `path` is the folder of a run of teacher.py, or a checkpoint file of RepDistiller or of the authors' code. Exits
-    with code 2 if the file does not exist, cannot be read, comes from a diverged run or does not fit the network.
+    with code 2 if the file does not exist, cannot be read, comes from a diverged run or does not fit the network, or if
+    teacher.py trained it on data with another digest than `data_digest`.
     """
     path = path / "model.pt" if path.is_dir() else path
     if not path.exists():
@@ -521,6 +522,13 @@ def load(name: str, classes: int, path: Path) -> tuple[nn.Module, float | None]:
     weights = read_weights(path, "--weights", f"the weights of a {name}", STATE_DICT_KEYS, PREFIXES)
     if weights.other.get("diverged"):
         fail(f"--weights {path}: the training of this teacher diverged: train it again with a smaller --lr")
+    trained_with = weights.other.get("arguments")  # only in files of teacher.py
+    if data_digest and isinstance(trained_with, Mapping) and weights.other.get("data") != data_digest:
+        fail(
+            f"--weights {path}: this teacher was trained on other data (--data-set {trained_with.get('data_set')} "
+            f"--data-seed {trained_with.get('data_seed')}): train one with the --data-set, --data-seed and --data of "
+            "this run"
+        )
     state, accuracy = weights.tensors, recorded_accuracy(weights, "--weights", path)
     network = build(name, classes)
     initial = network.state_dict()

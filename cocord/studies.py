@@ -51,7 +51,7 @@ NO_COCORD_LOSS = "--lambda-contrast 0 --forward-weight 0 --swapped-weight 0"
 
 # Margin in accuracy points: about the difference that five seeds resolve at the published standard deviation.
 study = partial(Study, metric="accuracy", margin=1.0)
-sweep = partial(study, extra=True, seeds=(0, 1, 2))
+sweep = partial(study, extra=True, n=5)
 
 
 def student_of(pair: str) -> str:
@@ -152,6 +152,7 @@ def design(scale: str, settings: Settings) -> Design:
     return Design(
         "cocord",
         "CoCoRD",
+        scale,
         METRICS,
         [
             study(
@@ -226,5 +227,7 @@ def design(scale: str, settings: Settings) -> Design:
             Arm(f"teacher@{network}", f"--network {network}") for network in dict.fromkeys(map(teacher_of, pairs))
         ],
         data="" if scale == "demo" or settings.own_data else "cifar-100-python",
+        chance={"accuracy": {"glyphs36": 100 / 36, "cifar100": 1.0}},
+        base=f"base@{prediction_pair}",
         robustness=Robustness(["accuracy", "contrastive_accuracy"], published=published([*prediction, *momentum])),
     )

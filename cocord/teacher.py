@@ -1,4 +1,4 @@
-"""Train a teacher for CoCoRD by cross-entropy. All students and seeds use the same teacher.
+"""Train a teacher for CoCoRD by cross-entropy. All students on the same data (--data-seed) use the same teacher.
 
     python cocord/teacher.py --out runs/teacher                                    # demo, about 15 s on a CPU core
     python cocord/teacher.py --scale gpu --network vgg13 --out runs/vgg13          # CIFAR-100, 240 epochs
@@ -110,7 +110,8 @@ def train(
         "diverged": False,
     }
     files.write_json(run.folder / "metrics.json", metrics)
-    run.save_model({"model": network.state_dict(), "epoch": final_epoch, "diverged": False, "accuracy": final_accuracy})
+    saved = {"model": network.state_dict(), "epoch": final_epoch, "diverged": False, "accuracy": final_accuracy}
+    run.save_model(saved | {"data": data.digest})  # train.py refuses a teacher of other data
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -122,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
         run = Run(args.out, vars(args), __file__, args.replace)
         if run.finished:
             return
-        data = load_data(args.data_set, args.data, args.held_out, device)
+        data = load_data(args.data_set, args.data, args.held_out, device, args.data_seed)
         steps = args.epochs * math.ceil(data.examples / args.batch)
         provenance = devices.environment(device) | {"data": data.digest, "steps": steps}
         run.write_config(f"{args.data_set}, {args.network}", provenance, args.resume_elsewhere)

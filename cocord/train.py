@@ -73,9 +73,10 @@ SCALES = {  #          demo         gpu         paper
     "bottleneck":      (64,         512,        512),
     "queue":           (512,        2048,       2048),
 }  # fmt: skip
-# Random crop of the padded image and horizontal flip. Flipping would change a glyph's class.
+# Random crop of the padded image and horizontal flip. Flipping would change the class of a glyph or digit.
 AUGMENTATION = {
     "glyphs": {"pad": 2, "flip": 0.0},
+    "mnist5k": {"pad": 2, "flip": 0.0},
     "cifar": {"pad": 4, "flip": 0.5},
     "folder": {"pad": 4, "flip": 0.5},
 }
@@ -120,7 +121,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data = cli.run_flags(parser)
     data.add_argument("--data-set", choices=images.DATA_SETS, help="folder: --data contains train/CLASS/*, val/CLASS/*")
     data.add_argument("--held-out", action="store_true", help=HELD_OUT_HELP)
-    weights = "teacher: folder of a run of teacher.py, or a checkpoint file; default OUT/../../teacher@NAME/0"
+    weights = "teacher: folder of a run of teacher.py, or a checkpoint file; default OUT/../../teacher@NAME/DATA_SEED"
     data.add_argument("--weights", type=Path, help=weights)
     optimisation = optimisation_flags(parser)
     lr_factor = "multiplies --lr; used by the robustness study"
@@ -170,7 +171,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.queue < args.batch:
         fail(f"--queue {args.queue} is less than --batch {args.batch}: give --queue {args.batch} or more")
     if args.weights is None:
-        args.weights = args.out.parent.parent / f"teacher@{args.teacher}" / "0"
+        args.weights = args.out.parent.parent / f"teacher@{args.teacher}" / str(args.data_seed)
     return args
 
 
@@ -356,12 +357,12 @@ def make_keys(model: CoCoRD, teacher: nn.Module, x: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------- data
 
 
-def load_data(name: str, folder: Path, held_out: bool, device: torch.device) -> images.Images:
-    """Return images of 32 pixels on `device`. With `held_out` a fixed tenth of the training set is the test set."""
-    data = images.load(name, folder, 32, device)
+def load_data(name: str, folder: Path, held_out: bool, device: torch.device, data_seed: int) -> images.Images:
+    """Return images of 32 pixels on `device`. With `held_out` a random tenth of the training set is the test set."""
+    data = images.load(name, folder, 32, device, data_seed=data_seed)
     if not held_out:
         return data
-    train_rows, test_rows = seeding.held_out_split(data.examples, device)
+    train_rows, test_rows = seeding.held_out_split(data.examples, device, data_seed)
     return data._replace(
         train=data.train[train_rows],
         train_labels=data.train_labels[train_rows],
@@ -430,11 +431,12 @@ class Teacher(NamedTuple):
 def load_teacher(args: argparse.Namespace, data: images.Images) -> Teacher:
     """Load the frozen teacher and measure its test accuracy.
 
-    Exits with code 2 if the accuracy is below half of the expected one, unless --rehearse is given. The expected
-    accuracy is the one in the checkpoint, or RepDistiller's for CIFAR-100.
+    Exits with code 2 if teacher.py trained it on other data than `data`, or if the accuracy is below half of the
+    expected one, unless --rehearse is given. The expected accuracy is the one in the checkpoint, or RepDistiller's for
+    CIFAR-100.
     """
     name, path = args.teacher, args.weights
-    network, expected = net.load(name, data.classes, path)
+    network, expected = net.load(name, data.classes, path, data.digest)
     if expected is None and args.data_set == "cifar100":
         expected = net.EXPECTED_ACCURACY.get(name)
     digest = checkpoints.sha256(*network.state_dict().values())
@@ -588,7 +590,7 @@ def main(argv: list[str] | None = None) -> None:
         run = Run(args.out, vars(args), __file__, args.replace)
         if run.finished:
             return
-        data = load_data(args.data_set, args.data, args.held_out, device)
+        data = load_data(args.data_set, args.data, args.held_out, device, args.data_seed)
         steps = args.epochs * math.ceil(data.examples / args.batch)
         provenance = devices.environment(device) | {"data": data.digest, "steps": steps}
         if args.rehearse:

@@ -54,7 +54,11 @@ def run_flags(parser: Parser) -> argparse._ArgumentGroup:
     run.add_argument("--scale", choices=SCALES, default="demo", help="scale of the defaults (data, network, training "
                      "length): see the table below")  # fmt: skip
     run.add_argument("--out", type=Path, default=Path("runs/scratch"), help="output folder of this run")
-    run.add_argument("--seed", type=int_in(0), default=0, help="determines initial weights, batches and augmentation")
+    run.add_argument("--seed", type=int_in(0), default=0, help="determines initial weights, batches and "
+                     "augmentation; see also --data-seed")  # fmt: skip
+    run.add_argument("--seed-offset", type=int_in(0), default=0, metavar="N", help="added to --seed: other initial "
+                     "weights and batches on the same data (arm base-again, an A/A test); args.json records the sum as "
+                     "seed")  # fmt: skip
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     run.add_argument("--threads", type=int_in(1, MAX_THREADS), default=1,
                      help="CPU threads; changing it changes floating-point rounding")  # fmt: skip
@@ -65,14 +69,21 @@ def run_flags(parser: Parser) -> argparse._ArgumentGroup:
     run.add_argument("--rehearse", type=int_in(1), help="smoke test: two epochs of N steps on a subset", metavar="N")
     data = parser.add_argument_group("data")
     data.add_argument("--data", type=Path, default=Path("data"), help="folder of data sets and caches")
+    data.add_argument("--data-seed", type=int_in(0), default=0, metavar="N", help="determines generated data, splits "
+                      "and labelled subsets; of a given data set only splits and subsets")  # fmt: skip
     return data
 
 
 def parse(parser: Parser, defaults: Defaults, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse `argv`. Flags that are not given get their default from the column of --scale."""
+    """Parse `argv`. Flags that are not given get their default from the column of --scale.
+
+    --seed-offset is added to `seed`.
+    """
     column = SCALES.index(parser.parse_known_args(argv)[0].scale)
     parser.set_defaults(**{name: row[column] for name, row in defaults.items()})
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.seed += args.seed_offset
+    return args
 
 
 def apply_lr_factor(args: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ from common import cli
 DATA = {
     "CIFAR-10 (SimSiam, ConMIM)": "cifar-10-batches-py",
     "CIFAR-100 (CoCoRD)": "cifar-100-python",
+    "MNIST-5k (image papers, demo)": "mnist5k.pt",
     "MeSH concepts (BSA)": "mesh-minilm.npy",
 }
 

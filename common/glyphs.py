@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from common.seeding import DATA_SEED, SampleRNG, permutation
+from common.seeding import SampleRNG, permutation
 
 
 class Preset(NamedTuple):
@@ -61,12 +61,12 @@ def classes(name: str) -> int:
     return len(_preset(name).characters)
 
 
-def generate(name: str, count: int, split: str) -> tuple[Tensor, Tensor]:
+def generate(name: str, count: int, split: str, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Draw `count` images of a preset: images (count, 3, 32, 32) uint8 and labels (count,) int64, on the CPU.
 
-    The splits "train" and "test" are independent samples. Class sizes differ by at most one. The result depends only
-    on the arguments and DATA_SEED, and each full chunk of CHUNK images does not depend on `count`. Raises ValueError
-    if the preset does not exist, OSError if matplotlib's fonts are missing.
+    The splits "train" and "test" are independent samples, and so are the images of different seeds. Class sizes differ
+    by at most one. Each full chunk of CHUNK images does not depend on `count`. Raises ValueError if the preset does not
+    exist, OSError if matplotlib's fonts are missing.
     """
     preset = _preset(name)
     masks = render_masks(preset.characters)
@@ -75,9 +75,9 @@ def generate(name: str, count: int, split: str) -> tuple[Tensor, Tensor]:
     labels = torch.empty(count, dtype=torch.int64)
     for chunk, start in enumerate(range(0, count, CHUNK)):
         stop = min(start + CHUNK, count)
-        order = permutation(DATA_SEED, f"{purpose}/labels", chunk, stop - start, "cpu")
+        order = permutation(seed, f"{purpose}/labels", chunk, stop - start, "cpu")
         labels[start:stop] = (start + order) % len(preset.characters)
-        rng = SampleRNG(DATA_SEED, purpose, chunk, CHUNK, slice(stop - start))
+        rng = SampleRNG(seed, purpose, chunk, CHUNK, slice(stop - start))
         images[start:stop] = _compose(masks, labels[start:stop], preset, rng)
     return images, labels
 

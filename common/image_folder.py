@@ -195,9 +195,9 @@ def ignore_sigint(worker: int) -> None:
 class StreamedImages:
     """An image folder with images above 64 pixels, decoded batch by batch in DataLoader workers."""
 
-    def __init__(self, data: Path, size: int, workers: int, device: torch.device):
+    def __init__(self, data: Path, size: int, workers: int, device: torch.device, data_seed: int = 0):
         self.train, self.test = open_splits(data)
-        self.size, self.workers, self.device = size, workers, device
+        self.size, self.workers, self.device, self.data_seed = size, workers, device, data_seed
         self.examples, self.classes = len(self.train), len(self.train.classes)
         self.digest = content_digest(data, (self.train, self.test))
         check_contrast(self.train)
@@ -208,7 +208,7 @@ class StreamedImages:
         """Return a copy with at most `count` images of each split: the same random subset as `Images.subset`."""
 
         def select(folder: "datasets.ImageFolder") -> "datasets.ImageFolder":
-            rows = seeding.permutation(seeding.DATA_SEED, "few", 0, len(folder), "cpu")[:count].tolist()
+            rows = seeding.permutation(self.data_seed, "few", 0, len(folder), "cpu")[:count].tolist()
             selected = copy.copy(folder)
             selected.samples = selected.imgs = [folder.samples[row] for row in rows]
             selected.targets = [folder.targets[row] for row in rows]

@@ -1,4 +1,4 @@
-"""Image data sets as uint8 tensors that stay on the device, and fixed splits and subsets of them."""
+"""Image data sets as uint8 tensors that stay on the device, and splits and subsets that a data seed fixes."""
 
 import sys
 from collections.abc import Iterator
@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import checkpoints, cli, files, glyphs, image_folder, seeding
+from common import checkpoints, cli, files, glyphs, image_folder, mnist5k, seeding
 from common.cli import fail
 
-GLYPH_COUNTS = {"train": 5000, "test": 1000}  # images per split of each glyphs preset
+GLYPH_COUNTS = {"train": 5000, "test": 5000}  # images per split of each glyphs preset
 CIFAR = ("cifar10", "cifar100")
-DATA_SETS = (*glyphs.PRESETS, *CIFAR, "folder")
+DATA_SETS = (*glyphs.PRESETS, "mnist5k", *CIFAR, "folder")
 MAX_IN_MEMORY_PIXELS = 64  # side length: larger images of a folder are streamed instead of kept on the device
 
 
@@ -29,6 +29,7 @@ class Images(NamedTuple):
     mean: Tensor  # (3, 1, 1), of the training images scaled to [0, 1]
     std: Tensor  # (3, 1, 1)
     digest: str  # sha256 of the images and labels
+    data_seed: int = 0  # determines glyphs, splits and subsets
 
     @property
     def examples(self) -> int:
@@ -40,10 +41,10 @@ class Images(NamedTuple):
         return self.train.device
 
     def subset(self, count: int) -> "Images":
-        """Return a copy with at most `count` images of each split: a random subset fixed by DATA_SEED."""
+        """Return a copy with at most `count` images of each split: a random subset fixed by the data seed."""
 
         def select(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-            rows = seeding.permutation(seeding.DATA_SEED, "few", 0, len(images), "cpu")[:count].to(self.device)
+            rows = seeding.permutation(self.data_seed, "few", 0, len(images), "cpu")[:count].to(self.device)
             return images[rows], labels[rows]
 
         train, train_labels = select(self.train, self.train_labels)
@@ -69,10 +70,11 @@ class Images(NamedTuple):
 Data = Images | image_folder.StreamedImages
 
 
-def load(name: str, data: Path, size: int, device: torch.device, workers: int = 0) -> Images:
+def load(name: str, data: Path, size: int, device: torch.device, workers: int = 0, data_seed: int = 0) -> Images:
     """Load the data set `name` from the folder `data`. Exits with code 2 if it is missing or damaged.
 
-    `size` (pixels) applies to image folders only. They are decoded once into a cache file.
+    `size` (pixels) applies to image folders only. They are decoded once into a cache file. `data_seed` determines
+    glyphs, the split of mnist5k, and later splits and subsets of all data sets.
     """
     check_data_folder(name, data)
     if name == "folder":
@@ -84,8 +86,10 @@ def load(name: str, data: Path, size: int, device: torch.device, workers: int = 
         classes = len(folders[0].classes)
         warn_of_duplicates(splits[0][0], splits[1][0], data)
     elif name in glyphs.PRESETS:
-        splits = [cached_glyphs(name, split, data) for split in GLYPH_COUNTS]
+        splits = [cached_glyphs(name, split, data, data_seed) for split in GLYPH_COUNTS]
         classes = glyphs.classes(name)
+    elif name == "mnist5k":
+        splits, classes = mnist5k.load(data, data_seed), mnist5k.CLASSES
     else:
         splits = [cifar(name, data, train) for train in (True, False)]
         classes = int(name.removeprefix("cifar"))
@@ -100,15 +104,15 @@ def load(name: str, data: Path, size: int, device: torch.device, workers: int = 
         channels = ", ".join(channel for channel, same in zip(("red", "green", "blue"), constant, strict=True) if same)
         print(f"warning: --data {data}: channel {channels} is constant and not divided by its std", file=sys.stderr)
         std = torch.where(std == 0, 1.0, std)
-    return Images(train, train_labels.to(device), test, test_labels.to(device), classes, mean, std, digest)
+    return Images(train, train_labels.to(device), test, test_labels.to(device), classes, mean, std, digest, data_seed)
 
 
-def load_or_stream(name: str, data: Path, size: int, device: torch.device, workers: int) -> Data:
+def load_or_stream(name: str, data: Path, size: int, device: torch.device, workers: int, data_seed: int = 0) -> Data:
     """Like `load`, but image folders with --size above 64 pixels are streamed by DataLoader workers."""
     check_data_folder(name, data)
     if name == "folder" and size > MAX_IN_MEMORY_PIXELS:
-        return image_folder.StreamedImages(data, size, workers, device)
-    return load(name, data, size, device, workers)
+        return image_folder.StreamedImages(data, size, workers, device, data_seed)
+    return load(name, data, size, device, workers, data_seed)
 
 
 def warn_of_duplicates(train: Tensor, test: Tensor, data: Path) -> None:
@@ -128,18 +132,18 @@ def check_data_folder(name: str, data: Path) -> None:
              "give another --data for downloads and caches")  # fmt: skip
 
 
-def cached_glyphs(name: str, split: str, data: Path) -> tuple[Tensor, Tensor]:
-    """Load glyphs from the cache file in `data`, or generate and cache them.
+def cached_glyphs(name: str, split: str, data: Path, seed: int) -> tuple[Tensor, Tensor]:
+    """Load the glyphs of a seed from the cache file in `data`, or generate and cache them.
 
-    The file name contains `glyphs.fingerprint`. A missing, damaged or unwritable cache is not an error: the glyphs are
-    generated again.
+    The file name contains the seed and `glyphs.fingerprint`. Files are written atomically, so runs may start together.
+    A missing, damaged or unwritable cache is not an error: the glyphs are generated again.
     """
-    path = data / f"{name}-{split}-{GLYPH_COUNTS[split]}-{glyphs.fingerprint()[:12]}.pt"
+    path = data / f"{name}-{split}-{GLYPH_COUNTS[split]}-seed{seed}-{glyphs.fingerprint()[:12]}.pt"
     try:
         cached = checkpoints.load(path)
         return cached["images"], cached["labels"]
     except (OSError, files.DamagedFile, KeyError, TypeError):
-        images, labels = glyphs.generate(name, GLYPH_COUNTS[split], split)
+        images, labels = glyphs.generate(name, GLYPH_COUNTS[split], split, seed)
     try:
         data.mkdir(parents=True, exist_ok=True)
         checkpoints.save(path, {"images": images, "labels": labels})
@@ -185,13 +189,17 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Download CIFAR: `python -m common.images cifar10 cifar100 --data data`."""
+    """Download CIFAR, prepare MNIST-5k (common/mnist5k.py): `python -m common.images cifar10 mnist5k --data data`."""
     parser = cli.Parser(main.__doc__)
-    parser.add_argument("names", nargs="+", choices=CIFAR)
+    parser.add_argument("names", nargs="+", choices=(*CIFAR, "mnist5k"))
     parser.add_argument("--data", type=Path, default=Path("data"))
     args = parser.parse_args(argv)
     check_data_folder(args.names[0], args.data)
     for name in args.names:
+        if name == "mnist5k":
+            mnist5k.prepare(args.data)
+            print(f"{name} is in {args.data}")
+            continue
         try:
             torchvision_class(name)(str(args.data), download=True)
         except (OSError, RuntimeError) as error:

@@ -312,14 +312,15 @@ def read_log(folder: Path, epoch: int) -> list[dict[str, Any]]:
     return lines
 
 
-def load_finished(folder: Path, script: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Return (arguments, provenance, content of model.pt) of a finished run of `script` ("simsiam/train.py").
+def load_finished(folder: Path, eval_script: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Return (arguments, provenance, content of model.pt) of a finished run of the train.py beside `eval_script`.
 
-    The provenance contains only numbers and strings; `resumed` counts how often the run was resumed elsewhere.
-    Exits with code 2 if the run is missing, unfinished, damaged or of another script, or if model.pt does not belong
-    to args.json.
+    The provenance contains only numbers and strings. `resumed` counts how often the run was resumed elsewhere,
+    `eval_source` is the `source_digest` of `eval_script`.
+    Exits with code 2 if the run is missing, unfinished, damaged, of another script or without a data seed, or if
+    model.pt does not belong to args.json.
     """
-    folder = Path(folder)
+    folder, script = Path(folder), f"{Path(eval_script).absolute().parent.name}/train.py"
     try:
         arguments, provenance = read_arguments(folder)
         model = checkpoints.load(folder / "model.pt")
@@ -329,12 +330,15 @@ def load_finished(folder: Path, script: str) -> tuple[dict[str, Any], dict[str, 
         fail(f"{error}: move {folder} away and train this run again")
     if provenance.get("script") != script:
         fail(f"{folder} contains a run of {provenance.get('script')}, not of {script}: give another folder")
+    if "data_seed" not in arguments:
+        fail(f"{folder} was trained before there was a --data-seed: move {folder} away and train this run again")
     expected = method_arguments(arguments, provenance.get("files", {}))
     if not isinstance(model, dict) or model.get("arguments") != expected:
         fail(f"{folder / 'model.pt'} does not belong to args.json: move {folder} away and train this run again")
     provenance.pop("files", None)
     if "resumed" in provenance:
         provenance["resumed"] = len(provenance["resumed"])
+    provenance["eval_source"] = source_digest(Path(eval_script))
     return arguments, provenance, model
 
 
@@ -360,6 +364,11 @@ def imported_files(source: Path) -> list[Path]:
     return sorted(seen)
 
 
+def source_digest(source: Path) -> str:
+    """Return the sha256 of a script and of all modules of this project that it imports."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in imported_files(source))).hexdigest()
+
+
 def script_provenance(source: Path) -> dict[str, Any]:
     """Return the script's name, sha256 of it and its imports, git commit, dirty flag and number of runs on this GPU.
 
@@ -377,7 +386,7 @@ def script_provenance(source: Path) -> dict[str, Any]:
     status = git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", *ignored)
     return {
         "script": f"{source.absolute().parent.name}/{source.name}",
-        "source": hashlib.sha256(b"".join(path.read_bytes() for path in imported_files(source))).hexdigest(),
+        "source": source_digest(source),
         "commit": git("rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
         "runs_on_this_gpu": int(os.environ.get(RUNS_ON_THIS_GPU, "1")),

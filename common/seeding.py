@@ -15,8 +15,6 @@ from torch import Tensor
 
 from common.devices import upload
 
-DATA_SEED = 0  # seed of all data sets and splits; --seed does not change them
-
 
 def key(seed: int, purpose: str, step: int = 0) -> int:
     """Return a 63-bit key, a hash of (seed, purpose, step)."""
@@ -75,11 +73,11 @@ def permutation(seed: int, purpose: str, step: int, length: int, device: torch.d
     return upload(torch.randperm(length, generator=generator(seed, purpose, step)), device)
 
 
-def held_out_split(count: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Split the rows of a training set into nine tenths and a fixed held-out tenth: sorted indices, int64 on `device`.
+def held_out_split(count: int, device: torch.device | str, data_seed: int) -> tuple[Tensor, Tensor]:
+    """Split the rows of a training set into nine tenths and a held-out tenth: sorted indices, int64 on `device`.
 
     Hyper-parameters are chosen on the held-out tenth, never on the test split.
     """
-    order = permutation(DATA_SEED, "held-out tenth", 0, count, "cpu")
+    order = permutation(data_seed, "held-out tenth", 0, count, "cpu")
     rest, held_out = order[count // 10 :].sort().values, order[: count // 10].sort().values
     return rest.to(device), held_out.to(device)

@@ -98,14 +98,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 # ------------------------------------------------------------------------------------------------- labels
 
 
-def balanced_subset(labels: Tensor, count: int | None, classes: int) -> Tensor:
+def balanced_subset(labels: Tensor, count: int | None, classes: int, data_seed: int) -> Tensor:
     """Return the sorted indices of `count` images with equal class counts (± 1), drawn from the data seed.
 
     labels (N,) int64 on the CPU. Returns all indices if `count` is None or at least N.
     """
     if count is None or count >= len(labels):
         return torch.arange(len(labels))
-    order = seeding.permutation(seeding.DATA_SEED, "labelled", 0, len(labels), "cpu")
+    order = seeding.permutation(data_seed, "labelled", 0, len(labels), "cpu")
     shuffled = labels[order]
     rank_in_class = F.one_hot(shuffled, classes).cumsum(0).gather(1, shuffled[:, None])[:, 0]
     return order[rank_in_class.argsort(stable=True)[:count]].sort().values
@@ -113,7 +113,7 @@ def balanced_subset(labels: Tensor, count: int | None, classes: int) -> Tensor:
 
 def with_held_out_test(data: Any) -> Any:
     """Return the data with a held-out tenth of the training set as test set, and the other nine tenths for training."""
-    rest, held_out = seeding.held_out_split(data.examples, data.device)
+    rest, held_out = seeding.held_out_split(data.examples, data.device, data.data_seed)
     return data._replace(
         train=data.train[rest],
         train_labels=data.train_labels[rest],
@@ -326,7 +326,7 @@ def frozen_accuracies(args: argparse.Namespace, network: Features, data: Data, i
         bank_data = data._replace(train=data.train[rows], train_labels=data.train_labels[rows])
     train_features, train_labels = probes.extract_features([network], bank_data, "train")
     test_features, test_labels = probes.extract_features([network], data, "test")
-    selection_indices = seeding.held_out_split(len(train_features), data.device)
+    selection_indices = seeding.held_out_split(len(train_features), data.device, data.data_seed)
     width = NETWORKS[args.network].width
 
     def labelled(columns: slice) -> tuple[probes.Labelled, probes.Labelled]:
@@ -425,8 +425,8 @@ def evaluate(
         labels = torch.tensor(data.train.targets)
     else:
         labels = data.train_labels.cpu()
-    subset = Subset(balanced_subset(labels, recipe["labels"], data.classes), labels.to(data.device))
-    bank = balanced_subset(labels, recipe["bank"], data.classes)
+    subset = Subset(balanced_subset(labels, recipe["labels"], data.classes, data.data_seed), labels.to(data.device))
+    bank = balanced_subset(labels, recipe["bank"], data.classes, data.data_seed)
     identity = evaluation_identity(networks, [*recipe.items(), held_out, data.digest])
     state = EvaluationState(folder / "eval_state.pt", identity, data.device)
     for suffix, network in networks.items():
@@ -530,7 +530,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.weights:
         run_args, saved, recorded = train.parse_args(["--scale", "paper"]), None, {}
     else:
-        arguments, provenance, saved = load_finished(args.folder, "conmim/train.py")
+        arguments, provenance, saved = load_finished(args.folder, __file__)
         run_args = argparse.Namespace(**arguments)
         recorded = {**training_metrics(read_log(args.folder, saved["epoch"])), **provenance}
     torch.set_num_threads(args.threads or run_args.threads)
@@ -542,7 +542,9 @@ def main(argv: list[str] | None = None) -> None:
     recipe = {name: row[cli.SCALES.index(run_args.scale)] for name, row in RECIPES.items()}
     usage = f"batches of 500 images, {recipe['batch']} in fine-tuning"
     with run_lock(args.folder, rank), devices.report_oom(device, usage, "use a --device with more memory"):
-        data = images.load_or_stream(run_args.data_set, data_folder, run_args.size, device, run_args.workers)
+        data = images.load_or_stream(
+            run_args.data_set, data_folder, run_args.size, device, run_args.workers, run_args.data_seed
+        )
         if data.digest != recorded.get("data", data.digest):
             fail(
                 f"--data {data_folder} (digest {data.digest[:12]}) differs from the training data of {args.folder} "

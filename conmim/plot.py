@@ -105,14 +105,15 @@ def describe(runs: results.Runs) -> str:
         return ""
     first = max(existing, key=lambda arguments: arguments["epochs"] > 0)
     names = {"glyphs36": "glyphs (synthetic characters, 36 classes)", "glyphs10": "glyphs (synthetic digits)"}
-    names |= {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "folder": f"images, {first['size']} px"}
+    names |= {"mnist5k": "MNIST-5k", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
+    names |= {"folder": f"images, {first['size']} px"}
     recipe = f"{first['network']}, {first['positions']} positions, {first['epochs']} epochs of batch {first['batch']}"
     return f"{names.get(first['data_set'], first['data_set'])}, {recipe}"
 
 
 def cells(runs: results.Runs, base: str) -> dict[Cell, str]:
     """Return the arm of each cell of the factorial. An arm qualifies if it differs from `base` only in the factors."""
-    ignored = {"keys", "views", "gradient_leak", "seed"} | NON_METHOD_FLAGS
+    ignored = {"keys", "views", "gradient_leak", "seed", "data_seed"} | NON_METHOD_FLAGS
     key_index = {setting: index for index, setting in enumerate(KEYS.values())}
 
     def other_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -464,7 +465,8 @@ def draw(view: results.View) -> dict[str, figures.Drawing]:
         for row in view.summary["rows"]
     }
     caption = view.caption + "".join(f"{arm}: {text}. " for arm, text in remarks.items() if text)
-    runs_of_all_studies = results.read_runs(view.args.runs, all_arms(view.args.runs, view.study.arms), seeds)
+    seeds_by_arm = dict.fromkeys(all_arms(view.args.runs, view.study.arms), seeds)
+    runs_of_all_studies = results.read_runs(view.args.runs, seeds_by_arm, view.chance)
     floors = [value for arm in runs for value in results.values(runs, arm, "loss_floor").values()]
     pretrained = {arm: by_seed for arm, by_seed in runs.items() if arm != baseline}
     data_set = results.first_arguments(runs)["data_set"]

@@ -34,6 +34,7 @@ def design(scale: str, settings: Settings) -> Design:
     return Design(
         "conmim",
         "ConMIM",
+        scale,
         METRICS,
         [
             study(
@@ -69,7 +70,7 @@ def design(scale: str, settings: Settings) -> Design:
                     "base:no-pretraining",
                 ],
                 extra=True,
-                seeds=(0, 1, 2),
+                n=5,
                 sweep=Sweep(
                     ["finetune_accuracy", "linear_accuracy", "position_r2", "cross_top1"],
                     "gradient_leak",
@@ -85,5 +86,6 @@ def design(scale: str, settings: Settings) -> Design:
             Arm("no-pretraining", "--epochs 0"),
         ],
         data="cifar-10-batches-py" if scale == "gpu" and not settings.own_data else "",
+        chance={"finetune_accuracy": {"glyphs36": 100 / 36, "cifar10": 10.0}},
         robustness=Robustness(["finetune_accuracy", "position_r2", "own_top1"]),
     )

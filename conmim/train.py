@@ -88,10 +88,11 @@ SCALES = {  #           demo           gpu             paper
     "workers":     (0,             4,              8),
 }  # fmt: skip
 
-# Crop, flip and blur of the authors' code. Glyphs are not flipped, because a mirrored glyph may be another
-# character. Small images are cropped less.
+# Crop, flip and blur of the authors' code. Glyphs and digits are not flipped, because a mirrored one may
+# be another character. Small images are cropped less.
 AUGMENTATION: dict[str, dict[str, Any]] = {
     "glyphs": {"crop": (0.4, 1.0), "flip": 0.0, "blur": 0.0},
+    "mnist5k": {"crop": (0.4, 1.0), "flip": 0.0, "blur": 0.0},
     "cifar": {"crop": (0.2, 1.0), "flip": 0.5, "blur": 0.0},
     "folder": {"crop": (0.08, 1.0), "flip": 0.5, "blur": 0.1},
 }
@@ -385,14 +386,14 @@ def batches(args: argparse.Namespace, data: Data, epoch: int, rows: slice) -> It
 
 
 def diagnostic_batch(data: Data, patches: int, ratio: float) -> tuple[Tensor, Tensor]:
-    """Return the batch for the diagnostics, the same for all arms and seeds: images (256, 3, S, S) and masks (256, N).
+    """Return the batch for the diagnostics: images (256, 3, S, S) and masks (256, N), equal for equal data seeds.
 
     The images are evenly spaced in the test set and not augmented. A smaller test set is taken whole.
     """
     spacing = max(1, len(data.test) // N_DIAGNOSTIC)
     x, _ = next(data.batches("test", 0, spacing))  # every `spacing`-th image, as for one of `spacing` ranks
     x = x[:N_DIAGNOSTIC]
-    mask = random_masks(seeding.SampleRNG(seeding.DATA_SEED, "diagnosed mask", 0, len(x)), patches, ratio)
+    mask = random_masks(seeding.SampleRNG(data.data_seed, "diagnosed mask", 0, len(x)), patches, ratio)
     return x, devices.upload(mask, x.device)
 
 
@@ -551,7 +552,7 @@ def main(argv: list[str] | None = None) -> None:
         run = Run(args.out, vars(args), __file__, args.replace, rank)
         if run.finished:
             return
-        data = images.load_or_stream(args.data_set, args.data, args.size, device, args.workers)
+        data = images.load_or_stream(args.data_set, args.data, args.size, device, args.workers, args.data_seed)
         if args.batch > data.examples:
             fail(
                 f"--batch {args.batch} is larger than the training set ({data.examples} examples): "

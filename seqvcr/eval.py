@@ -210,7 +210,7 @@ def print_answers(gpt: GPT, task: tasks.Task, raw: Tensor, rows: Tensor, gpt2: b
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    arguments, provenance, saved = load_finished(args.folder, "seqvcr/train.py")
+    arguments, provenance, saved = load_finished(args.folder, __file__)
     if args.data_file and not arguments["data_file"]:
         fail(f"--data-file {args.data_file}: the rows of {args.folder} were generated: drop this flag")
     epochs = read_log(args.folder, saved["epoch"])[1:]
@@ -219,7 +219,8 @@ def main(argv: list[str] | None = None) -> None:
     start_time = time.perf_counter()
     remedy = "use a --device with more memory, or --device cpu (same metrics)"
     with run_lock(args.folder), devices.report_oom(device, f"{N_PROBE} sequences at all levels", remedy):
-        task, row_count = tasks.build_task(arguments["task"], arguments["size"]), arguments["train_size"]
+        task = tasks.build_task(arguments["task"], arguments["size"], arguments["data_seed"])
+        row_count = arguments["train_size"]
         if arguments["rehearse"]:
             row_count, task.eval_rows = min(row_count, 100 * arguments["batch"]), arguments["batch"]
         data_file = Path(args.data_file or arguments["data_file"]) if arguments["data_file"] else None

@@ -52,7 +52,7 @@ FLAGS = {
 }
 
 study = partial(Study, metric="exact_match", margin=3.0)
-extra = partial(study, extra=True, seeds=(0, 1, 2))
+extra = partial(study, extra=True, n=5)
 
 
 def primary_pair(setting: str) -> str:
@@ -93,6 +93,7 @@ def design(scale: str, settings: Settings) -> Design:
     return Design(
         "seqvcr",
         "Seq-VCR",
+        scale,
         METRICS,
         [
             study(
@@ -163,6 +164,8 @@ def design(scale: str, settings: Settings) -> Design:
             for name, arm_flags in FLAGS.items()
         ],
         baselines=["chance_exact_match"],
+        chance={"exact_match": {"": 0.0}},
+        base=f"base@{setting}",
         robustness=Robustness(
             ["exact_match", "entropy_batch_level"],
             [*(beats_majority(primary_arm(task)) for task in tasks), beats_off("width-512")],

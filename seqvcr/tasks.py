@@ -13,8 +13,8 @@ arithmetic      an expression of numbers modulo 11 with n operators, and its val
                 expression and "=", so that "=" and answer are at the same position in every row
 lis             n numbers, and the length of their longest increasing subsequence (Feng et al. 2023)
 
-The split is a hash of a key: the unordered pair of factors, the expression (not its derivation), or the numbers. Rows
-with equal keys are in the same split.
+The split is a hash of the data seed and a key: the unordered pair of factors, the expression (not its derivation), or
+the numbers. Rows with equal keys are in the same split.
 """
 
 import re
@@ -51,6 +51,7 @@ class Task:
     symbols: tuple[str, ...]
     held_out_permille = 20
     eval_rows = 10_000
+    data_seed = 0
 
     def __init__(self, size: int, question: int, answer: int):
         self.size, self.question, self.answer = size, question, answer
@@ -284,16 +285,18 @@ def longest_increasing(numbers: Tensor) -> Tensor:
     return (tails < torch.iinfo(numbers.dtype).max).sum(1)
 
 
-def build_task(name: str, size: int) -> Task:
+def build_task(name: str, size: int, data_seed: int = 0) -> Task:
     """Return the task `name` with factors of `size` digits, `size` operators, or `size` numbers.
 
-    Exits with code 2 if the size is out of range.
+    `data_seed` determines the split, and which rows are drawn. Exits with code 2 if the size is out of range.
     """
-    task = {"multiplication": Multiplication, "arithmetic": Arithmetic, "lis": LIS}[name]
-    low, high = task.sizes
+    task_class = {"multiplication": Multiplication, "arithmetic": Arithmetic, "lis": LIS}[name]
+    low, high = task_class.sizes
     if not low <= size <= high:
         fail(f"invalid --size {size} for --task {name}: give {low} to {high}")
-    return task(size)
+    task = task_class(size)
+    task.data_seed = data_seed
+    return task
 
 
 # ------------------------------------------------------------------------------------------------- split
@@ -314,7 +317,8 @@ def hash_question(rows: Tensor) -> Tensor:
 
 def split_of(task: Task, rows: Tensor) -> Tensor:
     """Return TRAIN, VALIDATION or TEST for each row, (n,) int64."""
-    hashed = splitmix64(task.key(rows) + seeding.DATA_SEED)
+    # The seed is hashed before it is added to the keys: otherwise seed 1 would only shift the split of seed 0.
+    hashed = splitmix64(task.key(rows) + splitmix64(torch.tensor(task.data_seed)))
     bucket = ((hashed >> 1) & ((1 << 62) - 1)) % 1000
     permille = task.held_out_permille
     return (bucket < 2 * permille).long() + (bucket < permille).long()
@@ -331,14 +335,15 @@ class Splits(NamedTuple):
 def load(task: Task, train_size: int, data_file: Path | None, device: torch.device | str) -> Splits:
     """Return at most `train_size` distinct training rows, and at most `task.eval_rows` rows for validation and test.
 
-    Training rows come from `data_file` if given (format of Deng et al.). All other rows are drawn from the data seed.
+    Training rows come from `data_file` if given (format of Deng et al.). All other rows are drawn from the task's data
+    seed.
     """
     possible = task.all_rows()
     if possible is not None:
         rows = possible.to(device)
         splits = [rows[split_of(task, rows) == split] for split in (TRAIN, VALIDATION, TEST)]
         train, validation, test = (
-            rows[seeding.permutation(seeding.DATA_SEED, "examples", split, len(rows), device)]
+            rows[seeding.permutation(task.data_seed, "examples", split, len(rows), device)]
             for split, rows in enumerate(splits)
         )
     else:
@@ -366,7 +371,7 @@ def draw_distinct(task: Task, split: int, count: int, device: torch.device | str
     drawn = 0
     while len(rows) < count:
         before = len(rows)
-        generator = seeding.generator(seeding.DATA_SEED, f"{task.name} of part {split}", drawn)
+        generator = seeding.generator(task.data_seed, f"{task.name} of part {split}", drawn)
         new = task.draw(generator, ROWS_PER_DRAW, device, split == TRAIN and drawn < count)
         rows = torch.cat([rows, new[split_of(task, new) == split]])
         drawn += ROWS_PER_DRAW
@@ -381,7 +386,10 @@ def draw_distinct(task: Task, split: int, count: int, device: torch.device | str
 
 
 def stream(task: Task, seed: int, step: int, count: int, device: torch.device | str) -> Tensor:
-    """Return `count` new training rows. They depend only on (seed, step). No host-device synchronisation."""
+    """Return `count` new training rows. They depend on (seed, step) and the split.
+
+    There is no host-device synchronisation.
+    """
     generator = seeding.generator(seed, f"stream of {task.name}", step)
     rows = task.draw(generator, 2 * count + 64, device, True)  # at least 4 of 5 rows are training rows
     is_train = (split_of(task, rows) == TRAIN).int()

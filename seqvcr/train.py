@@ -414,7 +414,7 @@ def main(argv: list[str] | None = None) -> None:
         run = Run(args.out, vars(args), __file__, args.replace)
         if run.finished:
             return
-        task, row_count = tasks.build_task(args.task, args.size), args.train_size
+        task, row_count = tasks.build_task(args.task, args.size, args.data_seed), args.train_size
         if args.rehearse:
             row_count, task.eval_rows = min(row_count, 100 * args.batch), args.batch
         model = build_model(args, task, device)

@@ -5,9 +5,9 @@
 
 Features are the output of the backbone (section 3.1 of the paper: before the projector). The test split is used only
 for the final measurement. Up to 64 pixels the linear probe is trained on precomputed, standardised features and selects
-its learning rate on a fixed tenth of the training set. Above 64 pixels it is the paper's linear evaluation: LARS, batch
-size 4096, 90 epochs, random crops and flips, base learning rate 0.1 as in the authors' code (the paper gives 0.02, with
-which PyTorch users report about two points less).
+its learning rate on a held-out tenth of the training set. Above 64 pixels it is the paper's linear evaluation: LARS,
+batch size 4096, 90 epochs, random crops and flips, base learning rate 0.1 as in the authors' code (the paper gives
+0.02, with which PyTorch users report about two points less).
 """
 
 import argparse
@@ -37,6 +37,7 @@ from simsiam.train import SimSiam, build_model, extract_features, representation
 PREFIXES = ("encoder.", "backbone.")  # of parameter names in checkpoints
 METRICS_IF_FINITE = (  # null if the run diverged
     "linear_accuracy",
+    "untrained_linear_accuracy",
     "knn_accuracy",
     "knn_accuracy_z",
     "train_loss",
@@ -164,29 +165,49 @@ def linear_probe_lars(
     return 100.0 * (head(features).argmax(1) == labels).float().mean().item()
 
 
-def evaluate(model: SimSiam, data: Data, settings: dict[str, Any], held_out: bool, folder: Path) -> dict[str, float]:
+def features_of_splits(model: SimSiam, data: Data, held_out: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the features, projections and labels of the training and the test set (see `extract_features`).
+
+    With `held_out` the test set is a held-out tenth of the training set, and the rest is the training set.
+    """
+    bank = extract_features(model, data, "train")
+    if not held_out:
+        return bank, extract_features(model, data, "test")
+    rest, tenth = seeding.held_out_split(len(bank[0]), data.device, data.data_seed)
+    return [rows[rest] for rows in bank], [rows[tenth] for rows in bank]
+
+
+def linear_accuracy(bank: list[Tensor], queries: list[Tensor], data: Data, seed: int) -> float:
+    """Return the accuracy in percent of a linear probe on backbone features, trained on `bank`, tested on `queries`."""
+    selection_indices = seeding.held_out_split(len(bank[0]), data.device, data.data_seed)
+    train_set, test_set = (probes.Labelled(features, labels) for features, _, labels in (bank, queries))
+    return probes.linear_accuracy(train_set, test_set, data.classes, selection_indices, seed)
+
+
+def evaluate(args: argparse.Namespace, model: SimSiam, data: Data, held_out: bool, folder: Path) -> dict[str, float]:
     """Return linear and kNN accuracy in percent and the collapse metrics of z, in eval mode.
 
-    `settings` are the arguments of the training run. With `held_out` the test set is a held-out tenth of the training
-    set, and the rest is the training set. `folder` is for the state of the linear probe.
+    `args` are the arguments of the training run. `held_out`: see `features_of_splits`. `folder` is for the state of
+    the linear probe. The linear accuracy of the untrained network is included for images of at most 64 pixels.
     """
-    seed, classes = settings["seed"], data.classes
-    bank = extract_features(model, data, "train")
-    if held_out:
-        rest, tenth = seeding.held_out_split(len(bank[0]), data.device)
-        queries = [rows[tenth] for rows in bank]
-        bank = [rows[rest] for rows in bank]
-    else:
-        queries = extract_features(model, data, "test")
+    bank, queries = features_of_splits(model, data, held_out)
+    metrics = representation_metrics(bank, queries, data.classes, args.neighbours)
     if isinstance(data, image_folder.StreamedImages):
-        probe = PROBE | ({"epochs": 1} if settings["rehearse"] else {})
-        linear_accuracy = linear_probe_lars(model, data, folder, seed, probe)
-    else:
-        selection_indices = seeding.held_out_split(len(bank[0]), data.device)
-        train_set, test_set = (probes.Labelled(features, labels) for features, _, labels in (bank, queries))
-        linear_accuracy = probes.linear_accuracy(train_set, test_set, classes, selection_indices, seed)
-    metrics = representation_metrics(bank, queries, classes, settings["neighbours"])
-    return {"linear_accuracy": linear_accuracy, **metrics}
+        probe = PROBE | ({"epochs": 1} if args.rehearse else {})
+        return {"linear_accuracy": linear_probe_lars(model, data, folder, args.seed, probe), **metrics}
+    metrics = {"linear_accuracy": linear_accuracy(bank, queries, data, args.seed), **metrics}
+    bank, queries = features_of_splits(build_model(args, data.device), data, held_out)
+    return metrics | {"untrained_linear_accuracy": linear_accuracy(bank, queries, data, args.seed)}
+
+
+def std_ratio_at_collapse(args: argparse.Namespace) -> float | None:
+    """Return the train-mode std ratio of a collapsed batch, which is not 0 because the last batch norm has no affine.
+
+    With one outlier in a batch of B it is 2 sqrt((1/B)(1 - 1/B)). None if z does not come from this batch norm.
+    """
+    share = 1 / args.batch
+    affine_free = args.projector != "none" and args.head_bn == "default"
+    return 2 * (share * (1 - share)) ** 0.5 if affine_free else None
 
 
 def training_metrics(log: list[dict[str, Any]]) -> dict[str, float | None]:
@@ -209,7 +230,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.weights:
         arguments, saved, recorded = vars(train.parse_args(["--scale", "paper"])), None, {}
     else:
-        arguments, provenance, saved = load_finished(args.folder, "simsiam/train.py")
+        arguments, provenance, saved = load_finished(args.folder, __file__)
         recorded = {**training_metrics(read_log(args.folder, saved["epoch"])), **provenance}
     torch.set_num_threads(args.threads or arguments["threads"])
     device_name = args.device or arguments["device"]
@@ -220,7 +241,12 @@ def main(argv: list[str] | None = None) -> None:
     remedy = "use a --device with more memory, or --device cpu (same metrics)"
     with run_lock(args.folder, rank), devices.report_oom(device, "batches of 500 images", remedy):
         data = images.load_or_stream(
-            arguments["data_set"], data_folder, arguments["size"], device, arguments["workers"]
+            arguments["data_set"],
+            data_folder,
+            arguments["size"],
+            device,
+            arguments["workers"],
+            arguments["data_seed"],
         )
         if data.digest != recorded.get("data", data.digest):
             fail(
@@ -231,7 +257,8 @@ def main(argv: list[str] | None = None) -> None:
             fail("--held-out requires images of at most 64 pixels: evaluate without it")
         if arguments["rehearse"]:
             data = data.subset(arguments["rehearse"] * arguments["batch"])
-        model = build_model(argparse.Namespace(**arguments), device)
+        run_args = argparse.Namespace(**arguments)
+        model = build_model(run_args, device)
         if saved:
             checkpoints.load_weights(model, saved["model"], args.folder / "model.pt")
         else:
@@ -241,7 +268,8 @@ def main(argv: list[str] | None = None) -> None:
         if metrics["diverged"]:
             metrics |= dict.fromkeys(METRICS_IF_FINITE)
         else:
-            metrics |= evaluate(model, data, arguments, args.held_out, args.folder)
+            metrics |= evaluate(run_args, model, data, args.held_out, args.folder)
+        metrics["std_ratio_at_collapse"] = std_ratio_at_collapse(run_args)
         if args.weights:
             metrics["weights"] = f"{args.weights.name}, backbone sha256 {digest(model.backbone)}"
         metrics["seconds"] = recorded.get("train_seconds", 0.0) + time.perf_counter() - start_time

@@ -14,18 +14,28 @@ if not __package__:  # run as a script: import from this clone, not from an inst
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.study import figures, plotting, results
-from simsiam.studies import METRICS, design
+from simsiam.studies import CHANCE, METRICS, design
 
 PLOTTED = ("linear_accuracy", "knn_accuracy", "train_loss", "std_ratio")
-CHANCE = {"glyphs10": 10.0, "cifar10": 10.0}  # accuracy in percent, by data set
 # Metrics that are also measured on the untrained network.
-UNTRAINED = {"knn_accuracy": "untrained_knn_accuracy", "std_ratio": "untrained_std_ratio"}
+UNTRAINED = {
+    "linear_accuracy": "untrained_linear_accuracy",
+    "knn_accuracy": "untrained_knn_accuracy",
+    "std_ratio": "untrained_std_ratio",
+}
 
 
 def collapsed(runs: list[dict[str, Any]]) -> str | None:
-    """Return "collapsed in every seed" if all runs have eval-mode std ratio < 0.4 and mean cosine > 0.8, else None."""
-    in_every_seed = all(run["std_ratio"] < 0.4 and run["mean_cosine"] > 0.8 for run in runs)
-    return "collapsed in every seed" if in_every_seed else None
+    """Return "collapsed in every seed", with the effective rank, by a rule that was declared beforehand; else None.
+
+    In every run the train-mode std ratio is below the geometric mean of 1 (isotropic) and its value at collapse. The
+    rule applies only to arms whose z comes from the affine-free batch norm, for which this value is known.
+    """
+    for run in runs:
+        at_collapse = run["std_ratio_at_collapse"]
+        if at_collapse is None or run["std_ratio_train_mode"] >= at_collapse**0.5:
+            return None
+    return f"collapsed in every seed (effective rank {mean(run['effective_rank'] for run in runs):.1f})"
 
 
 def describe(runs: results.Runs) -> str:
@@ -33,20 +43,35 @@ def describe(runs: results.Runs) -> str:
     args = results.first_arguments(runs)
     if not args:
         return ""
-    names = {"glyphs10": "glyphs (synthetic digits)", "cifar10": "CIFAR-10", "folder": f"images, {args['size']} px"}
+    names = {
+        "glyphs10": "glyphs (synthetic digits)",
+        "mnist5k": "MNIST-5k (handwritten digits)",
+        "cifar10": "CIFAR-10",
+        "folder": f"images, {args['size']} px",
+    }
     data = names.get(args["data_set"], args["data_set"])
     return f"{data}, {args['network']}, {args['epochs']} epochs, batch size {args['batch']}"
 
 
-def curve_panels(runs: results.Runs, data_set: str, batch: int) -> list[figures.Curves]:
+def same_sign(summary: dict[str, Any]) -> str:
+    """Return a sentence that says whether linear accuracy has the sign of kNN accuracy in the primary contrasts."""
+    means = {(item["arm"], item["metric"]): item["mean"] for item in summary["all_contrasts"]}
+    pairs = [
+        (means.get((item["arm"], "linear_accuracy")), item["mean"]) for item in summary["contrasts"] if item["primary"]
+    ]
+    compared = [linear * knn > 0 for linear, knn in pairs if linear is not None and knn is not None]
+    return f"Linear accuracy has the sign of kNN accuracy in {sum(compared)} of {len(compared)} primary contrasts."
+
+
+def curve_panels(runs: results.Runs, data_set: str) -> list[figures.Curves]:
     """Return the panels of training loss, kNN accuracy and std of z (train and eval mode) per epoch (cf. figure 2).
 
-    Reference lines: std × √d is 1 for an isotropic z. In train mode it is not 0 after collapse, because the last batch
-    norm has no affine: with one outlier per batch of size B it is 2 √((1/B)(1 - 1/B)). Without a projector z is not
-    negative and cannot reach 1, so the value of the untrained network is shown.
+    Reference lines: std × √d is 1 for an isotropic z; its value at collapse: see `std_ratio_at_collapse` in eval.py.
+    Without a projector z is not negative and cannot reach 1, so the value of the untrained network is shown.
     """
-    isotropic = {"isotropic": 1.0}
-    collapse = {"collapse": 2 * (1 / batch * (1 - 1 / batch)) ** 0.5}
+    isotropic, collapse = {"isotropic": 1.0}, {}
+    if at_collapse := [value for arm in runs for value in results.values(runs, arm, "std_ratio_at_collapse").values()]:
+        collapse["collapse"] = at_collapse[0]
     untrained = {}
     for arm, by_seed in runs.items():
         values = results.values(runs, arm, "untrained_std_ratio")
@@ -84,8 +109,9 @@ def dot_panels(runs: results.Runs, data_set: str) -> list[figures.Dots]:
 def draw(view: results.View) -> dict[str, figures.Drawing]:
     """Return the figures of a study by name: "curves", "metrics" and "summary"."""
     arguments = results.first_arguments(view.runs)
-    panels = curve_panels(view.runs, arguments["data_set"], arguments["batch"])
+    panels = curve_panels(view.runs, arguments["data_set"])
     styles = {arm: view.styles[arm] for arm in view.study.arms}
+    view.summary["notes"].insert(0, same_sign(view.summary))
     remarks = {row["arm"]: f"{len(row['diverged'])} diverged" for row in view.summary["rows"] if row["diverged"]}
     return {
         "curves": figures.curves(panels, styles, view.highlight, view.caption),

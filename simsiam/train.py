@@ -65,19 +65,20 @@ SCALES = {  #                demo             gpu             paper
     "size":              (32,              32,             224),  # pixels; can be changed for image folders only
     "network":           ("resnet8",       "resnet18",     "resnet50"),
     "projector_layers":  (2,               2,              3),  # section 3; appendix D
-    "epochs":            (8,               200,            100),  # the paper on CIFAR-10: 800
-    "batch":             (32,              512,            512),
-    "lr":                (1.4,             0.03,           0.05),  # times batch / 256
+    "epochs":            (16,              200,            100),  # the paper on CIFAR-10: 800
+    "batch":             (64,              512,            512),
+    "lr":                (1.0,             0.03,           0.05),  # times batch / 256
     "weight_decay":      (5e-4,            5e-4,           1e-4),
     "neighbours":        (20,              200,            200),  # k of the kNN evaluation
-    "monitor_every":     (2,               5,              10),
+    "monitor_every":     (4,               5,              10),
     "workers":           (0,               4,              8),
 }  # fmt: skip
 
-# The paper's augmentation (appendix A; without blur on CIFAR, appendix D). Glyphs have smaller crops and no flips,
-# because a mirrored glyph may not belong to its class.
+# The paper's augmentation (appendix A; without blur on CIFAR, appendix D). Glyphs and digits are cropped less and not
+# flipped, because a mirrored character may not belong to its class.
 AUGMENTATION: dict[str, Augmentation] = {
     "glyphs": {"pixels": 24, "crop": (0.4, 1.0), "flip": 0.0, "hue": 0.5, "grey": 0.6, "blur": 0.0},
+    "mnist5k": {"pixels": 24, "crop": (0.4, 1.0), "flip": 0.0, "hue": 0.1, "grey": 0.2, "blur": 0.0},
     "cifar": {"pixels": 32, "crop": (0.2, 1.0), "flip": 0.5, "hue": 0.1, "grey": 0.2, "blur": 0.0},
     "folder": {"pixels": None, "crop": (0.2, 1.0), "flip": 0.5, "hue": 0.1, "grey": 0.2, "blur": 0.5},
 }
@@ -124,6 +125,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--predictor", choices=predictors, default="mlp", help="frozen: keeps its random initialisation (table 1)"
     )
     method.add_argument("--projector", choices=("mlp", "bn", "none"), default="mlp", help="bn: affine-free batch norm")
+    method.add_argument(
+        "--head-bn",
+        choices=("default", "hidden", "none"),
+        default="default",
+        help="batch norms of the heads: hidden: not at the projector's output; none: none at all (table 3)",
+    )
     method.add_argument("--projector-layers", type=int, choices=(2, 3), help="3 on ImageNet, 2 on CIFAR")
     method.add_argument("--dim", help="output width: an integer, or `backbone` for the backbone's width (appendix B)")
     method.add_argument(
@@ -150,6 +157,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     width, dim = NETWORKS[args.network]
     if args.projector != "mlp" and args.dim not in (None, "backbone", str(width)):
         fail(f"--dim {args.dim} contradicts --projector {args.projector}, which has output width {width}: drop --dim")
+    if args.projector == "bn" and args.head_bn != "default":
+        fail(f"--projector bn contradicts --head-bn {args.head_bn}: drop one of them")
     if args.dim == "backbone" or args.projector != "mlp":
         dim = width
     elif args.dim is not None:
@@ -163,10 +172,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 # ------------------------------------------------------------------------------------------------- model
 
 
-def build_projector(variant: str, layers: int, width: int, hidden: int, dim: int) -> nn.Module:
+def linear_bn(inputs: int, outputs: int, bn: bool) -> list[nn.Module]:
+    """Return a fully connected layer with batch norm, or with a bias instead."""
+    return [nn.Linear(inputs, outputs, bias=not bn), *([nn.BatchNorm1d(outputs)] if bn else [])]
+
+
+def build_projector(
+    variant: str, layers: int, width: int, hidden: int, dim: int, head_bn: str = "default"
+) -> nn.Module:
     """Return the projector: 2 or 3 `layers`, fully connected with batch norm; the last batch norm has no affine.
 
     ABLATION (projector): `variant` is "mlp", "bn" (only the affine-free batch norm) or "none".
+    ABLATION (batch norm): `head_bn` is "default", "hidden" (not at the output) or "none" (table 3).
     """
     if variant == "none":
         return nn.Identity()
@@ -174,7 +191,9 @@ def build_projector(variant: str, layers: int, width: int, hidden: int, dim: int
         return nn.BatchNorm1d(width, affine=False)
     modules: list[nn.Module] = []
     for inputs in (width, hidden)[: layers - 1]:
-        modules += [nn.Linear(inputs, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
+        modules += [*linear_bn(inputs, hidden, head_bn != "none"), nn.ReLU(inplace=True)]
+    if head_bn != "default":
+        return nn.Sequential(*modules, nn.Linear(hidden, dim))
     output = nn.Linear(hidden, dim, bias=layers == 3)
     if output.bias is not None:
         output.bias.requires_grad_(
@@ -183,19 +202,15 @@ def build_projector(variant: str, layers: int, width: int, hidden: int, dim: int
     return nn.Sequential(*modules, output, nn.BatchNorm1d(dim, affine=False))
 
 
-def build_predictor(variant: str, dim: int) -> nn.Module:
+def build_predictor(variant: str, dim: int, head_bn: str = "default") -> nn.Module:
     """Return the predictor: a bottleneck dim -> dim/4 -> dim without batch norm at its output.
 
     ABLATION (predictor): `variant` is "mlp", "frozen" (at its random initialisation) or "none".
     """
     if variant == "none":
         return nn.Identity()
-    predictor = nn.Sequential(
-        nn.Linear(dim, dim // 4, bias=False),
-        nn.BatchNorm1d(dim // 4),
-        nn.ReLU(inplace=True),
-        nn.Linear(dim // 4, dim),
-    )
+    hidden = [*linear_bn(dim, dim // 4, head_bn != "none"), nn.ReLU(inplace=True)]
+    predictor = nn.Sequential(*hidden, nn.Linear(dim // 4, dim))
     return predictor.requires_grad_(variant == "mlp")
 
 
@@ -214,15 +229,16 @@ class SimSiam(nn.Module):
         dim: int,
         predictor: str,
         seed: int,
+        head_bn: str = "default",
     ):
         super().__init__()
         self.width, hidden = NETWORKS[network]
         with seeding.seeded_fork_rng(seed, "backbone"):
             self.backbone = build_backbone(network, size)
         with seeding.seeded_fork_rng(seed, "projector"):
-            self.projector = build_projector(projector, projector_layers, self.width, hidden, dim)
+            self.projector = build_projector(projector, projector_layers, self.width, hidden, dim, head_bn)
         with seeding.seeded_fork_rng(seed, "predictor"):
-            self.predictor = build_predictor(predictor, dim)
+            self.predictor = build_predictor(predictor, dim, head_bn)
 
     def forward(self, views: list[Tensor], pairs: Pairs, leak: float) -> tuple[dict[int, Tensor], list[Tensor]]:
         """Return the predictions p, by the index of the view, and the projections z of all views, (B, dim) each.
@@ -243,7 +259,16 @@ class SimSiam(nn.Module):
 
 def build_model(args: argparse.Namespace, device: torch.device) -> SimSiam:
     """Return the initialised model for the arguments of a run, on `device`."""
-    model = SimSiam(args.network, args.size, args.projector, args.projector_layers, args.dim, args.predictor, args.seed)
+    model = SimSiam(
+        network=args.network,
+        size=args.size,
+        projector=args.projector,
+        projector_layers=args.projector_layers,
+        dim=args.dim,
+        predictor=args.predictor,
+        seed=args.seed,
+        head_bn=args.head_bn,
+    )
     return model.to(memory_format=torch.channels_last if args.channels_last else torch.contiguous_format).to(device)
 
 
@@ -459,7 +484,7 @@ def main(argv: list[str] | None = None) -> None:
         run = Run(args.out, vars(args), __file__, args.replace, rank)
         if run.finished:
             return
-        data = images.load_or_stream(args.data_set, args.data, args.size, device, args.workers)
+        data = images.load_or_stream(args.data_set, args.data, args.size, device, args.workers, args.data_seed)
         if args.batch > data.examples:
             fail(
                 f"--batch {args.batch} is larger than the training set ({data.examples} examples): "

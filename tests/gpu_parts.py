@@ -183,7 +183,7 @@ def agree_on_measurements(check: Check) -> str:
     results = []
     for device in (CPU, check.device):
         features, labels, h = all_features.to(device), all_labels.to(device), all_h.to(device)
-        split = seeding.held_out_split(400, device)
+        split = seeding.held_out_split(400, device, 0)
         train_set = probes.Labelled(features[:400], labels[:400])
         test_set = probes.Labelled(features[400:], labels[400:])
         code = (features > 1).float()

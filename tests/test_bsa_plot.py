@@ -88,6 +88,7 @@ def run(root, arm, seed, *, diverged=False, changes=None, without=(), **override
         "fixed_topk_reconstruction_mse": 2 * fixed_topk, "active_mean": active, "active_std": 0.2 * active,
         "dead_fraction": 0.2, "always_on_fraction": 0.001, "rare_fraction": 0.1, "bits_per_row": min(512, 9 * active),
         "entropy_bits_per_row": 5 * active, "knn_overlap": 0.4 + 0.05 * math.log(active), "distinct_codes": 0.99,
+        "fixed_topk_knn_overlap": 0.4 - 0.02 * math.log(active) ** 2,
         "train_loss": lines[-1]["loss"] if not diverged else None, "loss_moved": 0.7, "active_mean_moved": 0.4,
         "settled_step": None if seed == 1 else 1200, "atom_recovery_f1": 0.8, "depth_correlation": 0.7,
         "atom_count_correlation": 0.6,
@@ -183,13 +184,14 @@ def test_missing_and_diverged_runs_are_named_in_figures_and_notes(tmp_path):
         ]
         assert "1 diverged, 1 missing" in text, name
     notes = "\n".join(summary["notes"])
-    assert "mse: 1 of 3 diverged, not averaged (seed 1)." in notes and "mse-matched: 2 of 3 missing" in notes
+    assert "mse: 1 of 3 diverged, counted as chance (seed 1)." in notes and "mse-matched: 2 of 3 missing" in notes
     assert summary["not_run"] == ["mse-alignment"] and "Not run: mse-alignment." in summary["notes"]
     assert "mse-reconstruction: 1 of 3 without dead_fraction (seed 0)." in notes
     assert "mse-reconstruction, seed 1: activations.json is missing or cannot be read" in notes
     assert "base: 1 of 3 runs not converged" in notes and "(seed 1)" in notes
     rows = {row["arm"]: row for row in summary["rows"]}
     assert rows["mse"]["metrics"]["active_mean"]["n"] == 1 and rows["base"]["metrics"]["active_mean"]["n"] == 3
+    assert rows["mse"]["metrics"]["fixed_topk_reconstruction_loss"]["values"]["1"] == 1.0  # chance
 
 
 def test_studies_are_drawn_although_all_runs_diverged(tmp_path):
@@ -198,7 +200,9 @@ def test_studies_are_drawn_although_all_runs_diverged(tmp_path):
             if not (tmp_path / "runs" / arm).exists():
                 run(tmp_path / "runs", arm, 0, diverged=True)
         summary = draw(tmp_path / "runs", study, 1, tmp_path / "report")
-        assert "1 of 1 diverged" in summary["verdict"] and not summary["counted"]
+        assert summary["verdict"] == "one seed" and not summary["counted"]
+        assert "base: 1 of 1 diverged, counted as chance" in summary["finding"]
+        assert summary["contrasts"][0]["arm_mean"] == summary["contrasts"][0]["reference_mean"] == 1.0
         assert "Reconstruction loss at" not in summary["finding"]
     assert len(list((tmp_path / "report").glob("*.png"))) == 2 * len(NAMES)
 
@@ -227,7 +231,7 @@ def test_a_study_is_too_weak_unless_base_is_below_the_untrained_code(tmp_path, b
     for seed in range(4):
         run(tmp_path, "base", seed, fixed_topk_reconstruction_loss=base + seed / 1000)
         run(tmp_path, "mse", seed, fixed_topk_reconstruction_loss=0.5 + seed / 1000)
-    runs = results.read_runs(tmp_path, ["base", "mse"], range(4))
+    runs = results.read_runs(tmp_path, dict.fromkeys(["base", "mse"], range(4)))
     study = replace(STUDIES["bsa-distance"], contrasts=["mse:base"])
     assert analysis.summarise(study, runs, METRICS)["verdict"] == verdict
 
@@ -241,7 +245,7 @@ def test_families_depend_on_arguments_and_not_on_arm_names(tmp_path):
     run(tmp_path, "b", 0, changes={"init": "torch", "target": "value"})
     run(tmp_path, "c", 0, changes={"code": "topk-values", "alpha": 0})
     arms = ["l1-9", "mse-16", "cosine-0.3", "base", "a", "b", "c", "absent"]
-    families = plot.families(results.read_runs(tmp_path, arms, [0]))
+    families = plot.families(results.read_runs(tmp_path, dict.fromkeys(arms, (0,))))
     assert families == {
         "cosine alignment": {"mse-16": 0.3, "l1-9": 3.0},
         "mse alignment and reconstruction": {"cosine-0.3": 16.0},
@@ -283,7 +287,7 @@ def test_losses_at_the_activity_of_base_by_hand(tmp_path):
         run_with_values(tmp_path, "r", seed, {"alignment": "l1", "alpha": 0.1}, 8.0 + seed, 0.25)
         run_with_values(tmp_path, "s", seed, {"alignment": "l1", "alpha": 0.2}, 7.0 + 2 * seed, 0.35)
         run_with_values(tmp_path, "t", seed, {"reconstruction": "mse"}, 50.0, 0.05)
-    runs = results.read_runs(tmp_path, ["base", "x", "y", "p", "q", "r", "s", "t"], range(2))
+    runs = results.read_runs(tmp_path, dict.fromkeys(["base", "x", "y", "p", "q", "r", "s", "t"], range(2)))
     assert plot.loss_at_activity(runs, ["p", "q"], 8.0) == {0: pytest.approx(0.2), 1: pytest.approx(0.22)}
     assert plot.loss_at_activity(runs, ["r", "s"], 8.0) == {0: pytest.approx(0.25), 1: None}
     cosine = [
@@ -305,7 +309,7 @@ def test_losses_at_the_activity_of_base_by_hand(tmp_path):
 
 def test_there_is_no_matched_activity_finding_without_a_run_of_the_reference(tmp_path):
     run_with_values(tmp_path, "x", 0, {}, 8.0, 0.2)
-    assert plot.matched_activity_finding(results.read_runs(tmp_path, ["x", "base"], [0]), "base") == []
+    assert plot.matched_activity_finding(results.read_runs(tmp_path, dict.fromkeys(["x", "base"], (0,))), "base") == []
 
 
 def test_the_alpha_figure_joins_means_in_the_order_of_alpha(tmp_path):
@@ -313,7 +317,7 @@ def test_the_alpha_figure_joins_means_in_the_order_of_alpha(tmp_path):
         run_with_values(tmp_path, "base", seed, {}, 8.0 + seed, 0.2)
         run_with_values(tmp_path, "x", seed, {"alpha": 10.0}, 9.0 + seed, 0.4)
         run_with_values(tmp_path, "y", seed, {"alpha": 0.1}, 16.0 + seed, 0.1)
-    runs = results.read_runs(tmp_path, ["base", "x", "y"], range(2))
+    runs = results.read_runs(tmp_path, dict.fromkeys(["base", "x", "y"], range(2)))
     figure, _ = plot.alpha_figure(runs, "base", figures.arm_styles(list(runs), []), 6, "")
     joined = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 3]
     assert [list(line.get_xdata()) for line in joined] == [[16.5, 8.5, 9.5]]
@@ -325,7 +329,7 @@ def test_the_tradeoff_figure_shows_every_run_and_the_sign_code(tmp_path):
     for seed in range(3):
         run(tmp_path, "base", seed)
         run(tmp_path, "topk", seed, diverged=seed == 2)
-    runs = results.read_runs(tmp_path, ["base", "topk"], range(3))
+    runs = results.read_runs(tmp_path, dict.fromkeys(["base", "topk"], range(3)))
     styles = figures.arm_styles(list(runs), [])
     figure, _ = plot.tradeoff_figure(runs, styles, 6, "")
     marks = [line for line in figure.axes[1].lines if line.get_linestyle() == "None"]
@@ -340,7 +344,7 @@ def test_the_tradeoff_figure_shows_every_run_and_the_sign_code(tmp_path):
 def test_an_arm_with_alpha_zero_has_no_alignment_loss_curve(tmp_path):
     run(tmp_path, "base", 0)
     run(tmp_path, "no-alignment", 0)
-    panels = plot.curve_panels(results.read_runs(tmp_path, ["base", "no-alignment"], [0]), 6, "planted")
+    panels = plot.curve_panels(results.read_runs(tmp_path, dict.fromkeys(["base", "no-alignment"], (0,))), 6, "planted")
     by_title = {panel.title: panel for panel in panels}
     aligned = by_title["alignment loss, before × α, planted"].values
     assert aligned.get("base") and not aligned.get("no-alignment")

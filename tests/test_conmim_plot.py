@@ -160,7 +160,8 @@ def test_missing_diverged_and_damaged_runs_are_reported(tmp_path):
     np.savez(root / "online-keys/0/similarity.npz", **dict.fromkeys(("own", "other", "mask", "picture"), np.zeros(5)))
     summary = draw(root, "conmim-asymmetry", 3, tmp_path / "report")
     notes = "\n".join(summary["notes"])
-    assert "online-keys: 1 of 3 diverged, not averaged (seed 1)." in notes and "symmetric: 2 of 3 missing" in notes
+    assert "online-keys: 1 of 3 diverged, counted as chance (seed 1)." in notes
+    assert "symmetric: 2 of 3 missing" in notes
     assert "base, seed 0: similarity.npz cannot be used." in notes
     factorial, curves, similarity = (
         summary["captions"][f"conmim-asymmetry-{name}"] for name in ("factorial", "curves", "similarity")
@@ -169,7 +170,8 @@ def test_missing_diverged_and_damaged_runs_are_reported(tmp_path):
     assert "online-keys: 1 diverged, 1 missing" in factorial and "online-keys: 1 diverged, 1 missing" in curves
     assert "no run" in (tmp_path / "report/conmim-asymmetry-similarity.svg").read_text()
     assert "Seed 1" in similarity  # base has a readable file for seed 1, symmetric has none
-    assert summary["verdict"] == "symmetric: 1 of 3 diverged" and summary["not_run"] == ["basic-views"]
+    assert summary["verdict"] == "one seed" and summary["not_run"] == ["basic-views"]
+    assert summary["contrasts"][0]["arm_mean"] == 100 / 36  # the only run of symmetric diverged: chance
 
 
 def test_no_similarity_figure_without_similarity_files(tmp_path):
@@ -287,7 +289,7 @@ def test_cells_are_identified_by_arguments(tmp_path):
     (tmp_path / "other").rename(tmp_path / "an-ablation/0")
     names = plot.all_arms(tmp_path, ["base"])
     assert names[0] == "base" and set(names) == {*CELLS, "an-ablation"}
-    cells = plot.cells(results.read_runs(tmp_path, names, [0]), "base")
+    cells = plot.cells(results.read_runs(tmp_path, dict.fromkeys(names, (0,))), "base")
     assert cells == {
         ("asymmetric", 0): "base",
         ("asymmetric", 1): "online-keys",

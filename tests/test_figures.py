@@ -220,7 +220,7 @@ def test_captions_are_in_the_summary_and_not_in_the_figures(tmp_path):
             (folder / "metrics.json").write_text(json.dumps({"knn": accuracy + seed, "untrained": 10.0 + seed}))
     must_beat = [MustBeat("base", "untrained", "knn", "untrained")]
     study = Study("toy-x", "How much?", ["arm:base"], "knn", 1, must_beat, 5.0)
-    design = Design("toy", "Toy", METRICS, [study], [Arm("base"), Arm("arm", "--x")], baselines=["untrained"])
+    design = Design("toy", "Toy", "demo", METRICS, [study], [Arm("base"), Arm("arm", "--x")], baselines=["untrained"])
 
     def draw(view):
         dots = [figures.Dots("kNN accuracy (%), toy", {"base": [60.0], "arm": [20.0]})]

@@ -56,7 +56,7 @@ def test_matrix_suffixes_are_case_insensitive(name, tmp_path):
         path.write_bytes(len(header).to_bytes(8, "little") + header + matrix().tobytes())
     args = bsa.train.parse_args(["--data", str(path)])
     assert args.data_set == "file"
-    assert len(bsa.train.load_splits(args.data_set, path, torch.device("cpu")).train) == 48
+    assert len(bsa.train.load_splits(args.data_set, path, torch.device("cpu"), 0).train) == 48
 
 
 @pytest.mark.parametrize("name", ["vec.csv", "vec.txt", "vec", "missing.parquet"])
@@ -77,12 +77,14 @@ def test_a_folder_with_an_unused_matrix_is_an_error(tmp_path, capsys):
 @pytest.mark.parametrize(("factor", "words"), [(1e22, "above 1e+15"), (1e-25, "contain no absolute value above 1e-15")])
 def test_values_whose_squares_overflow_or_underflow_in_float32_are_an_error(factor, words, tmp_path, capsys):
     np.save(tmp_path / "emb.npy", factor * matrix())
-    assert words in error_line(capsys, bsa.train.load_splits, "file", tmp_path / "emb.npy", torch.device("cpu"))
+    assert words in error_line(capsys, bsa.train.load_splits, "file", tmp_path / "emb.npy", torch.device("cpu"), 0)
 
 
 def test_float64_values_above_the_float32_range_are_an_error(tmp_path, capsys):
     np.save(tmp_path / "emb.npy", 1e200 * matrix().astype(np.float64))
-    assert "above 1e+15" in error_line(capsys, bsa.train.load_splits, "file", tmp_path / "emb.npy", torch.device("cpu"))
+    assert "above 1e+15" in error_line(
+        capsys, bsa.train.load_splits, "file", tmp_path / "emb.npy", torch.device("cpu"), 0
+    )
 
 
 # ---------------------------------------------------------------------------------------------- image folders

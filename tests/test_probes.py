@@ -53,7 +53,7 @@ def test_linear_probe_equals_autograd_and_sgd_at_each_learning_rate():
 
 def test_the_learning_rate_is_chosen_on_the_held_out_tenth_not_on_the_test_set(monkeypatch):
     train_set, test_set = probes.Labelled(*clusters(200)), probes.Labelled(*clusters(50, 1))
-    split = seeding.held_out_split(200, "cpu")
+    split = seeding.held_out_split(200, "cpu", 0)
     evaluated_rows, fits = [], []
     real_fit = probes.fit_linear
 
@@ -74,7 +74,7 @@ def test_the_learning_rate_is_chosen_on_the_held_out_tenth_not_on_the_test_set(m
 
 def test_linear_accuracy_does_not_depend_on_the_feature_scale():
     (features, labels), (test, test_labels) = clusters(200), clusters(100, 1)
-    split = seeding.held_out_split(200, "cpu")
+    split = seeding.held_out_split(200, "cpu", 0)
     small, unscaled, large = (
         probes.linear_accuracy(
             probes.Labelled(scale * features, labels), probes.Labelled(scale * test, test_labels), 3, split, 0
@@ -85,7 +85,7 @@ def test_linear_accuracy_does_not_depend_on_the_feature_scale():
 
 
 def test_held_out_split_is_fixed_sorted_and_one_tenth():
-    rest, held_out = seeding.held_out_split(5000, "cpu")
-    assert len(held_out) == 500 and torch.equal(held_out, seeding.held_out_split(5000, "cpu")[1])
+    rest, held_out = seeding.held_out_split(5000, "cpu", 0)
+    assert len(held_out) == 500 and torch.equal(held_out, seeding.held_out_split(5000, "cpu", 0)[1])
     assert torch.equal(torch.cat([rest, held_out]).sort().values, torch.arange(5000))
     assert (rest.diff() > 0).all() and (held_out.diff() > 0).all() and 150 < (held_out < 2500).sum() < 350

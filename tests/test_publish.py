@@ -19,7 +19,7 @@ def design(scale, settings):
     must_beat = [MustBeat("base", "untrained", "knn", "untrained")]
     arm = Arm("arm", "--leak 1", reference="base")
     extra = Arm("more", "--leak 2", reference="base")
-    return Design("toy", "Toy", METRICS, [
+    return Design("toy", "Toy", scale, METRICS, [
         Study("toy-arm", "What does it do?", [arm], "knn", must_beat=must_beat, seeds=(0, 1)),
         Study("toy-more", "And more?", [extra], "knn", must_beat=must_beat, seeds=(0, 1), extra=True),
     ], arms=[Arm("base")], baselines=["untrained"])

@@ -16,6 +16,7 @@ METRICS = {
     "spread": Metric("std ratio", "", 2),
     "loss": Metric("training loss", "", 3, judged=False),
 }
+CHANCE = {"knn": {"glyphs": 8.0, "": 1.0}}  # by data set
 BASE = [60.0, 64.0, 62.0, 66.0, 61.0]
 ARM = [12.0, 13.0, 11.0, 12.5, 11.5]
 UNTRAINED = [20.0, 21.0, 19.0, 20.5, 20.2]
@@ -35,20 +36,23 @@ def study(**changes) -> Study:
 ABOUT = {"paper": "toy", "scale": "demo", "data": "ten pictures", "reproduce": "make toy-arm SCALE=demo", "not_run": []}
 
 
-def run(root, arm, seed, knn, untrained=20.0, source="a" * 64, device="cpu", **metrics):
+def run(
+    root, arm, seed, knn, untrained=20.0, *, source="a" * 64, device="cpu", data="d" * 64, data_seed=0, **metrics
+):  # fmt: skip
     """Write the files of a finished run. `knn` None: the run diverged."""
     folder = root / arm / str(seed)
     folder.mkdir(parents=True)
     provenance = {"commit": "c", "dirty": False, "torch": "2", "device": device, "threads": 1, "world": 1}
-    provenance |= {"data": "d" * 64, "source": source}
-    arguments = {"seed": seed, "epochs": 2, "out": str(folder)}
+    provenance |= {"data": data, "source": source}
+    arguments = {"seed": seed, "data_seed": data_seed, "epochs": 2, "data_set": "glyphs", "out": str(folder)}
     (folder / "args.json").write_text(json.dumps({"arguments": arguments, "provenance": provenance}))
     lines = [{"epoch": epoch, "knn": epoch * (knn or 1.0), "loss": -epoch} for epoch in range(3)]
     (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "flags").write_text(f"flags: --{arm}\n")
-    metrics = {"knn": knn, "spread": 0.5 + seed / 10, "loss": -0.5, "untrained_knn": untrained} | metrics
+    measured = {"knn": knn, "spread": 0.5 + seed / 10, "loss": -0.5}
     if knn is None:
-        metrics = dict.fromkeys(metrics)
+        measured = dict.fromkeys(measured)
+    metrics = measured | {"untrained_knn": untrained, "eval_source": "e" * 64} | metrics
     (folder / "metrics.json").write_text(json.dumps(metrics | {"diverged": knn is None, "seconds": 36.0}))
     return folder
 
@@ -60,9 +64,14 @@ def grid(root, **arms):
             run(root, arm.replace("_", "-"), seed, knn, UNTRAINED[seed % 5])
 
 
-def summarise(root, seeds=5, remark_of=None, **changes):
+def read(root, arms, seeds, chance=None):
+    """Read the same seeds of every arm."""
+    return results.read_runs(root, dict.fromkeys(arms, seeds), chance)
+
+
+def summarise(root, seeds=5, remark_of=None, chance=None, **changes):
     design = study(**changes)
-    return ABOUT | analysis.summarise(design, results.read_runs(root, design.arms, range(seeds)), METRICS, remark_of)
+    return ABOUT | analysis.summarise(design, read(root, design.arms, range(seeds), chance), METRICS, remark_of)
 
 
 def test_numbers_equal_scipy(tmp_path):
@@ -88,32 +97,34 @@ def test_numbers_equal_scipy(tmp_path):
 
 def test_missing_and_inconsistent_runs_are_counted_and_reported(tmp_path):
     grid(tmp_path, base=BASE[:3], arm=[12.0, None, 13.0, 11.0])
-    run(tmp_path, "base", 4, 65.0, source="b" * 64, device="NVIDIA H200")
+    run(tmp_path, "base", 4, 65.0, source="b" * 64, device="NVIDIA H200", eval_source="f" * 64, data="c" * 64)
     (tmp_path / "arm" / "3" / "metrics.json").write_text('{"knn": 11')
     with open(tmp_path / "base" / "0" / "train.jsonl", "a") as log:
         log.write('{"epoch": 3, "kn')
     arguments = json.loads((tmp_path / "arm" / "2" / "args.json").read_text())
     arguments["arguments"]["epochs"] = 7
     (tmp_path / "arm" / "2" / "args.json").write_text(json.dumps(arguments))
-    summary = summarise(tmp_path)
+    summary = summarise(tmp_path, chance=CHANCE)
     assert summary["notes"] == [
         "base: 1 of 5 missing (seed 3).",
         "base, seed 0: skipped an unreadable line of train.jsonl.",
         "arm: 2 of 5 missing (seed 3, 4).",
-        "arm: 1 of 5 diverged, not averaged (seed 1).",
+        "arm: 1 of 5 diverged, counted as chance (seed 1).",
         "arm, seed 3: metrics.json cannot be read: delete it, and make evaluates the run again.",
         "arm: its seeds differ in --epochs (2, 7).",
-        "The runs mix versions of the code (sha256): aaaaaaaaaaaa, bbbbbbbbbbbb.",
+        "The runs mix versions of the training code (sha256): aaaaaaaaaaaa, bbbbbbbbbbbb.",
+        f"The runs mix versions of the evaluation code (sha256): {'e' * 12}, {'f' * 12}.",
+        "The runs mix data digests: cccccccccccc, dddddddddddd.",
         "The runs mix devices: NVIDIA H200, cpu.",
     ]
     row = summary["rows"][1]
     assert (row["diverged"], row["missing"]) == ([1], [3, 4])
-    assert (row["metrics"]["knn"]["n"], row["metrics"]["knn"]["mean"]) == (2, 12.5)
+    assert (row["seeds"], row["metrics"]["knn"]["n"], row["metrics"]["knn"]["mean"]) == (5, 3, 11.0)
     contrast = summary["contrasts"][0]  # of the seeds that both arms have finished
-    assert (contrast["n"], contrast["arm_mean"], contrast["reference_mean"]) == (2, 12.5, 61.0)
-    assert "arm: 1 of 5 diverged, not averaged." in summary["finding"] and "n = 2" in summary["finding"]
+    assert (contrast["n"], contrast["arm_mean"], contrast["reference_mean"]) == (3, 11.0, 62.0)
+    assert "arm: 1 of 5 diverged, counted as chance." in summary["finding"] and "n = 3" in summary["finding"]
     cells = tables.arms_table(summary)[2]
-    assert cells[-2:] == ["2", "1 of 5 diverged; 2 of 5 missing"]
+    assert cells[-2:] == ["3", "1 of 5 diverged; 2 of 5 missing"]
 
 
 def test_a_difference_is_that_of_the_seeds_that_both_arms_have_finished(tmp_path):
@@ -124,19 +135,132 @@ def test_a_difference_is_that_of_the_seeds_that_both_arms_have_finished(tmp_path
     assert (contrast["n"], contrast["mean"]) == (2, -0.5) and contrast["reference_mean"] == 75.0
 
 
-def test_a_finite_value_of_a_diverged_run_is_not_averaged(tmp_path):
+def test_a_finite_value_of_a_diverged_run_is_replaced_by_chance(tmp_path):
     grid(tmp_path, base=BASE, arm=ARM[:4])
-    run(tmp_path, "arm", 4, 99.0, diverged=True)
-    path = tmp_path / "arm" / "4" / "metrics.json"
+    path = run(tmp_path, "arm", 4, 99.0) / "metrics.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"diverged": True}))
-    assert summarise(tmp_path)["rows"][1]["metrics"]["knn"]["n"] == 4
+    assert summarise(tmp_path, chance=CHANCE)["rows"][1]["metrics"]["knn"]["values"]["4"] == 8.0
+    unknown = {"knn": {"mnist5k": 10.0}}  # no value for this data set
+    assert list(summarise(tmp_path, chance=unknown)["rows"][1]["metrics"]["knn"]["values"]) == ["0", "1", "2", "3"]
+
+
+def test_a_diverged_run_counts_as_chance(tmp_path):
+    """The contrast, the verdict, the baseline and the notes count it. Its other metrics have no value."""
+    grid(tmp_path, base=BASE, arm=[*BASE[:3], None, None], weak=BASE)
+    without = summarise(tmp_path)
+    assert (without["verdict"], without["contrasts"][0]["n"]) == ("unclear", 3)
+    assert "arm: 2 of 5 diverged, left out (seed 3, 4)." in without["notes"]
+    assert "arm: 2 of 5 diverged, left out." in without["finding"]
+    summary = summarise(tmp_path, chance=CHANCE, margin=5.0)
+    contrast = summary["contrasts"][0]
+    expected = stats.ttest_rel([*BASE[:3], 8.0, 8.0], BASE).confidence_interval()
+    assert (contrast["n"], contrast["low"], contrast["high"]) == (5, *pytest.approx((expected.low, expected.high)))
+    assert summarise(tmp_path, margin=5.0)["verdict"] == "no difference" and summary["verdict"] == "unclear"
+    assert "arm: 2 of 5 diverged, counted as chance (seed 3, 4)." in summary["notes"]
+    assert "arm: 2 of 5 diverged, counted as chance." in summary["finding"]
+    row = summary["rows"][1]
+    assert (row["diverged"], row["metrics"]["knn"]["n"], row["metrics"]["spread"]["n"]) == ([3, 4], 5, 3)
+    spread = next(item for item in summary["all_contrasts"] if item["metric"] == "spread")
+    assert spread["n"] == 3
+    must_beat = [MustBeat("arm", "untrained", "knn", "untrained_knn")]  # the arm is the reference
+    kept, counted = (
+        summarise(tmp_path, chance=chance, contrasts=["weak:arm"], must_beat=must_beat) for chance in (None, CHANCE)
+    )
+    assert (kept["controls"][0]["passed"], kept["controls"][0]["n"]) == (True, 3)
+    assert (counted["controls"][0]["passed"], counted["controls"][0]["n"]) == (False, 5)
+    assert counted["verdict"] == "too weak to test"
+
+
+def test_an_arm_with_only_diverged_seeds_is_worse_if_chance_is_declared(tmp_path):
+    grid(tmp_path, base=BASE, arm=[None] * 5)
+    summary = summarise(tmp_path, chance=CHANCE)
+    assert (summary["verdict"], summary["counted"], summary["contrasts"][0]["arm_mean"]) == ("worse", True, 8.0)
+    assert summarise(tmp_path, chance={"knn": {"": 1.0}})["contrasts"][0]["arm_mean"] == 1.0  # any other data set
+
+
+def test_a_diverged_run_that_counts_is_no_reason_for_a_missing_value(tmp_path):
+    """base diverged in seed 0, the arm was run only with seed 1, which base lacks."""
+    run(tmp_path, "base", 0, None)
+    run(tmp_path, "arm", 1, 50.0)
+    assert summarise(tmp_path)["contrasts"][0]["word"] == "base: 1 of 5 diverged"
+    assert summarise(tmp_path, chance=CHANCE)["contrasts"][0]["word"] == "not run"
+
+
+def test_different_data_of_different_blocks_are_not_reported(tmp_path):
+    for arm in ("base", "arm"):
+        for seed in (10, 11):
+            run(tmp_path, arm, seed, 50.0, data=str(seed) * 32, data_seed=seed)
+    runs = read(tmp_path, ["base", "arm"], (10, 11))
+    assert results.data_seeds(runs) == {10, 11} and results.notes(runs, METRICS) == []
+    assert results.provenance(runs)["data"] == ["10" * 32, "11" * 32]
+    run(tmp_path, "arm", 12, 50.0, data_seed=12, source="b" * 64)
+    runs = read(tmp_path, ["base", "arm"], (10, 11, 12))
+    assert any("versions of the training code" in note for note in results.notes(runs, METRICS))
+
+
+def test_the_evaluation_code_of_an_unfinished_run_is_not_reported(tmp_path):
+    grid(tmp_path, base=BASE[:2])
+    (tmp_path / "base" / "1" / "metrics.json").unlink()
+    runs = read(tmp_path, ["base"], (0, 1))
+    assert results.provenance(runs)["eval_source"] == "e" * 64 and len(results.notes(runs, METRICS)) == 1
+
+
+def test_each_arm_has_its_own_seeds(tmp_path):
+    """Primary arms have ten seeds, others five. Differences pair the seeds that both arms have."""
+    accuracies = [60.0 + seed % 3 for seed in range(10)]
+    grid(tmp_path, base=accuracies, arm=[value - 40 for value in accuracies], more=accuracies[:5])
+    design = study(contrasts=["arm:base", "more:base"], seeds=tuple(range(10)))
+    runs = results.read_runs(tmp_path, {arm: design.seeds_of(arm) for arm in design.arms})
+    summary = ABOUT | analysis.summarise(design, runs, METRICS)
+    assert [row["seeds"] for row in summary["rows"]] == [10, 10, 5] and summary["seeds"] == list(range(10))
+    assert [contrast["n"] for contrast in summary["contrasts"]] == [10, 5]
+    assert summary["notes"] == []  # the seeds 5 to 9 of `more` are not missing
+    assert [row[-2] for row in tables.arms_table(summary)[1:]] == ["10", "10", "5"]
+
+
+def test_the_caption_says_what_a_seed_draws(tmp_path):
+    grid(tmp_path, base=BASE, arm=ARM)
+    summary = summarise(tmp_path)
+    blocks = summary | {"seed_draws": "data, initial weights and order"}
+    assert tables.caption(blocks).endswith("over n seeds. A seed draws data, initial weights and order.")
+    assert tables.caption(summary).endswith("A seed draws initial weights.")  # published without the key
+
+
+@pytest.mark.parametrize(
+    ("arm", "expected", "word"),
+    [
+        ([value - 40 for value in BASE], "worse", "reproduced"),
+        ([value + 20 for value in BASE], "worse", "reversed"),
+        ([value - 40 for value in BASE], "no difference", "reversed"),
+        (BASE, "no difference", "reproduced"),
+        (BASE, "worse", "reversed"),
+        ([50.0, 74.0, 72.0, 56.0, 61.0], "no difference", "unclear"),
+        ([50.0, 74.0, 72.0, 56.0, 61.0], "worse", "unclear"),
+        (ARM[:1], "worse", "not run"),
+        ([], "worse", "not run"),
+        ([None] * 5, "worse", "unclear"),
+    ],
+)
+def test_a_calibration_compares_the_verdict_with_the_expected_one(tmp_path, arm, expected, word):
+    noise = [0.1, -0.2, 0.3, 0.0, -0.1]
+    arm = [value if value is None else value + e for value, e in zip(arm, noise, strict=False)]
+    grid(tmp_path, base=BASE, arm=arm)
+    summary = summarise(tmp_path, margin=5.0, expected={"arm": expected})
+    assert summary["calibration"] == {"arm": word} and summary["expected"] == {"arm": expected}
+    assert summarise(tmp_path)["calibration"] == {}
+
+
+def test_a_calibration_whose_reference_is_too_weak_is_unclear(tmp_path):
+    grid(tmp_path, base=UNTRAINED[::-1], arm=ARM)
+    summary = summarise(tmp_path, expected={"arm": "worse"})
+    assert summary["verdict"] == "too weak to test" and summary["calibration"] == {"arm": "unclear"}
 
 
 def test_null_and_non_finite_values_are_excluded(tmp_path):
     for seed, knn in enumerate([60.0, float("nan"), float("inf")]):
         run(tmp_path, "base", seed, knn)
     run(tmp_path, "base", 3, 62.0, spread=None)
-    runs = results.read_runs(tmp_path, ["base"], range(4))
+    runs = read(tmp_path, ["base"], range(4))
     assert results.values(runs, "base", "knn") == {0: 60.0, 3: 62.0}
     assert list(results.values(runs, "base", "spread")) == [0, 1, 2]
     assert results.notes(runs, ["spread"]) == []  # null means "does not apply"; only an absent key is noted
@@ -192,7 +316,7 @@ def test_baselines_by_arm_direction_and_setting(tmp_path):
     other = [MustBeat("base", "no pretraining", "knn", baseline_arm="scratch")]
     assert summarise(tmp_path, must_beat=other)["controls"][0]["passed"] is True
     design, lower = study(must_beat=other), METRICS | {"knn": replace(METRICS["knn"], better="lower")}
-    summary = analysis.summarise(design, results.read_runs(tmp_path, design.arms, range(5)), lower)
+    summary = analysis.summarise(design, read(tmp_path, design.arms, range(5)), lower)
     assert (summary["controls"][0]["passed"], summary["counted"]) == (False, False)
     for setting, accuracies in {"a": BASE, "b": UNTRAINED[::-1]}.items():  # base learns only in setting a
         grid(tmp_path, **{f"base@{setting}": accuracies, f"arm@{setting}": ARM})
@@ -224,7 +348,7 @@ def test_the_clearest_effect_on_another_metric_is_said_as_descriptive(tmp_path):
             noise=float(seed % 3),
         )
     design = study()
-    summary = analysis.summarise(design, results.read_runs(tmp_path, design.arms, range(5)), metrics)
+    summary = analysis.summarise(design, read(tmp_path, design.arms, range(5)), metrics)
     assert summary["remark"] == "Descriptive: linear accuracy of arm 82.0 -> 70.8 %."
     assert summarise(tmp_path)["remark"] == ""  # std ratio has no better side, training loss is not judged
 
@@ -259,7 +383,10 @@ def test_one_seed_gives_values_but_no_interval(tmp_path):
     expected = "kNN accuracy: arm minus base is -48.0 points (arm 12.0, base 60.0; one seed, no interval)."
     assert summary["finding"] == expected
     assert summary["headline"] == "arm, one seed: kNN accuracy 60.0 -> 12.0 % (untrained 20.0)."
-    assert "±" not in tables.markdown(tables.arms_table(summary)) and "one" in tables.caption(summary)
+    assert (
+        "±" not in tables.markdown(tables.arms_table(summary))
+        and tables.caption(summary) == "Values of one seed: no interval."
+    )
 
 
 def test_a_metric_with_judged_false_gets_no_verdict(tmp_path):
@@ -317,7 +444,7 @@ def drawn(tmp_path_factory):
 
 def draw(root, folder, names):
     design = study()
-    runs = results.read_runs(root, design.arms, range(5))
+    runs = read(root, design.arms, range(5))
     panels = [figures.Curves("kNN accuracy (%)", results.series(runs, "knn"), {"chance": 10.0})]
     styles = figures.arm_styles(design.arms, [design.arms])
     figures.save(figures.curves(panels, styles).figure, folder, names[0])
@@ -330,7 +457,7 @@ def draw(root, folder, names):
 def test_curves_show_mean_and_range_of_complete_seeds(tmp_path):
     grid(tmp_path, base=BASE, arm=ARM)
     (tmp_path / "arm" / "1" / "train.jsonl").write_text('{"epoch": 0, "knn": 1}\n{"epoch": 1, "knn": NaN}\n')
-    runs = results.read_runs(tmp_path, ["base", "arm"], range(6))
+    runs = read(tmp_path, ["base", "arm"], range(6))
     curves = results.series(runs, "knn")
     assert len(curves["base"]) == 5 and curves["base"][1] == ([0, 1, 2], [0.0, 64.0, 128.0])
     assert curves["arm"][1] == ([0], [1])
@@ -356,7 +483,7 @@ def test_each_setting_has_separate_tables_that_include_its_references(tmp_path):
     for arm in ("off@a", "on@a", "on@b"):
         run(tmp_path / "runs", arm, 0, 50.0)
     design = study(contrasts=["on@a:off@a", "on@b:off@a"], must_beat=[])
-    summary = analysis.summarise(design, results.read_runs(tmp_path / "runs", design.arms, [0]), METRICS)
+    summary = analysis.summarise(design, read(tmp_path / "runs", design.arms, [0]), METRICS)
     assert tables.arms_by_setting(summary) == {"a": ["off@a", "on@a"], "b": ["off@a", "on@b"]}
     assert [row[0] for row in tables.arms_table(summary, ["off@a", "on@b"])] == ["arm", "off@a", "on@b"]
     assert [row[0] for row in tables.differences_table(summary, ["off@a", "on@b"])] == ["contrast", "on@b:off@a"]
@@ -368,7 +495,7 @@ def test_arms_without_a_setting_share_one_table(tmp_path):
     for arm in ("base", "arm", "scratch"):
         run(tmp_path, arm, 0, 50.0)
     design = study(must_beat=[MustBeat("base", "scratch", "knn", baseline_arm="scratch")])
-    summary = analysis.summarise(design, results.read_runs(tmp_path, design.arms, [0]), METRICS)
+    summary = analysis.summarise(design, read(tmp_path, design.arms, [0]), METRICS)
     assert tables.arms_by_setting(summary) == {"": ["base", "arm", "scratch"]}
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from torch import nn
 
 from common import checkpoints, devices
@@ -13,10 +14,11 @@ from common.run import Run, load_finished, read_log
 
 CPU = torch.device("cpu")
 SCRIPT = "simsiam/train.py"
+EVAL_SCRIPT = str(ROOT / "simsiam/eval.py")
 
 
 def arguments(**changes) -> dict:
-    return {"seed": 0, "data": "data", "lr": 0.1, "device": "cpu", "resume_elsewhere": False, **changes}
+    return {"seed": 0, "data_seed": 0, "data": "data", "lr": 0.1, "device": "cpu", "resume_elsewhere": False, **changes}
 
 
 def start(folder: Path, replace: bool = False, environment: dict | None = None, **changes) -> Run:
@@ -71,7 +73,7 @@ def test_an_input_file_may_move_but_not_change(flag, tmp_path, capsys):
     assert f"--{flag.replace('_', '-')}" in printed and "other flags" in printed
     finish(moved, 1)
     (tmp_path / "first.npy").unlink()
-    assert load_finished(out, SCRIPT)[2]["epoch"] == 1  # the original path is not read again
+    assert load_finished(out, EVAL_SCRIPT)[2]["epoch"] == 1  # the original path is not read again
     assert start(out, **{flag: str(tmp_path / "elsewhere/second.npy")}).finished
 
 

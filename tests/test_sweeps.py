@@ -4,6 +4,7 @@ import importlib
 import json
 
 import pytest
+from scipy import stats
 
 from common import cli
 from common.study import plotting, results, sweeps
@@ -37,7 +38,7 @@ def draw(root, contrasts, tested, sweep, primary=1):
     study = Study("toy-x", ROBUSTNESS if sweep is ROBUST else "How much?", contrasts, "knn", primary,
                   [untrained(name) for name in tested], extra=True, sweep=sweep)  # fmt: skip
     arms = [Arm(name, f"--name {name} --leak 0") for name in study.arms]
-    design = Design("toy", "toy", METRICS, [study], arms, baselines=["untrained"])
+    design = Design("toy", "toy", "demo", METRICS, [study], arms, baselines=["untrained"])
     argv = ["toy-x", "--runs", str(root), "--seeds", "0", "1", "2", "--results", str(root / "results")]
     plotting.draw(argv, None, lambda scale, settings: design, describe, no_figures)
     return json.loads((root / "results" / "toy-x.json").read_text())
@@ -112,7 +113,7 @@ def test_a_curve_has_the_arms_that_differ_only_in_the_swept_argument(tmp_path):
         arm(tmp_path, name, [1.0], leak=leak)
     arm(tmp_path, "other", [1.0], leak=0.3, lr=0.2)
     names = ["base", "all", "half", "tenth", "other", "absent"]
-    runs = results.read_runs(tmp_path, names, [0])
+    runs = results.read_runs(tmp_path, dict.fromkeys(names, (0,)))
     swept = sweeps.swept_values(runs, "base", LEAK)
     assert list(swept.items()) == [("base", 0), ("tenth", 0.1), ("half", 0.5), ("all", 1)]
     covarying = Sweep(("knn",), "leak", covarying=("lr",))
@@ -157,6 +158,22 @@ def test_onset_is_reported_on_both_sides_of_a_reference_in_the_middle():
     summary = {"contrasts": contrasts, "all_contrasts": contrasts}
     swept = {"low": 0.0, "mid": 0.2, "base": 0.5, "high": 4.0}
     assert sweeps.onset(summary, swept, "knn") == "higher from 4 up; lower from 0 down"
+
+
+def test_trend_is_one_rank_correlation_per_seed():
+    """Falling in two seeds and nearly falling in the third: Spearman's correlation, as in scipy."""
+    by_arm = {"base": [9, 9, 9], "a": [8, 8, 7], "b": [5, 6, 8], "c": [1, 2, 3]}
+    rows = []
+    for arm_name, values in by_arm.items():
+        by_seed = dict(zip("012", values, strict=True))
+        rows.append({"arm": arm_name, "metrics": {"knn": {"values": by_seed}}})
+    swept = {"base": 0.0, "a": 0.1, "b": 0.2, "c": 0.5}
+    expected = [stats.spearmanr(range(4), [values[seed] for values in by_arm.values()])[0] for seed in range(3)]
+    assert [sweeps.rank_correlation([values[seed] for values in by_arm.values()]) for seed in range(3)] == expected
+    p = stats.ttest_1samp(expected, 0).pvalue
+    assert sweeps.trend({"rows": rows}, swept, "knn") == f"trend: rank correlation -0.93, p = {p:.2g}, n = 3"
+    assert sweeps.trend({"rows": rows}, {"base": 0.0, "a": 0.1}, "knn") == ""
+    assert sweeps.rank_correlation([1.0, 1.0, 2.0]) == pytest.approx(stats.spearmanr(range(3), [1, 1, 2])[0])
 
 
 def test_a_curve_from_runs_to_finding(tmp_path):

@@ -1,7 +1,7 @@
 """Analyse the runs of one study: contrasts over seeds, baselines and the verdict.
 
 An arm is the name of a run folder. With a second factor the name is "arm@setting", and settings are never pooled.
-Diverged runs are counted and never averaged.
+A diverged run has the value of chance in the primary metric and no value in the others.
 """
 
 from collections.abc import Callable, Mapping
@@ -41,13 +41,14 @@ def summarise(
         "published": study.published,
         "primary_metric": key,
         "margin": study.margin,
+        "expected": dict(study.expected),
         "seeds": sorted({seed for by_seed in runs.values() for seed in by_seed}),
         "metrics": {name: asdict(metric) for name, metric in metrics.items()},
         "contrasts": [contrast for contrast in contrasts if contrast["metric"] == key],
         "all_contrasts": contrasts,
         "controls": [_baseline(runs, item, metrics[item.metric].better == "lower") for item in study.must_beat],
         "rows": [_row(runs, arm, metrics, remark_of) for arm in runs],
-        "notes": notes(runs, metrics),
+        "notes": notes(runs, metrics, key),
         "provenance": provenance(runs),
     }
     for contrast in result["contrasts"]:  # on other metrics the baselines say nothing
@@ -64,9 +65,19 @@ def summarise(
         result["verdict"] = next(iter(verdicts.values()))
     else:
         result["verdict"] = "; ".join(f"{name}: {word}" for name, word in verdicts.items())
+    result["calibration"] = {arm: _as_expected(verdicts[arm], word) for arm, word in study.expected.items()}
     result["counted"] = any(word in FINDINGS for word in verdicts.values())
     sentences = {"headline": headline(result), "remark": descriptive_remark(result), "finding": finding(result)}
     return result | sentences
+
+
+def _as_expected(word: str, expected: str) -> str:
+    """Compare a verdict with the expected one: "reproduced", "reversed", "unclear" or "not run"."""
+    if word == expected:
+        return "reproduced"
+    if word in ("not run", "one seed"):
+        return "not run"
+    return "reversed" if word in FINDINGS and expected in FINDINGS else "unclear"
 
 
 def _contrast(runs: Runs, arm: str, reference: str, key: str, metric: Metric, margin: float | None) -> dict[str, Any]:
@@ -80,8 +91,11 @@ def _contrast(runs: Runs, arm: str, reference: str, key: str, metric: Metric, ma
     result = {"arm": arm, "reference": reference, "metric": key, "n": len(seeds), **dict.fromkeys(statistics)}
     if not seeds:
         diverged = {
-            name: sum(bool(run.metrics and run.metrics.get("diverged")) for run in runs[name].values())
-            for name in (arm, reference)
+            name: sum(
+                bool(run.metrics and run.metrics.get("diverged")) and seed not in measured
+                for seed, run in runs[name].items()
+            )
+            for name, measured in ((arm, by_seed), (reference, reference_by_seed))
         }
         reasons = [f"{name}: {count} of {len(runs[name])} diverged" for name, count in diverged.items() if count]
         return result | {"word": "; ".join(reasons) or "not run"}
@@ -152,4 +166,5 @@ def _row(runs: Runs, arm: str, metrics: Mapping[str, Metric], remark_of: RemarkF
         },
         "diverged": diverged,
         "missing": [seed for seed in runs[arm] if seed not in measured],
+        "seeds": len(runs[arm]),
     }

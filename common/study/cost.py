@@ -81,7 +81,7 @@ def count_runs(request: Request, design: Design, studies: Sequence[Study]) -> Ar
     seeds: dict[str, set[int]] = {}
     for study in studies:
         for arm in study.arms:
-            seeds.setdefault(f"{design.paper}/{arm}", set()).update(request.seeds_of(study))
+            seeds.setdefault(f"{design.paper}/{arm}", set()).update(request.seeds_of(study, arm))
     return {arm: len(arm_seeds) for arm, arm_seeds in seeds.items()}
 
 
@@ -102,7 +102,7 @@ def cost_tables(studies: dict[str, ArmRuns], total: ArmRuns, costs: dict[str, Co
         study_rows.append([study, str(sum(arms.values())), duration(hours) + unknown])
     note = (
         "Runs one after the other. Source `rehearsal`: training only, without the per-epoch kNN evaluation and "
-        "eval.py. CoCoRD's teachers, trained once for all seeds, are not counted."
+        "eval.py. CoCoRD's teachers are not counted."
     )
     return "\n\n".join([align(arm_rows), align(study_rows), note])
 

@@ -14,6 +14,13 @@ from dataclasses import dataclass, field, replace
 from common.cli import SCALES
 
 RATES = {"third": "--lr-factor 0.333", "triple": "--lr-factor 3"}  # setting of an arm -> flags
+FIRST_SEED = {
+    "demo": 10,
+    "gpu": 0,
+    "paper": 0,
+}  # 0-9 were seen while the demo's recipes were designed, 100-102 are pilots
+MAX_SEEDS = {"demo": 10, "gpu": 5, "paper": 5}
+CALIBRATION = ("no difference", "worse", "better", "higher", "lower")  # results that a study may expect
 ROBUSTNESS = "Do the primary contrasts hold at a third and at three times the learning rate?"
 
 
@@ -57,13 +64,15 @@ class Metric:
 class Arm:
     """One configuration (set of flags) of train.py. `reference` is the arm that it is compared with in a study.
 
-    `needs` is the teacher whose weights it loads. `name` may end in "@setting" (a task or a pair of networks).
+    `needs` is the teacher whose weights it loads. `data` is the file under DATA that its runs need, if not that of the
+    design. `name` may end in "@setting" (a task, a data set or a pair of networks).
     """
 
     name: str
     flags: str = ""
     reference: str = ""
     needs: str = ""
+    data: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,6 +110,10 @@ class Study:
     A contrast is "arm:reference", or an Arm that is declared here and names its reference. The verdict comes from the
     first `primary` contrasts on `metric`. The verdict "no difference" requires an interval within ± `margin`, in the
     unit of the metric. The margin is declared before any run.
+
+    The arms of primary contrasts and their baselines run `n` seeds, all other arms the first `n_other` of these (at
+    most MAX_SEEDS of the scale). `seeds` are filled in by the Design. `expected` makes the study a calibration: for
+    every primary arm the verdict that a published effect, or equal arms (A/A), should give.
     """
 
     name: str
@@ -111,9 +124,12 @@ class Study:
     must_beat: Sequence[MustBeat] = ()
     margin: float | None = None
     published: str = "none published"
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    n: int = 10
+    n_other: int = 5
+    seeds: tuple[int, ...] = ()
     extra: bool = False
     sweep: Sweep | None = None
+    expected: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
@@ -142,9 +158,15 @@ class Study:
         indices = {index for pair in self.pairs[: self.primary] for index in required_baselines(*pair, tested)}
         return [self.must_beat[index] for index in sorted(indices)]
 
+    def seeds_of(self, arm: str) -> tuple[int, ...]:
+        """Return the seeds of an arm: all if a primary contrast or its baseline needs the arm."""
+        return self.seeds if arm in self.primary_only.arms else self.seeds[: self.n_other]
+
     @property
     def group(self) -> str:
-        """The make target that includes the study: "all", "robustness", "curves", or "" for other extras."""
+        """The make target that includes the study: "all", "calibration", "robustness", "curves", or "" for others."""
+        if self.expected:
+            return "calibration"
         if not self.extra:
             return "all"
         if not self.sweep:
@@ -172,7 +194,7 @@ class Robustness:
     metrics: Sequence[str]
     must_beat: Sequence[MustBeat] | None = None
     published: str = "none published"
-    seeds: tuple[int, ...] = (0, 1, 2)
+    n: int = 5
 
 
 @dataclass
@@ -180,19 +202,23 @@ class Design:
     """All arms and studies of a paper at one scale. Raises DesignError if a name is undeclared or declared twice.
 
     `paper` is the folder. `data` is the file under DATA that the runs need ("" for none). `arms` lists arms that no
-    study declares. `baselines` lists metrics that serve only as baselines and appear in no table. After construction
-    every contrast is a string "arm:reference".
+    study declares. `baselines` lists metrics that serve only as baselines and appear in no table. `chance` has the
+    value that a diverged run gets, by metric and data set ("": any other data set). `base` is the arm that the A/A
+    study runs a second time. After construction every contrast is a string "arm:reference", and every study has seeds.
     """
 
     paper: str
     title: str
+    scale: str
     metrics: Mapping[str, Metric]
     studies: Sequence[Study]
     arms: Sequence[Arm] = ()
     teachers: Sequence[Arm] = ()
     data: str = ""
     baselines: Sequence[str] = ()
+    chance: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     robustness: Robustness | None = None
+    base: str = "base"
     by_name: dict[str, Arm] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -202,6 +228,9 @@ class Design:
             replace(study, contrasts=[_contrast_name(study, contrast) for contrast in study.contrasts])
             for study in self.studies
         ]
+        if again := _again(self, declared):
+            declared.append(again[0])
+            self.studies = [*self.studies, again[1]]
         if self.robustness:
             robustness = _robustness(self)
             declared += [
@@ -213,6 +242,7 @@ class Design:
             main_studies = [study for study in self.studies if not study.extra]
             extras = [study for study in self.studies if study.extra]
             self.studies = [*main_studies, robustness, *extras]
+        self.studies = [self._with_seeds(study) for study in self.studies]
         for key, metric in self.metrics.items():
             if metric.better not in ("higher", "lower", ""):
                 raise DesignError(f"metric '{key}': set better to 'higher', 'lower' or ''")
@@ -232,6 +262,11 @@ class Design:
             if arm.needs and arm.needs not in {teacher.name for teacher in self.teachers}:
                 raise DesignError(f"arm '{arm.name}' needs the undeclared teacher '{arm.needs}'")
 
+    def _with_seeds(self, study: Study) -> Study:
+        """Return the study with the seeds of the scale, unless it declares its own."""
+        first, n = FIRST_SEED[self.scale], min(study.n, MAX_SEEDS[self.scale])
+        return study if study.seeds else replace(study, seeds=tuple(range(first, first + n)))
+
     def _check(self, study: Study) -> None:
         """Raise DesignError if the study uses an undeclared name, or if its verdict could never be informative."""
         names = [other.name for other in self.studies]
@@ -246,7 +281,13 @@ class Design:
         for arm in study.arms:
             if arm not in self.by_name:
                 raise DesignError(f"{study.name} uses the undeclared arm '{arm}'")
-        metrics = [study.metric] + [item.metric for item in study.must_beat]
+        primary_arms = sorted(arm for arm, _ in study.pairs[: study.primary])
+        if study.expected and sorted(study.expected) != primary_arms:
+            raise DesignError(f"{study.name}: expected must name the arms of the primary contrasts, each once")
+        for word in study.expected.values():
+            if word not in CALIBRATION:
+                raise DesignError(f"{study.name}: invalid expected '{word}': give one of {', '.join(CALIBRATION)}")
+        metrics = [study.metric, *self.chance] + [item.metric for item in study.must_beat]
         if study.sweep:
             metrics += study.sweep.metrics
         for metric in metrics:
@@ -317,6 +358,32 @@ def _contrast_name(study: Study, contrast: str | Arm) -> str:
     return name
 
 
+def _again(design: Design, declared: Sequence[Arm]) -> tuple[Arm, Study] | tuple[()]:
+    """Build the arm `base-again` and its A/A study, with metric, margin and baselines of the main studies.
+
+    The arm equals `design.base`, with other initial weights and order on the same data.
+    """
+    main_studies = [study for study in design.studies if not study.extra]
+    base = next((arm for arm in declared if arm.name == design.base), None)
+    must_beat = [item for study in main_studies for item in study.must_beat if item.arm == design.base]
+    if base is None or not must_beat:
+        return ()
+    name, at, setting = design.base.partition("@")
+    arm = replace(base, name=f"{name}-again{at}{setting}", flags=f"{base.flags} --seed-offset 1000".strip())
+    study = Study(
+        name=f"{design.paper}-base-again",
+        question="A/A test: does the analysis report a difference between two equal arms?",
+        contrasts=[f"{arm.name}:{base.name}"],
+        metric=main_studies[0].metric,
+        must_beat=list(dict.fromkeys(must_beat)),
+        margin=main_studies[0].margin,
+        published="no difference, since the arms are equal",
+        extra=True,
+        expected={arm.name: "no difference"},
+    )
+    return arm, study
+
+
 def _robustness(design: Design) -> Study:
     """Build the robustness study: the primary contrasts of all main studies at three learning rates.
 
@@ -350,7 +417,7 @@ def _robustness(design: Design) -> Study:
         ],
         margin=main_studies[0].margin,
         published=design.robustness.published,
-        seeds=design.robustness.seeds,
+        n=design.robustness.n,
         extra=True,
         sweep=Sweep(design.robustness.metrics),
     )

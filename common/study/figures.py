@@ -369,9 +369,9 @@ def dots(
         for index, (axis, panel) in enumerate(zip(axes, panels, strict=True)):
             axis.set_title(panel.title)
             draw_dots(axis, panel, {arm: styles[arm] for arm in arms[index // columns]}, remarks)
-        text = "Dots: training seeds; stroke: mean; bar: 95 % Student-t interval (data and split fixed)"
+        text = "Dots: seeds; stroke: mean; bar: 95 % Student-t interval"
         if all(len(seeds) < 2 for panel in panels for seeds in panel.values.values()):
-            text = "One training seed: no interval"
+            text = "One seed: no interval"
         marks = f"; hollow: {hollow}. " if any(panel.hollow for panel in panels) else ". "
         separate_labels(figure)
         return Drawing(figure, (text + marks + caption).strip())

@@ -24,7 +24,10 @@ from common.study.statistics import holm
 Summary = Mapping[str, Any]
 Marks = Mapping[tuple[str, str, str], str]  # (study, arm, reference) -> text after the verdict
 ROOT = Path(__file__).resolve().parents[2]
-TITLES = {"index": "Ablation studies", "extras": "Robustness, curves and other extras"}  # file name -> title
+TITLES = {
+    "index": "Ablation studies",
+    "extras": "Calibration, robustness, curves and other extras",
+}  # file name -> title
 GREY = "#777777"
 RESOLVED = ("worse", "better", "higher", "lower")  # verdicts that Holm's correction can put in doubt
 TESTED = (*RESOLVED, "no difference", "unclear")
@@ -434,7 +437,8 @@ def study_html(
     provenance = []
     for key, value in summary["provenance"].items():
         values = value if isinstance(value, list) else [value]
-        provenance.append(f"{key}: {', '.join(str(item)[:20] for item in values)}")
+        text = ", ".join(str(item)[:20] for item in values) if len(values) < 5 else f"{len(values)} different"
+        provenance.append(f"{key}: {text}")
     notes = "".join(f"<li>{escape(note)}</li>" for note in summary["notes"])
     headline, *others = sentences(summary)
     second = summary.get("remark", "").replace(" -> ", " → ") or (
@@ -464,6 +468,24 @@ def study_html(
     return head + "\n".join(part for part in parts if part) + "\n</section>"
 
 
+def apparatus_counts(folder: Path, extras: Sequence[str]) -> str:
+    """Return one sentence on the calibrations in `folder`: false alarms of A/A tests, and known effects. "" if none."""
+    equal_arms: list[str] = []
+    effects: list[str] = []
+    for name in extras:
+        summary = read_summary(folder, name)
+        if not isinstance(summary, str) and summary.get("expected"):
+            words = [word for word in summary["calibration"].values() if word != "not run"]
+            (equal_arms if name.endswith("-base-again") else effects).extend(words)
+    parts = []
+    if equal_arms:
+        parts.append(f"A/A tests: {equal_arms.count('reversed')} of {len(equal_arms)} gave a false difference.")
+    if effects:
+        counts = [f"{effects.count(word)} {word}" for word in ("reproduced", "reversed", "unclear")]
+        parts.append(f"Known effects: {', '.join(counts)}.")
+    return " ".join(parts)
+
+
 def study_counts(summaries: Mapping[str, Summary | str]) -> str:
     """Return one sentence: the number of studies, of those run, and of those with a finding."""
     run = [summary for summary in summaries.values() if not isinstance(summary, str)]
@@ -471,8 +493,13 @@ def study_counts(summaries: Mapping[str, Summary | str]) -> str:
     return f"{len(summaries)} studies, {len(run)} run, {findings} with a finding."
 
 
-def write_page(folder: Path, name: str, scale: str, studies: Sequence[str], command: str, other: str = "") -> list[str]:
-    """Write <name>.html into `folder`. Return one line per study with its verdict. `other`: page to link to."""
+def write_page(
+    folder: Path, name: str, scale: str, studies: Sequence[str], command: str, other: str = "", counts: str = ""
+) -> list[str]:
+    """Write <name>.html into `folder`. Return one line per study with its verdict. `other`: page to link to.
+
+    `counts`: see `apparatus_counts`.
+    """
     summaries = {study: read_summary(folder, study) for study in studies}
     figures, title, marks = find_figures(folder, studies), f"{TITLES[name]}, scale {scale}", marks_of(folder, summaries)
     sections = [
@@ -490,8 +517,8 @@ def write_page(folder: Path, name: str, scale: str, studies: Sequence[str], comm
 </head>
 <body>
 <h1>{escape(title)}</h1>
-<p>{study_counts(summaries)} Published values come from the papers' data and training length: compare signs, not
-sizes.{link}</p>
+<p>{study_counts(summaries)} {counts} Published values come from the papers' data and training length: compare signs,
+not sizes.{link}</p>
 <p class="legend">{legend(summaries, markup=True)}</p>
 {overview_html(summaries, marks)}
 {"".join(sections)}
@@ -505,9 +532,10 @@ sizes.{link}</p>
 def write_pages(folder: Path, scale: str, studies: Sequence[str], extras: Sequence[str], command: str) -> list[str]:
     """Write index.html, and extras.html if an extra has a summary. Return one line per study with its verdict."""
     finished_extras = [study for study in extras if (folder / f"{study}.json").exists()]
-    lines = write_page(folder, "index", scale, studies, command, "extras" if finished_extras else "")
+    counts = apparatus_counts(folder, finished_extras)
+    lines = write_page(folder, "index", scale, studies, command, "extras" if finished_extras else "", counts)
     if finished_extras:
-        lines += write_page(folder, "extras", scale, finished_extras, command, "index")
+        lines += write_page(folder, "extras", scale, finished_extras, command, "index", counts)
     return lines
 
 
@@ -560,13 +588,16 @@ def results_table(folder: Path, studies: Sequence[str], link: str) -> str:
     return f"{table}\n\n‡ {EARLIER}: {EARLIER_CAPTION}" if "‡" in table else table
 
 
-def readme(folder: Path, name: str, scale: str, studies: Sequence[str], command: str) -> str:
-    """Return the page as Markdown: overview, legend, then each study with its figures and folded tables."""
+def readme(folder: Path, name: str, scale: str, studies: Sequence[str], command: str, counts: str = "") -> str:
+    """Return the page as Markdown: overview, legend, then each study with its figures and folded tables.
+
+    `counts`: see `apparatus_counts`.
+    """
     summaries = {study: read_summary(folder, study) for study in studies}
     figures = find_figures(folder, studies)
     parts = [
         f"# {TITLES[name]}, scale {scale}",
-        f"{study_counts(summaries)} As an HTML page: `make page SCALE={scale}`.",
+        f"{study_counts(summaries)} {counts}".strip() + f" As an HTML page: `make page SCALE={scale}`.",
         overview_markdown(summaries, marks_of(folder, summaries)),
         legend(summaries, markup=False),
     ]

@@ -9,7 +9,7 @@ from common.cli import SCALES, Parser, fail, int_in
 from common.study import figures, page, sweeps, tables
 from common.study.analysis import RemarkFunction, summarise
 from common.study.design import Design, DesignError, Metric, Settings, Study
-from common.study.results import Runs, View, read_runs
+from common.study.results import Runs, View, data_seeds, read_runs
 
 
 def parse_args(description: str | None, argv: Sequence[str] | None) -> Any:
@@ -75,9 +75,10 @@ def draw(
     except DesignError as error:
         fail(str(error))
     args.runs = args.runs or Path("runs", args.scale, paper.paper)
+    seeds = {arm: args.seeds or study.seeds_of(arm) for arm in study.arms}
     args.seeds = args.seeds or list(study.seeds)
     args.results = args.results or Path("runs", args.scale, "report")
-    runs = read_runs(args.runs, study.arms, args.seeds)
+    runs = read_runs(args.runs, seeds, paper.chance)
     study, not_run = drop_arms_without_runs(study, runs)
     runs = {arm: runs[arm] for arm in study.arms}
     data = describe(runs)
@@ -90,11 +91,12 @@ def draw(
         "data": data,
         "reproduce": args.reproduce or f"make {study.name} SCALE={args.scale}",
         "not_run": not_run,
+        "seed_draws": "data, initial weights and order" if len(data_seeds(runs)) > 1 else "initial weights and order",
     }
     if not_run:
         summary["notes"].insert(0, f"Not run: {', '.join(not_run)}.")
     styles = figures.arm_styles(list(paper.by_name), [other.arms for other in paper.studies if not other.sweep])
-    view = View(args, study, runs, summary, data, f"{data[0].upper()}{data[1:]}. ", styles)
+    view = View(args, study, runs, summary, data, f"{data[0].upper()}{data[1:]}. ", styles, paper.chance)
     drawn = dict(sweeps.draw(view) if study.sweep else draw_figures(view))
     if not study.sweep:
         drawn = {"differences": figures.differences(view.summary), **drawn}

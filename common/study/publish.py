@@ -31,8 +31,10 @@ FIXED_VARIABLES = ("SEEDS", "EXTRA", "PAIRS", "TASKS")  # must be unset: they ch
 
 def problems(request: Request, design: Design, study: Study) -> list[str]:
     """Return one sentence per reason why the runs of a study cannot be published."""
-    arms = dict.fromkeys(name for arm in study.arms for name in (design.arm(arm).needs, arm) if name)
-    folders = {request.folder(design, arm, seed): arm for arm in arms for seed in study.seeds}
+    folders: dict[Path, str] = {}
+    for arm in study.arms:
+        for name in filter(None, (design.arm(arm).needs, arm)):
+            folders |= {request.folder(design, name, seed): name for seed in study.seeds_of(arm)}
     finished: dict[Path, dict[str, Any]] = {}
     missing, other_flags, dirty = [], [], []
     for folder, arm in folders.items():
@@ -46,11 +48,14 @@ def problems(request: Request, design: Design, study: Study) -> list[str]:
         if provenance.get("dirty") is not False:
             dirty.append(folder)
     sources: dict[str, set[Any]] = {}
-    data: dict[str, set[Any]] = {}
+    data: dict[tuple[str, int], set[Any]] = {}
     for folder, provenance in finished.items():
-        sources.setdefault(provenance.get("script", ""), set()).add(provenance.get("source"))
-        setting = folders[folder].partition("@")[2]
-        data.setdefault(setting, set()).add(provenance.get("data"))
+        script = provenance.get("script", "")
+        sources.setdefault(script, set()).add(provenance.get("source"))
+        if folders[folder] not in design.teacher_names():
+            sources.setdefault(f"{design.paper}/eval.py", set()).add(provenance["eval_source"])
+        setting, block = folders[folder].partition("@")[2], request.data_seed(int(folder.name))
+        data.setdefault((setting, block), set()).add(provenance.get("data"))
     mixed = [script for script, versions in sources.items() if len(versions) > 1]
     remedy = f"run make {study.name} SCALE={request.scale}"
     reasons = []
@@ -76,7 +81,8 @@ def _provenance(folder: Path, teacher: bool) -> dict[str, Any]:
     if not (folder / "model.pt").exists() or not (teacher or (folder / "metrics.json").exists()):
         return {}
     try:
-        return dict(read_json(folder / "args.json")["provenance"])
+        metrics = {} if teacher else read_json(folder / "metrics.json")
+        return read_json(folder / "args.json")["provenance"] | {"eval_source": metrics.get("eval_source")}
     except (OSError, ValueError, TypeError, KeyError):
         return {}
 
@@ -134,9 +140,10 @@ def write_readmes(request: Request, folder: Path) -> None:
     """Write README.md with the main studies and, if any extra is published, extras.md."""
     main_studies, extras = _main_studies_and_extras(request, folder)
     command = f"make {{}} SCALE={request.scale}"
-    write_text(folder / "README.md", page.readme(folder, "index", request.scale, main_studies, command))
+    counts = page.apparatus_counts(folder, extras)
+    write_text(folder / "README.md", page.readme(folder, "index", request.scale, main_studies, command, counts))
     if extras:
-        write_text(folder / "extras.md", page.readme(folder, "extras", request.scale, extras, command))
+        write_text(folder / "extras.md", page.readme(folder, "extras", request.scale, extras, command, counts))
 
 
 def results_block(folder: Path, studies: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ VARIABLES = ("PAPERS", "SCALE", "SEEDS", "DEVICE", "DATA", "EXTRA", "RUNS", "RES
 VARIABLE_OF_FLAG = {  # flags that EXTRA must not contain -> the variable that sets them
     "--scale": "SCALE",
     "--seed": "SEEDS",
+    "--data-seed": "SEEDS",
     "--device": "DEVICE",
     "--data": "DATA",
     "--out": "RUNS",
@@ -42,6 +43,7 @@ class Request:
     runs: Path
     results: Path
     designs: dict[str, Design]
+    own_data: bool = False  # EXTRA or DATA selects another data set
 
     @classmethod
     def parse(cls, words: Iterable[str]) -> "Request":
@@ -102,6 +104,7 @@ class Request:
             runs=runs,
             results=Path(variables.get("RESULTS") or runs / "report"),
             designs={paper: load(paper, scale, settings) for paper in dict.fromkeys(papers)},
+            own_data=settings.own_data,
         )
 
     @property
@@ -115,11 +118,21 @@ class Request:
         with open(self.data, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    def seeds_of(self, study: Study) -> tuple[int, ...]:
-        """Return the seeds of a study's runs."""
+    def seeds_of(self, study: Study, arm: str = "") -> tuple[int, ...]:
+        """Return the seeds of a study's runs, or those of one arm."""
         if self.seeds:
             return self.seeds
-        return study.seeds[:1] if self.first_seed_only else study.seeds
+        seeds = study.seeds_of(arm) if arm else study.seeds
+        return seeds[:1] if self.first_seed_only else seeds
+
+    @property
+    def seed_draws_data(self) -> bool:
+        """True at demo scale: a seed also draws data, splits and teacher, unless EXTRA or DATA selects the data."""
+        return self.scale == "demo" and not self.own_data
+
+    def data_seed(self, seed: int) -> int:
+        """Return --data-seed of the runs with this seed."""
+        return seed if self.seed_draws_data else 0
 
     def flags(self, design: Design, arm: Arm) -> list[str]:
         """Return the flags of an arm's runs, EXTRA included. From EXTRA a teacher gets only --rehearse."""
@@ -135,8 +148,8 @@ class Request:
         return " ".join(["flags:", shlex.join([*self.flags(design, arm), *matrix])]).strip()
 
     def folder(self, design: Design, arm: str, seed: int) -> Path:
-        """Return the folder of a run. A teacher is trained once, in the folder of seed 0."""
-        return self.runs / design.paper / arm / str(0 if arm in design.teacher_names() else seed)
+        """Return the folder of a run. A teacher is trained once for the seeds that share its data."""
+        return self.runs / design.paper / arm / str(self.data_seed(seed) if arm in design.teacher_names() else seed)
 
     def command(self, goal: str) -> str:
         """Return the make command that reproduces `goal`."""
@@ -151,9 +164,9 @@ class Request:
 
     @property
     def studies(self) -> list[tuple[Design, Study]]:
-        """All studies of the papers: main studies first, then robustness, curves and the other extras."""
+        """All studies of the papers: main studies, calibration, robustness, curves, other extras."""
         pairs = [(design, study) for design in self.designs.values() for study in design.studies]
-        order = ("all", "robustness", "curves", "")
+        order = ("all", "calibration", "robustness", "curves", "")
         return sorted(pairs, key=lambda pair: order.index(pair[1].group))
 
 

@@ -12,7 +12,8 @@ from common.files import read_json
 from common.study.design import Study
 
 PROVENANCE = {  # key in args.json's provenance -> plural for the note about differing values
-    "source": "versions of the code (sha256)",
+    "source": "versions of the training code (sha256)",
+    "eval_source": "versions of the evaluation code (sha256)",
     "data": "data digests",
     "device": "devices",
     "torch": "torch versions",
@@ -41,7 +42,7 @@ class View:
     """Input of a paper's plot.draw: arguments of plot.py, study, runs and the summary of `analysis.summarise`.
 
     `data` describes data and training setup in words. `caption` is the same text as a sentence for figure captions.
-    `styles`: see `figures.arm_styles`.
+    `styles`: see `figures.arm_styles`. `chance`: see `Design`.
     """
 
     args: Any
@@ -51,6 +52,7 @@ class View:
     data: str
     caption: str
     styles: Mapping[str, Mapping[str, Any]]
+    chance: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def reference(self) -> str:
@@ -65,9 +67,20 @@ class View:
         return list(dict.fromkeys([*base, *primary, *self.study.arms]))
 
 
-def read_runs(folder: Path, arms: Sequence[str], seeds: Sequence[int]) -> dict[str, dict[int, RunFiles]]:
-    """Read the runs <folder>/<arm>/<seed>/. Unreadable files are reported in the notes of the run."""
-    return {arm: {seed: _read_run(Path(folder), arm, seed) for seed in seeds} for arm in arms}
+def read_runs(
+    folder: Path, seeds: Mapping[str, Sequence[int]], chance: Mapping[str, Mapping[str, float]] | None = None
+) -> dict[str, dict[int, RunFiles]]:
+    """Read the runs <folder>/<arm>/<seed>/; `seeds` has the seeds of every arm.
+
+    A diverged run gets the values of `chance` (see Design). Unreadable files are reported in the notes of the run.
+    """
+    runs = {arm: {seed: _read_run(Path(folder), arm, seed) for seed in seeds[arm]} for arm in seeds}
+    for run in _all_runs(runs):
+        if run.metrics and run.metrics.get("diverged"):
+            data_set = run.args.get("arguments", {}).get("data_set", "")
+            for metric, by_data_set in (chance or {}).items():
+                run.metrics[metric] = by_data_set.get(data_set, by_data_set.get(""))
+    return runs
 
 
 def _read_run(folder: Path, arm: str, seed: int) -> RunFiles:
@@ -106,14 +119,17 @@ def _all_runs(runs: Runs) -> list[RunFiles]:
 
 
 def values(runs: Runs, arm: str, metric: str) -> dict[int, float]:
-    """Return seed -> value of a metric for one arm. Diverged runs and non-finite values are excluded."""
-    result = {}
-    for seed, run in runs.get(arm, {}).items():
-        if run.metrics and not run.metrics.get("diverged"):
-            value = run.metrics.get(metric)
-            if value is not None and _finite(value):
-                result[seed] = float(value)
-    return result
+    """Return seed -> value of a metric for one arm. Values that are not finite numbers are excluded.
+
+    In a diverged run all metrics are null but those of `read_runs`' `chance`.
+    """
+    by_seed = {seed: run.metrics.get(metric) for seed, run in runs.get(arm, {}).items() if run.metrics}
+    return {seed: float(value) for seed, value in by_seed.items() if value is not None and _finite(value)}
+
+
+def data_seeds(runs: Runs) -> set[int]:
+    """Return the data seeds of the runs. Several: a seed draws data and splits too."""
+    return {run.args["arguments"].get("data_seed", 0) for run in _all_runs(runs) if run.args}
 
 
 def first_arguments(runs: Runs) -> dict[str, Any]:
@@ -140,19 +156,27 @@ def provenance(runs: Runs) -> dict[str, Any]:
     """Return the provenance of args.json, number of runs and hours. A value on which runs differ becomes a list."""
     result: dict[str, Any] = {}
     for key in (*PROVENANCE, "commit", "dirty"):
-        distinct = {run.args["provenance"].get(key) for run in _all_runs(runs) if run.args.get("provenance")}
+        measured = [run for run in _all_runs(runs) if run.metrics or key != "eval_source"]
+        records = [(run.metrics or {}) | run.args.get("provenance", {}) for run in measured]
+        distinct = {record.get(key) for record in records if record}
         result[key] = next(iter(distinct), None) if len(distinct) < 2 else sorted(distinct, key=str)
     seconds = [run.metrics.get("seconds") or 0 for run in _all_runs(runs) if run.metrics]
     return result | {"runs": len(seconds), "hours": round(sum(seconds) / 3600, 2)}
 
 
-def notes(runs: Runs, metrics: Iterable[str]) -> list[str]:
-    """Return one sentence for each missing or diverged run, absent metric, unreadable file and inconsistency."""
+def notes(runs: Runs, metrics: Iterable[str], primary_metric: str = "") -> list[str]:
+    """Return one sentence for each missing or diverged run, absent metric, unreadable file and inconsistency.
+
+    A diverged run counts as chance if it has a value of `primary_metric` (see `read_runs`).
+    """
     result = []
     for arm, by_seed in runs.items():
         measured = {seed: run.metrics for seed, run in by_seed.items() if run.metrics}
         gaps = {"missing": [seed for seed in by_seed if seed not in measured]}
-        gaps["diverged, not averaged"] = [seed for seed, saved in measured.items() if saved.get("diverged")]
+        diverged = {seed: saved for seed, saved in measured.items() if saved.get("diverged")}
+        counted = [seed for seed, saved in diverged.items() if _finite(saved.get(primary_metric))]
+        gaps |= {"diverged, counted as chance": counted}
+        gaps |= {"diverged, left out": [seed for seed in diverged if seed not in counted]}
         gaps |= {f"without {key}": [seed for seed, saved in measured.items() if key not in saved] for key in metrics}
         for gap, seeds in gaps.items():
             if seeds:
@@ -161,7 +185,7 @@ def notes(runs: Runs, metrics: Iterable[str]) -> list[str]:
         result += [note for run in by_seed.values() for note in run.notes]
         arguments = [run.args["arguments"] for run in by_seed.values() if run.args.get("arguments")]
         names = {name for run_arguments in arguments for name in run_arguments}
-        for name in sorted(names - NON_METHOD_FLAGS - {"seed"}):
+        for name in sorted(names - NON_METHOD_FLAGS - {"seed", "data_seed"}):
             distinct = sorted({str(run_arguments.get(name)) for run_arguments in arguments})
             if len(distinct) > 1:
                 result.append(f"{arm}: its seeds differ in --{name.replace('_', '-')} ({', '.join(distinct)}).")
@@ -169,7 +193,7 @@ def notes(runs: Runs, metrics: Iterable[str]) -> list[str]:
     if shared > 1:
         result.append(f"Up to {shared} runs shared a GPU: their times and speeds are not those of a single run.")
     for key, value in provenance(runs).items():
-        if key in PROVENANCE and isinstance(value, list):
+        if key in PROVENANCE and isinstance(value, list) and not (key == "data" and len(data_seeds(runs)) > 1):
             length = 12 if key in ("source", "data") else None
             shown = ", ".join(str(item)[:length] for item in value)
             result.append(f"The runs mix {PROVENANCE[key]}: {shown}.")

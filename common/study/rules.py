@@ -7,8 +7,8 @@ The arguments are make's variables. Prints the path of the file, RUNS/rules-<dig
 the papers, studies and arms. Exits with code 2 if a variable or a design is invalid. Needs only the standard library.
 
 Each run has two rules: train.py writes model.pt, and eval.py writes metrics.json. Each study has a rule that draws it.
-The targets STUDY, PAPER, all, primary, robustness, curves and report start sub-makes, one seed after the other. The
-targets of the sub-makes are STUDY@SEED, STUDY-primary@SEED and STUDY@report.
+The targets STUDY, PAPER, all, primary, calibration, robustness, curves and report start sub-makes, one seed after the
+other. The targets of the sub-makes are STUDY@SEED, STUDY-primary@SEED and STUDY@report.
 """
 
 import contextlib
@@ -50,15 +50,16 @@ def run_rules(request: Request, design: Design, arm: Arm, seed: int) -> str:
     retrain = (folder / "model.pt").exists() and old_flags != new_flags
     script = f"{paper}/{'teacher' if arm.name in design.teacher_names() else 'train'}.py"
     train: list[object] = [script, "--scale", request.scale, "--out", folder, "--seed", folder.name]
+    train += ["--data-seed", request.data_seed(seed)]
     train += ["--device", request.device, "--data", request.data, "--replace"]
     if request.resume_elsewhere:
         train.append("--resume-elsewhere")
     evaluate = [f"{paper}/eval.py", folder, "--device", request.device, "--data", request.data]
     prerequisites = ["$(venv)"]
-    if design.data:
-        prerequisites.append(f"$(data)/{design.data}")
+    if data := arm.data or design.data:
+        prerequisites.append(f"$(data)/{data}")
     if arm.needs:
-        teacher = request.folder(design, arm.needs, 0) / "model.pt"
+        teacher = request.folder(design, arm.needs, seed) / "model.pt"
         train += ["--weights", teacher]
         prerequisites.append(target(teacher))
     train += request.flags(design, arm)
@@ -83,7 +84,9 @@ def study_rules(request: Request, design: Design, study: Study) -> str:
     """
     seeds = request.seeds_of(study)
     plot: list[object] = [f"{design.paper}/plot.py", study.name, "--scale", request.scale]
-    plot += ["--runs", request.runs / design.paper, "--seeds", *seeds, "--results", request.results]
+    plot += ["--runs", request.runs / design.paper, "--results", request.results]
+    if request.seeds or request.first_seed_only:
+        plot += ["--seeds", *seeds]
     plot += ["--reproduce", request.command(study.name)]
     for name in ("PAIRS", "TASKS"):
         if request.variables.get(name, "").strip():
@@ -100,7 +103,8 @@ def study_rules(request: Request, design: Design, study: Study) -> str:
     lines = [f"# {' '.join(study.question.split())}", f"{target(stamp)}: {prerequisites}", *recipe]
     for goal, arms in ((study.name, study.arms), (f"{study.name}-primary", study.primary_only.arms)):
         for seed in seeds:
-            metrics = [target(request.folder(design, arm, seed) / "metrics.json") for arm in arms]
+            in_seed = [arm for arm in arms if seed in request.seeds_of(study, arm)]
+            metrics = [target(request.folder(design, arm, seed) / "metrics.json") for arm in in_seed]
             lines += [
                 f".PHONY: {goal}@{seed}",
                 f"{goal}@{seed}: {target(stamp)}",
@@ -130,15 +134,23 @@ def sub_make_goals(
     return " ".join(words)
 
 
+def teacher_seeds(request: Request, design: Design) -> list[int]:
+    """Return the data seeds for which the teachers of a paper are trained."""
+    seeds = [seed for study in design.studies for seed in request.seeds_of(study)]
+    return sorted({request.data_seed(seed) for seed in seeds})
+
+
 def goal_rules(request: Request) -> str:
     """Return the rules of the targets that a user names: one sub-make per seed, then the page."""
-    by_group: dict[str, list[tuple[Design, Study]]] = {"all": [], "robustness": [], "curves": [], "": []}
+    by_group: dict[str, list[tuple[Design, Study]]] = {
+        name: [] for name in ("all", "calibration", "robustness", "curves", "")
+    }
     for design, study in request.studies:
         by_group[study.group].append((design, study))
     main_studies = by_group["all"]
     goals = {study.name: [(design, study)] for design, study in request.studies}
     goals |= {paper: [pair for pair in main_studies if pair[0].paper == paper] for paper in request.designs}
-    goals |= {group: by_group[group] for group in ("all", "robustness", "curves")}
+    goals |= {group: by_group[group] for group in by_group if group}
     others = ["primary", *(f"{paper}-teachers" for paper, design in request.designs.items() if design.teachers)]
     lines = [f"goals := {' '.join([*goals, *others])} report draw-page up-to-date-page"]
     for goal, studies in goals.items():
@@ -150,7 +162,11 @@ def goal_rules(request: Request) -> str:
     lines += [".PHONY: primary", f"primary: ; $(call seed-by-seed,{primary_goals},{names})"]
     for paper, design in request.designs.items():
         if design.teachers:
-            models = [target(request.folder(design, teacher.name, 0) / "model.pt") for teacher in design.teachers]
+            models = [
+                target(request.folder(design, teacher.name, seed) / "model.pt")
+                for teacher in design.teachers
+                for seed in teacher_seeds(request, design)
+            ]
             lines += [
                 f".PHONY: {paper}-teachers {paper}-teachers@all",
                 f"{paper}-teachers: ; @+$(MAKE) --no-print-directory {paper}-teachers@all",
@@ -195,11 +211,12 @@ def rules_text(request: Request) -> str:
     parts = [f"# Rules for make {variables}\n# Generated by every make from <paper>/studies.py. Do not edit."]
     parts += [goal_rules(request), page_rules(request), ".PHONY: FORCE\nFORCE: ;"]
     for design in request.designs.values():
-        parts += [run_rules(request, design, teacher, 0) for teacher in design.teachers]
+        for teacher in design.teachers:
+            parts += [run_rules(request, design, teacher, seed) for seed in teacher_seeds(request, design)]
         seeds: dict[str, dict[int, None]] = {}
         for study in design.studies:
             for arm in study.arms:
-                seeds.setdefault(arm, {}).update(dict.fromkeys(request.seeds_of(study)))
+                seeds.setdefault(arm, {}).update(dict.fromkeys(request.seeds_of(study, arm)))
         for arm, arm_seeds in seeds.items():
             parts += [run_rules(request, design, design.arm(arm), seed) for seed in arm_seeds]
         parts += [study_rules(request, design, study) for study in design.studies]

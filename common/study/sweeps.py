@@ -6,7 +6,7 @@ primary contrasts arm:reference first, then each of them as arm@third:reference@
 """
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -18,6 +18,7 @@ from common.cli import NON_METHOD_FLAGS
 from common.study import analysis, figures, results, tables
 from common.study.design import Sweep
 from common.study.figures import without_setting
+from common.study.statistics import paired
 
 RATE_LABELS = {"third": "a third", "": "base's rate", "triple": "three times"}  # text after an arm's last "@" -> label
 OPPOSITE = {"worse": "better", "better": "worse", "higher": "lower", "lower": "higher"}
@@ -93,8 +94,29 @@ def onset(summary: Mapping[str, Any], swept: Mapping[str, float], metric: str) -
     return "; ".join(phrases)
 
 
+def trend(summary: Mapping[str, Any], swept: Mapping[str, float], metric: str) -> str:
+    """Describe the one trend test of a metric: Spearman's rank correlation with the swept value, one per seed.
+
+    Only seeds that finished all arms count. Returns "" with fewer than three of them or three values.
+    """
+    values = {row["arm"]: row["metrics"].get(metric, {}).get("values", {}) for row in summary["rows"]}
+    seeds = [seed for seed in values[next(iter(swept))] if all(seed in values[arm] for arm in swept)] if swept else []
+    if len(swept) < 3 or len(seeds) < 3:
+        return ""
+    correlations = [rank_correlation([values[arm][seed] for arm in swept]) for seed in seeds]
+    difference = paired(correlations, [0.0] * len(seeds))
+    return f"trend: rank correlation {difference.mean:.2f}, p = {difference.p:.2g}, n = {len(seeds)}"
+
+
+def rank_correlation(values: Sequence[float]) -> float:
+    """Return Spearman's correlation of the values with their order, 0 if all are equal. Ties get their mean rank."""
+    array = np.asarray(values)
+    ranks = (array[:, None] > array).sum(1) + (array[:, None] == array).sum(1) / 2
+    return float(np.corrcoef(np.arange(len(array)), ranks)[0, 1]) if np.ptp(ranks) else 0.0
+
+
 def curve_finding(summary: Mapping[str, Any], swept: Mapping[str, float], sweep: Sweep) -> str:
-    """Return for each metric the means in the order of the swept values, and the onset of the difference."""
+    """Return for each metric the means in the order of the swept values, the onset of the difference and the trend."""
     rows, sentences = {row["arm"]: row["metrics"] for row in summary["rows"]}, []
     reference = next(contrast["reference"] for contrast in summary["contrasts"] if contrast["primary"])
     for name in sweep.metrics:
@@ -108,7 +130,8 @@ def curve_finding(summary: Mapping[str, Any], swept: Mapping[str, float], sweep:
             continue
         phrase = onset(summary, swept, name) if metric["judged"] else ""
         against = f"; against {reference}: {phrase}" if phrase else ""
-        sentences.append(f"{metric['label']}: {', '.join(points)}{against}.")
+        parts = [f"{metric['label']}: {', '.join(points)}{against}", trend(summary, swept, name)]
+        sentences.append("; ".join(filter(None, parts)) + ".")
     return " ".join(sentences) or "No value yet."
 
 

@@ -147,9 +147,12 @@ def finding(summary: Mapping[str, Any]) -> str:
     sentences += [_contrast_sentence(contrast, metric, summary["margin"]) for contrast in primary]
     remarks = []
     for arm in dict.fromkeys(arm for contrast in primary for arm in (contrast["arm"], contrast["reference"])):
-        diverged = len(rows[arm]["diverged"])
-        remarks += [f"{arm} {rows[arm]['word']}"] if rows[arm]["word"] else []
-        remarks += [f"{arm}: {diverged} of {len(summary['seeds'])} diverged, not averaged"] if diverged else []
+        row = rows[arm]
+        remarks += [f"{arm} {row['word']}"] if row["word"] else []
+        if row["diverged"]:
+            values = row["metrics"].get(summary["primary_metric"], {"values": {}})["values"]
+            treatment = "counted as chance" if str(row["diverged"][0]) in values else "left out"
+            remarks.append(f"{arm}: {len(row['diverged'])} of {row['seeds']} diverged, {treatment}")
     secondary = []
     for contrast in summary["contrasts"]:
         if not contrast["primary"] and contrast["mean"] is not None:
@@ -232,7 +235,7 @@ def arms_table(summary: Mapping[str, Any], arms: Collection[str] | None = None) 
         remarks = [row["word"]] if row["word"] else []
         for state in ("diverged", "missing"):
             if row[state]:
-                remarks.append(f"{len(row[state])} of {len(summary['seeds'])} {state}")
+                remarks.append(f"{len(row[state])} of {row.get('seeds', len(summary['seeds']))} {state}")
         n = row["metrics"].get(summary["primary_metric"], {"n": 0})["n"]
         table.append([row["arm"], row["flags"], *cells, str(n), "; ".join(remarks)])
     return table
@@ -255,10 +258,11 @@ def differences_table(summary: Mapping[str, Any], arms: Collection[str] | None =
 
 def caption(summary: Mapping[str, Any]) -> str:
     """Return the caption of `arms_table`."""
-    n = len(summary["seeds"])
-    if n == 1:
-        return "Values of one training seed: no interval."
-    return f"Mean and 95 % Student-t interval over n training seeds, {n} requested (data and split fixed)."
+    if len(summary["seeds"]) == 1:
+        return "Values of one seed: no interval."
+    return (
+        f"Mean and 95 % Student-t interval over n seeds. A seed draws {summary.get('seed_draws', 'initial weights')}."
+    )
 
 
 def markdown(table: list[list[str]]) -> str:
