@@ -74,7 +74,10 @@ def design(scale: str, settings: Settings) -> Design:
         study(
             "simsiam-predictor",
             "What does the predictor contribute, and does it have to learn?",
-            ["no-predictor:base", "frozen-predictor:base"],
+            [
+                "no-predictor:base",
+                "frozen-predictor:base",
+            ],
             published="linear 67.7 with, 0.1 without, 1.5 fixed at its random start (table 1; ImageNet, ResNet-50, "
             "100 epochs)",
         ),
@@ -88,10 +91,12 @@ def design(scale: str, settings: Settings) -> Design:
             "4.6; ImageNet, ResNet-50, 100 epochs)",
         ),
     ]
+    declared = [Arm(name, arm_flags) for name, arm_flags in flags.items()]
+    declared += [arm for main_study in main_studies for arm in main_study.contrasts if isinstance(arm, Arm)]
     mnist_arms = [
-        Arm(f"{name}@mnist5k", f"{arm_flags} --data-set mnist5k".strip(), data="mnist5k.pt")
-        for name, arm_flags in flags.items()
-        if any(name in main_study.arms for main_study in main_studies)
+        Arm(f"{arm.name}@mnist5k", f"{arm.flags} --data-set mnist5k".strip(), data="mnist5k.pt")
+        for arm in declared
+        if any(arm.name in main_study.arms for main_study in main_studies)
     ]
     rates = ["", "@third", "@triple"]
     extras = [

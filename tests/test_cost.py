@@ -53,8 +53,8 @@ def test_the_cost_of_a_full_run_is_extrapolated_from_a_rehearsal(tmp_path):
 
 def test_cost_tables_count_shared_arms_once_and_mark_unknown_arms(tmp_path, capsys):
     rehearsals = tmp_path / "rehearsals"
-    rehearsal(rehearsals / "bsa/base/0", rate=50.0)
-    rehearsal(rehearsals / "bsa/no-alignment/0", rate=100.0)
+    rehearsal(rehearsals / "bsa/base/10", rate=50.0)
+    rehearsal(rehearsals / "bsa/no-alignment/10", rate=100.0)
     finished_run(tmp_path / "runs/bsa/mse/0", 1800.0, flags="flags: --reconstruction mse --alignment mse")
     words = ["PAPERS=bsa", "SCALE=demo", f"RUNS={tmp_path / 'runs'}", "SEEDS=0 1 2", "--rehearsals", str(rehearsals)]
     cost.main(words)
@@ -67,10 +67,25 @@ def test_cost_tables_count_shared_arms_once_and_mark_unknown_arms(tmp_path, caps
     assert "24 10.5 h + unknown arms" in " ".join(printed.split())  # base belongs to both studies
     cost.main([*words, "--unknown"])
     unknown = capsys.readouterr().out.split()
-    assert f"{rehearsals}/bsa/base/0/metrics.json" in unknown and not any("/mse/" in path for path in unknown)
+    assert f"{rehearsals}/bsa/base/10/metrics.json" in unknown and not any("/mse/" in path for path in unknown)
     with pytest.raises(SystemExit) as end:
         cost.main(["PAPERS=toy"])
     assert end.value.code == 2 and "no paper 'toy'" in capsys.readouterr().err
+
+
+def test_only_the_arms_of_primary_contrasts_are_counted_with_all_seeds(tmp_path):
+    """Ten seeds at demo scale, five for the other arms. At other scales and with SEEDS all arms have the same seeds."""
+
+    def counts(*words):
+        request = parse_request(tmp_path, *words)
+        design = request.designs["bsa"]
+        return cost.count_runs(request, design, [design.study("bsa-distance")])
+
+    demo, gpu, given = counts(), counts("SCALE=gpu"), counts("SEEDS=3 4")
+    assert {arm: demo[f"bsa/{arm}"] for arm in ("base", "mse", "mse-alignment")} == {
+        "base": 10, "mse": 10, "mse-alignment": 5
+    }  # fmt: skip
+    assert set(gpu.values()) == {5} and set(given.values()) == {2}
 
 
 def test_durations_are_given_in_hours_minutes_or_seconds():

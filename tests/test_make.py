@@ -1,7 +1,9 @@
 """Behaviour of make with a fake python whose runs take milliseconds: order, up-to-date checks, changes, failures."""
 
 import ast
+import importlib
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -12,6 +14,10 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+
+from common.study import rules
+from common.study.design import load
+from common.study.request import Request
 
 PAPERS = ("simsiam", "conmim", "cocord", "bsa", "seqvcr")
 FAKE = f"""#!{sys.executable} -IS
@@ -143,8 +149,8 @@ def test_a_study_runs_seed_by_seed_and_then_is_up_to_date(repo):
 def test_other_seeds_redraw_the_study_without_new_runs(repo):
     repo.make("simsiam-predictor", "SEEDS=0 1 2")
     code, calls, _ = repo.make("simsiam-predictor", "SEEDS=0 1")
-    assert code == 0 and runs(calls) == runs(calls, "eval") == [] and "--seeds 0 1 --results" in calls[-2]
-    repo.edit('Arm("frozen-predictor", "--predictor frozen", reference="base"),', "")
+    assert code == 0 and runs(calls) == runs(calls, "eval") == [] and "--seeds 0 1 --reproduce" in calls[-2]
+    repo.edit('["no-predictor:base", "frozen-predictor:base"]', '["no-predictor:base"]')
     _, calls, _ = repo.make("simsiam-predictor", "SEEDS=0 1")
     assert runs(calls) == runs(calls, "eval") == [] and calls[0].startswith("simsiam/plot.py simsiam-predictor ")
 
@@ -276,6 +282,126 @@ def test_only_publish_writes_to_results(repo):
     assert calls[0].endswith(" simsiam-predictor bsa-distance")
 
 
+def commands(*words: str) -> dict[str, list[str]]:
+    """Return run ("paper/arm/seed") -> words of its training command, from the generated rules."""
+    text = rules.rules_text(Request.parse(["RUNS=no-runs", *words]))
+    lines = re.findall(r"^no-runs/(\S+)/model\.pt: .*\n\t\$\(run\) (.*)$", text, re.MULTILINE)
+    return {run: shlex.split(command) for run, command in lines}
+
+
+def value(command: list[str], flag: str) -> str:
+    assert command.count(flag) == 1
+    return command[command.index(flag) + 1]
+
+
+def seeds_by_arm(*words: str) -> dict[str, list[int]]:
+    """Return arm -> seeds for which the generated rules have a run of SimSiam."""
+    result: dict[str, list[int]] = {}
+    for run in commands("PAPERS=simsiam", *words):
+        _, arm, seed = run.split("/")
+        result.setdefault(arm, []).append(int(seed))
+    return result
+
+
+def test_primary_arms_have_ten_seeds_and_others_five_at_demo_scale():
+    demo, gpu, paper = (seeds_by_arm(f"SCALE={scale}") for scale in ("demo", "gpu", "paper"))
+    for arm in ("base", "no-predictor", "no-stop-gradient", "base-again"):
+        assert sorted(demo[arm]) == list(range(10, 20))
+    for arm in ("narrow", "projector-bn", "no-predictor@third"):
+        assert sorted(demo[arm]) == list(range(10, 15))
+    assert all(sorted(seeds) == list(range(5)) for seeds in [*gpu.values(), *paper.values()])
+    assert {tuple(seeds) for seeds in seeds_by_arm("SCALE=demo", "SEEDS=3 4").values()} == {(3, 4)}
+    for scale, first in (("demo", 10), ("gpu", 0)):
+        assert {tuple(seeds) for seeds in seeds_by_arm(f"SCALE={scale}", "SEEDS=first").values()} == {(first,)}
+
+
+def test_the_targets_of_a_seed_need_only_the_arms_that_run_it():
+    text = rules.rules_text(Request.parse(["RUNS=no-runs", "PAPERS=simsiam", "SCALE=demo"]))
+
+    def needed(goal: str) -> set[str]:
+        pattern = rf"^ifneq \(\$\(filter {goal},\$\(MAKECMDGOALS\)\),\)\n\S+: (.*)$"
+        (metrics,) = re.findall(pattern, text, re.MULTILINE)
+        return {"/".join(Path(path).parts[2:4]) for path in metrics.split()}
+
+    assert needed("simsiam-projector@14") == {f"{a}/14" for a in ("base", "no-projector", "projector-bn", "narrow")}
+    assert needed("simsiam-projector@15") == needed("simsiam-projector-primary@15") == {"base/15", "no-projector/15"}
+    plots = [line for line in text.splitlines() if "simsiam/plot.py simsiam-projector " in line]
+    assert plots and not any("--seeds" in line for line in plots)  # plot.py takes the declared seeds of every arm
+    given = rules.rules_text(Request.parse(["RUNS=no-runs", "PAPERS=simsiam", "SCALE=demo", "SEEDS=3 4"]))
+    assert "--seeds 3 4 --reproduce" in given
+
+
+def test_at_demo_scale_a_seed_draws_the_data_too(tmp_path):
+    """At other scales, and if EXTRA or DATA selects the data, all seeds have data seed 0."""
+    demo = commands("PAPERS=simsiam bsa", "SCALE=demo")
+    assert len(demo) > 100
+    for run, command in demo.items():
+        assert value(command, "--seed") == value(command, "--data-seed") == run.split("/")[-1]
+    (tmp_path / "m.npy").write_text("a matrix")
+    given = [["SCALE=gpu"], ["SCALE=paper"]]
+    given += [["SCALE=demo", f"EXTRA={extra}"] for extra in ("--data-set cifar10", "--epochs 3 --data-set=folder")]
+    for words in [*given, ["SCALE=demo", f"DATA={tmp_path / 'm.npy'}"]]:
+        for run, command in commands("PAPERS=bsa", *words).items():
+            assert (value(command, "--seed"), value(command, "--data-seed")) == (run.split("/")[-1], "0")
+    other = commands("PAPERS=bsa", "SCALE=demo", "EXTRA=--epochs 3", "DATA=a-folder", "SEEDS=7")
+    assert {value(command, "--data-seed") for command in other.values()} == {"7"}
+
+
+@pytest.mark.parametrize(
+    ("words", "blocks"),
+    [
+        (["SCALE=demo"], list(range(10, 20))),
+        (["SCALE=demo", "SEEDS=3 4"], [3, 4]),
+        (["SCALE=demo", "SEEDS=first"], [10]),
+        (["SCALE=demo", "EXTRA=--data-set cifar100"], [0]),
+        (["SCALE=gpu"], [0]),
+        (["SCALE=gpu", "SEEDS=3 4"], [0]),
+    ],
+)
+def test_a_teacher_is_trained_once_per_block_and_the_students_of_the_block_load_it(words, blocks):
+    runs = commands("PAPERS=cocord", *words)
+    teachers: dict[str, list[int]] = {}
+    for run, command in runs.items():
+        _, arm, seed = run.split("/")
+        if arm.startswith("teacher@"):
+            assert command[0] == "cocord/teacher.py" and value(command, "--seed") == value(command, "--data-seed")
+            teachers.setdefault(arm, []).append(int(seed))
+    assert len(teachers) > 3 and all(sorted(seeds) == blocks for seeds in teachers.values())
+    students = {run: command for run, command in runs.items() if "--weights" in command}
+    assert len(students) > 10
+    for run, command in students.items():
+        block = run.split("/")[-1] if blocks != [0] else "0"
+        assert value(command, "--data-seed") == block
+        teacher = f"no-runs/cocord/teacher@{value(command, '--teacher')}/{block}/model.pt"
+        assert value(command, "--weights") == teacher and teacher.removesuffix("/model.pt")[8:] in runs
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_the_scripts_accept_the_generated_commands(paper):
+    """The arm base-again has the data of its block, and other initial weights and order."""
+    runs = commands(f"PAPERS={paper}", "SCALE=demo")
+    base = load(paper, "demo").base
+    again = load(paper, "demo").study(f"{paper}-base-again").pairs[0][0]
+    names = [f"{paper}/{arm}/12" for arm in (base, again)] + [run for run in runs if "teacher@" in run][:1]
+    for name in names:
+        script, *flags = runs[name]
+        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+        args = module.parse_args(flags)
+        seed = int(name.split("/")[-1])
+        assert args.data_seed == seed and args.seed == (seed + 1000 if again in name else seed)
+
+
+def test_calibration_runs_equal_arms_and_draws_them(repo):
+    code, calls, printed = repo.make("calibration", "PAPERS=bsa cocord", "SEEDS=12")
+    assert code == 0, printed
+    trained = [call for call in calls if "/train.py" in call]
+    assert len(trained) == 5  # base and base-again of each paper; CoCoRD's baseline is trained without a teacher
+    offset = [call for call in trained if "--seed 12 --data-seed 12 " in call and call.endswith("--seed-offset 1000")]
+    assert len(offset) == 2
+    assert {call.split()[1] for call in calls if "plot.py" in call} == {"bsa-base-again", "cocord-base-again"}
+    assert repo.make("calibration", "PAPERS=bsa cocord", "SEEDS=12")[:2] == (0, [])
+
+
 def test_the_generated_rules_are_a_readable_file(repo):
     """The file has two rules per run and one per study and seed, with the exact commands. make -n prints its path."""
     _, _, printed = repo.make("simsiam-predictor", "SEEDS=0", "-n")
@@ -292,11 +418,13 @@ def test_the_generated_rules_are_a_readable_file(repo):
 
 
 def test_a_single_file_can_be_a_goal(repo):
-    code, calls, _ = repo.make("runs/demo/simsiam/no-predictor/3/metrics.json")
-    assert code == 0 and runs(calls) == runs(calls, "eval") == ["no-predictor/3"]
-    (repo.folder / "runs/demo/simsiam/no-predictor/3/metrics.json").unlink()
-    code, calls, _ = repo.make("runs/demo/simsiam/no-predictor/3/metrics.json")
-    assert runs(calls) == [] and runs(calls, "eval") == ["no-predictor/3"]
+    code, calls, _ = repo.make("runs/demo/simsiam/no-predictor/13/metrics.json")
+    assert code == 0 and runs(calls) == runs(calls, "eval") == ["no-predictor/13"]
+    (repo.folder / "runs/demo/simsiam/no-predictor/13/metrics.json").unlink()
+    code, calls, _ = repo.make("runs/demo/simsiam/no-predictor/13/metrics.json")
+    assert runs(calls) == [] and runs(calls, "eval") == ["no-predictor/13"]
+    code, calls, printed = repo.make("runs/demo/simsiam/narrow/15/metrics.json")  # a secondary arm: seeds 10 to 14
+    assert code == 2 and not calls and "No rule to make target" in printed
 
 
 def test_folder_names_may_contain_spaces_and_special_characters(repo):
@@ -313,15 +441,15 @@ def test_folder_names_may_contain_spaces_and_special_characters(repo):
 @pytest.mark.parametrize("extra", ['--note "it\'s $HOME #1"', "--note 'a $(shell echo b) % c'", "--note a\\ b"])
 def test_extra_reaches_the_script_as_a_shell_would_pass_it(extra, repo):
     """Quotes, $ and # survive both makes. The file flags of a run is compared without changes."""
-    words = ["runs/demo/simsiam/base/0/model.pt", f"EXTRA={extra}"]
-    code, calls, printed = repo.make("simsiam-stop-gradient", "SEEDS=0", words[1])
+    words = ["runs/demo/simsiam/base/10/model.pt", f"EXTRA={extra}"]
+    code, calls, printed = repo.make("simsiam-stop-gradient", "SEEDS=10", words[1])
     assert code == 0 and len(runs(calls)) == 2, printed
-    saved = ast.literal_eval((repo.folder / "runs/demo/simsiam/base/0/model.pt").read_text())
+    saved = ast.literal_eval((repo.folder / "runs/demo/simsiam/base/10/model.pt").read_text())
     assert saved[-2:] == shlex.split(extra)
-    assert repo.make("simsiam-stop-gradient", "SEEDS=0", words[1])[:2] == (0, [])
-    assert runs(repo.make(words[0])[1]) == ["base/0"]
+    assert repo.make("simsiam-stop-gradient", "SEEDS=10", words[1])[:2] == (0, [])
+    assert runs(repo.make(words[0])[1]) == ["base/10"]
     code, calls, _ = repo.make("cost", "PAPERS=simsiam", words[1])  # rehearses in a third make
-    saved = ast.literal_eval((repo.folder / "runs/rehearsal/demo/simsiam/base/0/model.pt").read_text())
+    saved = ast.literal_eval((repo.folder / "runs/rehearsal/demo/simsiam/base/10/model.pt").read_text())
     assert code == 0 and saved[-4:] == ["--rehearse", "20", *shlex.split(extra)]
 
 
@@ -386,7 +514,7 @@ def test_report_draws_unfinished_studies_and_runs_nothing(repo):
     assert len(set(drawn)) == len(drawn) == len(calls) - 1 == 12
     calls = repo.make("simsiam-predictor", "SEEDS=0")[1]  # the report shows other seeds, so it is redrawn
     assert [call.split()[0] for call in calls] == ["simsiam/plot.py", "-m"] and "--seeds 0 --" in calls[0]
-    repo.make("runs/demo/simsiam/leak-0.1/0/model.pt")  # an extra is drawn if it has a run that no main study shares
+    repo.make("runs/demo/simsiam/leak-0.1/10/model.pt")  # an extra is drawn if it has a run that no main study shares
     assert [call.split()[1] for call in repo.make("report")[1]][12:] == ["simsiam-gradient-leak", "common.study.page"]
 
 
@@ -416,6 +544,8 @@ def test_if_drawing_a_study_fails_the_others_and_the_page_are_drawn(repo):
         ("page RUNS=x", "make page shows results/demo: remove PAPERS"),
         ("simsiam SEEDS=0\\ 00", "give each seed once"),
         ("simsiam EXTRA=--seed=7", "set SEEDS instead of --seed"),
+        ("simsiam EXTRA=--data-seed=3", "set SEEDS instead of --data-seed"),
+        ("simsiam EXTRA=--data-seed\\ 3", "set SEEDS instead of --data-seed"),
         ("simsiam RUNS=a=b", "give a path without ="),
         ("simsiam-predictor@9", "No rule to make target 'simsiam-predictor@9'"),
     ],
@@ -429,10 +559,10 @@ def test_an_invalid_goal_or_variable_fails_before_anything_runs(repo, words, mes
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"no-predictor", "--predictor none"', '"base", "--predictor none"', "arm 'base' is declared twice"),
+        ("arms=[*(Arm(", 'arms=[Arm("base"), *(Arm(', "arm 'base' is declared twice"),
         ('"no-stop-gradient:base"', '"no-stop-gradeint:base"', "uses the undeclared arm 'no-stop-gradeint'"),
         ('"no-stop-gradient:base"', '"no-stop-gradient:bse"', "uses the undeclared arm 'bse'"),
-        ('"--predictor frozen", reference="base"', '"--predictor frozen"', "invalid contrast 'frozen-predictor:'"),
+        ('"frozen-predictor:base"],', '"frozen-predictor:"],', "invalid contrast 'frozen-predictor:'"),
         ('"--predictor frozen"', '"--predictor none"', "'no-predictor' and 'frozen-predictor' have the same flags"),
         ('metric="knn_accuracy"', 'metric="kNN"', "uses the undeclared metric 'kNN'"),
         ('"untrained", "knn_accuracy"', '"untrained", "knn"', "uses the undeclared metric 'knn'"),
@@ -443,7 +573,7 @@ def test_an_invalid_goal_or_variable_fails_before_anything_runs(repo, words, mes
         ('["knn_accuracy", "std_ratio"]', '["knn_accuracy", "std"]', "uses the undeclared metric 'std'"),
         ('"simsiam-projector"', '"simsiam-predictor"', "study 'simsiam-predictor' is declared twice"),
         ('"simsiam-projector"', '"projector"', "invalid study name 'projector': start with 'simsiam-'"),
-        ('arms=[Arm("base")],', 'arms=[Arm("base")]', "SyntaxError: "),
+        ('"SimSiam",', '"SimSiam"', "SyntaxError: "),
         (
             '="untrained_knn_accuracy")',
             '="untrained_knn_acuracy")',
@@ -454,8 +584,10 @@ def test_an_invalid_goal_or_variable_fails_before_anything_runs(repo, words, mes
             "must_beat=[]",
             "contrast no-stop-gradient:base has no baseline: add MustBeat(",
         ),
-        ("seeds=(0, 1, 2)", "seeds=()", "seeds are distinct non-negative integers"),
-        ('"no-predictor", "--p', '"predictor=none", "--p', "invalid arm name 'predictor=none'"),
+        ("n_other=10,", "seeds=(1, 1),", "seeds are distinct non-negative integers"),
+        ('"projector-bn": ', '"projector=bn": ', "invalid arm name 'projector=bn'"),
+        ('expected={"no-bn"', 'expected={"no-bm"', "expected must name the arms of the primary contrasts"),
+        ('"hidden-bn": "no difference"', '"hidden-bn": "equal"', "invalid expected 'equal': give one of no difference"),
         ('["knn_accuracy", "linear_accuracy",', '["linear_accuracy",', "add its primary metric 'knn_accuracy' to"),
         ("LEAKS)", "LEAK)", "NameError: name 'LEAK' is not defined"),
     ],
@@ -522,7 +654,7 @@ def test_a_rehearsal_runs_every_arm_in_a_separate_folder(repo):
         repo.folder / "runs/rehearsal/demo/report/index.html"
     ).exists() and "all, shared arms counted once" in printed
     assert len(runs(repo.make("rehearsal", "PAPERS=simsiam bsa")[1])) == 9  # a rehearsal always runs again
-    code, calls, _ = repo.make("rehearsal", "PAPERS=simsiam bsa", "-k", BREAK="runs/rehearsal/demo/simsiam/base/0")
+    code, calls, _ = repo.make("rehearsal", "PAPERS=simsiam bsa", "-k", BREAK="runs/rehearsal/demo/simsiam/base/10")
     assert code != 0 and len(runs(calls)) == 9 and calls[-1].startswith("-m common.study.cost")
 
 
@@ -532,7 +664,7 @@ def test_cost_rehearses_only_arms_without_finished_runs(repo):
     assert code == 0 and len(runs(calls)) == 6 and "base/0" not in runs(calls)
     assert "simsiam/base" in printed and "1 finished" in printed
     assert all(call.startswith("-m common.study.cost ") for call in repo.make("cost", "PAPERS=simsiam")[1])
-    broken = "runs/rehearsal/demo/simsiam/base/0"
+    broken = "runs/rehearsal/demo/simsiam/base/10"
     assert repo.make("cost", "PAPERS=simsiam", "EXTRA=--epochs 2", BREAK=broken)[0] != 0
     code, calls, printed = repo.make("cost", "PAPERS=simsiam", "EXTRA=--epochs 3")  # the finished runs have other flags
     assert code == 0 and len(runs(calls)) == 9 and "1 finished" not in printed
@@ -545,10 +677,11 @@ def test_primary_runs_the_primary_contrasts_and_their_baselines(repo):
     pair, other = "vgg_s32-vgg_s", "resnet_s64-vgg_s"
     assert trained == {
         *(f"simsiam/{arm}" for arm in ("base", "no-stop-gradient", "no-predictor", "no-projector", "asymmetric")),
+        "simsiam/asymmetric-2x",
         *(f"conmim/{arm}" for arm in ("online-no-stop-gradient", "online-keys", "symmetric", "base", "no-pretraining")),
         *(f"cocord/{arm}@{pair}" for arm in ("forward-only", "swapped-only", "base")),
         *(f"cocord/{arm}@{other}" for arm in ("moving", "frozen")), "cocord/cross-entropy@vgg_s",
-        *(f"bsa/{arm}" for arm in ("base", "no-alignment", "mse")),
+        *(f"bsa/{arm}" for arm in ("base", "no-alignment", "mse", "mse-matched")),
         *(f"seqvcr/{arm}@2x2" for arm in ("base", "off", "width-4096", "width-512")), "seqvcr/0.1-0.5@2x2-128",
     }  # fmt: skip
     drawn = [call.split()[1] for call in calls if "plot.py" in call]
@@ -576,8 +709,9 @@ def test_another_data_matrix_retrains_the_runs(repo):
 
 def test_demo_runs_the_primary_contrasts_with_one_seed_on_the_cpu(repo):
     code, calls, _ = repo.make("demo")
-    assert code == 0 and len(runs(calls)) == 5 and all("--device cpu" in call for call in calls if "train.py" in call)
-    assert {run.split("/")[1] for run in runs(calls)} == {"0"}
+    assert code == 0 and len(runs(calls)) == 6 and all("--device cpu" in call for call in calls if "train.py" in call)
+    assert {run.split("/")[1] for run in runs(calls)} == {"10"}
+    assert all("--seed 10 --data-seed 10 " in call for call in calls if "train.py" in call or "teacher.py" in call)
     drawn = [call.split()[1] for call in calls if call.split()[0].endswith("plot.py")]
     assert len(drawn) == len(set(drawn)) == 12 and "--results runs/demo/report " in calls[-1]
     first = next(index for index, call in enumerate(calls) if "plot.py" in call)
@@ -587,40 +721,43 @@ def test_demo_runs_the_primary_contrasts_with_one_seed_on_the_cpu(repo):
 def test_demo_accepts_other_seeds_and_another_device(repo):
     calls = repo.make("demo", "PAPERS=bsa", "SEEDS=3 4", "DEVICE=cuda:1")[1]
     trained = [call for call in calls if "train.py" in call]
-    assert len(trained) == 6 and all("--device cuda:1" in call for call in trained)
+    assert len(trained) == 2 * 4 and all("--device cuda:1" in call for call in trained)
     assert {call.split("--seed ")[1].split()[0] for call in trained} == {"3", "4"}
 
 
-def test_robustness_and_curves_run_three_seeds(repo):
+def test_robustness_and_curves_run_five_seeds(repo):
     code, calls, printed = repo.make("robustness", "PAPERS=bsa cocord", "-j2")
     assert code == 0, printed
     tripled = [call for call in calls if "train.py" in call and "--lr-factor 3" in call]
-    assert len(tripled) == 3 * (3 + 6) and all("@triple/" in call for call in tripled)
-    assert {call.split("--seed ")[1].split()[0] for call in tripled} == {"0", "1", "2"}
+    assert len(tripled) == 5 * (4 + 6) and all("@triple/" in call for call in tripled)
+    assert {call.split("--seed ")[1].split()[0] for call in tripled} == {"10", "11", "12", "13", "14"}
     drawn = [call for call in calls if "plot.py" in call]
     assert {call.split()[1] for call in drawn} == {"bsa-robustness", "cocord-robustness"}
     page = next(call for call in calls if "study.page" in call)
-    assert page.split(" --extras ")[1].split()[:2] == ["bsa-robustness", "cocord-robustness"]
-    for index, call in enumerate(calls):  # all rates share a teacher, which is trained first
+    expected = [f"{paper}-{study}" for study in ("base-again", "robustness") for paper in ("bsa", "cocord")]
+    assert page.split(" --extras ")[1].split()[:4] == expected
+    for index, call in enumerate(calls):  # all rates share the teacher of their block, which is trained first
         if "cocord/train.py" in call and "@third" in call and "--weights" in call:
             weights = Path(call.split("--weights ")[1].split()[0])
             assert any(f"--out {weights.parent} " in earlier for earlier in calls[:index])
     assert repo.make("robustness", "PAPERS=bsa cocord")[:2] == (0, [])
-    code, calls, _ = repo.make("curves", "PAPERS=bsa", "SEEDS=0")
-    assert code == 0 and len([call for call in calls if "train.py" in call]) == 4  # base and no-alignment exist already
+    code, calls, _ = repo.make("curves", "PAPERS=bsa", "SEEDS=10")
+    trained = [call.split("--out runs/demo/bsa/")[1].split("/")[0] for call in calls if "train.py" in call]
+    assert code == 0 and len(trained) == len(set(trained)) == 4 + 3 + 2
+    assert not {"base", "no-alignment"} & set(trained)  # these runs exist already
 
 
-NEW_STUDY = """            study(
-                "simsiam-head",
-                "Is a projector without a predictor worth anything?",
-                ["no-predictor:no-projector"],
-                must_beat=[beats_untrained("no-projector")],
-            ),
+NEW_STUDY = """        study(
+            "simsiam-head",
+            "Is a projector without a predictor worth anything?",
+            ["no-predictor:no-projector"],
+            must_beat=[beats_untrained("no-projector")],
+        ),
 """
 
 
 def test_a_study_is_added_by_one_edit(repo):
-    next_study = '            study("simsiam-projector"'
+    next_study = '        study("simsiam-projector", "What'
     repo.edit(next_study, NEW_STUDY + next_study)
     code, calls, _ = repo.make("simsiam-head", "SEEDS=0")
     assert code == 0 and runs(calls) == ["no-projector/0", "no-predictor/0"]
@@ -635,15 +772,18 @@ def test_help_names_papers_studies_and_arms(repo):
     assert calls == [] and "simsiam-stop-gradient" in printed and "--no-stop-gradient" in printed
 
 
-def test_teachers_are_trained_first_and_once_and_ignore_extra(repo):
+def test_teachers_are_trained_first_and_once_per_block_and_ignore_extra(repo):
     code, calls, printed = repo.make("cocord-teacher-momentum", "SEEDS=0 1", "EXTRA=--queue 64", "-j2")
     teachers = [call for call in calls if "teacher.py" in call]
-    assert code == 0 and len(teachers) == len(set(teachers)) == 3, printed
-    assert not any("--queue" in call for call in teachers) and all("--seed 0" in call for call in teachers)
+    assert code == 0 and len(teachers) == len(set(teachers)) == 2 * 3, printed
+    assert not any("--queue" in call for call in teachers)
+    for seed in (0, 1):
+        assert sum(f"/{seed} --seed {seed} --data-seed {seed} " in call for call in teachers) == 3
     for index, call in enumerate(calls):
         if "cocord/train.py" in call and "--weights" in call:
             weights = Path(call.split("--weights ")[1].split()[0])
             assert weights.parts[3] == f"teacher@{call.split('--teacher ')[1].split()[0]}"
+            assert weights.parts[4] == call.split("--seed ")[1].split()[0]  # the teacher of the student's block
             assert any(f"--out {weights.parent} " in earlier for earlier in calls[:index])
     assert sum("--teacher none" in call for call in calls if "train.py" in call) == 2
     assert repo.make("cocord-teacher-momentum", "SEEDS=0 1", "EXTRA=--queue 64")[:2] == (0, [])
@@ -651,7 +791,7 @@ def test_teachers_are_trained_first_and_once_and_ignore_extra(repo):
 
 def test_teacher_target_other_pairs_and_rehearsed_teachers(repo):
     calls = repo.make("cocord-teachers")[1]
-    assert len(calls) == 4 and all(call.startswith("cocord/teacher.py") for call in calls)
+    assert len(calls) == 4 * 10 and all(call.startswith("cocord/teacher.py") for call in calls)
     calls = repo.make("cocord-prediction-loss", "SEEDS=0", "PAIRS=vgg13-vgg8")[1]
     assert sum("--network vgg13" in call for call in calls) == 1
     assert {call.split("--student ")[1].split()[0] for call in calls if "cocord/train.py" in call} == {"vgg8"}

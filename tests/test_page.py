@@ -187,6 +187,42 @@ def test_the_overview_has_a_row_per_study_grouped_by_paper(tmp_path):
     assert order == sorted(order) and "`make toy-b SCALE=demo`" in readme
 
 
+def calibration(**results):
+    """A summary of a calibration: arm -> result."""
+    arms = {arm.replace("_", "-"): result for arm, result in results.items()}
+    return summary(*(contrast(arm=arm) for arm in arms), expected=dict.fromkeys(arms, "worse"), calibration=arms)
+
+
+def test_the_page_counts_false_alarms_and_known_effects(tmp_path):
+    studies = {
+        "toy-base-again": calibration(base_again="reproduced"),
+        "other-base-again": calibration(base_again="reversed"),
+        "third-base-again": calibration(base_again="unclear"),
+        "fourth-base-again": calibration(base_again="not run"),  # no test
+        "toy-known": calibration(a="reproduced", b="reversed", c="reproduced", d="unclear", e="not run"),
+        "toy-more": summary(),  # an extra without expected results
+    }
+    sentence = "A/A tests: 1 of 3 gave a false difference. Known effects: 2 reproduced, 1 reversed, 1 unclear."
+    for name, content in studies.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content | {"study": name}))
+    parsed, _ = write(tmp_path, {"toy-a": summary()}, extras=[*studies, "toy-gone"])
+    assert f"1 studies, 1 run, 1 with a finding. {sentence} Published values" in parsed.text
+    assert sentence in (tmp_path / "extras.html").read_text()
+    assert page.apparatus_counts(tmp_path, list(studies)) == sentence
+    only_equal = page.apparatus_counts(tmp_path, ["other-base-again", "toy-more"])
+    assert only_equal == "A/A tests: 1 of 1 gave a false difference."
+    assert page.apparatus_counts(tmp_path, ["toy-more", "fourth-base-again", "toy-gone"]) == ""
+    readme = page.readme(tmp_path, "index", "demo", ["toy-a"], "make {}", sentence)
+    assert f"1 with a finding. {sentence} As an HTML page" in readme
+    assert "A/A" not in page.readme(tmp_path, "index", "demo", ["toy-a"], "make {}")
+
+
+def test_many_data_digests_are_counted_and_not_listed(tmp_path):
+    digests = [str(seed) * 32 for seed in range(10, 20)]
+    parsed, _ = write(tmp_path, {"toy-a": summary(provenance={"data": digests, "device": ["cpu", "cuda"]})})
+    assert "data: 10 different; device: cpu, cuda" in parsed.text
+
+
 def test_the_bar_shows_margin_zero_interval_and_mean_on_the_scale_of_its_paper(tmp_path):
     small = contrast("better", mean=10.0, low=0.0, high=20.0, seeds_needed=31)
     studies = {"toy-a": summary(), "toy-b": summary(small, margin=None), "toy-c": summary(contrast("one seed"))}

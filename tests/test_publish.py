@@ -11,18 +11,20 @@ import pytest
 from conftest import ROOT
 
 from common.study import publish
+from common.study.request import Request
 
 STUDIES = """
 from common.study.design import Arm, Design, Metric, MustBeat, Study
 METRICS = {"knn": Metric("kNN accuracy", "%", 1, "higher")}
 def design(scale, settings):
-    must_beat = [MustBeat("base", "untrained", "knn", "untrained")]
+    must_beat = [MustBeat("base", "untrained", "knn", baseline_metric="untrained")]
     arm = Arm("arm", "--leak 1", reference="base")
     extra = Arm("more", "--leak 2", reference="base")
     return Design("toy", "Toy", scale, METRICS, [
-        Study("toy-arm", "What does it do?", [arm], "knn", must_beat=must_beat, seeds=(0, 1)),
+        Study("toy-arm", "What does it do?", [arm], "knn", must_beat=must_beat, seeds=(0, 1), margin=5.0),
         Study("toy-more", "And more?", [extra], "knn", must_beat=must_beat, seeds=(0, 1), extra=True),
-    ], arms=[Arm("base")], baselines=["untrained"])
+        Study("toy-seeds", "Both?", ["arm:base", "more:base"], "knn", must_beat=must_beat, n=3, n_other=2, extra=True),
+    ], arms=[Arm("base")], baselines=["untrained"], chance={"knn": {"": 5.0}})
 """
 PLOT = """
 import sys
@@ -64,14 +66,16 @@ def clone(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-def run(arm, seed, knn, flags, **provenance):
+def run(arm, seed, knn, flags, eval_source="e" * 64, data_seed=0, **provenance):
     folder = f"runs/demo/toy/{arm}/{seed}"
     shutil.rmtree(folder, ignore_errors=True)
     source = hashlib.sha256(b"# trains").hexdigest()
     defaults = {"commit": "c", "dirty": False, "data": "d", "source": source, "script": "toy/train.py"}
     Path(folder).mkdir(parents=True)
-    Path(folder, "args.json").write_text(json.dumps({"arguments": {"seed": seed}, "provenance": defaults | provenance}))
-    Path(folder, "metrics.json").write_text(json.dumps({"knn": knn, "untrained": 10.0 + seed}))
+    saved = {"arguments": {"seed": seed, "data_seed": data_seed}, "provenance": defaults | provenance}
+    Path(folder, "args.json").write_text(json.dumps(saved))
+    metrics = {"knn": knn, "untrained": 10.0 + seed, "eval_source": eval_source}
+    Path(folder, "metrics.json").write_text(json.dumps(metrics))
     Path(folder, "flags").write_text(f"flags: {flags}".strip() + "\n")
     Path(folder, "model.pt").touch()
 
@@ -158,6 +162,8 @@ def test_other_flags_and_settings_are_refused(clone, capsys):
     ("provenance", "message"),
     [
         ({"source": "0" * 64}, "runs come from several versions of toy/train.py"),
+        ({"eval_source": "0" * 64}, "runs come from several versions of toy/eval.py"),
+        ({"eval_source": None}, "runs come from several versions of toy/eval.py"),
         ({"data": "other"}, "runs used different data"),
         ({"dirty": True}, "run with uncommitted changes"),
     ],
@@ -165,6 +171,68 @@ def test_other_flags_and_settings_are_refused(clone, capsys):
 def test_inconsistent_or_dirty_runs_are_refused(provenance, message, clone, capsys):
     run("arm", 1, 21.0, "--leak 1", **provenance)
     assert f"toy-arm: {message}" in errors(capsys)
+
+
+def test_blocks_may_have_different_data_and_the_arms_of_a_block_may_not(clone, capsys):
+    """At demo scale a seed draws the data. At other scales all seeds have the same data."""
+    for arm, flags in (("base", ""), ("arm", "--leak 1")):
+        run(arm, 1, 20.0, flags, data="drawn with seed 1", data_seed=1)
+    request = Request.parse(VARIABLES)
+    design = request.designs["toy"]
+    assert publish.problems(request, design, design.study("toy-arm")) == []
+    publish.main(VARIABLES)
+    summary = json.loads((clone / "results/demo/toy-arm.json").read_text())
+    assert summary["seed_draws"] == "data, initial weights and order" and summary["notes"] == []
+    assert "A seed draws data, initial weights and order." in (clone / "results/demo/README.md").read_text()
+    shutil.rmtree(clone / "results")
+    given = Request.parse([*VARIABLES, "SCALE=gpu", "RUNS=runs/demo"])
+    (reason,) = publish.problems(given, given.designs["toy"], given.designs["toy"].study("toy-arm"))
+    assert "runs used different data" in reason
+    run("arm", 1, 21.0, "--leak 1", data="d", data_seed=1)
+    assert "toy-arm: runs used different data" in errors(capsys)
+
+
+def test_every_arm_needs_only_its_own_seeds(clone):
+    """The primary contrast needs the seeds 10 to 12, the other arm the first two of these."""
+    for seed in (10, 11, 12):
+        run("base", seed, 60.0, "")
+        run("arm", seed, 50.0, "--leak 1")
+    for seed in (10, 11):
+        run("more", seed, 50.0, "--leak 2")
+    request = Request.parse(VARIABLES)
+    design = request.designs["toy"]
+    assert publish.problems(request, design, design.study("toy-seeds")) == []
+    shutil.rmtree("runs/demo/toy/more/11")
+    shutil.rmtree("runs/demo/toy/arm/12")
+    (reason,) = publish.problems(request, design, design.study("toy-seeds"))
+    assert "missing or incomplete runs: runs/demo/toy/arm/12, runs/demo/toy/more/11;" in reason
+
+
+def test_a_diverged_run_is_published_as_chance(clone):
+    path = clone / "runs/demo/toy/arm/1/metrics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"knn": None, "diverged": True}))
+    publish.main(VARIABLES)
+    summary = json.loads((clone / "results/demo/toy-arm.json").read_text())
+    assert summary["rows"][1]["metrics"]["knn"]["values"] == {"0": 20.0, "1": 5.0}
+    assert "arm: 1 of 2 diverged, counted as chance (seed 1)." in summary["notes"]
+    assert summary["seed_draws"] == "initial weights and order"  # both runs have data seed 0
+
+
+def test_an_a_a_test_is_published_and_counted_in_both_readmes(clone):
+    for seed in (10, 11, 12, 13, 14):
+        run("base", seed, 60.0 + seed % 3, "")
+        run("base-again", seed, 60.1 + seed % 3 + 0.1 * (seed % 2), "--seed-offset 1000")
+    for seed in range(15, 20):
+        run("base", seed, 60.0 + seed % 3, "")
+        run("base-again", seed, 60.1 + seed % 3 - 0.1 * (seed % 2), "--seed-offset 1000")
+    draw("toy-base-again")
+    publish.main([*VARIABLES, "toy-arm", "toy-base-again"])
+    summary = json.loads((clone / "results/demo/toy-base-again.json").read_text())
+    assert summary["seeds"] == list(range(10, 20)) and summary["calibration"] == {"base-again": "reproduced"}
+    for name in ("README.md", "extras.md"):
+        assert "A/A tests: 0 of 1 gave a false difference." in (clone / "results/demo" / name).read_text()
+    publish.main(["page", *VARIABLES])
+    assert "A/A tests: 0 of 1 gave a false difference." in (clone / "results/demo/index.html").read_text()
 
 
 def test_uncommitted_changes_are_refused(clone, capsys):

@@ -134,8 +134,8 @@ class Study:
     @property
     def pairs(self) -> list[tuple[str, str]]:
         """(arm, reference) of every contrast."""
-        parts = [str(contrast).partition(":") for contrast in self.contrasts]
-        return [(arm, reference) for arm, _, reference in parts]
+        names = [c if isinstance(c, str) else f"{c.name}:{c.reference}" for c in self.contrasts]
+        return [(arm, reference) for arm, _, reference in (name.partition(":") for name in names)]
 
     @property
     def arms(self) -> list[str]:

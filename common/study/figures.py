@@ -529,13 +529,13 @@ def summary_slide(
     """Return a slide (16:9): the headline, at most five differences on the left, and one panel of curves or dots."""
     contrasts = _ordered_contrasts(summary)
     left_out = len(contrasts) - SLIDE_CONTRASTS
-    contrasts, n = contrasts[:SLIDE_CONTRASTS], len(summary["seeds"])
+    contrasts, n = contrasts[:SLIDE_CONTRASTS], max(contrast["n"] for contrast in contrasts)
     with matplotlib.rc_context(SLIDE):
         figure = Figure(figsize=(12.8, 7.2))
         size, title = _headline(summary["headline"])
         figure.text(0.02, 0.965, title, fontsize=size, fontweight="bold", va="top", linespacing=1.15)
         top = 0.955 - (title.count("\n") + 1) * size * 1.25 / (7.2 * 72)
-        subtitle = f"{summary['paper']}: {summary['data']}; {n} seed{'s' if n > 1 else ''}"
+        subtitle = f"{summary['paper']}: {summary['data']}; {n} seed{'' if n == 1 else 's'}"
         subtitle = textwrap.fill(subtitle, 108)
         figure.text(0.02, top, subtitle, fontsize=14, color="#555555", va="top")
         top -= (subtitle.count("\n") + 1) * 14 * 1.25 / (7.2 * 72)

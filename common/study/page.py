@@ -47,6 +47,10 @@ EARLIER = "published under earlier rules"
 EARLIER_LEGEND = f"{EARLIER}; lower, higher: unpaired interval excludes zero; not resolved: includes it; "
 EARLIER_LEGEND += "not informative: baseline not beaten"
 EARLIER_CAPTION = "Differences with Welch's 95 % interval, as published under earlier rules."
+EARLIER_NOTE = (
+    "An earlier version: seeds 0 to 4, other settings, unpaired intervals. Lower, higher: the interval excludes "
+)
+EARLIER_NOTE += "zero; not resolved: it does not; not informative: too weak to test. Not yet repeated."
 FIRST_FIGURES = ("differences", "summary", "curves")  # shown in this order; the others are folded
 FALLBACK_FIGURES = ("sweep", "metrics", "")  # the first that exists is shown if there is none of FIRST_FIGURES
 STYLE = """
@@ -585,7 +589,7 @@ def results_table(folder: Path, studies: Sequence[str], link: str) -> str:
             }
             rows.append([name, sentences(summary)[0], "; ".join(sorted(words))])
     table = tables.markdown(rows)
-    return f"{table}\n\n‡ {EARLIER}: {EARLIER_CAPTION}" if "‡" in table else table
+    return f"{table}\n\n‡ {EARLIER_NOTE}" if "‡" in table else table
 
 
 def readme(folder: Path, name: str, scale: str, studies: Sequence[str], command: str, counts: str = "") -> str:

@@ -91,7 +91,7 @@ def draw(
         "data": data,
         "reproduce": args.reproduce or f"make {study.name} SCALE={args.scale}",
         "not_run": not_run,
-        "seed_draws": "data, initial weights and order" if len(data_seeds(runs)) > 1 else "initial weights and order",
+        "seed_draws": "data, initial weights and order" if data_seeds(runs) - {0} else "initial weights and order",
     }
     if not_run:
         summary["notes"].insert(0, f"Not run: {', '.join(not_run)}.")

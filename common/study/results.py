@@ -128,7 +128,7 @@ def values(runs: Runs, arm: str, metric: str) -> dict[int, float]:
 
 
 def data_seeds(runs: Runs) -> set[int]:
-    """Return the data seeds of the runs. Several: a seed draws data and splits too."""
+    """Return the data seeds of the runs: 0 if the data are fixed, else as many as seeds."""
     return {run.args["arguments"].get("data_seed", 0) for run in _all_runs(runs) if run.args}
 
 
@@ -176,7 +176,7 @@ def notes(runs: Runs, metrics: Iterable[str], primary_metric: str = "") -> list[
         diverged = {seed: saved for seed, saved in measured.items() if saved.get("diverged")}
         counted = [seed for seed, saved in diverged.items() if _finite(saved.get(primary_metric))]
         gaps |= {"diverged, counted as chance": counted}
-        gaps |= {"diverged, left out": [seed for seed in diverged if seed not in counted]}
+        gaps |= {"diverged, not averaged": [seed for seed in diverged if seed not in counted]}
         gaps |= {f"without {key}": [seed for seed, saved in measured.items() if key not in saved] for key in metrics}
         for gap, seeds in gaps.items():
             if seeds:
@@ -194,7 +194,7 @@ def notes(runs: Runs, metrics: Iterable[str], primary_metric: str = "") -> list[
         result.append(f"Up to {shared} runs shared a GPU: their times and speeds are not those of a single run.")
     for key, value in provenance(runs).items():
         if key in PROVENANCE and isinstance(value, list) and not (key == "data" and len(data_seeds(runs)) > 1):
-            length = 12 if key in ("source", "data") else None
+            length = 12 if key in ("source", "eval_source", "data") else None
             shown = ", ".join(str(item)[:length] for item in value)
             result.append(f"The runs mix {PROVENANCE[key]}: {shown}.")
     return result

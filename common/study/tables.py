@@ -151,7 +151,7 @@ def finding(summary: Mapping[str, Any]) -> str:
         remarks += [f"{arm} {row['word']}"] if row["word"] else []
         if row["diverged"]:
             values = row["metrics"].get(summary["primary_metric"], {"values": {}})["values"]
-            treatment = "counted as chance" if str(row["diverged"][0]) in values else "left out"
+            treatment = "counted as chance" if str(row["diverged"][0]) in values else "not averaged"
             remarks.append(f"{arm}: {len(row['diverged'])} of {row['seeds']} diverged, {treatment}")
     secondary = []
     for contrast in summary["contrasts"]:
