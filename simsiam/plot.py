@@ -111,7 +111,7 @@ def draw(view: results.View) -> dict[str, figures.Drawing]:
     arguments = results.first_arguments(view.runs)
     panels = curve_panels(view.runs, arguments["data_set"])
     styles = {arm: view.styles[arm] for arm in view.study.arms}
-    view.summary["notes"].insert(0, same_sign(view.summary))
+    view.summary["notes"].append(same_sign(view.summary))
     remarks = {row["arm"]: f"{len(row['diverged'])} diverged" for row in view.summary["rows"] if row["diverged"]}
     return {
         "curves": figures.curves(panels, styles, view.highlight, view.caption),
