@@ -576,7 +576,7 @@ def summary_slide(
 def _headline(text: str) -> tuple[int, str]:
     """Return the largest font size at which the headline fits on one or two lines, and its lines without settings."""
     text = re.sub(r"@[\w.+-]*\w", "", text).replace("->", "→")
-    for size, characters, most in ((25, 59, 1), (22, 67, 1), (22, 67, 2), (19, 78, 2), (16, 92, 3)):
+    for size, characters, most in ((25, 59, 1), (22, 67, 1), (20, 73, 1), (22, 67, 2), (19, 78, 2), (16, 92, 3)):
         lines = textwrap.wrap(text, characters)
         if len(lines) <= most:
             return size, "\n".join(lines)
