@@ -244,3 +244,10 @@ def test_a_row_of_dots_shows_only_the_arms_that_have_a_value_in_it():
     axes = figures.dots(panels, styles, {"other": "diverged"}).figure.axes
     labels = [[label.get_text() for label in axis.get_yticklabels()] for axis in axes[::2]]
     assert labels == [["base", "arm", "other\ndiverged"], ["base", "other\ndiverged"]]
+
+
+def test_figures_whose_coordinates_differ_in_the_last_digit_are_written_equally():
+    first = b'<path clip-path="url(#p0123456789)" d="M 175.152803 438.646703"/>'
+    second = b'<path clip-path="url(#pabcdef0123)" d="M 175.152802 438.646703"/>'
+    expected = b'<path clip-path="url(#clip0)" d="M 175.152 438.646"/>'
+    assert figures.normalise_svg(first) == figures.normalise_svg(second) == expected

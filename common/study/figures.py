@@ -593,7 +593,7 @@ def save(figure: Figure, folder: Path, name: str) -> None:
         buffer = io.BytesIO()
         with matplotlib.rc_context(STYLE):
             figure.savefig(buffer, format=extension, dpi=figure.dpi, metadata=dict.fromkeys(keys))
-        data = _number_clips(buffer.getvalue()) if extension == "svg" else quantise_png(buffer.getvalue())
+        data = normalise_svg(buffer.getvalue()) if extension == "svg" else quantise_png(buffer.getvalue())
         write_bytes(Path(folder) / f"{name}.{extension}", data)
 
 
@@ -606,10 +606,11 @@ def quantise_png(png: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def _number_clips(svg: bytes) -> bytes:
-    """Rename clip paths to clip0, clip1, ...
+def normalise_svg(svg: bytes) -> bytes:
+    """Rename clip paths to clip0, clip1, ... and cut coordinates to three decimal places.
 
-    matplotlib names them by a hash of coordinates, whose last digit differs between equal figures.
+    The last of matplotlib's six digits differs between equal figures. Clip paths are named by a hash of coordinates.
     """
+    svg = re.sub(rb"(\d\.\d{3})\d{3}\b", rb"\1", svg)
     names: dict[bytes, bytes] = {}
     return re.sub(rb"\bp[0-9a-f]{10}\b", lambda match: names.setdefault(match[0], b"clip%d" % len(names)), svg)
