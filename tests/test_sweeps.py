@@ -268,7 +268,7 @@ PAPERS = ["simsiam", "conmim", "cocord", "bsa", "seqvcr"]
 @pytest.mark.parametrize("scale", cli.SCALES)
 @pytest.mark.parametrize("paper", PAPERS)
 def test_every_paper_has_an_a_a_study(paper, scale):
-    """Its arm has the flags of base and another seed. Metric, margin and baselines are those of the main studies."""
+    """The arm has the flags of base and another seed; metric, margin and baselines are those of the main studies."""
     design = load(paper, scale)
     study, main_study = design.study(f"{paper}-base-again"), design.studies[0]
     ((arm, reference),) = study.pairs

@@ -72,12 +72,15 @@ def summarise(
 
 
 def _as_expected(word: str, expected: str) -> str:
-    """Compare a verdict with the expected one: "reproduced", "reversed", "unclear" or "not run"."""
+    """Compare a verdict with the expected one: "reproduced", "reversed", "unclear" or "not run".
+
+    "reversed" is a difference on the other side, or a difference where none was expected. "unclear" is all else.
+    """
     if word == expected:
         return "reproduced"
     if word in ("not run", "one seed"):
         return "not run"
-    return "reversed" if word in FINDINGS and expected in FINDINGS else "unclear"
+    return "reversed" if word in FINDINGS and word != "no difference" else "unclear"
 
 
 def _contrast(runs: Runs, arm: str, reference: str, key: str, metric: Metric, margin: float | None) -> dict[str, Any]:
