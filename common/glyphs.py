@@ -31,11 +31,13 @@ class Preset(NamedTuple):
     texture: float  # half-width of the smooth noise at each of three scales; colours are 0-1
     rotation: float  # maximum in degrees, in both directions
     shear: float  # maximum slope, in both directions
+    only_lighter: bool = False  # the character is always lighter than the background
 
 
 CAPITALS_AND_DIGITS = string.ascii_uppercase + string.digits
 PRESETS = {
     "glyphs10": Preset(string.digits, clutter=0, texture=0.10, rotation=10, shear=0.10),
+    "glyphs10-light": Preset(string.digits, clutter=0, texture=0.10, rotation=10, shear=0.10, only_lighter=True),
     "glyphs10-hard": Preset(string.digits, clutter=1, texture=0.20, rotation=15, shear=0.15),
     "glyphs36": Preset(CAPITALS_AND_DIGITS, clutter=0, texture=0.10, rotation=10, shear=0.10),
     "glyphs36-hard": Preset(CAPITALS_AND_DIGITS, clutter=1, texture=0.20, rotation=15, shear=0.15),
@@ -131,7 +133,7 @@ def _preset(name: str) -> Preset:
 
 def _compose(masks: Tensor, labels: Tensor, preset: Preset, rng: SampleRNG) -> Tensor:
     """Return images of the labels, (rows, 3, 32, 32) uint8: background, clutter, character, texture, noise."""
-    background, foreground = (colour[:, :, None, None] for colour in _colours(rng))
+    background, foreground = (colour[:, :, None, None] for colour in _colours(rng, preset.only_lighter))
     images = background.expand(-1, -1, IMAGE_SIZE, IMAGE_SIZE)
     for _ in range(preset.clutter):
         distractors = rng.uniform(0, masks.shape[1]).long()
@@ -170,8 +172,11 @@ def _warp(masks: Tensor, labels: Tensor, centre: Tensor, preset: Preset, rng: Sa
     return F.grid_sample(selected, grid, align_corners=False) / 255
 
 
-def _colours(rng: SampleRNG) -> tuple[Tensor, Tensor]:
-    """Draw background and foreground colours, each (rows, 3) in 0-1, whose lumas differ by at least CONTRAST."""
+def _colours(rng: SampleRNG, only_lighter: bool) -> tuple[Tensor, Tensor]:
+    """Draw background and foreground colours, each (rows, 3) in 0-1, whose lumas differ by at least CONTRAST.
+
+    With `only_lighter` the two are swapped where the foreground would be darker.
+    """
     background, foreground = rng.uniform(shape=(3,)), rng.uniform(shape=(3,))
     weights = torch.tensor([0.299, 0.587, 0.114])
     background_luma, luma = (background * weights).sum(1), (foreground * weights).sum(1)
@@ -181,4 +186,6 @@ def _colours(rng: SampleRNG) -> tuple[Tensor, Tensor]:
     target = torch.where(offset < darker, offset, background_luma + CONTRAST + offset - darker)
     dimmed = foreground * (target / luma)[:, None]
     brightened = 1 - (1 - foreground) * ((1 - target) / (1 - luma))[:, None]
-    return background, torch.where((target < luma)[:, None], dimmed, brightened)
+    foreground = torch.where((target < luma)[:, None], dimmed, brightened)
+    swapped = (target < background_luma)[:, None] & only_lighter
+    return torch.where(swapped, foreground, background), torch.where(swapped, background, foreground)

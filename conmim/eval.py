@@ -7,9 +7,11 @@
 suffix `_online` on the online weights. Arms with online keys also maintain an EMA, so weight averaging does not
 confound comparisons between arms. Features are the mean of the patch tokens after the final norm, because the class
 token has no loss. Fine-tuning is the authors' (class `Classifier`, layer-wise learning rate decay) with the settings in
-RECIPES. The labelled images depend on the data seed; order and augmentation depend on the run's seed. The position
-diagnostics are those of the last epoch in train.jsonl. `key_linear_accuracy` is a linear probe on the mean of an
-image's L2-normalised keys; a pure position code is at chance level there.
+RECIPES and the run's --labels, --finetune-epochs and --transplant. The labelled images depend on the data seed; order
+and augmentation depend on the run's seed. `pixel_accuracy` compares with pixels: the class of the labelled image whose
+normalised pixels have the largest cosine. The position diagnostics are those of the last epoch in train.jsonl.
+`key_linear_accuracy` is a linear probe on the mean of an image's L2-normalised keys; a pure position code is at chance
+level there.
 
 The similarities of one image are written to similarity.npz: `own` (N, N), its queries by its own keys; `other` (N, N),
 its queries by the keys of another image; `mask` (N,); and the image itself, `picture` (3, S, S).
@@ -43,18 +45,17 @@ from conmim.net import NETWORKS, Classifier, ViT
 from conmim.train import ConMIM, build_model
 
 RECIPES = {  #            demo         gpu          paper
-    "labels":          (360,         None,        None),  # labelled images for fine-tuning, class-balanced; None: all
     "bank":            (2000,        None,        None),  # labelled images for linear probe and kNN
-    "epochs":          (8,           100,         100),
-    "warm_up":         (1,           5,           20),  # epochs
-    "batch":           (36,          256,         1024),
-    "lr":              (3e-3,        1e-3,        4e-3),  # peak learning rate of the head
+    "warm_up":         (5,           5,           20),  # epochs
+    "batch":           (50,          256,         1024),
+    "lr":              (1e-3,        1e-3,        4e-3),  # peak learning rate of the head
+    "head_scale":      (1.0,         0.001,       0.001),  # factor of the head's initial weights
     "final_lr":        (1e-6,        1e-6,        1e-6),
-    "layer_decay":     (0.75,        0.75,        0.65),
+    "layer_decay":     (1.0,         0.75,        0.65),
     "weight_decay":    (0.05,        0.05,        0.05),
     "drop_path":       (0.0,         0.1,         0.1),
     "label_smoothing": (0.1,         0.1,         0.1),
-    "crop":            ((0.6, 1.0),  (0.5, 1.0),  (0.08, 1.0)),
+    "crop":            ((0.8, 1.0),  (0.5, 1.0),  (0.08, 1.0)),
     "rand_augment":    (0,           9,           9),  # magnitude of two operations; 0: off
     "mixup":           (0.0,         0.8,         0.8),  # alpha; each batch uses mixup or cutmix; 0: off
     "cutmix":          (0.0,         1.0,         1.0),
@@ -70,6 +71,7 @@ METRICS_IF_FINITE = (  # null if the run diverged
     *ACCURACIES,
     *(f"{name}_online" for name in ACCURACIES),
     "untrained_linear_accuracy",
+    "pixel_accuracy",
     "key_linear_accuracy",
     *DIAGNOSTICS,
     "train_loss",
@@ -241,10 +243,13 @@ def build_mixup(recipe: Recipe, classes: int) -> Callable[..., Any] | None:
 
 def build_classifier(args: argparse.Namespace, recipe: Recipe, state: dict[str, Tensor], data: Data) -> Classifier:
     """Return a Classifier on the device of the data, initialised from the `state` of a pre-trained ViT."""
+    settings = (args.layer_scale, args.positions, data.classes, recipe["drop_path"], recipe["head_scale"])
     with seeding.seeded_fork_rng(args.seed, "classifier"):
-        shape = NETWORKS[args.network]
-        model = Classifier(args.size, *shape, args.layer_scale, args.positions, data.classes, recipe["drop_path"])
-    checkpoints.load_weights(model, model.state_dict() | net.to_classifier(state), "the pre-trained network")
+        model = Classifier(args.size, *NETWORKS[args.network], *settings)
+    weights = net.to_classifier(state)
+    if args.transplant == "positions":  # ABLATION (everything but positions)
+        weights = {name: weights[name] for name in weights if name.endswith(net.POSITION_PARAMETERS)}
+    checkpoints.load_weights(model, model.state_dict() | weights, "the pre-trained network")
     return model.to(data.device)
 
 
@@ -265,9 +270,9 @@ def fine_tune(
     forward = devices.distribute(model, data.device)
     mixup, last_saved = build_mixup(recipe, data.classes), time.perf_counter()
     steps_per_epoch = len(subset.indices) // subset.batch_size(recipe)
-    warm_up_steps, total_steps = recipe["warm_up"] * steps_per_epoch, recipe["epochs"] * steps_per_epoch
+    warm_up_steps, total_steps = recipe["warm_up"] * steps_per_epoch, args.finetune_epochs * steps_per_epoch
     model.train()
-    for epoch in range(state.get("epoch", 0), recipe["epochs"]):
+    for epoch in range(state.get("epoch", 0), args.finetune_epochs):
         loader = fine_tuning_batches(args, recipe, data, subset, epoch)
         for step, (x, y) in enumerate(loader, epoch * steps_per_epoch):
             lr = train.learning_rate(step, warm_up_steps, total_steps, recipe["lr"], recipe["final_lr"])
@@ -347,13 +352,21 @@ def frozen_accuracies(args: argparse.Namespace, network: Features, data: Data, i
     return metrics
 
 
+def pixel_accuracy(data: images.Images, indices: Tensor) -> float:
+    """Return the test accuracy in percent of the nearest of the images `indices` by the cosine of normalised pixels."""
+    rows = indices.to(data.device)
+    labelled = probes.Labelled(data.normalise(data.train[rows]).flatten(1), data.train_labels[rows])
+    test = probes.Labelled(data.normalise(data.test).flatten(1), data.test_labels)
+    return probes.knn_accuracy(labelled, test, data.classes, k=1)
+
+
 # ------------------------------------------------------------------------------------------------- evaluation
 
 
 @torch.no_grad()
 def similarity_arrays(args: argparse.Namespace, model: ConMIM, data: Data) -> dict[str, np.ndarray]:
     """Return the arrays of similarity.npz; `own` and `other` are cosine similarities, float32."""
-    x, mask = train.diagnostic_batch(data, train.patch_count(args), args.mask_ratio)
+    x, mask = train.diagnostic_batch(args, data)
     with train.frozen_running_statistics(model):
         q, k = model(x, x, mask, args.keys, 0.0)
     other_image = min(1, len(x) - 1)
@@ -425,9 +438,10 @@ def evaluate(
         labels = torch.tensor(data.train.targets)
     else:
         labels = data.train_labels.cpu()
-    subset = Subset(balanced_subset(labels, recipe["labels"], data.classes, data.data_seed), labels.to(data.device))
+    subset = Subset(balanced_subset(labels, args.labels, data.classes, data.data_seed), labels.to(data.device))
     bank = balanced_subset(labels, recipe["bank"], data.classes, data.data_seed)
-    identity = evaluation_identity(networks, [*recipe.items(), held_out, data.digest])
+    settings = [*recipe.items(), args.labels, args.finetune_epochs, args.transplant, held_out, data.digest]
+    identity = evaluation_identity(networks, settings)
     state = EvaluationState(folder / "eval_state.pt", identity, data.device)
     for suffix, network in networks.items():
         state.start(f"finetune_accuracy{suffix}")
@@ -436,6 +450,8 @@ def evaluate(
             state.finished[state.metric] = fine_tune(args, recipe, model, data, subset, state)
             state.save()
     metrics = dict(state.finished)
+    if not isinstance(data, image_folder.StreamedImages):
+        metrics["pixel_accuracy"] = pixel_accuracy(data, subset.indices)
     for suffix, network in networks.items():
         accuracies = frozen_accuracies(args, network, data, bank)
         if suffix == UNTRAINED:
@@ -554,7 +570,7 @@ def main(argv: list[str] | None = None) -> None:
             fail("--held-out requires images of at most 64 pixels: evaluate without it")
         if run_args.rehearse:
             data = data.subset(run_args.rehearse * run_args.batch)
-            recipe |= {"epochs": 1, "warm_up": 0}
+            recipe["warm_up"], run_args.finetune_epochs = 0, 1
         metrics: dict[str, Any] = {**recorded, "diverged": bool(saved and saved["diverged"])}
         if args.weights:
             metrics |= evaluate_authors_checkpoint(args.weights, args.network, data, recipe, args.folder, args.held_out)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 POSITIONS = ("relative", "absolute", "both")  # both: the relative table and learned absolute positions
+POSITION_PARAMETERS = ("pos_embed", "relative_position_bias_table")  # ends of the parameters' names
 
 
 class Shape(NamedTuple):
@@ -25,7 +26,7 @@ class Shape(NamedTuple):
 
 
 NETWORKS = {
-    "vit_demo": Shape(4, 64, 2, 4),
+    "vit_demo": Shape(8, 64, 2, 4),
     "vit_tiny_4": Shape(4, 192, 12, 3),
     "vit_small_8": Shape(8, 384, 12, 6),
     "vit_small_16": Shape(16, 384, 12, 6),
@@ -234,7 +235,8 @@ class Projector(nn.Sequential):
 class Classifier(Transformer):
     """The fine-tuned network: a relative table in each block, and a linear head on the mean of the patch tokens.
 
-    The stochastic depth rate grows linearly from 0 in the first block to `drop_path` in the last.
+    The stochastic depth rate grows linearly from 0 in the first block to `drop_path` in the last. The head's initial
+    weights are multiplied by `head_scale`.
     """
 
     def __init__(
@@ -248,6 +250,7 @@ class Classifier(Transformer):
         positions: str,
         classes: int,
         drop_path: float = 0.0,
+        head_scale: float = 0.001,
     ):
         grid = None if positions == "absolute" else size // patch
         rates = [drop_path * block / max(1, depth - 1) for block in range(depth)]
@@ -257,7 +260,7 @@ class Classifier(Transformer):
         init_weight(self.head.weight)
         nn.init.zeros_(self.head.bias)
         with torch.no_grad():
-            self.head.weight.mul_(0.001)
+            self.head.weight.mul_(head_scale)
         if self.pos_embed is not None:
             init_weight(self.pos_embed)
 

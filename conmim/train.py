@@ -24,8 +24,8 @@ this). With --keys online it decides whether the keys receive a gradient. Every 
 Differs from the authors' code:
  1. The authors' code has none of the ablations. --keys online and --views basic follow the paper's table 8 as far as
     it is known.
- 2. Masks are random squares of 2 x 2 patches, the same number in every image (the authors' recipe). Block masks and
-    the unused 8192-way head are left out.
+ 2. Masks are random squares of 2 x 2 patches (demo: single patches), the same number in every image (the authors'
+    recipe). Block masks and the unused 8192-way head are left out.
  3. CUDA training uses bfloat16 autocast (authors: float16 with loss scaling). Similarities and softmax are float32.
  4. Peak learning rate, gradient clipping (3.0), batch and warm-up of ViT-S and ViT-B are those of BEiT and mc-BEiT. The
     authors give a command for ViT-L only (learning rate 7.5e-4, LayerScale 1e-5, clipping 1.0).
@@ -67,25 +67,27 @@ Range = tuple[float, float]
 
 WEIGHT_DECAY, BETAS, FINAL_LR = 0.05, (0.9, 0.98), 1e-5
 CLIP = 3.0  # maximum gradient norm
-MASK_SQUARE = 2  # side of a masked square, in patches
 N_DIAGNOSTIC = 256  # test images for the diagnostics
 
 # ------------------------------------------------------------------------------------------------- arguments
 
 SCALES = {  #           demo           gpu             paper
-    "data_set":    ("glyphs36",    "cifar10",      "folder"),
-    "size":        (32,            32,             224),  # pixels
-    "network":     ("vit_demo",    "vit_tiny_4",   "vit_base_16"),
-    "layer_scale": (0.1,           0.1,            0.1),  # authors, ViT-L: 1e-5
-    "positions":   ("both",        "relative",     "relative"),
-    "hidden":      (128,           2048,           4096),  # width of the projector
-    "dim":         (64,            256,            256),  # of queries and keys
-    "momentum":    (0.98,          0.996,          0.996),
-    "epochs":      (2,             200,            300),  # paper, ViT-B: 300 and 800
-    "warm_up":     (0.4,           10,             10),  # epochs
-    "batch":       (32,            512,            2048),
-    "lr":          (2e-3,          1e-3,           1.5e-3),
-    "workers":     (0,             4,              8),
+    "data_set":        ("glyphs10-light", "cifar10",    "folder"),
+    "size":            (32,               32,           224),  # pixels
+    "network":         ("vit_demo",       "vit_tiny_4", "vit_base_16"),
+    "layer_scale":     (1.0,              0.1,          0.1),  # authors, ViT-L: 1e-5
+    "positions":       ("both",           "relative",   "relative"),
+    "hidden":          (128,              2048,         4096),  # width of the projector
+    "dim":             (64,               256,          256),  # of queries and keys
+    "mask_square":     (1,                2,            2),  # side of a masked square, in patches
+    "momentum":        (0.98,             0.996,        0.996),
+    "epochs":          (24,               200,          300),  # paper, ViT-B: 300 and 800
+    "warm_up":         (1,                10,           10),  # epochs
+    "batch":           (64,               512,          2048),
+    "lr":              (2e-3,             1e-3,         1.5e-3),
+    "workers":         (0,                4,            8),
+    "labels":          (200,              None,         None),  # labelled images for fine-tuning; None: all
+    "finetune_epochs": (150,              100,          100),
 }  # fmt: skip
 
 # Crop, flip and blur of the authors' code. Glyphs and digits are not flipped, because a mirrored one may
@@ -137,9 +139,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     method.add_argument("--dim", type=cli.int_in(2), help="width of queries and keys; authors' code: 256")
     method.add_argument(
         "--keys",
-        choices=("ema", "online"),
+        choices=("ema", "online", "position"),
         default="ema",
-        help="encoder of the keys: ema (momentum encoder) or online (table 8)",
+        help="encoder of the keys: ema (momentum encoder) or online (table 8); position: no encoder, the keys are "
+        "fixed codes of the positions",
     )
     method.add_argument(
         "--views",
@@ -159,10 +162,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--mask-ratio",
         type=cli.float_in(0, 1),
         default=0.75,
-        help="fraction of masked patches; masked in squares of 2 x 2 patches",
+        help="fraction of masked patches",
+    )
+    method.add_argument(
+        "--mask-square", type=cli.int_in(1), help="side of a masked square, in patches; authors' code: 2 (32 pixels)"
     )
     method.add_argument("--temperature", type=cli.float_in(1e-3), default=0.1, help="tau; authors' code: 0.1")
     method.add_argument("--momentum", type=cli.float_in(0, 1), help="initial EMA momentum m; rises to 1")
+    fine_tuning = parser.add_argument_group("fine-tuning (used by eval.py)")
+    fine_tuning.add_argument(
+        "--labels", type=cli.int_in(1), help="number of labelled images, class-balanced; default at gpu and paper: all"
+    )
+    fine_tuning.add_argument("--finetune-epochs", type=cli.int_in(1), help="passes over the labelled images")
+    fine_tuning.add_argument(
+        "--transplant",
+        choices=("all", "positions"),
+        default="all",
+        help="pre-trained weights that fine-tuning starts from. positions: position embeddings and biases only",
+    )
     args = cli.parse(parser, SCALES, argv)
 
     if args.no_stop_gradient and args.gradient_leak not in (None, 1.0):
@@ -176,13 +193,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.data_set != "folder" and args.size != 32:
         fail(f"--size {args.size} requires --data-set folder ({args.data_set} images have 32 x 32 pixels): drop --size")
     patch = NETWORKS[args.network].patch
-    if args.size % (MASK_SQUARE * patch):
+    if args.size % (args.mask_square * patch):
         fail(
-            f"invalid --size {args.size}: give a multiple of {MASK_SQUARE * patch}, because --network {args.network} "
-            f"has patches of {patch} pixels, which are masked in squares of {MASK_SQUARE} x {MASK_SQUARE}"
+            f"invalid --size {args.size}: give a multiple of {args.mask_square * patch}, because --network "
+            f"{args.network} has patches of {patch} pixels, which are masked in squares of --mask-square "
+            f"{args.mask_square} x {args.mask_square}"
         )
     if args.mask_ratio == 0:
         fail("invalid --mask-ratio 0: give more than 0, because only masked patches contribute to the loss")
+    if args.keys == "position":
+        if args.gradient_leak or args.views != "asymmetric":
+            fail("--keys position encodes no image: drop --no-stop-gradient, --gradient-leak and --views")
+        if args.dim < patch_count(args):
+            fail(
+                f"--keys position requires --dim of at least {patch_count(args)}, the number of patches: "
+                f"--dim is {args.dim}"
+            )
     return args
 
 
@@ -218,12 +244,14 @@ class ConMIM(nn.Module):
         """Return queries q and keys k, (B, N, dim) each, from two views (B, 3, S, S).
 
         mask (B, N) bool: the masked patches of `query_view`. `key_network`: "ema" or "online", the network that encodes
-        `key_view`. `leak` is the fraction of the gradient that reaches the keys. Each view has its own forward pass and
-        therefore its own batch statistics.
+        `key_view`; "position": the keys are orthonormal constants, one per position. `leak` is the fraction of the
+        gradient that reaches the keys. Each view has its own forward pass and therefore its own batch statistics.
         """
         # Run the queries first: otherwise autocast reuses weight casts cached under no_grad, and the queries get no
         # gradient.
         q = self.online(query_view, mask)
+        if key_network == "position":  # ABLATION (explicit position classification)
+            return q, torch.eye(q.shape[2], dtype=q.dtype, device=q.device)[: q.shape[1]].expand_as(q)
         network = self.ema if key_network == "ema" else self.online  # ABLATION (momentum encoder)
         with torch.set_grad_enabled(torch.is_grad_enabled() and leak > 0):
             k = network(key_view, None)
@@ -325,24 +353,24 @@ class WorkerViews:
         return torch.stack([view(crop) for view in self.views])
 
 
-def masks_from_order(order: Tensor, ratio: float) -> Tensor:
+def masks_from_order(order: Tensor, ratio: float, square: int) -> Tensor:
     """Return masks (B, N) bool in which the first ceil(cells * ratio) cells of each order are masked.
 
-    order (B, cells): for each image a permutation of the cells, which are squares of MASK_SQUARE x MASK_SQUARE patches.
+    order (B, cells): for each image a permutation of the cells, which are squares of `square` x `square` patches.
     """
     cells = order.shape[1]
     side = round(cells**0.5)
     masked = order.argsort(1) < math.ceil(cells * ratio)
-    squares = masked.view(-1, side, 1, side, 1).expand(-1, side, MASK_SQUARE, side, MASK_SQUARE)
-    return squares.reshape(len(order), cells * MASK_SQUARE**2)
+    squares = masked.view(-1, side, 1, side, 1).expand(-1, side, square, side, square)
+    return squares.reshape(len(order), cells * square**2)
 
 
-def random_masks(rng: seeding.SampleRNG, patches: int, ratio: float) -> Tensor:
+def random_masks(rng: seeding.SampleRNG, patches: int, ratio: float, square: int) -> Tensor:
     """Return masks (B, patches) bool on the CPU, all with the same number of masked patches.
 
-    At ratio 0.75, 148 of 196 or 48 of 64 patches are masked.
+    At ratio 0.75, 148 of 196 patches are masked in squares of 2 x 2, and 12 of 16 one by one.
     """
-    return masks_from_order(rng.uniform(shape=(patches // MASK_SQUARE**2,)).argsort(1), ratio)
+    return masks_from_order(rng.uniform(shape=(patches // square**2,)).argsort(1), ratio, square)
 
 
 def patch_count(args: argparse.Namespace) -> int:
@@ -378,14 +406,14 @@ def batches(args: argparse.Namespace, data: Data, epoch: int, rows: slice) -> It
         query = data.normalise(views[0])
         key = data.normalise(views[1]) if strong else query
         rng = seeding.SampleRNG(args.seed, "mask", step, args.batch, rows)
-        mask = devices.upload(random_masks(rng, patches, args.mask_ratio), data.device)
+        mask = devices.upload(random_masks(rng, patches, args.mask_ratio, args.mask_square), data.device)
         yield query, key, mask
 
 
 # ------------------------------------------------------------------------------------------------- train
 
 
-def diagnostic_batch(data: Data, patches: int, ratio: float) -> tuple[Tensor, Tensor]:
+def diagnostic_batch(args: argparse.Namespace, data: Data) -> tuple[Tensor, Tensor]:
     """Return the batch for the diagnostics: images (256, 3, S, S) and masks (256, N), equal for equal data seeds.
 
     The images are evenly spaced in the test set and not augmented. A smaller test set is taken whole.
@@ -393,7 +421,8 @@ def diagnostic_batch(data: Data, patches: int, ratio: float) -> tuple[Tensor, Te
     spacing = max(1, len(data.test) // N_DIAGNOSTIC)
     x, _ = next(data.batches("test", 0, spacing))  # every `spacing`-th image, as for one of `spacing` ranks
     x = x[:N_DIAGNOSTIC]
-    mask = random_masks(seeding.SampleRNG(data.data_seed, "diagnosed mask", 0, len(x)), patches, ratio)
+    rng = seeding.SampleRNG(data.data_seed, "diagnosed mask", 0, len(x))
+    mask = random_masks(rng, patch_count(args), args.mask_ratio, args.mask_square)
     return x, devices.upload(mask, x.device)
 
 
@@ -426,7 +455,7 @@ def position_r2(k: Tensor) -> float:
 def diagnose(model: ConMIM, key_network: str, x: Tensor, mask: Tensor) -> dict[str, float]:
     """Measure whether the model solves the task by position alone.
 
-    Queries and keys see the same view x (B, 3, S, S); mask (B, N) bool. `key_network` is "ema" or "online". Runs in
+    Queries and keys see the same view x (B, 3, S, S); mask (B, N) bool. `key_network`: see ConMIM.forward. Runs in
     train mode and float32.
 
     own_top1            share of masked queries whose nearest key in their own image is their own
@@ -481,7 +510,7 @@ def train(args: argparse.Namespace, run: Run, model: ConMIM, data: Data, optimiz
     final_epoch = min(2, args.epochs) if args.rehearse else args.epochs
     steps_per_epoch = data.examples // args.batch
     rows = devices.rows_of_rank(args.batch)
-    x, x_mask = diagnostic_batch(data, patch_count(args), args.mask_ratio)
+    x, x_mask = diagnostic_batch(args, data)
     forward = devices.distribute(model, data.device, args.sync_batch_norm)
     online: list[Tensor] = [*model.online.parameters()]
     ema: list[Tensor] = [*model.ema.parameters()]

@@ -25,21 +25,26 @@ from torchvision.transforms.v2 import functional as tv
 from common import augment, checkpoints, images, seeding
 from common.run import Run
 from conmim import net, train
+from conmim.eval import RECIPES
 from conmim.train import ConMIM, denoising_contrast, loss_floor
 
-ARMS, STUDIES = design("conmim")
+ALL_ARMS, STUDIES = design("conmim")
+# These arms differ from base and no-pretraining in fine-tuning only.
+FINE_TUNING_ARMS = ("positions-only", "no-pretraining-long")
+ARMS = {name: flags for name, flags in ALL_ARMS.items() if "@" not in name and name not in FINE_TUNING_ARMS}
 CELLS = [name for name in ARMS if name != "no-pretraining"]
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
 def tiny_network(monkeypatch):
-    """Replace the demo network by a transformer of two blocks of width 16."""
+    """Replace the demo network by a transformer of two blocks of width 16, with patches of 4 pixels."""
     monkeypatch.setitem(net.NETWORKS, "vit_demo", net.Shape(4, 16, 2, 2))
+    monkeypatch.setitem(train.SCALES, "mask_square", (2, 2, 2))
 
 
 def parse_args(*flags: str) -> argparse.Namespace:
-    return train.parse_args(["--hidden", "24", "--dim", "20", *flags])
+    return train.parse_args(["--hidden", "24", "--dim", "66", *flags])
 
 
 def small_model(*flags: str) -> ConMIM:
@@ -49,7 +54,7 @@ def small_model(*flags: str) -> ConMIM:
 def random_batch(rows: int = 6) -> train.Batch:
     generator = torch.Generator().manual_seed(1)
     query, key = torch.randn(2, rows, 3, 32, 32, generator=generator)
-    return query, key, train.random_masks(seeding.SampleRNG(0, "mask", 0, rows), 64, 0.75)
+    return query, key, train.random_masks(seeding.SampleRNG(0, "mask", 0, rows), 64, 0.75, 2)
 
 
 class RecordingRun(FakeRun):
@@ -181,7 +186,7 @@ def test_masks_equal_those_of_the_authors_code():
     np.random.seed(0)
     order = np.random.permutation(49)
     assert order[:5].tolist() == [29, 4, 26, 30, 32] and order[33:37].tolist() == [1, 12, 43, 24]
-    masks = {ratio: train.masks_from_order(torch.from_numpy(order)[None], ratio) for ratio in (0.75, 0.6, 0.5)}
+    masks = {ratio: train.masks_from_order(torch.from_numpy(order)[None], ratio, 2) for ratio in (0.75, 0.6, 0.5)}
     assert {ratio: int(mask.sum()) for ratio, mask in masks.items()} == {0.75: 148, 0.6: 120, 0.5: 100}
     rows = ["0110110", "1101111", "1111101", "0101111", "1111111", "1011011", "1100101"]
     cells = torch.tensor([[int(cell) for cell in row] for row in rows])
@@ -547,7 +552,7 @@ def random_images(count: int, device: str = "cpu") -> images.Images:
 
 @pytest.mark.parametrize(("patches", "ratio", "masked"), [(196, 0.75, 148), (64, 0.75, 48), (64, 0.5, 32), (64, 1, 64)])
 def test_masks_are_random_squares_with_a_fixed_count(patches, ratio, masked):
-    masks = train.random_masks(seeding.SampleRNG(0, "mask", 0, 500), patches, ratio)
+    masks = train.random_masks(seeding.SampleRNG(0, "mask", 0, 500), patches, ratio, 2)
     side = round(patches**0.5)
     assert masks.shape == (500, patches) and (masks.sum(1) == masked).all()
     squares = masks.view(500, side // 2, 2, side // 2, 2)
@@ -608,7 +613,7 @@ def test_both_views_share_one_crop(monkeypatch):
         monkeypatch.setattr(augment, name, lambda view, *_, **__: view)
     monkeypatch.setattr(train, "solarize", lambda view, _: view)
     assert all(torch.equal(query, key) for query, key, _ in epoch_batches())
-    assert train.augmentation("glyphs36")["flip"] == 0 and train.augmentation("cifar100")["flip"] == 0.5
+    assert train.augmentation("glyphs10-light")["flip"] == 0 and train.augmentation("cifar100")["flip"] == 0.5
     assert train.augmentation("folder")["crop"] == (0.08, 1.0)
 
 
@@ -703,10 +708,10 @@ def test_diagnostics_do_not_change_statistics_or_modes(arm):
 
 def test_diagnostic_images_are_evenly_spaced_in_the_test_set():
     data = random_images(1000)
-    x, mask = train.diagnostic_batch(data, 64, 0.75)
+    x, mask = train.diagnostic_batch(parse_args(), data)
     assert x.shape == (256, 3, 32, 32) and (mask.sum(1) == 48).all()
     assert torch.equal(x[255], data.normalise(data.test[3 * 255]))
-    assert len(train.diagnostic_batch(random_images(20), 64, 0.75)[0]) == 20
+    assert len(train.diagnostic_batch(parse_args(), random_images(20))[0]) == 20
 
 
 def test_online_keys_become_a_position_code_without_stop_gradient():
@@ -726,6 +731,20 @@ def test_online_keys_become_a_position_code_without_stop_gradient():
     assert metrics["base"]["position_r2"] < 0.9
 
 
+def test_position_keys_are_orthonormal_and_ignore_the_image():
+    model, (query, key, mask) = small_model("--keys", "position"), random_batch()
+    q, k = model(query, key, mask, "position", 0.0)
+    assert k.shape == q.shape == (6, 64, 66) and not k.requires_grad and q.requires_grad
+    torch.testing.assert_close(k @ k.mT, torch.eye(64).expand(6, -1, -1))
+    assert torch.equal(q, model(query, key, mask, "ema", 0.0)[0])
+    # The loss is a cross-entropy over the positions, with the cosines to the codes as logits.
+    logits = F.normalize(q, dim=2)[:, :, :64] / 0.1
+    expected = F.cross_entropy(logits[mask], torch.arange(64).expand(6, -1)[mask])
+    torch.testing.assert_close(denoising_contrast(q, k, mask, 0.1), expected)
+    diagnostics = train.diagnose(model, "position", query, mask)
+    assert diagnostics["position_r2"] == pytest.approx(1) and diagnostics["own_top1"] == diagnostics["cross_top1"]
+
+
 # ---------------------------------------------------------------------------------------------- arms and flags
 
 
@@ -733,17 +752,35 @@ def test_online_keys_become_a_position_code_without_stop_gradient():
 def test_arms_have_distinct_arguments_and_studies_use_declared_arms(scale):
     arms, studies = design("conmim", scale)
     parsed = {json.dumps(vars(train.parse_args(["--scale", scale, *flags])), default=str) for flags in arms.values()}
-    assert len(parsed) == len(arms) == 7
+    assert len(parsed) == len(arms) == (15 if scale == "demo" else 10)
     contrasts = [contrast for study in studies.values() for contrast in study]
     assert {arm for contrast in contrasts for arm in contrast.split(":")} == set(arms)
     assert studies["conmim-stop-gradient"][0] == "online-no-stop-gradient:online-keys"
     assert studies["conmim-asymmetry"][0] == "symmetric:base"
 
 
+@pytest.mark.parametrize(("scale", "examples"), [("demo", 5000), ("gpu", 50_000), ("paper", 1_281_167)])
+def test_longer_fine_tuning_adds_the_steps_of_pretraining(scale, examples):
+    """To the nearest epoch of fine-tuning; mnist5k has 4,000 training images."""
+    batch = {name: row[("demo", "gpu", "paper").index(scale)] for name, row in RECIPES.items()}["batch"]
+    arms, _ = design("conmim", scale)
+    settings = [("no-pretraining", "no-pretraining-long", examples)]
+    if scale == "demo":
+        settings.append(("no-pretraining@mnist5k", "no-pretraining-long@mnist5k", 4000))
+    for short, long, count in settings:
+        base = train.parse_args(["--scale", scale])
+        args, longer = (train.parse_args(["--scale", scale, *arms[arm]]) for arm in (short, long))
+        added = base.epochs * (count // base.batch)
+        steps_per_epoch = (args.labels or count) // batch
+        assert abs((longer.finetune_epochs - args.finetune_epochs) * steps_per_epoch - added) <= 0.5 * steps_per_epoch
+
+
 def test_every_flag_is_used():
     source = (ROOT / "conmim/train.py").read_text()
-    read = set(re.findall(r"\bargs\.(\w+)", source[source.index("class Branch") :]))
-    assert read == set(vars(train.parse_args([]))) - {"seed_offset"}  # cli.parse adds it to seed
+    source = source[source.index("class Branch") :] + (ROOT / "conmim/eval.py").read_text()
+    read = set(re.findall(r"\bargs\.(\w+)", source)) - {"folder", "held_out", "weights"}  # these are eval.py's
+    flags = set(vars(train.parse_args([])))
+    assert read == flags - {"seed_offset"}  # cli.parse adds it to seed
 
 
 @pytest.mark.parametrize(
@@ -758,6 +795,11 @@ def test_every_flag_is_used():
         (["--data-set", "folder", "--size", "36"], "a multiple of 8"),
         (["--network", "vit_base_16", "--data-set", "folder", "--size", "48"], "a multiple of 32"),
         (["--keys", "both"], "invalid choice"),
+        (["--keys", "position", "--dim", "63"], "--dim of at least 64"),
+        (["--keys", "position", "--no-stop-gradient"], "--keys position encodes no image"),
+        (["--keys", "position", "--views", "basic"], "--keys position encodes no image"),
+        (["--labels", "0"], "less than 1"),
+        (["--transplant", "some"], "invalid choice"),
         (["--mask", "0.5"], "unrecognized"),
         (["--epochs", "-1"], "less than 0"),
         (["--scale", "gpu"], "--scale demo"),
@@ -799,7 +841,7 @@ def test_steps_do_not_synchronise_host_and_device(fake_gpu):
 
 # ---------------------------------------------------------------------------------------------- runs
 
-TINY = ["--hidden", "24", "--dim", "20", "--rehearse", "3", "--batch", "16", "--device", "cpu"]
+TINY = ["--hidden", "24", "--dim", "66", "--rehearse", "3", "--batch", "16", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -808,6 +850,7 @@ def finished(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(net.NETWORKS, "vit_demo", net.Shape(4, 16, 2, 2))
+        patch.setitem(train.SCALES, "mask_square", (2, 2, 2))
         for name, flags in ARMS.items():
             train.main([*TINY, "--data", str(root / "data"), *flags, "--out", str(root / name / "0")])
     return root
@@ -951,6 +994,7 @@ SCRIPT = """
 import sys
 from conmim import net, train
 net.NETWORKS["vit_demo"] = net.Shape(4, 16, 2, 2)
+train.SCALES["mask_square"] = (2, 2, 2)
 """
 
 

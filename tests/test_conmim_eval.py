@@ -27,7 +27,8 @@ ARMS = {
     "no-stop-gradient": ["--keys", "online", "--no-stop-gradient", "--views", "basic"],
     "no-pretraining": ["--epochs", "0"],
 }
-RECIPE = {"labels": 24, "bank": 60, "epochs": 3, "warm_up": 1, "batch": 8}
+RECIPE = {"bank": 60, "warm_up": 1, "batch": 8}
+FLAGS = {"labels": 24, "finetune_epochs": 3, "mask_square": 2}  # defaults of train.py
 SHAPE = Shape(4, 16, 2, 2)
 
 
@@ -35,8 +36,9 @@ SHAPE = Shape(4, 16, 2, 2)
 def tiny_setting(monkeypatch):
     """Replace the demo network by a transformer of two blocks of width 16, and shorten the recipe."""
     monkeypatch.setitem(net.NETWORKS, "vit_demo", SHAPE)
-    for name, value in RECIPE.items():
-        monkeypatch.setitem(evaluate.RECIPES, name, (value, value, value))
+    for table, values in ((evaluate.RECIPES, RECIPE), (train.SCALES, FLAGS)):
+        for name, value in values.items():
+            monkeypatch.setitem(table, name, (value, value, value))
 
 
 def recipe(scale: int = 0, **changes) -> evaluate.Recipe:
@@ -61,10 +63,11 @@ def vit_state() -> dict[str, torch.Tensor]:
     return train.build_model(parse_args(), CPU).ema.vit.state_dict()
 
 
-def fine_tuned_accuracy(indices=None, seed=0, **changes) -> float:
+def fine_tuned_accuracy(indices=None, seed=0, epochs=3, **changes) -> float:
     data = random_images()
     indices = torch.arange(data.examples) if indices is None else indices
     args, settings = parse_args("--data-set", "cifar10", "--seed", str(seed)), recipe(**changes)
+    args.finetune_epochs = epochs
     model = evaluate.build_classifier(args, settings, vit_state(), data)
     state = evaluate.EvaluationState(Path("no such folder/eval_state.pt"), "", CPU)
     return evaluate.fine_tune(args, settings, model, data, evaluate.Subset(indices, data.train_labels), state)
@@ -146,10 +149,10 @@ def test_learning_rate_schedule_per_step_and_layer(monkeypatch):
 def test_fine_tuning_starts_from_pretrained_weights_and_a_small_head(monkeypatch):
     models = []
     monkeypatch.setattr(evaluate, "accuracy", lambda model, *_: models.append(model) or 0.0)
-    fine_tuned_accuracy(epochs=0)
+    fine_tuned_accuracy(epochs=0, head_scale=0.001)
     state, start = vit_state(), models[0].state_dict()
     x = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    vit = ViT(32, *SHAPE, 0.1, "both").eval()
+    vit = ViT(32, *SHAPE, 1.0, "both").eval()
     vit.load_state_dict(state)
     tokens = []
     vit.norm.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0]))
@@ -161,12 +164,42 @@ def test_fine_tuning_starts_from_pretrained_weights_and_a_small_head(monkeypatch
     assert all(torch.equal(start[f"blocks.{i}.attn.relative_position_bias_table"], shared_table) for i in range(2))
 
 
+def test_only_positions_are_transplanted():
+    data, settings, state = random_images(), recipe(), vit_state()
+    state = {name: tensor + 1 for name, tensor in state.items()}
+    models = {
+        name: evaluate.build_classifier(parse_args("--transplant", name), settings, state, data).state_dict()
+        for name in ("all", "positions")
+    }
+    with seeding.seeded_fork_rng(0, "classifier"):
+        fresh = Classifier(32, *SHAPE, 1.0, "both", data.classes, 0.0, settings["head_scale"]).state_dict()
+    changed = {name for name in fresh if not torch.equal(models["positions"][name], fresh[name])}
+    assert changed == {"pos_embed", *(f"blocks.{i}.attn.relative_position_bias_table" for i in range(2))}
+    assert all(torch.equal(models["positions"][name], models["all"][name]) for name in changed)
+    assert not torch.equal(models["positions"]["blocks.0.mlp.fc1.weight"], models["all"]["blocks.0.mlp.fc1.weight"])
+
+
+def test_pixel_accuracy_is_that_of_the_nearest_labelled_image():
+    data, indices = random_images(60), torch.arange(0, 60, 5)
+    pixels = data.normalise(data.train).flatten(1).tolist()
+
+    def cosine(a, b):
+        norms = math.sqrt(sum(x * x for x in a) * sum(x * x for x in b))
+        return sum(x * y for x, y in zip(a, b, strict=True)) / norms
+
+    hits = 0
+    for image, label in zip(pixels, data.test_labels.tolist(), strict=True):
+        nearest = max(indices.tolist(), key=lambda index: cosine(image, pixels[index]))
+        hits += data.train_labels[nearest].item() == label
+    assert evaluate.pixel_accuracy(data, indices) == pytest.approx(100 * hits / 60)
+
+
 def test_fine_tuning_learns_and_is_reproducible(monkeypatch):
     states, accuracy = [], evaluate.accuracy
     monkeypatch.setattr(
         evaluate, "accuracy", lambda model, *rest: states.append(model.state_dict()) or accuracy(model, *rest)
     )
-    after_training = fine_tuned_accuracy(epochs=25, lr=0.01, layer_decay=1.0)
+    after_training = fine_tuned_accuracy(epochs=25, lr=0.01)
     assert after_training > 60 > fine_tuned_accuracy(epochs=0)
     for seed in (0, 0, 1):
         fine_tuned_accuracy(seed=seed)
@@ -226,7 +259,7 @@ def test_fine_tuning_batches_contain_the_labelled_images_once_per_epoch(monkeypa
     def indices_and_labels(epoch, rank=0, world=1):
         monkeypatch.setattr(devices, "rank_and_world", lambda: (rank, world))
         subset = evaluate.Subset(indices, data.train_labels)
-        args, settings = parse_args("--data-set", "glyphs36"), recipe(crop=(1.0, 1.0))
+        args, settings = parse_args("--data-set", "glyphs10-light"), recipe(crop=(1.0, 1.0))
         images_of_batches, labels = zip(*evaluate.fine_tuning_batches(args, settings, data, subset, epoch), strict=True)
         pixels = (torch.cat(images_of_batches) * data.std + data.mean) * 255  # the pixel value is the index
         return pixels.mean((1, 2, 3)).round().int(), torch.cat(labels)
@@ -274,7 +307,7 @@ def test_similarity_arrays_belong_to_the_first_diagnostic_image():
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     arrays = evaluate.similarity_arrays(args, model, data)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    x, mask = train.diagnostic_batch(data, 64, 0.75)
+    x, mask = train.diagnostic_batch(args, data)
     q, k = (normalize(features.detach(), dim=2) for features in model(x, x, mask, "ema", 0.0))
     np.testing.assert_allclose(arrays["own"], (q[0] @ k[0].T).numpy(), atol=1e-5)
     np.testing.assert_allclose(arrays["other"], (q[0] @ k[1].T).numpy(), atol=1e-5)
@@ -296,8 +329,9 @@ def finished(tmp_path_factory, pictures):
     root = tmp_path_factory.mktemp("conmim")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(net.NETWORKS, "vit_demo", SHAPE)
-        for name, value in RECIPE.items():
-            patch.setitem(evaluate.RECIPES, name, (value, value, value))
+        for table, values in ((evaluate.RECIPES, RECIPE), (train.SCALES, FLAGS)):
+            for name, value in values.items():
+                patch.setitem(table, name, (value, value, value))
         for arm, flags in ARMS.items():
             train.main(run_flags(root / arm, pictures, *flags))
             evaluate.main([str(root / arm)])
@@ -465,7 +499,7 @@ SAVE_FINE_TUNED_WEIGHTS = """
 import sys
 import torch
 from common import checkpoints, devices
-from conmim import eval as evaluate, net
+from conmim import eval as evaluate, net, train
 net.NETWORKS["vit_demo"] = net.Shape(*{shape})
 evaluate.RECIPES |= {{name: (value, value, value) for name, value in {recipe}.items()}}
 evaluate.RECIPES["crop"] = ((1.0, 1.0),) * 3
@@ -489,7 +523,7 @@ def test_recipes_of_larger_scales_run(scale, pictures, tmp_path, monkeypatch, ca
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (20, 3, 32, 32), generator=generator).byte()
     monkeypatch.setattr(images, "cifar", lambda *_: (pixels, torch.arange(20) % 10))
-    for name, value in {"labels": None, "bank": None, "batch": 1024}.items():
+    for name, value in {"bank": None, "batch": 1024}.items():
         monkeypatch.setitem(evaluate.RECIPES, name, (value, value, value))
     monkeypatch.setitem(net.NETWORKS, "vit_tiny_4", Shape(4, 48, 3, 3))
     monkeypatch.setitem(net.NETWORKS, "vit_base_16", Shape(16, 48, 2, 3))
@@ -583,7 +617,8 @@ def test_evaluation_stays_on_the_gpu(scale, fake_gpu: FakeGPU, tmp_path, monkeyp
     syncs = []
     for epochs in (1, 2):
         fake_gpu.syncs = 0
-        settings = recipe(scale, epochs=epochs, rand_augment=0, mixup=0.0, cutmix=0.0)  # off: they synchronise
-        evaluate.evaluate(parse_args("--data-set", "cifar10"), settings, networks, data, tmp_path, False)
+        settings = recipe(scale, rand_augment=0, mixup=0.0, cutmix=0.0)  # off: they synchronise
+        args = parse_args("--data-set", "cifar10", "--finetune-epochs", str(epochs))
+        evaluate.evaluate(args, settings, networks, data, tmp_path, False)
         syncs.append(fake_gpu.syncs)
     assert syncs[0] == syncs[1] > 0

@@ -45,7 +45,7 @@ def test_shapes_dtypes_and_class_balance(preset: str, classes: int) -> None:
 
 
 def test_error_for_an_unknown_preset_lists_the_presets() -> None:
-    with pytest.raises(ValueError, match=r"'glyphs11'.*glyphs10, glyphs10-hard, glyphs36, glyphs36-hard"):
+    with pytest.raises(ValueError, match=r"'glyphs11'.*glyphs10, glyphs10-light, .*, glyphs36-hard"):
         glyphs.generate("glyphs11", 10, "train")
     with pytest.raises(ValueError, match="invalid preset"):
         glyphs.classes("glyphs11")
@@ -111,14 +111,16 @@ def test_each_font_has_all_characters_centred_and_complete() -> None:
     assert len({mask.numpy().tobytes() for mask in masks}) == 21, "two fonts are the same"
 
 
-def test_foreground_and_background_have_enough_contrast() -> None:
-    background, foreground = glyphs._colours(SampleRNG(0, "test", 0, 20_000))
+@pytest.mark.parametrize("only_lighter", [False, True])
+def test_foreground_and_background_have_enough_contrast(only_lighter: bool) -> None:
+    background, foreground = glyphs._colours(SampleRNG(0, "test", 0, 20_000), only_lighter)
     for colour in (background, foreground):
         assert colour.shape == (20_000, 3) and colour.min() >= 0 and colour.max() <= 1
     luma = torch.tensor([0.299, 0.587, 0.114])
     difference = foreground @ luma - background @ luma
     assert difference.abs().min() > 0.35 - 1e-5 and difference.abs().min() < 0.36
-    assert 0.4 < (difference > 0).float().mean() < 0.6, "dark and bright characters are not equally frequent"
+    lighter = (difference > 0).float().mean()
+    assert lighter == 1 if only_lighter else 0.4 < lighter < 0.6, "dark and bright characters are not equally frequent"
 
 
 def test_scale_and_position_of_a_glyph() -> None:

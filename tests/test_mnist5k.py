@@ -144,8 +144,8 @@ def test_make_data_installs_the_package_and_prepares_the_data(tmp_path):
 
 
 def test_the_image_papers_train_on_mnist5k(data, tmp_path, monkeypatch):
-    for name in ("labels", "bank"):
-        monkeypatch.setitem(conmim.eval.RECIPES, name, (60, None, None))
+    monkeypatch.setitem(conmim.eval.RECIPES, "bank", (60, None, None))
+    monkeypatch.setitem(conmim.train.SCALES, "labels", (60, None, None))
     flags = ["--data-set", "mnist5k", "--data", str(data), "--rehearse", "2", "--device", "cpu", "--batch", "16"]
     for train, evaluate, name in (
         (simsiam.train, simsiam.eval, "simsiam"),

@@ -186,9 +186,13 @@ def required_baselines(arm: str, reference: str, tested: Sequence[str]) -> list[
 
 @dataclass(frozen=True)
 class Robustness:
-    """Options of a paper's robustness study: the plotted metrics, and baselines if not those of the main studies."""
+    """Options of a paper's robustness study: the plotted metrics, and baselines if not those of the main studies.
+
+    `fixed` lists baseline arms that the learning rate does not affect: they run once.
+    """
 
     metrics: Sequence[str]
+    fixed: Sequence[str] = ()
     must_beat: Sequence[MustBeat] | None = None
     published: str = "none published"
     n: int = 5
@@ -234,7 +238,7 @@ class Design:
                 replace(arm, name=f"{arm.name}@{rate}", flags=f"{arm.flags} {flags}".strip())
                 for rate, flags in RATES.items()
                 for arm in declared
-                if arm.name in robustness.arms
+                if arm.name in robustness.arms and arm.name not in self.robustness.fixed
             ]
             main_studies = [study for study in self.studies if not study.extra]
             extras = [study for study in self.studies if study.extra]
@@ -389,14 +393,14 @@ def _robustness(design: Design) -> Study:
     assert design.robustness
     main_studies = [study for study in design.studies if not study.extra]
     primary = list(dict.fromkeys(pair for study in main_studies for pair in study.pairs[: study.primary]))
-    must_beat = design.robustness.must_beat
+    must_beat, fixed = design.robustness.must_beat, design.robustness.fixed
     if must_beat is None:
         must_beat = list(dict.fromkeys(item for study in main_studies for item in study.primary_baselines))
     baselines = [(item.arm, item.baseline_arm) for item in must_beat if item.baseline_arm]
     baselines = [pair for pair in baselines if pair not in primary]
 
     def at(rate: str, name: str) -> str:
-        return f"{name}@{rate}" if rate and name else name
+        return f"{name}@{rate}" if rate and name and name not in fixed else name
 
     rates = ["", *RATES]
     contrasts = [f"{at(rate, arm)}:{at(rate, reference)}" for rate in rates for arm, reference in primary]
