@@ -9,18 +9,15 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import stdev
 
 if not __package__:  # run as a script: import from this clone, not from an installed copy
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cocord.studies import METRICS, design
-from common.study import figures, plotting, results, statistics, tables
+from common.study import figures, plotting, results, tables
 from common.study.figures import without_setting
 
 PRIMARY = "accuracy"
-CHANCE = {"glyphs36": 100 / 36, "cifar100": 1.0}  # accuracy in percent, by data set
-PUBLISHED_STD = 0.18  # accuracy points, over five CIFAR-100 runs (DKD, resnet32x4 to resnet8x4, mdistiller issue #7)
 
 # ------------------------------------------------------------------------------------------------- descriptions
 
@@ -31,34 +28,19 @@ def describe(runs: results.Runs) -> str:
     if not arguments:
         return ""
     names = {"glyphs36": "glyphs (synthetic characters, 36 classes)", "cifar100": "CIFAR-100"}
+    names["glyphs36-hard"] = "glyphs (synthetic characters with clutter, 36 classes)"
     data = names.get(arguments["data_set"], arguments["data_set"])
     return f"{data}, {arguments['epochs']} epochs, batch size {arguments['batch']}"
-
-
-def resolution_note(runs: results.Runs, reference: str, seeds: int) -> str:
-    """Return a sentence with the smallest difference of two means that `seeds` seeds per arm can resolve.
-
-    It is the half-width of Welch's 95 % interval for two arms of equal standard deviation.
-    """
-    if seeds < 2:
-        return "One seed cannot resolve a difference."
-    half_width_per_std = statistics.student_t_quantile(0.975, 2 * seeds - 2) * (2 / seeds) ** 0.5
-    text = f"{seeds} seeds per arm can resolve differences above about {half_width_per_std * PUBLISHED_STD:.2f} points "
-    text += f"with the published standard deviation on CIFAR-100 ({PUBLISHED_STD})"
-    values = list(results.values(runs, reference, PRIMARY).values())
-    if len(values) > 1:
-        std = stdev(values)
-        text += f", or above {half_width_per_std * std:.2f} points with that of {reference} in these runs ({std:.2f})"
-    return text + "."
 
 
 # ------------------------------------------------------------------------------------------------- figures
 
 
 def curve_panels(
-    runs: results.Runs, groups: Mapping[str, Sequence[str]], metrics: Mapping[str, str], data_set: str
+    runs: results.Runs, groups: Mapping[str, Sequence[str]], metrics: Mapping[str, str], chance: Mapping[str, float]
 ) -> list[figures.Curves]:
-    """Return one panel per pair and metric of the log."""
+    """Return one panel per pair and metric of the log; `chance` by data set."""
+    data_set = results.first_arguments(runs)["data_set"]
     panels = []
     for pair, arms in groups.items():
         for key, title in metrics.items():
@@ -66,7 +48,7 @@ def curve_panels(
             if key != "test_accuracy":  # the other metrics are about keys, which need a contrastive loss
                 curves = {arm: seeds if has_contrast(runs[arm]) else [] for arm, seeds in curves.items()}
             values = {without_setting(arm): seeds for arm, seeds in curves.items()}
-            lines = {"chance": CHANCE[data_set]} if key == "test_accuracy" and data_set in CHANCE else {}
+            lines = {"chance": chance[data_set]} if key == "test_accuracy" and data_set in chance else {}
             panels.append(figures.Curves(f"{title}, {data_set}\n{pair.replace('-', ' → ')}", values, lines))
     return panels
 
@@ -100,8 +82,7 @@ def dot_panels(
 
 
 def draw(view: results.View) -> dict[str, figures.Drawing]:
-    """Return the figures of a study by name; adds a note about the smallest resolvable difference to the summary."""
-    view.summary["notes"].insert(0, resolution_note(view.runs, view.reference, len(view.args.seeds)))
+    """Return the figures of a study by name."""
     groups = tables.arms_by_setting(view.summary)
     names = [without_setting(arm) for group in groups.values() for arm in group]
     arms = sorted(dict.fromkeys(names), key=lambda arm: -names.count(arm))  # arms that all pairs have come first
@@ -117,7 +98,7 @@ def draw(view: results.View) -> dict[str, figures.Drawing]:
     styles = {arm: view.styles[arm] for arm in arms}
     highlight = list(dict.fromkeys(map(without_setting, view.highlight)))
     data_set = results.first_arguments(view.runs)["data_set"]
-    panels = curve_panels(view.runs, groups, curve_metrics, data_set)
+    panels = curve_panels(view.runs, groups, curve_metrics, view.chance[PRIMARY])
     dots = dot_panels(view.runs, groups, dot_metrics, data_set)
     return {
         "curves": figures.integer_x_ticks(figures.curves(panels, styles, highlight, view.caption)),

@@ -35,7 +35,7 @@ CROSS_ARCHITECTURE = [
     pair for pair in PUBLISHED if "ResNet50" in pair or pair.split("-")[1] in ("MobileNetV2", "ShuffleV1", "ShuffleV2")
 ]
 # Default pairs of the prediction studies, of the momentum studies and of the momentum study's controls.
-PREDICTION_PAIRS = {"demo": ["vgg_s32-vgg_s"], "gpu": ["resnet56-resnet20"], "paper": list(PUBLISHED)}
+PREDICTION_PAIRS = {"demo": ["vgg_s64-vgg_s"], "gpu": ["resnet56-resnet20"], "paper": list(PUBLISHED)}
 MOMENTUM_PAIRS = {
     "demo": ["resnet_s64-vgg_s"],
     "gpu": ["vgg13-MobileNetV2", "wrn_40_2-ShuffleV1", "resnet32x4-ShuffleV2"],
@@ -52,6 +52,9 @@ NO_COCORD_LOSS = "--lambda-contrast 0 --forward-weight 0 --swapped-weight 0"
 # Margin in accuracy points: about the difference that five seeds resolve at the published standard deviation.
 study = partial(Study, metric="accuracy", margin=1.0)
 sweep = partial(study, extra=True, n=5)
+# A setting with labels for a fifth of the images, which only the demo has. Its pairs are called PAIR@few.
+FEW = "--data-set glyphs36 --epochs 8 --labels 1000"
+FEW_WEIGHTS = "--forward-weight 2 --swapped-weight 2"
 
 
 def student_of(pair: str) -> str:
@@ -91,6 +94,26 @@ def arms_of(pair: str, scale: str) -> list[Arm]:
     }
     teacher = f"teacher@{teacher_of(pair)}"
     return [Arm(f"{name}@{pair}", f"{networks} {rest}".strip(), needs=teacher) for name, rest in flags.items()]
+
+
+def few_labels(pair: str) -> Study:
+    """Return the study of the prediction loss with labels for a fifth of the images."""
+    networks, needs = f"--teacher {teacher_of(pair)} --student {student_of(pair)}", f"teacher@{teacher_of(pair)}@few"
+    base, none = f"base@{pair}@few", f"none@{pair}@few"
+    cross_entropy = f"cross-entropy@{student_of(pair)}@few"
+    return study(
+        "cocord-few-labels",
+        "What does the prediction loss contribute if only a fifth of the images has labels?",
+        [
+            Arm(f"forward-only@{pair}@few", f"{networks} {FEW} --forward-weight 2 --swapped-weight 0", base, needs),
+            Arm(f"swapped-only@{pair}@few", f"{networks} {FEW} --forward-weight 0 --swapped-weight 2", base, needs),
+            Arm(none, f"{networks} {FEW} --forward-weight 0 --swapped-weight 0", base, needs),
+            Arm(base, f"{networks} {FEW} {FEW_WEIGHTS}", cross_entropy, needs),
+        ],
+        primary=2,
+        must_beat=[MustBeat(base, "cross-entropy alone", "accuracy", baseline_arm=cross_entropy)],
+        extra=True,
+    )
 
 
 def at(pair: str, *contrasts: str) -> list[str]:
@@ -147,6 +170,23 @@ def design(scale: str, settings: Settings) -> Design:
     fast = ["moving-fast:frozen"] if scale == "demo" else []
     # The sweeps use the first pair of each study.
     prediction_pair, momentum_pair = prediction[0], momentum[0]
+    extras = [
+        study(
+            "cocord-calibration",
+            "Does distillation help, and CoCoRD more, as published?",
+            at(prediction_pair, "distillation:cross-entropy", "base:distillation"),
+            primary=2,
+            published=published([prediction_pair]) + "; in all 13 published pairs student alone < KD < CoCoRD",
+            extra=True,
+            expected={f"distillation@{prediction_pair}": "better", f"base@{prediction_pair}": "better"},
+        )
+    ]
+    teachers = [Arm(f"teacher@{network}", f"--network {network}") for network in dict.fromkeys(map(teacher_of, pairs))]
+    if scale == "demo" and not settings.pairs and not settings.own_data:
+        teacher, student = prediction_pair.split("-")
+        extras.append(few_labels(prediction_pair))
+        teachers.append(Arm(f"teacher@{teacher}@few", f"--network {teacher} --data-set glyphs36"))
+        arms.append(Arm(f"cross-entropy@{student}@few", f"--teacher none --student {student} {FEW} {NO_COCORD_LOSS}"))
     forward_sweep = [f"forward-{x}:base" for x in swept_weights(scale)]
     swapped_sweep = [f"swapped-{x}:base" for x in swept_weights(scale)]
     return Design(
@@ -187,6 +227,7 @@ def design(scale: str, settings: Settings) -> Design:
                 must_beat=beats_cross_entropy("frozen", [*momentum, *controls]),
                 published=published([*momentum, *controls]),
             ),
+            *extras,
             sweep(
                 "cocord-forward-weight",
                 "Which weight should the forward term have, next to the swapped term?",
@@ -223,11 +264,9 @@ def design(scale: str, settings: Settings) -> Design:
             ),
         ],
         arms=arms,
-        teachers=[
-            Arm(f"teacher@{network}", f"--network {network}") for network in dict.fromkeys(map(teacher_of, pairs))
-        ],
+        teachers=teachers,
         data="" if scale == "demo" or settings.own_data else "cifar-100-python",
-        chance={"accuracy": {"glyphs36": 100 / 36, "cifar100": 1.0}},
+        chance={"accuracy": {"glyphs36": 100 / 36, "glyphs36-hard": 100 / 36, "cifar100": 1.0}},
         base=f"base@{prediction_pair}",
         robustness=Robustness(["accuracy", "contrastive_accuracy"], published=published([*prediction, *momentum])),
     )

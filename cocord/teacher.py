@@ -38,11 +38,11 @@ from common import cli, devices, files, images, seeding
 from common.lock import run_lock
 from common.run import Run, read_log
 
-SCALES = {  #    demo        gpu         paper
-    "data_set": ("glyphs36", "cifar100", "cifar100"),
-    "network":  ("vgg_s32",  "resnet56", "resnet56"),
-    "epochs":   (5,          240,        240),
-    "batch":    (32,         64,         64),
+SCALES = {  #    demo             gpu         paper
+    "data_set": ("glyphs36-hard", "cifar100", "cifar100"),
+    "network":  ("vgg_s64",       "resnet56", "resnet56"),
+    "epochs":   (12,              240,        240),
+    "batch":    (32,              64,         64),
 }  # fmt: skip
 
 

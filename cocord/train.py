@@ -60,18 +60,18 @@ from common.run import Run
 
 # ------------------------------------------------------------------------------------------------- arguments
 
-SCALES = {  #          demo         gpu         paper
-    "data_set":        ("glyphs36", "cifar100", "cifar100"),
-    "teacher":         ("vgg_s32",  "resnet56", "resnet56"),
-    "student":         ("vgg_s",    "resnet20", "resnet20"),
-    "epochs":          (4,          240,        240),
-    "batch":           (32,         64,         64),
-    "forward_weight":  (0.5,        4.0,        4.0),
-    "swapped_weight":  (0.5,        4.0,        4.0),
-    "hidden":          (256,        2048,       2048),
-    "dim":             (128,        2048,       2048),
-    "bottleneck":      (64,         512,        512),
-    "queue":           (512,        2048,       2048),
+SCALES = {  #          demo              gpu         paper
+    "data_set":        ("glyphs36-hard", "cifar100", "cifar100"),
+    "teacher":         ("vgg_s64",       "resnet56", "resnet56"),
+    "student":         ("vgg_s",         "resnet20", "resnet20"),
+    "epochs":          (12,              240,        240),
+    "batch":           (32,              64,         64),
+    "forward_weight":  (0.5,             4.0,        4.0),
+    "swapped_weight":  (0.5,             4.0,        4.0),
+    "hidden":          (256,             2048,       2048),
+    "dim":             (128,             2048,       2048),
+    "bottleneck":      (64,              512,        512),
+    "queue":           (512,             2048,       2048),
 }  # fmt: skip
 # Random crop of the padded image and horizontal flip. Flipping would change the class of a glyph or digit.
 AUGMENTATION = {
@@ -96,6 +96,7 @@ TRAIN_METRICS = (
     "negative_cosine",
 )
 HELD_OUT_HELP = "train on 9/10 of the training set and test on the other 1/10, for tuning"
+UNLABELLED = -1  # label of the training images that --labels leaves out
 N_PROBE = 256  # training images whose keys are compared between consecutive epochs
 
 
@@ -121,6 +122,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data = cli.run_flags(parser)
     data.add_argument("--data-set", choices=images.DATA_SETS, help="folder: --data contains train/CLASS/*, val/CLASS/*")
     data.add_argument("--held-out", action="store_true", help=HELD_OUT_HELP)
+    labels = "class labels for the cross-entropy: N training images, class-balanced; the other losses use all images"
+    data.add_argument("--labels", type=cli.int_in(1), metavar="N", help=f"{labels}; default: all")
     weights = "teacher: folder of a run of teacher.py, or a checkpoint file; default OUT/../../teacher@NAME/DATA_SEED"
     data.add_argument("--weights", type=Path, help=weights)
     optimisation = optimisation_flags(parser)
@@ -325,7 +328,8 @@ def cocord_loss(
     """Return the loss of a batch and its TRAIN_METRICS (10,).
 
     `outputs` of the student: logits (B, classes), z, p, p'. `targets`: labels (B,), k, u, u' and the teacher's
-    logits. The tensors of a term of weight 0 are not used; its metrics are 0.
+    logits. The cross-entropy is the mean over the rows with a label other than UNLABELLED. The tensors of a term of
+    weight 0 are not used; its metrics are 0.
     """
     logits, z, p, swapped_p = outputs
     labels, keys, u, swapped_u, teacher_logits = targets
@@ -336,11 +340,12 @@ def cocord_loss(
     if lambda_contrast:
         contrast, contrast_metrics = contrastive_loss(z, keys, queue, temperature)
     distillation = distillation_loss(logits, teacher_logits) if lambda_kd else zero
-    class_loss = F.cross_entropy(logits.float(), labels)
+    labelled = (labels != UNLABELLED).sum().clamp(min=1)
+    class_loss = F.cross_entropy(logits.float(), labels, ignore_index=UNLABELLED, reduction="sum") / labelled
     loss = lambda_class * class_loss + lambda_contrast * contrast + lambda_kd * distillation
     # ABLATION (prediction loss): the two directions are summed, not averaged.
     loss = loss + forward_weight * forward_loss + swapped_weight * swapped_loss
-    train_accuracy = (logits.argmax(1) == labels).float().mean()
+    train_accuracy = (logits.argmax(1) == labels).sum() / labelled
     losses = [loss, contrast, class_loss, forward_loss, swapped_loss, distillation]
     return loss, torch.stack([*losses, train_accuracy, *contrast_metrics]).detach()
 
@@ -369,6 +374,13 @@ def load_data(name: str, folder: Path, held_out: bool, device: torch.device, dat
         test=data.train[test_rows],
         test_labels=data.train_labels[test_rows],
     )
+
+
+def keep_labels(data: images.Images, count: int | None) -> images.Images:
+    """Return the data with the labels of `count` training images (see balanced_subset); the others are UNLABELLED."""
+    kept = images.balanced_subset(data.train_labels.cpu(), count, data.classes, data.data_seed).to(data.device)
+    labels = torch.full_like(data.train_labels, UNLABELLED)
+    return data._replace(train_labels=labels.index_copy(0, kept, data.train_labels[kept]))
 
 
 def crop_and_flip(padded: Tensor, rows: Tensor, offsets: Tensor, flip: Tensor, size: int) -> Tensor:
@@ -595,6 +607,7 @@ def main(argv: list[str] | None = None) -> None:
         provenance = devices.environment(device) | {"data": data.digest, "steps": steps}
         if args.rehearse:
             data = data.subset(args.rehearse * args.batch)
+        data = keep_labels(data, args.labels)
         teacher = Teacher()
         if args.teacher != "none":
             teacher = load_teacher(args, data)

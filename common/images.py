@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from common import checkpoints, cli, files, glyphs, image_folder, mnist5k, seeding
@@ -65,6 +66,19 @@ class Images(NamedTuple):
         """Normalise images by channel mean and std. uint8 is first divided by 255; float must already be in [0, 1]."""
         images = images / 255 if images.dtype == torch.uint8 else images
         return (images - self.mean) / self.std
+
+
+def balanced_subset(labels: Tensor, count: int | None, classes: int, data_seed: int) -> Tensor:
+    """Return the sorted indices of `count` images with equal class counts (± 1), drawn from the data seed.
+
+    labels (N,) int64 on the CPU. Returns all indices if `count` is None or at least N.
+    """
+    if count is None or count >= len(labels):
+        return torch.arange(len(labels))
+    order = seeding.permutation(data_seed, "labelled", 0, len(labels), "cpu")
+    shuffled = labels[order]
+    rank_in_class = F.one_hot(shuffled, classes).cumsum(0).gather(1, shuffled[:, None])[:, 0]
+    return order[rank_in_class.argsort(stable=True)[:count]].sort().values
 
 
 Data = Images | image_folder.StreamedImages

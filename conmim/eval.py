@@ -100,19 +100,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 # ------------------------------------------------------------------------------------------------- labels
 
 
-def balanced_subset(labels: Tensor, count: int | None, classes: int, data_seed: int) -> Tensor:
-    """Return the sorted indices of `count` images with equal class counts (± 1), drawn from the data seed.
-
-    labels (N,) int64 on the CPU. Returns all indices if `count` is None or at least N.
-    """
-    if count is None or count >= len(labels):
-        return torch.arange(len(labels))
-    order = seeding.permutation(data_seed, "labelled", 0, len(labels), "cpu")
-    shuffled = labels[order]
-    rank_in_class = F.one_hot(shuffled, classes).cumsum(0).gather(1, shuffled[:, None])[:, 0]
-    return order[rank_in_class.argsort(stable=True)[:count]].sort().values
-
-
 def with_held_out_test(data: Any) -> Any:
     """Return the data with a held-out tenth of the training set as test set, and the other nine tenths for training."""
     rest, held_out = seeding.held_out_split(data.examples, data.device, data.data_seed)
@@ -438,8 +425,8 @@ def evaluate(
         labels = torch.tensor(data.train.targets)
     else:
         labels = data.train_labels.cpu()
-    subset = Subset(balanced_subset(labels, args.labels, data.classes, data.data_seed), labels.to(data.device))
-    bank = balanced_subset(labels, recipe["bank"], data.classes, data.data_seed)
+    subset = Subset(images.balanced_subset(labels, args.labels, data.classes, data.data_seed), labels.to(data.device))
+    bank = images.balanced_subset(labels, recipe["bank"], data.classes, data.data_seed)
     settings = [*recipe.items(), args.labels, args.finetune_epochs, args.transplant, held_out, data.digest]
     identity = evaluation_identity(networks, settings)
     state = EvaluationState(folder / "eval_state.pt", identity, data.device)

@@ -259,7 +259,7 @@ def exchange(check: Check) -> Iterator[Case]:
 def evaluate_on_both(check: Check, paper: str, trained_on: str, evaluated_on: str) -> str:
     """Train on one device, evaluate on both; metrics agree up to rounding and a few test examples."""
     if paper == "cocord":
-        check.train_teacher("vgg_s32", "exchange/cocord")
+        check.train_teacher("vgg_s64", "exchange/cocord")
     folder = f"exchange/{paper}/{trained_on.replace(':', '-')}/0"
     PAPERS[paper].train.main(check.flags(paper, folder, rehearse=2, device=trained_on))
     results = []
@@ -486,7 +486,7 @@ def kill_and_resume(check: Check, paper: str) -> str:
     between two uninterrupted runs.
     """
     if paper == "cocord":
-        check.train_teacher("vgg_s32", "resume/cocord")
+        check.train_teacher("vgg_s64", "resume/cocord")
     start, uninterrupted = train_weights(check, paper, f"resume/{paper}/straight/0")
     _, repeated = train_weights(check, paper, f"resume/{paper}/again/0")
     _, resumed = train_weights(check, paper, f"resume/{paper}/killed/0", kill=True)

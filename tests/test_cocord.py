@@ -25,7 +25,9 @@ from cocord.train import CoCoRD, contrastive_loss, distillation_loss, ema_update
 from common import checkpoints, images
 from common.run import Run
 
-ARMS, STUDIES = design("cocord")
+ALL_ARMS, ALL_STUDIES = design("cocord")
+ARMS = {name: flags for name, flags in ALL_ARMS.items() if not name.endswith("@few")}  # those need another teacher
+STUDIES = {name: contrasts for name, contrasts in ALL_STUDIES.items() if name != "cocord-few-labels"}
 TERMS = {
     "forward_weight": 4.0, "swapped_weight": 4.0, "lambda_contrast": 1.0, "lambda_class": 1.0, "lambda_kd": 0.5,
     "temperature": 0.1, "student_momentum": 0.9, "teacher_momentum": 0.999, "precision": "float32",
@@ -119,6 +121,43 @@ def test_losses_equal_naive_implementations():
     torch.testing.assert_close(metrics, torch.stack(expected))
     assert prediction_loss(z, u).item() == pytest.approx(naive_prediction(z, u), rel=1e-5)
     assert distillation_loss(student, teacher).item() == pytest.approx(naive_distillation(student, teacher), rel=1e-5)
+
+
+@pytest.mark.parametrize("unlabelled", [[], [1, 4], [0, 1, 2, 3, 4]])
+def test_class_loss_is_the_mean_over_labelled_rows(unlabelled):
+    rng = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(5, 7, generator=rng), torch.tensor([3, 0, 6, 3, 1])
+    losses = [
+        -math.log(naive_softmax(row, 1)[label]) for row, label in zip(logits.tolist(), labels.tolist(), strict=True)
+    ]
+    kept = [row for row in range(5) if row not in unlabelled]
+    accuracy = [float(logits[row].argmax() == labels[row]) for row in kept]
+    labels[unlabelled] = train.UNLABELLED
+    nothing = torch.empty(0)
+    weights = dict.fromkeys(("forward_weight", "swapped_weight", "lambda_contrast", "lambda_kd"), 0.0)
+    loss, metrics = train.cocord_loss(
+        (logits, nothing, nothing, nothing),
+        (labels, *[nothing] * 4),
+        nothing,
+        **weights,
+        lambda_class=1.0,
+        temperature=0.1,
+    )
+    assert loss.item() == pytest.approx(sum(losses[row] for row in kept) / max(1, len(kept)), rel=1e-5)
+    named = dict(zip(train.TRAIN_METRICS, metrics.tolist(), strict=True))
+    assert named["train_accuracy"] == pytest.approx(sum(accuracy) / max(1, len(kept)))
+    if not unlabelled:
+        assert torch.equal(loss, F.cross_entropy(logits, labels))
+
+
+def test_labels_are_kept_for_a_balanced_subset():
+    data = random_images(60)._replace(train_labels=torch.arange(60) % 6)
+    labels = train.keep_labels(data, 12).train_labels
+    kept = labels != train.UNLABELLED
+    assert torch.equal(labels[kept].bincount(), torch.full((6,), 2)) and torch.equal(
+        labels[kept], data.train_labels[kept]
+    )
+    assert torch.equal(train.keep_labels(data, None).train_labels, data.train_labels)
 
 
 def test_prediction_loss_is_scale_invariant_and_between_0_and_4():
@@ -434,7 +473,7 @@ def test_invalid_checkpoints_exit_with_code_2(tmp_path, capsys):
 
 
 def teacher_args(name: str, path: Path, **changes) -> argparse.Namespace:
-    settings = {"data_set": "glyphs36", "precision": "float32", "rehearse": None, **changes}
+    settings = {"data_set": "glyphs36-hard", "precision": "float32", "rehearse": None, **changes}
     return argparse.Namespace(teacher=name, weights=path, **settings)
 
 
@@ -668,7 +707,6 @@ def test_plot_writes_figures_and_findings(study, finished, tmp_path):
     summary = json.loads((tmp_path / f"{study}.json").read_text())
     contrasts = [f"{contrast['arm']}:{contrast['reference']}" for contrast in summary["contrasts"]]
     assert contrasts == STUDIES[study] and not summary["not_run"]
-    assert summary["notes"][0].startswith("2 seeds per arm can resolve differences above about 0.77 points")
     assert all(control["arm_mean"] is not None for control in summary["controls"])
     assert any("1 of 2 missing (seed 1)" in note for note in summary["notes"])
     names = {path.name.removeprefix(f"{study}-") for path in tmp_path.iterdir() if path.suffix in (".png", ".svg")}
@@ -686,7 +724,7 @@ class Killed(BaseException):
 def test_resumed_run_is_bit_identical(script, finished, tmp_path, monkeypatch):
     flags = [*TINY, "--data", str(finished / "data")]
     if script is train:
-        flags += ["--weights", str(finished / "teacher@vgg_s32/0")]
+        flags += ["--weights", str(finished / "teacher@vgg_s64/0")]
     script.main([*flags, "--out", str(tmp_path / "uninterrupted")])
     save = Run.save
 
@@ -719,7 +757,7 @@ def test_resuming_with_another_teacher_exits_with_code_2(finished, tmp_path, mon
 
     monkeypatch.setattr(Run, "save", save_and_interrupt)
     with pytest.raises(Killed):
-        train.main([*flags, "--weights", str(finished / "teacher@vgg_s32/0")])
+        train.main([*flags, "--weights", str(finished / "teacher@vgg_s64/0")])
     monkeypatch.setattr(Run, "save", save)
     teacher.main([*TINY, "--data", str(finished / "data"), "--seed", "1", "--out", str(tmp_path / "other")])
     with pytest.raises(SystemExit) as end:
@@ -727,9 +765,20 @@ def test_resuming_with_another_teacher_exits_with_code_2(finished, tmp_path, mon
     assert end.value.code == 2 and "teacher_weights" in capsys.readouterr().err
 
 
+def test_a_run_with_few_labels_differs_only_in_the_class_loss(finished, tmp_path):
+    flags = [*TINY, "--data", str(finished / "data"), "--weights", str(finished / "teacher@vgg_s64/0")]
+    for labels in ("4", "32"):
+        train.main([*flags, "--labels", labels, "--out", str(tmp_path / labels)])
+    train.main([*flags, "--out", str(tmp_path / "all")])
+    few, half, full = (checkpoints.load(tmp_path / name / "model.pt")["model"] for name in ("4", "32", "all"))
+    assert equal_states(half, full) and not equal_states(few, full)
+    logs = [json.loads((tmp_path / name / "train.jsonl").read_text().splitlines()[1]) for name in ("4", "all")]
+    assert logs[0]["class_loss"] != logs[1]["class_loss"]
+
+
 def test_diverged_run_is_evaluated(finished, tmp_path):
     out = tmp_path / "run"
-    flags = [*TINY, "--data", str(finished / "data"), "--weights", str(finished / "teacher@vgg_s32/0")]
+    flags = [*TINY, "--data", str(finished / "data"), "--weights", str(finished / "teacher@vgg_s64/0")]
     train.main([*flags, "--lr", "1e30", "--out", str(out)])
     evaluate.main([str(out)])
     metrics = json.loads((out / "metrics.json").read_text())

@@ -79,18 +79,18 @@ def fine_tuned_accuracy(indices=None, seed=0, epochs=3, **changes) -> float:
 @pytest.mark.parametrize(("count", "classes"), [(40, 4), (42, 4), (12, 12)])
 def test_labelled_subset_is_class_balanced_and_fixed(count, classes):
     labels = torch.randint(classes, (500,), generator=torch.Generator().manual_seed(3))
-    indices = evaluate.balanced_subset(labels, count, classes, 0)
+    indices = images.balanced_subset(labels, count, classes, 0)
     per_class = torch.bincount(labels[indices], minlength=classes)
     assert len(indices) == len(set(indices.tolist())) == count
     assert per_class.max() - per_class.min() <= (count % classes > 0)
     assert torch.equal(indices, indices.sort().values)
-    assert torch.equal(indices, evaluate.balanced_subset(labels, count, classes, 0))
+    assert torch.equal(indices, images.balanced_subset(labels, count, classes, 0))
     assert not torch.equal(indices, torch.arange(count))
 
 
 @pytest.mark.parametrize("count", [None, 500, 501])
 def test_all_labels_are_used_in_order(count):
-    assert torch.equal(evaluate.balanced_subset(torch.zeros(500, dtype=torch.int64), count, 3, 0), torch.arange(500))
+    assert torch.equal(images.balanced_subset(torch.zeros(500, dtype=torch.int64), count, 3, 0), torch.arange(500))
 
 
 def test_held_out_images_are_not_trained_on():
@@ -609,7 +609,7 @@ def test_unreadable_authors_checkpoints_are_reported(content, words, tmp_path, c
 def test_evaluation_stays_on_the_gpu(scale, fake_gpu: FakeGPU, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "evaluation_identity", lambda *_: "")
     monkeypatch.setattr(checkpoints, "save", lambda *_: None)
-    monkeypatch.setattr(evaluate, "balanced_subset", lambda labels, *_: torch.arange(len(labels)))
+    monkeypatch.setattr(images, "balanced_subset", lambda labels, *_: torch.arange(len(labels)))
     data = random_images(40, device="cuda")
     with torch.device("cuda"):
         model = train.build_model(parse_args(), torch.device("cuda"))

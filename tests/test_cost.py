@@ -88,5 +88,26 @@ def test_only_the_arms_of_primary_contrasts_are_counted_with_all_seeds(tmp_path)
     assert set(gpu.values()) == {5} and set(given.values()) == {2}
 
 
+def test_teachers_are_counted_once_per_data_seed(tmp_path):
+    """At demo scale a seed has its own teacher; elsewhere one teacher serves all seeds."""
+    for scale, teachers in (("demo", 10), ("gpu", 1)):
+        request = Request.parse(["PAPERS=cocord", f"SCALE={scale}", f"RUNS={tmp_path / 'runs'}"])
+        design = request.designs["cocord"]
+        studies = [study for study in design.studies if not study.extra]
+        counts = cost.count_runs(request, design, studies)
+        name = design.arm(studies[0].arms[0]).needs
+        assert name.startswith("teacher@") and counts[f"cocord/{name}"] == teachers
+
+
+def test_the_rehearsal_of_a_teacher_is_found(tmp_path, capsys):
+    words = ["PAPERS=cocord", "SCALE=gpu", "PAIRS=vgg13-vgg8", f"RUNS={tmp_path}", "--rehearsals", str(tmp_path / "r")]
+    cost.main([*words, "--unknown"])
+    assert f"{tmp_path}/r/cocord/teacher@vgg13/0/metrics.json" in capsys.readouterr().out.split()
+    rehearsal(tmp_path / "r/cocord/teacher@vgg13/0", rate=50.0)
+    cost.main(words)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("cocord/teacher@vgg13"))
+    assert line.split()[1:] == ["50", "0.50", "2.0", "h", "rehearsal"]
+
+
 def test_durations_are_given_in_hours_minutes_or_seconds():
     assert [cost.duration(hours) for hours in (26.04, 0.5, 0.005)] == ["26.0 h", "30.0 min", "18 s"]

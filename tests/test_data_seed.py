@@ -75,7 +75,7 @@ DRAWS: dict[str, tuple[Any, Any]] = {
         "eb77093034b90d26",
     ),
     "labelled images": (
-        lambda s: digest(conmim.eval.balanced_subset(torch.arange(500) % 7, 40, 7, s)),
+        lambda s: digest(images.balanced_subset(torch.arange(500) % 7, 40, 7, s)),
         "2433e303d57c5a5e",
     ),
     "diagnosed masks": (
@@ -238,7 +238,7 @@ def test_a_teacher_of_another_block_is_refused(tmp_path, capsys):
         train("cocord", tmp_path, "student", "--data-seed", "1", "--weights", str(tmp_path / "teacher@vgg_s32/0"))
     printed = capsys.readouterr().err
     assert end.value.code == 2 and printed.count("\n") == 1
-    assert "teacher was trained on other data (--data-set glyphs36 --data-seed 0): train one with" in printed
+    assert "teacher was trained on other data (--data-set glyphs36-hard --data-seed 0): train one with" in printed
     # So is a teacher of an older version, which does not record its data. A file without arguments is not ours.
     path = tmp_path / "teacher@vgg_s32/0/model.pt"
     saved = checkpoints.load(path)

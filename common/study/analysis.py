@@ -142,8 +142,11 @@ def _required_baselines(contrast: dict[str, Any], baselines: list[dict[str, Any]
 
 
 def verdict_with_baselines(contrast: dict[str, Any], baselines: list[dict[str, Any]]) -> str:
-    """Return the verdict of a contrast, or TOO_WEAK or NO_BASELINE if a baseline that it requires was not beaten."""
-    if contrast["low"] is None or contrast["word"] == "not judged":
+    """Return the verdict of a contrast, or TOO_WEAK or NO_BASELINE if a baseline that it requires was not beaten.
+
+    Only a calibration has no baselines at all.
+    """
+    if contrast["low"] is None or contrast["word"] == "not judged" or not baselines:
         return contrast["word"]
     passed = [baseline["passed"] for baseline in _required_baselines(contrast, baselines)]
     if False in passed:

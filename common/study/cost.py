@@ -3,9 +3,9 @@
     python -m common.study.cost PAPERS="simsiam bsa" SCALE=gpu --rehearsals runs/rehearsal/gpu
 
 The hours of an arm are the mean of its finished runs with the requested flags. Without such runs, the speed of the
-last epoch of its rehearsal gives the training time, without the per-epoch kNN evaluation and eval.py. An arm that
-several studies share is counted once. --unknown prints only the metrics.json files that a rehearsal must create. Needs
-only the standard library.
+last epoch of its rehearsal gives the training time, without the per-epoch kNN evaluation and eval.py. Arms and
+teachers that several studies share are counted once. --unknown prints only the metrics.json files that a rehearsal must
+create. Needs only the standard library.
 """
 
 import sys
@@ -77,11 +77,14 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def count_runs(request: Request, design: Design, studies: Sequence[Study]) -> ArmRuns:
-    """Number of runs of every arm of the studies. A seed that several studies share is counted once."""
+    """Number of runs of all arms of the studies, and of their teachers. Shared runs are counted once."""
     seeds: dict[str, set[int]] = {}
     for study in studies:
         for arm in study.arms:
-            seeds.setdefault(f"{design.paper}/{arm}", set()).update(request.seeds_of(study, arm))
+            arm_seeds = request.seeds_of(study, arm)
+            seeds.setdefault(f"{design.paper}/{arm}", set()).update(arm_seeds)
+            if teacher := design.arm(arm).needs:
+                seeds.setdefault(f"{design.paper}/{teacher}", set()).update(map(request.data_seed, arm_seeds))
     return {arm: len(arm_seeds) for arm, arm_seeds in seeds.items()}
 
 
@@ -101,8 +104,7 @@ def cost_tables(studies: dict[str, ArmRuns], total: ArmRuns, costs: dict[str, Co
         hours = sum(count * costs[arm].hours for arm, count in arms.items() if arm in costs)
         study_rows.append([study, str(sum(arms.values())), duration(hours) + unknown])
     note = (
-        "Runs one after the other. Source `rehearsal`: training only, without the per-epoch kNN evaluation and "
-        "eval.py. CoCoRD's teachers are not counted."
+        "Runs one after the other. Source `rehearsal`: training only, without the per-epoch kNN evaluation and eval.py."
     )
     return "\n\n".join([align(arm_rows), align(study_rows), note])
 
@@ -140,6 +142,7 @@ def main(words: Sequence[str]) -> None:
     unknown = []
     for design in request.designs.values():
         first_seed = {arm: study.seeds[0] for study in reversed(design.studies) for arm in study.arms}
+        first_seed |= {design.arm(arm).needs: request.data_seed(seed) for arm, seed in first_seed.items()}
         main_studies = [study for study in design.studies if not study.extra]
         studies |= {study.name: count_runs(request, design, [study]) for study in main_studies}
         arms = count_runs(request, design, main_studies)

@@ -110,7 +110,7 @@ class Study:
 
     The arms of primary contrasts and their baselines run `n` seeds, all other arms the first `n_other` of these (at
     most MAX_SEEDS of the scale). `seeds` are filled in by the Design. `expected` makes the study a calibration: for
-    every primary arm the verdict that a published effect, or equal arms (A/A), should give.
+    every primary arm the verdict that a published effect, or equal arms (A/A), should give. It needs no baseline.
     """
 
     name: str
@@ -313,7 +313,7 @@ class Design:
         if len(set(study.contrasts)) < count:
             raise DesignError(f"{study.name} declares a contrast twice")
         for arm, reference in study.pairs[: study.primary]:
-            if not required_baselines(arm, reference, [item.arm for item in study.must_beat]):
+            if not study.expected and not required_baselines(arm, reference, [item.arm for item in study.must_beat]):
                 raise DesignError(
                     f"{study.name}: primary contrast {arm}:{reference} has no baseline: "
                     f"add MustBeat({reference!r}, ...) to must_beat"
