@@ -5,8 +5,8 @@
 
 All metrics are measured on test rows without dropout. Level l is the output of block l; level 0 is the embeddings.
 Only `variance_loss`, `covariance_loss`, `projected_std` and `regulariser_loss` use the projection. Answers are
-teacher-forced. For whole answers this gives the same result as greedy decoding (`exact_match`); for single positions
-it gives a higher accuracy (`position_accuracy`).
+teacher-forced, and so are the chains of --chain-of-thought. For whole answers this gives the same result as greedy
+decoding (`exact_match`); for single positions it gives a higher accuracy (`position_accuracy`).
 
 entropy        entropy of the hidden states Z (T, D) of a sequence: -sum p_i log p_i with p_i = eigenvalues of Z Z^T
                divided by their sum (equation 2), divided by log(min(T, D)); mean over sequences, one value per level
@@ -23,6 +23,7 @@ from statistics import mean, median
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 if not __package__:  # run as a script: import from this clone, not from an installed copy
@@ -34,7 +35,16 @@ from common.lock import run_lock
 from common.run import load_finished, read_log
 from seqvcr import tasks
 from seqvcr.net import GPT
-from seqvcr.train import ETA, SeqVCR, build_model, encode, token_correct, variance_covariance, vocabulary
+from seqvcr.train import (
+    ETA,
+    SeqVCR,
+    answer_length,
+    build_model,
+    encode,
+    token_correct,
+    variance_covariance,
+    vocabulary,
+)
 
 SOLVED = 90.0  # exact match (%) from which a run counts as solved
 ENTROPY_BATCH = 256  # sequences per entropy_batch
@@ -43,7 +53,7 @@ METRICS_IF_FINITE = (  # null in a diverged run
     "exact_match", "solved", "steps_to_solve", "position_accuracy", "digit_accuracy",
     "entropy", "entropy_mean", "entropy_min", "entropy_centred", "entropy_batch", "entropy_batch_level",
     "variance_loss", "covariance_loss", "projected_std", "regulariser_loss", "predicted_std", "predicted_loss",
-    "train_loss", "cross_entropy",
+    "train_loss", "cross_entropy", "test_cross_entropy", "clipped_fraction",
 )  # fmt: skip
 
 
@@ -87,7 +97,7 @@ def token_entropy(h: Tensor, alpha: float = 1.0) -> Tensor:
 def centred_entropy(h: Tensor, alpha: float = 1.0) -> Tensor:
     """Return `token_entropy` with rows centred over the tokens and scaled to norm 1, (B,), for h (B, T, D)."""
     centred = h.double() - h.double().mean(1, keepdim=True)
-    return token_entropy(torch.nn.functional.normalize(centred, dim=2), alpha)
+    return token_entropy(F.normalize(centred, dim=2), alpha)
 
 
 def batch_entropy(h: Tensor, alpha: float = 1.0) -> Tensor:
@@ -190,12 +200,23 @@ def majority_accuracy(train_answers: Tensor, answers: Tensor) -> float:
 
 
 @torch.no_grad()
-def print_answers(gpt: GPT, task: tasks.Task, raw: Tensor, rows: Tensor, gpt2: bool) -> None:
+def cross_entropy(gpt: GPT, rows: Tensor, answer: int) -> float:
+    """Return the mean cross entropy (nats) of the last `answer` tokens of rows (n, length)."""
+    total = 0.0
+    for block in rows.split(1024):
+        tokens = block.long()
+        logits = gpt(tokens[:, :-1], answer)[0].float().flatten(0, 1)
+        total += F.cross_entropy(logits, tokens[:, -answer:].flatten(), reduction="sum").item()
+    return total / (len(rows) * answer)
+
+
+@torch.no_grad()
+def print_answers(args: argparse.Namespace, gpt: GPT, task: tasks.Task, raw: Tensor, rows: Tensor) -> None:
     """Print rows of a task and the network's teacher-forced answers.
 
     `raw` (n, question + answer) contains task tokens. `rows` are the same rows as network tokens (`encode`).
     """
-    task_tokens = {token: number for number, token in enumerate(vocabulary(task, gpt2)[1].tolist())}
+    task_tokens = {token: number for number, token in enumerate(vocabulary(args, task)[1].tolist())}
     predictions = gpt(rows[:, :-1].long(), task.answer)[0].argmax(2).tolist()
     for row, prediction in zip(raw, predictions, strict=True):
         answer = torch.tensor([task_tokens.get(token, len(task.symbols) - 1) for token in prediction])
@@ -236,7 +257,7 @@ def main(argv: list[str] | None = None) -> None:
         raw = data.validation if args.held_out else data.test
         rows = encode(train_args, task, raw)
         if args.show:
-            print_answers(model.gpt, task, raw[: args.show], rows[: args.show], bool(arguments["init_from"]))
+            print_answers(train_args, model.gpt, task, raw[: args.show], rows[: args.show])
             return
         metrics: dict[str, Any] = {**provenance, "diverged": saved["diverged"]}
         metrics["position_order"] = "as in the row: least significant digit first in multiplication"
@@ -245,19 +266,22 @@ def main(argv: list[str] | None = None) -> None:
         if saved["diverged"]:
             metrics |= dict.fromkeys(METRICS_IF_FINITE)
         else:
-            correct = token_correct(model.gpt, rows, task.answer).float()
+            answer = answer_length(train_args, task)
+            correct = token_correct(model.gpt, rows, answer).float()
             metrics["exact_match"] = 100 * correct.prod(1).mean().item()
-            metrics["position_accuracy"] = [100 * accuracy for accuracy in correct.mean(0).tolist()]
+            metrics["position_accuracy"] = [100 * share for share in correct.mean(0)[-task.answer :].tolist()]
+            metrics["test_cross_entropy"] = cross_entropy(model.gpt, rows, answer)
             metrics["digit_accuracy"] = mean(metrics["position_accuracy"])
             metrics["solved"] = metrics["exact_match"] >= SOLVED
             solved_steps = [line["step"] for line in epochs if line["exact_match"] >= SOLVED]
             metrics["steps_to_solve"] = min(solved_steps, default=None)
-            metrics |= level_entropies(model.gpt, rows[:N_PROBE], task.answer, args.alpha)
+            metrics |= level_entropies(model.gpt, rows[:N_PROBE], answer, args.alpha)
             metrics["entropy_mean"] = mean(metrics["entropy"])
             metrics["entropy_min"] = min(metrics["entropy"][1:-1] or metrics["entropy"])
             metrics["entropy_batch_level"] = metrics["entropy_batch"][arguments["layer"]]
-            metrics |= regulariser_metrics(model, rows[:N_PROBE], task.answer, arguments)
-            metrics |= {"train_loss": epochs[-1]["loss"], "cross_entropy": epochs[-1]["cross_entropy"]}
+            metrics |= regulariser_metrics(model, rows[:N_PROBE], answer, arguments)
+            metrics |= {name: epochs[-1][name] for name in ("cross_entropy", "clipped_fraction")}
+            metrics["train_loss"] = epochs[-1]["loss"]
         metrics |= {
             "examples_per_second": median(line["examples_per_second"] for line in epochs) if epochs else None,
             "peak_memory": epochs[-1]["peak_memory"] if epochs else None,

@@ -68,7 +68,7 @@ def arm_label(study: str, arm: str, arguments: Mapping[str, Any] | None) -> str:
     if arguments is None:
         return arm.partition("@")[0]
     coefficients = arguments["lambda1"], arguments["lambda2"]
-    if study in ("seqvcr-coefficients", "seqvcr-projection-width", "seqvcr-last-width") and not any(coefficients):
+    if (study == "seqvcr-coefficients" or "width" in study) and not any(coefficients):
         return "off"
     if study == "seqvcr-coefficients":
         return "λ {:g}, {:g}".format(*coefficients)

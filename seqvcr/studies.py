@@ -14,6 +14,7 @@ METRICS = {
     "entropy_min": Metric("matrix entropy, lowest inner level", "", 3),
     "entropy_batch_level": Metric("batch entropy at the regularised level", "", 3),
     "digit_accuracy": Metric("token accuracy", "%", 1, "higher"),
+    "test_cross_entropy": Metric("test cross entropy", "", 3, "lower"),
     "steps_to_solve": Metric("steps to solve", "", 0, "lower"),
     "variance_loss": Metric("variance loss", "", 3, judged=False),
     "covariance_loss": Metric("covariance loss", "", 3, judged=False),
@@ -22,6 +23,7 @@ METRICS = {
     "regulariser_loss": Metric("regulariser loss", "", 3, judged=False),
     "predicted_loss": Metric("predicted regulariser loss", "", 3, judged=False),
     "cross_entropy": Metric("training cross entropy", "", 3, judged=False),
+    "clipped_fraction": Metric("share of clipped steps", "", 3, judged=False),
 }
 SETTINGS = {
     "2x2": "--task multiplication --size 2",
@@ -36,38 +38,73 @@ PAIRS = ("0.5-0.002", "1-0.004", "2-0.008", "0.05-0.25", "0.1-0.5", "0.2-1")  # 
 STRENGTHS = ("0.1-0.0004", "0.3-0.0012", "3-0.012", "10-0.04")
 WIDTHS = (512, 1024, 4096)
 PAUSES = (0, 4, 8)
+LEVELS = ("0", "1", "last")
+BASE_LEVEL = {"demo": "last", "gpu": "0", "paper": "last"}  # --layer of base
 OFF = "--lambda1 0 --lambda2 0"
-FLAGS = {
-    "base": "",
-    "off": OFF,
-    **{pair: "--lambda1 {} --lambda2 {}".format(*pair.split("-")) for pair in (*PAIRS, *STRENGTHS)},
-    **{f"width-{d}": f"--projection-width {d}" for d in WIDTHS},
-    "layer-1": "--layer 1",
-    "layer-last": "--layer last",
-    "batch-length": "--covariance-axis batch+length",
-    "last-batch-length": "--layer last --covariance-axis batch+length",
-    **{f"last-width-{d}": f"--layer last --projection-width {d}" for d in WIDTHS},
-    **{f"pause-{k}": f"--pause {k}" for k in PAUSES},
-    **{f"off-pause-{k}": f"{OFF} --pause {k}" for k in PAUSES},
-}
 
 study = partial(Study, metric="exact_match", margin=3.0)
-extra = partial(study, extra=True, n=5)
+extra = partial(study, extra=True)
 
 
-def primary_pair(setting: str) -> str:
-    """Return the pair of coefficients in the primary contrast of a setting: the paper's for that task or batch."""
-    return "0.1-0.5" if setting in ("arithmetic", "lis", "2x2-128") else "1-0.004"
+def flags_of_arms(scale: str, setting: str) -> dict[str, str]:
+    """Return the flags of every arm of a setting at `scale`, without those of the setting itself."""
+    other_levels = [level for level in LEVELS if level != BASE_LEVEL[scale]]
+    other = other_level(scale)
+    double = {"demo": 5000, "gpu": 120_000, "paper": 2_020_000}[scale]
+    flags = {
+        "base": "",
+        "off": OFF,
+        **{pair: coefficients(pair) for pair in (*PAIRS, *STRENGTHS, "0.3-0.05")},
+        **{f"width-{d}": f"--projection-width {d}" for d in (256, *WIDTHS)},
+        **{f"level-{level}": f"--layer {level}" for level in other_levels},
+        **{f"level-{level}-batch-length": f"--layer {level} --covariance-axis batch+length" for level in LEVELS},
+        **{f"level-{other}-width-{d}": f"--layer {other} --projection-width {d}" for d in WIDTHS},
+        **{f"pause-{k}": f"--pause {k}" for k in PAUSES},
+        **{f"off-pause-{k}": f"{OFF} --pause {k}" for k in PAUSES},
+        "off-half-rate": f"{OFF} --lr-factor 0.5",
+        "off-double-steps": f"{OFF} --steps {double}",
+        "base-double-steps": f"--steps {double}",
+    }
+    if scale == "demo":
+        flags["batch-64"] = "--covariance-batch 64"
+    if scale != "paper" and "multiplication" in SETTINGS[setting]:
+        flags["chain-of-thought"] = f"{OFF} --pause 0 --chain-of-thought"
+    return flags
 
 
-def primary_arm(setting: str) -> str:
-    """Return the arm with `primary_pair`. It is base, except in 2x2-128, where base has another pair."""
-    return "0.1-0.5@2x2-128" if setting == "2x2-128" else f"base@{setting}"
+def coefficients(pair: str) -> str:
+    """Return the flags of a pair "lambda1-lambda2"."""
+    return "--lambda1 {} --lambda2 {}".format(*pair.split("-"))
+
+
+def other_level(scale: str) -> str:
+    """Return the level that table 7 compares with the level of base."""
+    return "last" if BASE_LEVEL[scale] == "0" else "0"
+
+
+def base_pair(setting: str) -> str:
+    """Return the coefficients of base, which are the defaults of the task."""
+    return "0.1-0.5" if setting in ("arithmetic", "lis") else "1-0.004"
+
+
+def arm_of_pair(pair: str, setting: str) -> str:
+    """Return the arm with a pair of coefficients; it is base if they are the default."""
+    return f"{'base' if pair == base_pair(setting) else pair}@{setting}"
+
+
+def paper_pair(setting: str) -> str:
+    """Return the paper's pair for a setting. With 128 sequences per covariance it is that of the other tasks."""
+    return "0.1-0.5" if setting == "2x2-128" else base_pair(setting)
 
 
 def off_arm(setting: str) -> str:
     """Return the arm without regulariser. It has no covariance, so 2x2-128 shares the arm of 2x2."""
     return "off@2x2" if setting == "2x2-128" else f"off@{setting}"
+
+
+def beats_off(arm: str) -> MustBeat:
+    """Require that `arm` has a higher exact match than the arm without regulariser."""
+    return MustBeat(arm, "no regulariser", "exact_match", baseline_arm=off_arm(arm.partition("@")[2]))
 
 
 def beats_majority(arm: str) -> MustBeat:
@@ -87,9 +124,21 @@ def design(scale: str, settings: Settings) -> Design:
     def at_setting(*contrasts: str) -> list[str]:
         return [contrast.replace(":", f"@{setting}:") + f"@{setting}" for contrast in contrasts]
 
-    def beats_off(arm: str) -> MustBeat:
-        return MustBeat(f"{arm}@{setting}", "no regulariser", "exact_match", baseline_arm=f"off@{setting}")
-
+    own = {task: arm_of_pair(paper_pair(task), task) for task in tasks}
+    others = {task: arm_of_pair("1-0.004" if paper_pair(task) == "0.1-0.5" else "0.1-0.5", task) for task in tasks}
+    level, other = BASE_LEVEL[scale], other_level(scale)
+    expected = {f"level-{other}@{setting}": "better" if level == "last" else "worse"}  # in table 7 level 0 is better
+    if "chain-of-thought" in flags_of_arms(scale, setting):
+        expected[f"chain-of-thought@{setting}"] = "better"
+    prediction = extra(
+        "seqvcr-prediction",
+        "Does the predicted minimum of the regulariser hold for another batch, width and ratio, and with more steps?",
+        at_setting("batch-64:base", "width-256:base", "0.3-0.05:base", "base-double-steps:base"),
+        metric="projected_std",
+        margin=None,
+        n=5,
+        must_beat=[beats_off(f"base@{setting}")],
+    )
     return Design(
         "seqvcr",
         "Seq-VCR",
@@ -100,16 +149,12 @@ def design(scale: str, settings: Settings) -> Design:
                 "seqvcr-coefficients",
                 "How do the coefficients of variance and covariance loss affect accuracy, in ratio and in strength?",
                 [
-                    *(f"{primary_arm(task)}:{off_arm(task)}" for task in tasks),
-                    *(
-                        f"{pair}@{task}:{off_arm(task)}"
-                        for task in tasks
-                        for pair in PAIRS
-                        if pair != primary_pair(task)
-                    ),
+                    *(f"{others[task]}:{own[task]}" for task in tasks),
+                    *(f"{arm_of_pair(pair, task)}:{off_arm(task)}" for task in tasks for pair in PAIRS),
                 ],
                 primary=len(tasks),
-                must_beat=[beats_majority(primary_arm(task)) for task in tasks],
+                second_metric="entropy_batch_level",
+                must_beat=[beats_off(own[task]) for task in tasks],
                 published="none published for other pairs; with pause tokens, without and with the default pair: exact "
                 "match 28 and 99.2 % on 4x4 digits, 0 and 99.5 % on 5x5 digits (table 1; GPT-2 small, fine-tuned for "
                 "40 epochs of 808,000 rows; number of seeds not given)",
@@ -118,12 +163,45 @@ def design(scale: str, settings: Settings) -> Design:
                 "seqvcr-projection-width",
                 "How wide should the projection be?",
                 at_setting("width-4096:width-512", *(f"width-{d}:base" for d in WIDTHS), "base:off"),
-                must_beat=[beats_off("base")],
+                metric="entropy_batch_level",
+                margin=None,
+                second_metric="exact_match",
+                must_beat=[beats_off(f"base@{setting}")],
             ),
+            extra(
+                "seqvcr-calibration",
+                "Does the regularised level matter, and do chains of thought help, as published?",
+                [f"{arm}:{'base' if 'level' in arm else 'off'}@{setting}" for arm in expected],
+                primary=len(expected),
+                published="exact match on 5x5 digits from scratch: last level 3 %, level 0 97 % (table 7); "
+                "chains of thought solve 4x4 and 5x5 digits (table 1); both with GPT-2 small",
+                expected=expected,
+            ),
+            extra(
+                "seqvcr-level",
+                "Which level should be regularised, and over which axis?",
+                at_setting(
+                    *(f"level-{name}:base" for name in LEVELS if name != level),
+                    *(f"level-{name}-batch-length:base" for name in LEVELS),
+                    "base:off",
+                ),
+                n_other=10,
+                must_beat=[beats_off(f"base@{setting}")],
+                published="exact match on 5x5 digits from scratch: last level 3 %, level 0 97 %; covariance over batch "
+                "and length 87 and 99 % (table 7; GPT-2 small)",
+            ),
+            extra(
+                "seqvcr-equal-time",
+                "Is the regulariser still ahead if training without it has another rate or twice the steps?",
+                at_setting("base:off-double-steps", "base:off-half-rate", "base:off"),
+                must_beat=[beats_off(f"base@{setting}")],
+            ),
+            *([prediction] if scale == "demo" else []),
             extra(
                 "seqvcr-strength",
                 "How strong should the regulariser be, at the default ratio of the coefficients?",
                 at_setting("base:off", *(f"{pair}:off" for pair in STRENGTHS), "0.5-0.002:off", "2-0.008:off"),
+                n=5,
                 must_beat=[beats_majority(f"base@{setting}")],
                 sweep=Sweep(
                     ["exact_match", "digit_accuracy", "entropy_batch_level", "entropy_mean"],
@@ -133,27 +211,23 @@ def design(scale: str, settings: Settings) -> Design:
                 ),
             ),
             extra(
-                "seqvcr-layer",
-                "Which level should be regularised, and over which axis?",
-                at_setting("layer-last:base", "layer-1:base", "batch-length:base", "last-batch-length:base"),
-                must_beat=[beats_majority(f"base@{setting}")],
-                published="exact match on 5x5 digits from scratch: last level 3 %, level 0 97 %; covariance over batch "
-                "and length 87 and 99 % (table 7; GPT-2 small)",
-            ),
-            extra(
-                "seqvcr-last-width",
-                "How wide should the projection be at the last level, where the batch size bounds the covariance rank?",
+                f"seqvcr-level-{other}-width",
+                "How wide should the projection be at the other level of table 7?",
                 at_setting(
-                    "last-width-4096:last-width-512",
-                    *(f"last-width-{d}:layer-last" for d in WIDTHS),
-                    "layer-last:off",
+                    f"level-{other}-width-4096:level-{other}-width-512",
+                    *(f"level-{other}-width-{d}:level-{other}" for d in WIDTHS),
+                    f"level-{other}:off",
                 ),
-                must_beat=[beats_off("layer-last")],
+                metric="entropy_batch_level",
+                margin=None,
+                n=5,
+                must_beat=[beats_off(f"level-{other}@{setting}")],
             ),
             extra(
                 "seqvcr-pause",
                 "How many pause tokens help, with and without the regulariser?",
                 at_setting(*(f"pause-{k}:base" for k in PAUSES), "base:off", *(f"off-pause-{k}:off" for k in PAUSES)),
+                n=5,
                 must_beat=[beats_majority(f"base@{setting}")],
                 published="figure 7 (plot only, no numbers)",
             ),
@@ -161,13 +235,10 @@ def design(scale: str, settings: Settings) -> Design:
         arms=[
             Arm(f"{name}@{task}", f"{task_flags} {arm_flags}".strip())
             for task, task_flags in SETTINGS.items()
-            for name, arm_flags in FLAGS.items()
+            for name, arm_flags in flags_of_arms(scale, task).items()
         ],
         baselines=["chance_exact_match"],
         chance={"exact_match": {"": 0.0}},
         base=f"base@{setting}",
-        robustness=Robustness(
-            ["exact_match", "entropy_batch_level"],
-            [*(beats_majority(primary_arm(task)) for task in tasks), beats_off("width-512")],
-        ),
+        robustness=Robustness(["exact_match", "entropy_batch_level"]),
     )

@@ -29,6 +29,7 @@ from common.cli import fail
 from common.devices import upload
 
 PAUSES = ("</pause_start>", "<pause>", "</pause_end>")  # the last three tokens of every task
+CHAIN = ("+", "(", ")", "####")  # further tokens of a chain of thought; they follow those of the task
 DIGITS = tuple(map(str, range(10)))
 MODULUS = 11
 PLUS, MINUS, TIMES, OVER, OPEN, CLOSE, EQUALS, PAD = range(MODULUS, MODULUS + 8)  # tokens of arithmetic
@@ -409,6 +410,29 @@ def with_pauses(task: Task, rows: Tensor, pause: int) -> Tensor:
     start = len(task.symbols) - len(PAUSES)
     block = [rows.new_full((len(rows), count), start + number) for number, count in enumerate((1, pause, 1))]
     return torch.cat([rows[:, : task.question], *block, rows[:, task.question :]], 1)
+
+
+def chain_length(size: int) -> int:
+    """Return the number of tokens of a chain of thought for factors of `size` digits, "####" included."""
+    products = sum(position + size + 1 for position in range(size))
+    sums = sum(size + 1 + position + 2 for position in range(1, size - 1))
+    return products + sums + size  # size - 1 plus signs, and "####"
+
+
+def with_chain(task: Task, rows: Tensor) -> Tensor:
+    """Return rows of multiplication with the chain of thought of `published_line` between question and product."""
+    size, first = task.size, len(task.symbols)
+    plus, opening, closing, end = (rows.new_full((len(rows), 1), first + number) for number in range(len(CHAIN)))
+    a, b = factors_of(rows, size)
+    columns, total = [], torch.zeros_like(a)
+    for position, digit in enumerate(digits_of(b, size).unbind(1)):
+        total += a * digit * 10**position
+        columns += [plus] if position else []
+        columns.append(digits_of(a * digit * 10**position, size + 1 + position))
+        if 1 <= position <= size - 2:
+            columns += [opening, digits_of(total, size + 1 + position), closing]
+    columns = [column.to(rows.dtype) for column in columns]
+    return torch.cat([rows[:, : task.question], *columns, end, rows[:, task.question :]], 1)
 
 
 def to_text(task: Task, row: Tensor) -> str:

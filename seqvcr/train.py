@@ -27,7 +27,8 @@ Level l is the output of block l; level 0 is the embeddings. --layer selects the
 
 Differs from the paper, or is not specified there:
  1. The paper's default (last level, covariance over the batch) fails from scratch in the paper itself (exact match 0.03
-    on 5x5 digits, table 7; level 0: 0.97). So `demo` and `gpu` regularise level 0, and `paper` the last level.
+    on 5x5 digits, table 7; level 0: 0.97). So `gpu`, which trains 4x4 digits from scratch, regularises level 0. `demo`
+    and `paper` have the default.
  2. Cross entropy is the mean over the answer tokens; question and pause tokens have no loss. The covariance uses all
     input positions. Level 0 is the sum of embeddings before dropout. The last level is after the final LayerNorm.
  3. Linear warm-up over 5 % of the steps, then cosine decay to zero; AdamW with weight decay 0.01 (0 on W); gradients
@@ -70,8 +71,8 @@ SCALES = {  #                 demo              gpu               paper
     "heads":            (4,                 8,                12),
     "width":            (64,                512,              768),
     "dropout":          (0.0,               0.1,              0.1),
-    "layer":            ("0",               "0",              "last"),
-    "steps":            (220,               60_000,           1_010_000),
+    "layer":            ("last",            "0",              "last"),
+    "steps":            (2500,              60_000,           1_010_000),
     "batch":            (128,               512,              32),
     "lr":               (6e-3,              5e-4,             5e-4),
 }  # fmt: skip
@@ -103,6 +104,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                       "arithmetic: operators (5, demo 3); lis: numbers (50, demo 12)")  # fmt: skip
     data.add_argument("--train-size", type=train_size, help="maximum number of distinct training rows (paper: 808,000; "
                       "other tasks: 1,000,000), or `stream`: new rows at each step")  # fmt: skip
+    data.add_argument("--chain-of-thought", action="store_true", help="the network learns the partial products before "
+                      "the product, as in table 1 (multiplication only)")  # fmt: skip
     data.add_argument("--data-file", type=Path, help="file with training rows in the format of Deng et al. 2023 "
                       "(multiplication only)")  # fmt: skip
     network = parser.add_argument_group("network")
@@ -156,7 +159,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.batch % args.covariance_batch:
         fail(f"--batch {args.batch} must be a multiple of --covariance-batch {args.covariance_batch}: "
              "change --batch or --covariance-batch")  # fmt: skip
-    for flag, value in (("--data-file", args.data_file), ("--init-from", args.init_from)):
+    if args.chain_of_thought and args.init_from:
+        fail("--chain-of-thought has no tokens in GPT-2's vocabulary here: drop --init-from or --chain-of-thought")
+    only_multiplication = {"--data-file": args.data_file, "--init-from": args.init_from}
+    only_multiplication["--chain-of-thought"] = args.chain_of_thought
+    for flag, value in only_multiplication.items():
         if value and args.task != "multiplication":
             fail(f"{flag} requires --task multiplication, not {args.task}: drop it")
     if args.data_file and args.train_size == STREAM:
@@ -194,23 +201,29 @@ class SeqVCR(nn.Module):
             nn.init.xavier_uniform_(self.projection.weight)
 
 
-def vocabulary(task: tasks.Task, gpt2: bool) -> tuple[int, Tensor]:
+def vocabulary(args: argparse.Namespace, task: tasks.Task) -> tuple[int, Tensor]:
     """Return (vocabulary size of the network, int64 table from task tokens to network tokens).
 
-    With `gpt2` the vocabulary is GPT-2's followed by the pause tokens, else it is the task's.
+    With --init-from the vocabulary is GPT-2's followed by the pause tokens, else it is the task's, with
+    --chain-of-thought followed by tasks.CHAIN.
     """
-    if not gpt2:
-        return len(task.symbols), torch.arange(len(task.symbols))
+    if not args.init_from:
+        return len(task.symbols) + len(tasks.CHAIN) * args.chain_of_thought, torch.arange(len(task.symbols))
     pauses = {symbol: GPT2_VOCABULARY + number for number, symbol in enumerate(tasks.PAUSES)}
     token_of = GPT2_TOKENS | pauses
     return GPT2_VOCABULARY + len(pauses), torch.tensor([token_of[symbol] for symbol in task.symbols])
 
 
+def answer_length(args: argparse.Namespace, task: tasks.Task) -> int:
+    """Return the number of target tokens: the answer, with --chain-of-thought after the chain."""
+    return task.answer + (tasks.chain_length(task.size) if args.chain_of_thought else 0)
+
+
 def build_model(args: argparse.Namespace, task: tasks.Task, device: torch.device) -> SeqVCR:
     """Return the network on `device` with its initial weights."""
-    vocabulary_size, _ = vocabulary(task, bool(args.init_from))
+    vocabulary_size, _ = vocabulary(args, task)
     pause_block = args.pause + 2 if args.pause else 0
-    length = task.question + pause_block + task.answer - 1
+    length = task.question + pause_block + answer_length(args, task) - 1
     gpt = GPT(vocabulary_size, length, args.layers, args.heads, args.width, args.dropout, args.seed)
     return SeqVCR(gpt, args.projection_width, args.seed).to(device)
 
@@ -286,11 +299,16 @@ def seqvcr_loss(
 
 
 def encode(args: argparse.Namespace, task: tasks.Task, rows: Tensor) -> Tensor:
-    """Return rows of a task with the pause block inserted: uint8, or with --init-from GPT-2's tokens, int32."""
+    """Return rows of a task with the pause block and the chain of thought inserted, if any, uint8.
+
+    With --init-from they are GPT-2's tokens, int32.
+    """
+    if args.chain_of_thought:
+        rows = tasks.with_chain(task, rows)
     rows = tasks.with_pauses(task, rows, args.pause)
     if not args.init_from:
         return rows
-    table = vocabulary(task, True)[1].to(torch.int32)
+    table = vocabulary(args, task)[1].to(torch.int32)
     return upload(table, rows.device)[rows.long()]
 
 
@@ -349,7 +367,7 @@ def train(
 ) -> None:  # fmt: skip
     """Train on encoded rows. Validates and saves a checkpoint after each epoch; resumes from the last checkpoint."""
     device = data.validation.device
-    steps, steps_per_epoch = args.steps, -(-args.steps // EPOCHS)
+    answer, steps, steps_per_epoch = answer_length(args, task), args.steps, -(-args.steps // EPOCHS)
     if args.rehearse:
         steps, steps_per_epoch = 2 * args.rehearse, args.rehearse
     final_epoch = -(-steps // steps_per_epoch)
@@ -361,7 +379,7 @@ def train(
 
     for epoch in tqdm(range(start_epoch, final_epoch), run.name, final_epoch, initial=start_epoch, disable=None,
                       leave=False):  # fmt: skip
-        start_time, totals = time.perf_counter(), torch.zeros(5, device=device)
+        start_time, totals = time.perf_counter(), torch.zeros(6, device=device)
         epoch_steps = range(epoch * steps_per_epoch, min((epoch + 1) * steps_per_epoch, steps))
         model.train()
         for step, tokens in zip(epoch_steps, batches(args, task, data.train, epoch_steps), strict=True):
@@ -371,20 +389,20 @@ def train(
             if args.dropout:
                 seeding.reseed(args.seed, "dropout", step)
             loss, batch_metrics = loss_fn(
-                model, tokens, answer=task.answer, lambda1=args.lambda1, lambda2=args.lambda2, layer=args.layer,
+                model, tokens, answer=answer, lambda1=args.lambda1, lambda2=args.lambda2, layer=args.layer,
                 axis=args.covariance_axis, covariance_batch=args.covariance_batch, precision=args.precision,
             )  # fmt: skip
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM, foreach=True)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM, foreach=True)  # before clipping
             optimizer.step()
-            totals += batch_metrics
+            totals += torch.cat([batch_metrics, (norm > MAX_GRAD_NORM).float()[None]])
         means = (totals / len(epoch_steps)).tolist()  # the first host-device synchronisation of the epoch
         seconds = time.perf_counter() - start_time
         if run.finish_if_diverged(epoch + 1, totals):
             return
-        correct = token_correct(model.gpt, data.validation, task.answer).float()
-        names = ("loss", "cross_entropy", "variance_loss", "covariance_loss", "projected_std")
+        correct = token_correct(model.gpt, data.validation, answer).float()
+        names = ("loss", "cross_entropy", "variance_loss", "covariance_loss", "projected_std", "clipped_fraction")
         metrics = dict(zip(names, means, strict=True)) | {
             "exact_match": 100 * correct.prod(1).mean().item(),
             "step": epoch_steps.stop,
@@ -393,7 +411,8 @@ def train(
             "seconds": seconds,
             "peak_memory": devices.peak_memory(device),
         }
-        by_position = {f"accuracy_{i}": 100 * accuracy for i, accuracy in enumerate(correct.mean(0).tolist())}
+        shares = correct.mean(0)[-task.answer :].tolist()
+        by_position = {f"accuracy_{position}": 100 * share for position, share in enumerate(shares)}
         run.end_epoch(epoch + 1, final_epoch, metrics, details=by_position)
     run.save_model({"model": model.state_dict(), "epoch": final_epoch, "diverged": False})
 

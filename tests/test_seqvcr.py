@@ -23,7 +23,8 @@ from seqvcr.net import GPT
 from seqvcr.train import ETA, SeqVCR, SumOfSquares, seqvcr_loss, variance_covariance
 
 DESIGNS = {scale: design("seqvcr", scale) for scale in ("demo", "gpu", "paper")}
-ARMS, STUDIES = DESIGNS["demo"]
+ALL_ARMS, STUDIES = DESIGNS["demo"]
+ARMS = {arm: flags for arm, flags in ALL_ARMS.items() if "--steps" not in flags}
 DOUBLE = torch.float64
 
 
@@ -363,7 +364,7 @@ def test_an_unreadable_weight_file_exits_with_its_name(name, tmp_path, capsys):
 def test_symbols_map_to_gpt2_tokens_followed_by_the_pause_tokens():
     """In GPT-2's byte-pair vocabulary " 0" is 657, " *" is 1635 and end-of-text is 50256."""
     task = tasks.build_task("multiplication", 4)
-    size, table = train.vocabulary(task, True)
+    size, table = train.vocabulary(argparse.Namespace(init_from="model.safetensors"), task)
     assert size == 50260
     expected = {
         "0": 657,
@@ -376,7 +377,7 @@ def test_symbols_map_to_gpt2_tokens_followed_by_the_pause_tokens():
         tasks.PAUSES[2]: 50259,
     }
     assert {symbol: table[task.symbols.index(symbol)].item() for symbol in expected} == expected
-    args = argparse.Namespace(pause=2, init_from="model.safetensors")
+    args = argparse.Namespace(pause=2, init_from="model.safetensors", chain_of_thought=False)
     rows = train.encode(args, task, task.draw(torch.Generator(), 3, "cpu", True))
     assert rows.dtype == torch.int32 and rows[:, 10:14].tolist() == [[50257, 50258, 50258, 50259]] * 3
 
@@ -398,6 +399,33 @@ def test_teacher_forced_equals_greedy_exact_match():
     greedy = generated[:, -4:] == rows[:, -4:]
     assert torch.equal(forced.all(1), greedy.all(1)) and 0 < forced.all(1).float().mean() < 1
     assert forced.float().mean() >= greedy.float().mean()
+
+
+def test_a_chain_of_thought_is_learnt_before_the_product(tmp_path, monkeypatch):
+    """The targets are the chain and the product; only the product's positions are reported."""
+    folder, flags = tmp_path / "run", ["--chain-of-thought", "--pause", "0", "--lambda1", "0", "--lambda2", "0"]
+    train.main(tiny(folder, "--steps", "5", *flags))
+    monkeypatch.setattr(evaluate, "N_PROBE", 256)
+    evaluate.main([str(folder)])
+    metrics = json.loads((folder / "metrics.json").read_text())
+    args = train.parse_args(tiny(folder, *flags))
+    task = tasks.build_task("multiplication", 2)
+    length = train.answer_length(args, task)
+    assert length == 4 + 9  # 3 digits, +, 0 and 3 digits, ####
+    rows = train.encode(args, task, tasks.load(task, 600, None, "cpu").test)
+    model = train.build_model(args, task, torch.device("cpu"))
+    model.load_state_dict(checkpoints.load(folder / "model.pt")["model"])
+    correct = train.token_correct(model.gpt, rows, length).float()
+    assert metrics["exact_match"] == pytest.approx(100 * correct.prod(1).mean().item())
+    assert metrics["position_accuracy"] == pytest.approx((100 * correct[:, -4:].mean(0)).tolist())
+    evaluate.main([str(folder), "--show", "2"])
+
+
+def test_clipped_steps_are_counted(tmp_path, monkeypatch):
+    for limit, share in ((1e-9, 1.0), (1e9, 0.0)):
+        monkeypatch.setattr(train, "MAX_GRAD_NORM", limit)
+        train.main(tiny(tmp_path / str(limit), "--steps", "5"))
+        assert files.read_lines(tmp_path / str(limit) / "train.jsonl")[-1]["clipped_fraction"] == share
 
 
 # ---------------------------------------------------------------------------------------------- arms
@@ -427,12 +455,15 @@ def test_the_studies_have_six_coefficient_pairs_per_setting_and_four_projection_
     compared = [contrast.split(":")[0] for contrast in studies["seqvcr-coefficients"]]
     for setting in settings:
         names = {arm for arm in compared if arm.endswith(f"@{setting}")}
+        references = {contrast.split(":")[1] for contrast in studies["seqvcr-coefficients"][2:]}
+        assert {reference.partition("@")[0] for reference in references} == {"off"}
         arguments = [json.loads(resolved(scale, arms[arm])) for arm in names]
         assert len(names) == 6 and {(args["lambda1"], args["lambda2"]) for args in arguments} == pairs
         batch = 128 if setting in ("2x2-128", "arithmetic") else 32
         assert {args["covariance_batch"] for args in arguments} == {batch}
-    second = "0.1-0.5" if scale == "demo" else "base"
-    assert [arm.partition("@")[0] for arm in compared[:2]] == ["base", second]
+    primary = [studies["seqvcr-coefficients"][number].replace(f"@{name}", "") for number, name in enumerate(settings)]
+    second = {"demo": "base:0.1-0.5", "gpu": "1-0.004:base", "paper": "0.1-0.5:base"}[scale]
+    assert primary == ["0.1-0.5:base", second]  # the other family against the paper's pair of the setting
     widths = {arm for contrast in studies["seqvcr-projection-width"] for arm in contrast.split(":")}
     widths -= {f"off@{settings[0]}"}
     assert {json.loads(resolved(scale, arms[arm]))["projection_width"] for arm in widths} == {512, 1024, 2048, 4096}
@@ -457,6 +488,8 @@ def test_all_flags_are_used():
         (["--task", "lis", "--size", "1"], "give 2 to 200"),
         (["--task", "arithmetic", "--data-file", "x"], "--data-file requires --task multiplication, not arithmetic"),
         (["--task", "lis", "--init-from", "x"], "--init-from requires --task multiplication, not lis"),
+        (["--task", "lis", "--chain-of-thought"], "--chain-of-thought requires --task multiplication, not lis"),
+        (["--init-from", "x", "--chain-of-thought"], "drop --init-from or --chain-of-thought"),
         (["--data-file", "nowhere.txt"], "--data-file nowhere.txt does not exist: give"),
         (["--data-file", "x", "--train-size", "stream"], "drop --train-size stream"),
         (["--init-from", "nowhere.bin", "--heads", "1"], "--init-from nowhere.bin does not exist: give"),
@@ -525,7 +558,7 @@ def test_metrics_json_and_train_jsonl_have_all_keys(finished):
         assert len(metrics["position_accuracy"]) == 4 and len(metrics["entropy"]) == len(metrics["entropy_batch"]) == 3
         assert all(0 < value <= 1 for name in ("entropy", "entropy_batch") for value in metrics[name])
         assert metrics["solved"] is False and metrics["steps_to_solve"] is None
-        off, length = arm.startswith("off"), "length" in arm
+        off, length = arm.startswith(("off", "chain")), "length" in arm
         assert (metrics["projected_std"] is None) == off, arm
         assert (metrics["predicted_std"] is None) == (off or length), arm
     log = files.read_lines(finished / "base@2x2/0/train.jsonl")
@@ -545,7 +578,7 @@ def test_metrics_equal_a_naive_evaluation_of_model_pt(finished):
     rows = tasks.with_pauses(task, data.test, 2).long()
     with torch.no_grad():
         predicted = torch.stack([model.gpt(row[None, :-1], 13)[0][0, -4:].argmax(1) for row in rows])
-        states = model.gpt(rows[:, :-1], 4)[1][0]
+        states = model.gpt(rows[:, :-1], 4)[1][args.layer]
         correct = (predicted == rows[:, -4:]).float()
         variance, covariance = direct(states[:256].double(), model.projection.weight.double(), 32, "batch")
     assert metrics["exact_match"] == pytest.approx(100 * correct.prod(1).mean().item())
@@ -556,6 +589,10 @@ def test_metrics_equal_a_naive_evaluation_of_model_pt(finished):
     most_frequent = max(set(answers), key=lambda answer: (answers.count(answer), [-x for x in answer]))
     chance = 100 * np.mean([tuple(row) == most_frequent for row in data.test[:, -4:].tolist()])
     assert metrics["chance_exact_match"] == pytest.approx(chance)
+    with torch.no_grad():
+        log_p = model.gpt(rows[:, :-1], 4)[0].log_softmax(2)
+    losses = [-log_p[row, i, rows[row, 10 + i]].item() for row in range(len(rows)) for i in range(4)]
+    assert metrics["test_cross_entropy"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
 @pytest.mark.parametrize("flags", [[], ["--dropout", "0.2"], ["--train-size", "stream"]])
@@ -715,7 +752,9 @@ def test_a_damaged_train_jsonl_exits_with_one_line(content, finished, tmp_path, 
     assert end.value.code == 2 and "train.jsonl" in printed and f"move {tmp_path / 'run'} away and train" in printed
 
 
-@pytest.mark.parametrize("arm", ["off@2x2", "base@2x2", "0.1-0.5@2x2-128", "last-batch-length@2x2", "layer-1@2x2"])
+@pytest.mark.parametrize(
+    "arm", ["off@2x2", "base@2x2", "0.1-0.5@2x2-128", "level-last-batch-length@2x2", "level-1@2x2"]
+)
 def test_training_and_evaluation_stay_on_a_fake_gpu(arm, fake_gpu: FakeGPU):
     device = torch.device("cuda")
     args = train.parse_args(["--width", "16", "--dropout", "0.1", *ARMS[arm]])
@@ -735,7 +774,9 @@ def test_training_and_evaluation_stay_on_a_fake_gpu(arm, fake_gpu: FakeGPU):
 def test_streamed_batches_stay_on_a_fake_gpu(name, size, fake_gpu: FakeGPU):
     task = tasks.build_task(name, size)
     init = "model.safetensors" if name == "multiplication" else None
-    args = argparse.Namespace(pause=2, init_from=init, train_size=train.STREAM, batch=32, seed=0)
+    args = argparse.Namespace(
+        pause=2, init_from=init, chain_of_thought=False, train_size=train.STREAM, batch=32, seed=0
+    )
     rows = torch.zeros(0, task.question + task.answer, dtype=torch.uint8, device=torch.device("cuda"))
     for tokens in train.batches(args, task, rows, range(3, 5)):
         assert tokens.device.type == "cuda" and tokens.shape == (32, task.question + 4 + task.answer)
@@ -752,7 +793,7 @@ def test_entropies_stay_on_a_fake_gpu(fake_gpu: FakeGPU):
 
 
 def test_plot_writes_figures_and_summary_of_each_study(finished, tmp_path, capsys):
-    for study in STUDIES:
+    for study in ("seqvcr-coefficients", "seqvcr-projection-width", "seqvcr-level"):
         plot.main([study, "--runs", str(finished), "--seeds", "0", "1", "--results", str(tmp_path)])
         summary = json.loads((tmp_path / f"{study}.json").read_text())
         figures = {path.stem.removeprefix(f"{study}-") for path in tmp_path.glob(f"{study}-*.png")}
@@ -764,7 +805,8 @@ def test_plot_writes_figures_and_summary_of_each_study(finished, tmp_path, capsy
         assert any("1 of 2 missing (seed 1)" in note for note in summary["notes"]) and not summary["not_run"]
     summary = json.loads((tmp_path / "seqvcr-coefficients.json").read_text())
     primary = [contrast["arm"] for contrast in summary["contrasts"] if contrast["primary"]]
-    assert primary == ["base@2x2", "0.1-0.5@2x2-128"]
+    assert primary == ["0.1-0.5@2x2", "base@2x2-128"]
+    assert "Second metric: batch entropy at the regularised level of 0.1-0.5 " in summary["remark"]
     text = tables.as_markdown(summary)
     assert text.count("| off@2x2 |") == 2 and "**2x2-128**" in text
     svg = (tmp_path / "seqvcr-coefficients-entropy.svg").read_text()
@@ -782,13 +824,12 @@ def test_plot_lists_missing_runs_of_an_unfinished_study(finished, tmp_path, caps
     plot.main(["seqvcr-coefficients", *flags])
     summary = json.loads((tmp_path / "r/seqvcr-coefficients.json").read_text())
     assert "base@2x2: 1 of 1 missing (seed 0)." in summary["notes"]
-    primary = ["base@2x2", "0.1-0.5@2x2-128"]
-    assert [contrast["arm"] for contrast in summary["contrasts"]] == primary
+    assert [contrast["arm"] for contrast in summary["contrasts"]] == ["0.1-0.5@2x2", "base@2x2-128", "base@2x2"]
     assert "0.5-0.002@2x2" in summary["not_run"]
     assert (tmp_path / "r/seqvcr-coefficients-solved.png").exists()
 
 
 def test_plot_draws_nothing_without_runs_and_count_solved_counts_seeds(tmp_path, capsys):
-    plot.main(["seqvcr-layer", "--runs", str(tmp_path), "--results", str(tmp_path / "r")])
+    plot.main(["seqvcr-level", "--runs", str(tmp_path), "--results", str(tmp_path / "r")])
     assert "no runs" in capsys.readouterr().out and not (tmp_path / "r").exists()
     assert plot.count_solved([{"solved": True}, {"solved": False}, {"solved": True}]) == "2 of 3 solved"

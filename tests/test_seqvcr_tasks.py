@@ -19,6 +19,19 @@ def draw_rows(task: tasks.Task, count: int, seed: int = 0, training: bool = Fals
 # ---------------------------------------------------------------------------------------------- multiplication
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
+def test_chains_of_thought_are_those_of_the_published_lines(size):
+    task = tasks.build_task("multiplication", size)
+    a, b = torch.randint(10 ** (size - 1), 10**size, (2, 30), generator=torch.Generator().manual_seed(0))
+    rows = tasks.multiplication_rows(a, b, size)
+    with_chain = tasks.with_chain(task, rows)
+    assert with_chain.shape == (30, rows.shape[1] + tasks.chain_length(size)) and with_chain.dtype == rows.dtype
+    symbols = (*task.symbols, *tasks.CHAIN)
+    for row, first, second in zip(with_chain.tolist(), a.tolist(), b.tolist(), strict=True):
+        line = tasks.published_line(first, second, size).replace("||", " = ")
+        assert " ".join(symbols[token] for token in row) == line
+
+
 def test_published_line_of_one_example():
     line = tasks.published_line(3719, 3349, 4)
     question, rest = line.split("||")

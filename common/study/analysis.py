@@ -40,6 +40,7 @@ def summarise(
         "question": study.question,
         "published": study.published,
         "primary_metric": key,
+        "second_metric": study.second_metric,
         "margin": study.margin,
         "expected": dict(study.expected),
         "seeds": sorted({seed for by_seed in runs.values() for seed in by_seed}),

@@ -106,7 +106,8 @@ class Study:
 
     A contrast is "arm:reference", or an Arm that is declared here and names its reference. The verdict comes from the
     first `primary` contrasts on `metric`. The verdict "no difference" requires an interval within ± `margin`, in the
-    unit of the metric. The margin is declared before any run.
+    unit of the metric. The margin is declared before any run. The same contrasts are also reported on `second_metric`,
+    next to the verdict.
 
     The arms of primary contrasts and their baselines run `n` seeds, all other arms the first `n_other` of these (at
     most MAX_SEEDS of the scale). `seeds` are filled in by the Design. `expected` makes the study a calibration: for
@@ -118,6 +119,7 @@ class Study:
     contrasts: Sequence[str | Arm]
     metric: str
     primary: int = 1
+    second_metric: str = ""
     must_beat: Sequence[MustBeat] = ()
     margin: float | None = None
     published: str = "none published"
@@ -289,6 +291,7 @@ class Design:
             if word not in CALIBRATION:
                 raise DesignError(f"{study.name}: invalid expected '{word}': give one of {', '.join(CALIBRATION)}")
         metrics = [study.metric, *self.chance] + [item.metric for item in study.must_beat]
+        metrics += [study.second_metric] if study.second_metric else []
         if study.sweep:
             metrics += study.sweep.metrics
         for metric in metrics:

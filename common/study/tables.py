@@ -113,26 +113,42 @@ def headline(summary: Mapping[str, Any]) -> str:
 
 
 def descriptive_remark(summary: Mapping[str, Any]) -> str:
-    """Return one sentence on the clearest effects of the primary contrasts on other metrics, "" if there are none.
+    """Return a sentence on the primary contrasts in the second metric, and one on their clearest effects on others.
 
-    At most two, by mean / standard deviation of the paired differences. They carry no verdict of the study.
+    At most two effects, by mean / standard deviation of the paired differences. They carry no verdict of the study.
     """
+    second = summary.get("second_metric")
+    sentences = []
+    if second:
+        parts = [
+            f"{_change(contrast, summary)} ({contrast['word']})"
+            for primary in summary["contrasts"]
+            if primary["primary"]
+            for contrast in summary["all_contrasts"]
+            if contrast["metric"] == second
+            and contrast["mean"] is not None
+            and (contrast["arm"], contrast["reference"]) == (primary["arm"], primary["reference"])
+        ]
+        sentences += [f"Second metric: {'; '.join(parts)}."] if parts else []
     pairs = {(contrast["arm"], contrast["reference"]) for contrast in summary["contrasts"] if contrast["primary"]}
     effects = [
         contrast
         for contrast in summary["all_contrasts"]
-        if contrast["metric"] != summary["primary_metric"]
+        if contrast["metric"] not in (summary["primary_metric"], second)
         and (contrast["arm"], contrast["reference"]) in pairs
         and contrast["word"] in ("worse", "better")
     ]
     effects.sort(key=lambda contrast: abs(contrast["mean"]) / max(contrast["sd"], 1e-12), reverse=True)
-    parts = []
-    for contrast in effects[:2]:
-        metric = summary["metrics"][contrast["metric"]]
-        before, after = (format_number(contrast[key], metric) for key in ("reference_mean", "arm_mean"))
-        arm = contrast["arm"].partition("@")[0]
-        parts.append(f"{metric['label']} of {arm} {before} -> {after} {metric['unit']}".strip())
-    return f"Descriptive: {'; '.join(parts)}." if parts else ""
+    if effects:
+        sentences.append(f"Descriptive: {'; '.join(_change(contrast, summary) for contrast in effects[:2])}.")
+    return " ".join(sentences)
+
+
+def _change(contrast: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+    """Describe a contrast by its means: "linear accuracy of narrow 73.2 -> 70.1 %"."""
+    metric = summary["metrics"][contrast["metric"]]
+    before, after = (format_number(contrast[key], metric) for key in ("reference_mean", "arm_mean"))
+    return f"{metric['label']} of {contrast['arm'].partition('@')[0]} {before} -> {after} {metric['unit']}".strip()
 
 
 def finding(summary: Mapping[str, Any]) -> str:
