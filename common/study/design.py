@@ -119,7 +119,6 @@ class Study:
     contrasts: Sequence[str | Arm]
     metric: str
     primary: int = 1
-    second_metric: str = ""
     must_beat: Sequence[MustBeat] = ()
     margin: float | None = None
     published: str = "none published"
@@ -129,6 +128,7 @@ class Study:
     extra: bool = False
     sweep: Sweep | None = None
     expected: Mapping[str, str] = field(default_factory=dict)
+    second_metric: str = ""
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
@@ -194,10 +194,10 @@ class Robustness:
     """
 
     metrics: Sequence[str]
-    fixed: Sequence[str] = ()
     must_beat: Sequence[MustBeat] | None = None
     published: str = "none published"
     n: int = 5
+    fixed: Sequence[str] = ()
 
 
 @dataclass
