@@ -164,7 +164,7 @@ def train(paper: str, root, name: str, *flags: str) -> tuple[dict, list[dict], d
 
 def teacher(root, data_seed: int) -> None:
     """Train a teacher where students of this data seed look for it by default."""
-    out = ["--out", str(root / f"teacher@vgg_s32/{data_seed}"), "--data-seed", str(data_seed)]
+    out = ["--out", str(root / f"teacher@vgg_s64/{data_seed}"), "--data-seed", str(data_seed)]
     cocord.teacher.main(["--rehearse", "2", "--device", "cpu", "--data", str(root / "data"), *out])
 
 
@@ -235,12 +235,12 @@ def test_a_teacher_of_another_block_is_refused(tmp_path, capsys):
     teacher(tmp_path, 0)
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
-        train("cocord", tmp_path, "student", "--data-seed", "1", "--weights", str(tmp_path / "teacher@vgg_s32/0"))
+        train("cocord", tmp_path, "student", "--data-seed", "1", "--weights", str(tmp_path / "teacher@vgg_s64/0"))
     printed = capsys.readouterr().err
     assert end.value.code == 2 and printed.count("\n") == 1
     assert "teacher was trained on other data (--data-set glyphs36-hard --data-seed 0): train one with" in printed
     # So is a teacher of an older version, which does not record its data. A file without arguments is not ours.
-    path = tmp_path / "teacher@vgg_s32/0/model.pt"
+    path = tmp_path / "teacher@vgg_s64/0/model.pt"
     saved = checkpoints.load(path)
     checkpoints.save(path, {name: value for name, value in saved.items() if name != "data"})
     with pytest.raises(SystemExit):
