@@ -1,6 +1,7 @@
 """Shared command-line code: scales, common flags, argument types, exit codes and error messages."""
 
 import argparse
+import io
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,6 +37,10 @@ class Parser(argparse.ArgumentParser):
             f"  --{name.replace('_', '-'):20}" + "".join(f"{value!s:>14}" for value in row)
             for name, row in (defaults or {}).items()
         )
+        # A terminal that cannot show a path shows escapes instead.
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         header = "  " + " " * 22 + "".join(f"{scale:>14}" for scale in SCALES)
         super().__init__(
             description=(description or "").strip(),

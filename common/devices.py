@@ -15,11 +15,14 @@ from torch.nn.parallel import DistributedDataParallel
 from common.cli import RUNS_ON_THIS_GPU, SCALES, Parser, fail
 
 
-def select_device(name: str, scale: str) -> torch.device:
+def select_device(name: str, scale: str, distributed: bool = False) -> torch.device:
     """Return the device for `--device NAME` and set the cuDNN options. Under torchrun `cuda` is this rank's GPU.
 
-    Exits with code 2 if the device does not exist, or if `auto` finds no GPU at gpu or paper scale.
+    Exits with code 2 if the device does not exist, if `auto` finds no GPU at gpu or paper scale, or if torchrun starts
+    several processes of a script that is not `distributed`.
     """
+    if not distributed and int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        fail("this script runs in a single process: start it without torchrun (WORLD_SIZE is set)")
     cuda = torch.cuda.is_available()
     if name == "auto" and not cuda and scale != "demo":
         fail(
@@ -74,6 +77,9 @@ def init_process_group(name: str, device: torch.device) -> tuple[int, int]:
     """
     if "RANK" not in os.environ:
         return 0, 1
+    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        fail(f"RANK is set in the environment, but not {' and '.join(missing)}: start with torchrun, or unset RANK")
     if not dist.is_initialized():
         atexit.register(destroy_process_group)
         gpu_per_rank = device.type == "cuda" and ":" not in name

@@ -25,10 +25,13 @@ def error_reason(error: BaseException) -> str:
 
 
 def sync_folder(folder: Path) -> None:
-    """fsync `folder`, so that renames inside it survive a power failure."""
+    """fsync `folder`, so that renames inside it survive a power failure. Not all file systems can do this."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 

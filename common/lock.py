@@ -5,6 +5,7 @@ import fcntl
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +16,18 @@ from typing import IO
 from common.cli import EXIT_DISK, EXIT_INTERRUPTED, fail
 from common.files import PERMANENT_ERRORS
 
-# Errors of the disk or its permissions in a run that has started, and too many open files.
-STORAGE_ERRORS = PERMANENT_ERRORS | {errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE}
+# Errors of the disk or its permissions in a run that has started, a removed folder, and too many open files.
+STORAGE_ERRORS = PERMANENT_ERRORS | {
+    errno.EIO,
+    errno.ESTALE,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOENT,
+    errno.EMFILE,
+    errno.ENFILE,
+}
+LOCK_TAKEN = (errno.EACCES, errno.EAGAIN)  # errors of lockf if another process holds the lock
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1: a cluster's warning before the time limit
 
 
 @contextmanager
@@ -28,10 +39,14 @@ def run_lock(folder: Path, rank: int = 0) -> Iterator[None]:
     Exits with code 2 if another process holds the lock.
     """
     folder = Path(folder).absolute()
-    handlers = {number: signal.signal(number, exit_on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.signal(number, exit_on_signal) for number in SIGNALS}
     file = acquire_lock(folder) if rank == 0 else None
     try:
         yield
+    except BrokenPipeError:
+        # The reader of a pipe has ended, as in `train.py | head`. Python would write to it again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        fail("standard output was closed; run the same command again to resume", EXIT_INTERRUPTED)
     except OSError as error:
         if error.errno not in STORAGE_ERRORS:
             raise
@@ -75,8 +90,8 @@ def acquire_lock(folder: Path) -> IO[str]:
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            raise
+        if error.errno not in LOCK_TAKEN:
+            fail(f"--out {folder} cannot be locked ({error.strerror}): use a folder on a disk with file locks")
         file.seek(0)
         fail(f"{folder} is in use by {file.read().strip() or 'another process'}: wait for its end or use another --out")
     for temporary in folder.glob(".*.part"):

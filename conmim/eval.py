@@ -538,7 +538,7 @@ def main(argv: list[str] | None = None) -> None:
         recorded = {**training_metrics(read_log(args.folder, saved["epoch"])), **provenance}
     torch.set_num_threads(args.threads or run_args.threads)
     device_name = args.device or run_args.device
-    device = devices.select_device(device_name, run_args.scale)
+    device = devices.select_device(device_name, run_args.scale, distributed=True)
     rank, _ = devices.init_process_group(device_name, device)
     start_time = time.perf_counter()
     data_folder = args.data or Path(run_args.data)

@@ -571,7 +571,7 @@ def train(args: argparse.Namespace, run: Run, model: ConMIM, data: Data, optimiz
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
-    device = devices.select_device(args.device, args.scale)
+    device = devices.select_device(args.device, args.scale, distributed=True)
     rank, world = devices.init_process_group(args.device, device)
     if args.batch % world:
         fail(f"--batch {args.batch} (global) is not divisible by {world} processes: give a multiple of {world}")

@@ -234,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
         recorded = {**training_metrics(read_log(args.folder, saved["epoch"])), **provenance}
     torch.set_num_threads(args.threads or arguments["threads"])
     device_name = args.device or arguments["device"]
-    device = devices.select_device(device_name, arguments["scale"])
+    device = devices.select_device(device_name, arguments["scale"], distributed=True)
     rank, _ = devices.init_process_group(device_name, device)
     start_time = time.perf_counter()
     data_folder = args.data or Path(arguments["data"])

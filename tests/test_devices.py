@@ -26,10 +26,12 @@ def test_ranks_have_one_gpu_each_or_share_the_named_one(name, local_rank, index,
     backends = []
     monkeypatch.setenv("RANK", local_rank)
     monkeypatch.setenv("LOCAL_RANK", local_rank)
+    for variable, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(variable, value)
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: backends.append(backend))
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    device = devices.select_device(name, "gpu")
+    device = devices.select_device(name, "gpu", distributed=True)
     devices.init_process_group(name, device)
     assert device == torch.device("cuda", index) and backends == [backend]
 
@@ -39,6 +41,28 @@ def test_rank_without_its_own_gpu_is_an_error(two_gpus, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         devices.select_device("cuda", "gpu")
     assert end.value.code == 2 and "no such CUDA GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [({"RANK": "0"}, "RANK is set"), ({"RANK": "0", "WORLD_SIZE": "2"}, "but not MASTER_ADDR and MASTER_PORT")],
+)
+def test_a_part_of_torchruns_environment_is_an_error(environment, words, monkeypatch, capsys):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as end:
+        devices.init_process_group("cpu", torch.device("cpu"))
+    assert end.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_torchrun_on_a_script_without_ranks_is_an_error(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    devices.select_device("cpu", "demo", distributed=True)
+    with pytest.raises(SystemExit) as end:
+        devices.select_device("cpu", "demo")
+    assert end.value.code == 2 and "start it without torchrun" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    devices.select_device("cpu", "demo")
 
 
 def test_tf32_is_disabled(monkeypatch):

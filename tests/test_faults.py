@@ -100,7 +100,7 @@ def test_run_killed_at_random_times_resumes_bit_identically(uninterrupted, pictu
     assert bit_identical(weights(out), weights(uninterrupted)) and metrics(out) == metrics(uninterrupted)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_signal_exits_with_code_75(number, pictures, tmp_path):
     command = [sys.executable, str(ROOT / "simsiam/train.py"), *tiny(tmp_path / "run", pictures, "--epochs", "500")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,

@@ -12,10 +12,11 @@ import pytest
 import torch
 from conftest import ROOT
 
-from common import checkpoints, files
+from common import checkpoints, files, lock
 from common.cli import EXIT_INTERRUPTED
 from common.lock import run_lock
 from common.run import imported_files, script_provenance
+from common.study import slots
 
 
 def test_failed_write_keeps_the_old_file_and_no_temporary_file(tmp_path, monkeypatch):
@@ -110,6 +111,52 @@ def test_only_one_process_can_lock_a_folder(tmp_path, capsys):
     assert owner.wait() == EXIT_INTERRUPTED
     with run_lock(folder):  # released when its owner ended
         assert folder.is_dir()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_disk_without_file_locks_is_an_error(number, tmp_path, monkeypatch, capsys):
+    """Neither a traceback nor, with GPUS, a wait that never ends."""
+
+    def lockf(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(lock.fcntl, "lockf", lockf)
+    for acquire in (lambda: lock.acquire_lock(tmp_path / "run"), lambda: slots.acquire_slot(["0"], tmp_path / "slots")):
+        with pytest.raises(SystemExit) as end:
+            acquire()
+        printed = capsys.readouterr().err
+        assert end.value.code == 2 and os.strerror(number) in printed and "with file locks" in printed
+
+
+@pytest.mark.parametrize(("number", "ignored"), [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.EIO, False)])
+def test_a_file_system_that_cannot_sync_folders_is_accepted(number, ignored, tmp_path, monkeypatch):
+    def fsync(descriptor):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    if ignored:
+        files.write_json(tmp_path / "a.json", 1)
+    else:
+        with pytest.raises(OSError, match="Input/output"):
+            files.write_json(tmp_path / "a.json", 1)
+    assert files.read_json(tmp_path / "a.json") == 1
+
+
+@pytest.mark.parametrize(("code", "status", "words"), [
+    ("while True: print('x' * 9999)", EXIT_INTERRUPTED, "standard output was closed"),
+    ("import shutil; shutil.rmtree(sys.argv[1]); open(sys.argv[1] + '/x', 'w')", 4, "No such file or directory"),
+])  # fmt: skip
+def test_a_closed_pipe_and_a_removed_folder_end_a_run_with_one_sentence(code, status, words, tmp_path):
+    script = f"import sys\nfrom common.lock import run_lock\nwith run_lock(sys.argv[1]):\n {code}"
+    run = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path / "run")], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, env={"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    run.stdout.close()
+    printed = run.stderr.read()
+    assert run.wait() == status and words in printed and printed.count("\n") == 1, printed
 
 
 def test_lock_is_released_when_its_owner_dies_though_a_worker_survives(tmp_path):

@@ -37,6 +37,7 @@ DASHES: tuple[Any, ...] = ((0, (6, 1.5)), (0, (3, 1.2)), (0, (6, 1.5, 1.5, 1.5))
 HIGHLIGHTED = 3  # the other curves of a panel are faint
 SLIDE_CONTRASTS = 5
 STYLE: Any = {  # Any, because matplotlib types every key of rcParams
+    "text.usetex": False,
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 10,

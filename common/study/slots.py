@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from common.cli import EXIT_INTERRUPTED, RUNS_ON_THIS_GPU, fail
+from common.lock import LOCK_TAKEN
 
 FOLDER = Path("runs/.slots")
 
@@ -28,7 +29,9 @@ def acquire_slot(slots: list[str], folder: Path) -> str:
         for number, file in files.items():
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except OSError as error:
+                if error.errno not in LOCK_TAKEN:
+                    fail(f"{folder} cannot be locked ({error.strerror}): drop GPUS, or work on a disk with file locks")
                 continue
             os.set_inheritable(file, True)  # otherwise exec closes the file and releases the lock
             return slots[number]
