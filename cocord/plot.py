@@ -27,10 +27,14 @@ def describe(runs: results.Runs) -> str:
     arguments = results.first_arguments(runs)
     if not arguments:
         return ""
-    names = {"glyphs36": "glyphs (synthetic characters, 36 classes)", "cifar100": "CIFAR-100"}
-    names["glyphs36-hard"] = "glyphs (synthetic characters with clutter, 36 classes)"
+    names = {
+        "glyphs36": "glyphs (synthetic characters, 36 classes)",
+        "glyphs36-hard": "glyphs (synthetic characters with clutter, 36 classes)",
+        "cifar100": "CIFAR-100",
+    }
     data = names.get(arguments["data_set"], arguments["data_set"])
-    return f"{data}, {arguments['epochs']} epochs, batch size {arguments['batch']}"
+    labels = f"{arguments['labels']} labels, " if arguments.get("labels") else ""
+    return f"{data}, {labels}{arguments['epochs']} epochs, batch size {arguments['batch']}"
 
 
 # ------------------------------------------------------------------------------------------------- figures

@@ -11,6 +11,7 @@ RepDistiller's teachers is offline. If you have their checkpoints, give them to 
 
 import argparse
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -107,6 +108,7 @@ def train(
         "examples_per_second": median(line["examples_per_second"] for line in log),
         "seconds": sum(line["seconds"] for line in log),
         "peak_memory": log[-1]["peak_memory"],
+        "runs_on_this_gpu": int(os.environ.get(cli.RUNS_ON_THIS_GPU, "1")),
         "diverged": False,
     }
     files.write_json(run.folder / "metrics.json", metrics)

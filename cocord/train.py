@@ -156,6 +156,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.lr is None:
         args.lr = net.default_lr(args.student)
     cli.apply_lr_factor(args)
+    if args.labels and not args.lambda_class:
+        fail(f"--labels {args.labels} has no effect with --lambda-class 0: drop one of the two flags")
     if args.teacher == "none":
         if args.lambda_contrast or args.lambda_kd:
             fail("--teacher none excludes contrastive and distillation loss: give --lambda-contrast 0 --lambda-kd 0")
@@ -325,7 +327,7 @@ def cocord_loss(
     lambda_kd: float,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss of a batch and its TRAIN_METRICS (10,).
+    """Return the loss of a batch, and its TRAIN_METRICS followed by the share of labelled rows, (11,).
 
     `outputs` of the student: logits (B, classes), z, p, p'. `targets`: labels (B,), k, u, u' and the teacher's
     logits. The cross-entropy is the mean over the rows with a label other than UNLABELLED. The tensors of a term of
@@ -340,14 +342,17 @@ def cocord_loss(
     if lambda_contrast:
         contrast, contrast_metrics = contrastive_loss(z, keys, queue, temperature)
     distillation = distillation_loss(logits, teacher_logits) if lambda_kd else zero
-    labelled = (labels != UNLABELLED).sum().clamp(min=1)
-    class_loss = F.cross_entropy(logits.float(), labels, ignore_index=UNLABELLED, reduction="sum") / labelled
+    is_labelled = labels != UNLABELLED
+    class_losses = F.cross_entropy(logits.float(), labels, ignore_index=UNLABELLED, reduction="sum")
+    class_loss = class_losses / is_labelled.sum().clamp(min=1)
     loss = lambda_class * class_loss + lambda_contrast * contrast + lambda_kd * distillation
     # ABLATION (prediction loss): the two directions are summed, not averaged.
     loss = loss + forward_weight * forward_loss + swapped_weight * swapped_loss
-    train_accuracy = (logits.argmax(1) == labels).sum() / labelled
-    losses = [loss, contrast, class_loss, forward_loss, swapped_loss, distillation]
-    return loss, torch.stack([*losses, train_accuracy, *contrast_metrics]).detach()
+    # Means over all rows, so that `train` can average the batches; a row without label counts as 0.
+    labelled_metrics = torch.stack([class_losses, (logits.argmax(1) == labels).sum(), is_labelled.sum()]) / len(labels)
+    class_mean, train_accuracy, labelled_share = labelled_metrics
+    losses = [loss, contrast, class_mean, forward_loss, swapped_loss, distillation]
+    return loss, torch.stack([*losses, train_accuracy, *contrast_metrics, labelled_share]).detach()
 
 
 @torch.no_grad()
@@ -495,7 +500,7 @@ def train(
     (slow_student, student), (teacher_head, student_head) = model.ema_pairs()
     final_epoch = min(2, args.epochs) if args.rehearse else args.epochs
     steps_per_epoch = math.ceil(data.examples / args.batch)
-    totals = torch.zeros(len(TRAIN_METRICS), device=data.device)
+    totals = torch.zeros(len(TRAIN_METRICS) + 1, device=data.device)
     unused = torch.empty(0, device=data.device)  # replaces tensors of terms with weight 0
 
     def make_probe_keys() -> Tensor:
@@ -561,13 +566,15 @@ def train(
                 model.enqueue(keys)
             totals.add_(batch_metrics, alpha=len(labels))
             samples += len(labels)
-        means = (totals / samples).tolist()  # the only host-device synchronisation of the epoch
+        *means, labelled_share = (totals / samples).tolist()  # the only host-device synchronisation of the epoch
         seconds = time.perf_counter() - start_time
         if run.finish_if_diverged(epoch + 1, totals):
             return
         previous_keys, probe_keys = probe_keys, make_probe_keys()
         head_change = torch._foreach_sub(list(model.teacher_head.parameters()), initial_head)
-        metrics = dict(zip(TRAIN_METRICS, means, strict=True)) | {
+        metrics = dict(zip(TRAIN_METRICS, means, strict=True))
+        metrics |= {name: metrics[name] / labelled_share for name in ("class_loss", "train_accuracy")}
+        metrics |= {
             "test_accuracy": accuracy(model.student, data),
             "key_consistency": (previous_keys * probe_keys).sum(1).mean().item(),
             "teacher_head_shift": (total_norm(head_change) / total_norm(initial_head)).item(),
@@ -603,6 +610,7 @@ def main(argv: list[str] | None = None) -> None:
         if run.finished:
             return
         data = load_data(args.data_set, args.data, args.held_out, device, args.data_seed)
+        images.check_labels(args.labels, data.examples)
         steps = args.epochs * math.ceil(data.examples / args.batch)
         provenance = devices.environment(device) | {"data": data.digest, "steps": steps}
         if args.rehearse:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 # Exit codes.
 EXIT_USER = 2  # a wrong flag, missing or damaged data; nothing was started
 EXIT_DISK = 4  # the disk is full or failed; finished files stay valid
-EXIT_INTERRUPTED = 75  # SIGTERM or SIGINT; the same command resumes the run
+EXIT_INTERRUPTED = 75  # a signal, or a closed pipe; the same command resumes the run
 
 RUNS_ON_THIS_GPU = "RUNS_ON_THIS_GPU"  # environment variable of common.study.slots: number of runs that share this GPU
 # Flags for paths and hardware: they do not define a run.

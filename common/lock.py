@@ -5,7 +5,6 @@ import fcntl
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,16 +15,8 @@ from typing import IO
 from common.cli import EXIT_DISK, EXIT_INTERRUPTED, fail
 from common.files import PERMANENT_ERRORS
 
-# Errors of the disk or its permissions in a run that has started, a removed folder, and too many open files.
-STORAGE_ERRORS = PERMANENT_ERRORS | {
-    errno.EIO,
-    errno.ESTALE,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOENT,
-    errno.EMFILE,
-    errno.ENFILE,
-}
+# Errors of the disk or its permissions in a run that has started, and too many open files.
+STORAGE_ERRORS = PERMANENT_ERRORS | {errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE}
 LOCK_TAKEN = (errno.EACCES, errno.EAGAIN)  # errors of lockf if another process holds the lock
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1: a cluster's warning before the time limit
 
@@ -34,9 +25,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1: a cluster'
 def run_lock(folder: Path, rank: int = 0) -> Iterator[None]:
     """Context manager: lock `folder` for this process.
 
-    In the `with` block, signals, disk errors and dead loader workers become exit codes. The file lock `<folder>.lock`
-    is released when this process ends, even if its workers survive. Temporary files of a killed process are removed.
-    Exits with code 2 if another process holds the lock.
+    In the `with` block, signals, closed pipes, disk errors and dead loader workers become exit codes. The file lock
+    `<folder>.lock` is released when this process ends, even if its workers survive. Temporary files of a killed process
+    are removed. Exits with code 2 if another process holds the lock.
     """
     folder = Path(folder).absolute()
     handlers = {number: signal.signal(number, exit_on_signal) for number in SIGNALS}
@@ -44,10 +35,17 @@ def run_lock(folder: Path, rank: int = 0) -> Iterator[None]:
     try:
         yield
     except BrokenPipeError:
-        # The reader of a pipe has ended, as in `train.py | head`. Python would write to it again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        fail("standard output was closed; run the same command again to resume", EXIT_INTERRUPTED)
+        # The reader of a pipe has ended, as in `train.py | head`. Python would write to the pipe again at exit.
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        try:
+            fail("standard output was closed; run the same command again to resume", EXIT_INTERRUPTED)
+        except BrokenPipeError:  # standard error was the same pipe
+            os.dup2(null, 2)
+            raise SystemExit(EXIT_INTERRUPTED) from None
     except OSError as error:
+        if not folder.exists():
+            fail(f"{folder} was removed while its run was in progress: run the same command to start again", EXIT_DISK)
         if error.errno not in STORAGE_ERRORS:
             raise
         path = error.filename or folder

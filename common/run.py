@@ -30,6 +30,7 @@ from tqdm import tqdm
 from common import checkpoints, devices, files
 from common.cli import NON_METHOD_FLAGS, RUNS_ON_THIS_GPU, fail
 
+FORMAT = 2  # of run folders: args.json, train.jsonl, model.pt. 1: without this number, until November 2026
 FILE_FLAGS = ("data", "data_file", "init_from")  # flags that may name a file whose content defines the run
 
 
@@ -95,7 +96,7 @@ class Run:
         print(f"{self.name}: {summary}, {environment['device']}", flush=True)
         path, provenance = self.folder / "args.json", script_provenance(self.source)
         if not path.exists():
-            recorded = {**environment, "files": self.digests, **provenance}
+            recorded = {**environment, "files": self.digests, **provenance, "format": FORMAT}
             files.write_json(path, {"arguments": self.arguments, "provenance": recorded})
             return
         arguments, old = read_arguments(self.folder)
@@ -330,8 +331,9 @@ def load_finished(folder: Path, eval_script: str) -> tuple[dict[str, Any], dict[
         fail(f"{error}: move {folder} away and train this run again")
     if provenance.get("script") != script:
         fail(f"{folder} contains a run of {provenance.get('script')}, not of {script}: give another folder")
-    if "data_seed" not in arguments:
-        fail(f"{folder} was trained before there was a --data-seed: move {folder} away and train this run again")
+    if provenance.get("format") != FORMAT:
+        found = f"format {provenance.get('format') or 1}, not {FORMAT}"
+        fail(f"{folder} was not trained by this version ({found}): move {folder} away and train this run again")
     expected = method_arguments(arguments, provenance.get("files", {}))
     if not isinstance(model, dict) or model.get("arguments") != expected:
         fail(f"{folder / 'model.pt'} does not belong to args.json: move {folder} away and train this run again")

@@ -64,6 +64,7 @@ RECIPES = {  #            demo         gpu          paper
 RAND_AUGMENT_CHUNK = 32  # images on the device that share RandAugment operations, for fewer kernel launches
 SAVE_EVERY = 30.0  # seconds between saved states of fine-tuning, rounded up to whole epochs
 KNN_K, KNN_TAU = 20, 0.07
+MAX_PIXEL_LABELS = 50_000  # with more labelled images there is no `pixel_accuracy`: they are kept as float32
 UNTRAINED = "_untrained"  # suffix of the initial network
 ACCURACIES = ("finetune_accuracy", "linear_accuracy", "knn_accuracy")
 DIAGNOSTICS = ("own_top1", "cross_top1", "position_r2", "key_effective_rank")
@@ -437,7 +438,7 @@ def evaluate(
             state.finished[state.metric] = fine_tune(args, recipe, model, data, subset, state)
             state.save()
     metrics = dict(state.finished)
-    if not isinstance(data, image_folder.StreamedImages):
+    if not isinstance(data, image_folder.StreamedImages) and len(subset.indices) <= MAX_PIXEL_LABELS:
         metrics["pixel_accuracy"] = pixel_accuracy(data, subset.indices)
     for suffix, network in networks.items():
         accuracies = frozen_accuracies(args, network, data, bank)
@@ -451,19 +452,21 @@ def evaluate(
 
 def evaluate_run(
     args: argparse.Namespace, recipe: Recipe, weights: dict[str, Tensor], data: Data, folder: Path, held_out: bool
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Return the accuracies of a run with the given weights. Also writes similarity.npz to `folder`.
 
     After zero epochs the EMA, online and untrained networks are equal, so only one of them is evaluated.
     """
     model = build_model(args, data.device)
     checkpoints.load_weights(model, weights, folder / "model.pt")
-    ema_keys = args.keys == "ema" or not args.epochs  # the keys are probed on the network that computes them
+    # The keys are probed on the network that computes them. Fixed codes of positions are not probed.
+    ema_keys, online_keys = args.keys == "ema" or not args.epochs, args.keys == "online"
     networks = {"": Features(model.ema.vit, model.ema.projector if ema_keys else None)}
     if args.epochs:
-        networks["_online"] = Features(model.online.vit, None if ema_keys else model.online.projector)
+        networks["_online"] = Features(model.online.vit, model.online.projector if online_keys else None)
         networks[UNTRAINED] = Features(build_model(args, data.device).ema.vit)
     metrics = evaluate(args, recipe, networks, data, folder, held_out)
+    metrics.setdefault("key_linear_accuracy", None)
     if not args.epochs:
         metrics |= {f"{name}_online": metrics[name] for name in ACCURACIES}
         metrics["untrained_linear_accuracy"] = metrics["linear_accuracy"]
@@ -543,6 +546,9 @@ def main(argv: list[str] | None = None) -> None:
     start_time = time.perf_counter()
     data_folder = args.data or Path(run_args.data)
     recipe = {name: row[cli.SCALES.index(run_args.scale)] for name, row in RECIPES.items()}
+    if recipe["warm_up"] >= run_args.finetune_epochs > 1:
+        limit = f"the warm-up of {recipe['warm_up']} epochs is as long as --finetune-epochs {run_args.finetune_epochs}"
+        print(f"warning: {limit}: the learning rate never reaches its peak", file=sys.stderr)
     usage = f"batches of 500 images, {recipe['batch']} in fine-tuning"
     with run_lock(args.folder, rank), devices.report_oom(device, usage, "use a --device with more memory"):
         data = images.load_or_stream(

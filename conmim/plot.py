@@ -23,7 +23,7 @@ if not __package__:  # run as a script: import from this clone, not from an inst
 
 from common.cli import NON_METHOD_FLAGS
 from common.study import figures, plotting, results, statistics, tables
-from common.study.analysis import FINDINGS, TOO_WEAK
+from common.study.analysis import TOO_WEAK, verdict_of
 from conmim.studies import METRICS, design
 
 PRIMARY, ONLINE = "finetune_accuracy", "finetune_accuracy_online"
@@ -116,7 +116,7 @@ def cells(runs: results.Runs, base: str) -> dict[Cell, str]:
     def other_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in arguments.items() if name not in ignored}
 
-    shared = other_arguments(arguments_of(runs[base]))
+    shared = other_arguments(arguments_of(runs.get(base, {})))
     arms: dict[Cell, str] = {}
     for arm, by_seed in runs.items():
         arguments = arguments_of(by_seed)
@@ -171,10 +171,10 @@ def difference_text(contrasts: Sequence[Mapping[str, Any]], metric: str) -> str:
 def apply_paper_rules(summary: dict[str, Any]) -> dict[str, Any]:
     """Return the summary after a rule of this paper, with the position diagnostics added to the notes.
 
-    A verdict on accuracy requires that EMA and online weights agree in sign.
+    The verdicts "worse" and "better" require that EMA and online weights agree in sign.
     """
     notes, finding = [], summary["finding"]
-    for index, primary in enumerate(contrast for contrast in summary["contrasts"] if contrast["primary"]):
+    for primary in (contrast for contrast in summary["contrasts"] if contrast["primary"]):
         arm, reference = primary["arm"], primary["reference"]
         contrasts = [
             contrast
@@ -186,17 +186,12 @@ def apply_paper_rules(summary: dict[str, Any]) -> dict[str, Any]:
             sentence = (
                 f"{arm}:{reference}: {difference_text(contrasts, PRIMARY)} with EMA weights and "
                 f"{difference_text(contrasts, ONLINE).removeprefix(METRICS[ONLINE].label + ' ')} with online weights "
-                "disagree in sign, so there is no verdict on accuracy."
+                "disagree in sign."
             )
             notes.append(sentence)
             finding = f"{finding} {sentence}"
-            if primary["word"] in FINDINGS:
+            if primary["word"] in ("worse", "better"):
                 primary["word"] = DISAGREE
-                if arm in summary["expected"]:
-                    summary["calibration"][arm] = "unclear"
-                if index == 0:
-                    headline = f"No verdict on {arm}: {DISAGREE}."
-                    summary |= {"verdict": DISAGREE, "counted": False, "headline": headline}
         diagnostics = "; ".join(difference_text(contrasts, name) for name in ("own_top1", "cross_top1", "position_r2"))
         sentence = f"Position diagnostics (they need no labels), {arm} minus {reference}: {diagnostics}."
         notes.append(sentence)
@@ -205,7 +200,7 @@ def apply_paper_rules(summary: dict[str, Any]) -> dict[str, Any]:
     remarks = [f"{row['arm']} {row['word']}" for row in summary["rows"] if row["word"]]
     if remarks:
         notes.append(f"{'; '.join(remarks)}.")
-    return summary | {"finding": finding, "notes": notes + summary["notes"]}
+    return summary | verdict_of(summary) | {"finding": finding, "notes": notes + summary["notes"]}
 
 
 # ------------------------------------------------------------------------------------------------- figures
@@ -492,9 +487,9 @@ def draw(view: results.View) -> dict[str, figures.Drawing]:
         "metrics": figures.dots(dots, styles, remarks, "online weights", view.caption),
         "summary": figures.summary_slide(view.summary, dots[0], styles, hollow="online weights"),
     }
-    if not view.study.extra:
+    if not view.study.extra and runs_of_all_studies.get(base):
         drawn = {"factorial": factorial_figure(runs_of_all_studies, base, baselines, caption), **drawn}
-    arms = list(dict.fromkeys([base, view.reference, view.study.pairs[0][0]]))
+    arms = [arm for arm in dict.fromkeys([base, view.reference, view.study.pairs[0][0]]) if arm in runs_of_all_studies]
     similarity, unreadable = similarity_figure(view.args.runs, arms, seeds, view.caption)
     if similarity:
         drawn["similarity"] = similarity

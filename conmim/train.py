@@ -84,7 +84,7 @@ SCALES = {  #           demo           gpu             paper
     "epochs":          (24,               200,          300),  # paper, ViT-B: 300 and 800
     "warm_up":         (1,                10,           10),  # epochs
     "batch":           (64,               512,          2048),
-    "lr":              (2e-3,             1e-3,         1.5e-3),
+    "lr":              (4e-3,             1e-3,         1.5e-3),
     "workers":         (0,                4,            8),
     "labels":          (200,              None,         None),  # labelled images for fine-tuning; None: all
     "finetune_epochs": (150,              100,          100),
@@ -387,7 +387,8 @@ def batches(args: argparse.Namespace, data: Data, epoch: int, rows: slice) -> It
     aug, patches, steps_per_epoch = augmentation(args.data_set), patch_count(args), data.examples // args.batch
     order = seeding.permutation(args.seed, "order", epoch, data.examples, data.device)
     order = order[: steps_per_epoch * args.batch].view(steps_per_epoch, args.batch)
-    strong = args.views == "asymmetric"  # ABLATION (views): otherwise the keys see the view of the queries
+    # ABLATION (views): otherwise the keys see the view of the queries. Fixed codes of positions see no view.
+    strong = args.views == "asymmetric" and args.keys != "position"
     streamed = None
     if isinstance(data, image_folder.StreamedImages):
         transform = WorkerViews(args.size, strong, **aug)
@@ -582,6 +583,7 @@ def main(argv: list[str] | None = None) -> None:
         if run.finished:
             return
         data = images.load_or_stream(args.data_set, args.data, args.size, device, args.workers, args.data_seed)
+        images.check_labels(args.labels, data.examples, world)
         if args.batch > data.examples:
             fail(
                 f"--batch {args.batch} is larger than the training set ({data.examples} examples): "

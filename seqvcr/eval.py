@@ -6,7 +6,8 @@
 All metrics are measured on test rows without dropout. Level l is the output of block l; level 0 is the embeddings.
 Only `variance_loss`, `covariance_loss`, `projected_std` and `regulariser_loss` use the projection. Answers are
 teacher-forced, and so are the chains of --chain-of-thought. For whole answers this gives the same result as greedy
-decoding (`exact_match`); for single positions it gives a higher accuracy (`position_accuracy`).
+decoding (`exact_match`); for single positions it gives a higher accuracy (`position_accuracy`). After a given chain the
+positions would be easy, so such runs have no metrics of single positions.
 
 entropy        entropy of the hidden states Z (T, D) of a sequence: -sum p_i log p_i with p_i = eigenvalues of Z Z^T
                divided by their sum (equation 2), divided by log(min(T, D)); mean over sequences, one value per level
@@ -53,7 +54,7 @@ METRICS_IF_FINITE = (  # null in a diverged run
     "exact_match", "solved", "steps_to_solve", "position_accuracy", "digit_accuracy",
     "entropy", "entropy_mean", "entropy_min", "entropy_centred", "entropy_batch", "entropy_batch_level",
     "variance_loss", "covariance_loss", "projected_std", "regulariser_loss", "predicted_std", "predicted_loss",
-    "train_loss", "cross_entropy", "test_cross_entropy", "clipped_fraction",
+    "std_to_predicted", "train_loss", "cross_entropy", "test_cross_entropy", "clipped_fraction",
 )  # fmt: skip
 
 
@@ -169,7 +170,8 @@ def regulariser_metrics(model: SeqVCR, rows: Tensor, answer: int, arguments: dic
     All values are None if both coefficients are 0. There is no prediction for covariances over the length, nor above
     level 0 in a run with dropout, which makes the states of equal inputs differ.
     """
-    names = ("variance_loss", "covariance_loss", "projected_std", "regulariser_loss", "predicted_std", "predicted_loss")
+    names = ("variance_loss", "covariance_loss", "projected_std", "regulariser_loss", "predicted_std", "predicted_loss",
+             "std_to_predicted")  # fmt: skip
     metrics: dict[str, float | None] = dict.fromkeys(names)
     lambda1, lambda2, size = arguments["lambda1"], arguments["lambda2"], arguments["covariance_batch"]
     layer, axis, weight = arguments["layer"], arguments["covariance_axis"], model.projection.weight
@@ -187,6 +189,7 @@ def regulariser_metrics(model: SeqVCR, rows: Tensor, answer: int, arguments: dic
         rank = rank_bounds(inputs, size, weight.shape[1], layer)
         predicted_std, predicted_loss = predict_minimum(rank, len(weight), lambda1, lambda2)
         metrics |= {"predicted_std": predicted_std.mean().item(), "predicted_loss": predicted_loss.mean().item()}
+        metrics["std_to_predicted"] = std / predicted_std.mean().item()
     return metrics
 
 
@@ -212,17 +215,19 @@ def cross_entropy(gpt: GPT, rows: Tensor, answer: int) -> float:
 
 @torch.no_grad()
 def print_answers(args: argparse.Namespace, gpt: GPT, task: tasks.Task, raw: Tensor, rows: Tensor) -> None:
-    """Print rows of a task and the network's teacher-forced answers.
+    """Print rows of a task and the network's teacher-forced answers. A correct answer has a correct chain of thought.
 
     `raw` (n, question + answer) contains task tokens. `rows` are the same rows as network tokens (`encode`).
     """
     task_tokens = {token: number for number, token in enumerate(vocabulary(args, task)[1].tolist())}
-    predictions = gpt(rows[:, :-1].long(), task.answer)[0].argmax(2).tolist()
-    for row, prediction in zip(raw, predictions, strict=True):
+    length = answer_length(args, task)
+    predictions = gpt(rows[:, :-1].long(), length)[0].argmax(2)
+    is_correct = (predictions == rows[:, -length:]).all(1).tolist()
+    for row, prediction, correct_tokens in zip(raw, predictions[:, -task.answer :].tolist(), is_correct, strict=True):
         answer = torch.tensor([task_tokens.get(token, len(task.symbols) - 1) for token in prediction])
         predicted = tasks.to_text(task, torch.cat([row[: task.question].cpu().long(), answer]))
         correct = tasks.to_text(task, row)
-        result = "correct" if predicted == correct else f"wrong: {predicted.partition('= ')[2]}"
+        result = "correct" if correct_tokens else f"wrong: {predicted.partition('= ')[2]}"
         print(f"{correct}   {result}")
 
 
@@ -269,9 +274,12 @@ def main(argv: list[str] | None = None) -> None:
             answer = answer_length(train_args, task)
             correct = token_correct(model.gpt, rows, answer).float()
             metrics["exact_match"] = 100 * correct.prod(1).mean().item()
-            metrics["position_accuracy"] = [100 * share for share in correct.mean(0)[-task.answer :].tolist()]
-            metrics["test_cross_entropy"] = cross_entropy(model.gpt, rows, answer)
-            metrics["digit_accuracy"] = mean(metrics["position_accuracy"])
+            # After a given chain of thought single positions are easy: they would not compare with other arms.
+            metrics |= dict.fromkeys(("position_accuracy", "digit_accuracy", "test_cross_entropy"))
+            if not arguments["chain_of_thought"]:
+                metrics["position_accuracy"] = [100 * share for share in correct.mean(0).tolist()]
+                metrics["digit_accuracy"] = mean(metrics["position_accuracy"])
+                metrics["test_cross_entropy"] = cross_entropy(model.gpt, rows, answer)
             metrics["solved"] = metrics["exact_match"] >= SOLVED
             solved_steps = [line["step"] for line in epochs if line["exact_match"] >= SOLVED]
             metrics["steps_to_solve"] = min(solved_steps, default=None)

@@ -134,18 +134,15 @@ def position_panels(runs: results.Runs, groups: Mapping[str, Mapping[str, str]])
     return panels
 
 
-def dot_panels(runs: results.Runs) -> list[figures.Dots]:
-    """Return the panels of the main metrics; hollow marks show the most frequent answer as a baseline."""
-    return [
-        figures.Dots(
-            f"{METRICS[key].title}, {tasks(runs)}",
-            {arm: list(results.values(runs, arm, key).values()) for arm in runs},
-            {arm: list(results.values(runs, arm, "chance_exact_match").values()) for arm in runs}
-            if key == PRIMARY
-            else {},
-        )
-        for key in PLOTTED
-    ]
+def dots_panel(runs: results.Runs, key: str) -> figures.Dots:
+    """Return the panel of a metric; for exact match hollow marks show the most frequent answer as a baseline."""
+
+    def values(name: str) -> dict[str, list[float]]:
+        return {arm: list(results.values(runs, arm, name).values()) for arm in runs}
+
+    return figures.Dots(
+        f"{METRICS[key].title}, {tasks(runs)}", values(key), values("chance_exact_match") if key == PRIMARY else {}
+    )
 
 
 def primary_panel(runs: results.Runs, groups: Mapping[str, Mapping[str, str]]) -> figures.Curves:
@@ -201,7 +198,7 @@ def width_figure(runs: results.Runs, arguments: Mapping[str, Mapping[str, Any]],
         return curves
 
     panels, predictions = [], {"projected_std": "predicted_std", "regulariser_loss": "predicted_loss"}
-    for key in ("exact_match", "entropy_mean", *predictions):
+    for key in ("exact_match", "entropy_batch_level", *predictions):
         curves = {"measured": over_width(key)}
         if key in predictions:
             curves["predicted"] = over_width(predictions[key])
@@ -245,11 +242,17 @@ def draw(view: results.View) -> dict[str, figures.Drawing]:
     entropy = figures.curves(entropy_panels(runs, groups), label_styles, highlight, caption)
     drawn = {
         "entropy": figures.integer_x_ticks(entropy),
-        "metrics": figures.dots(dot_panels(runs), styles, remarks, "the most frequent answer", caption),
+        "metrics": figures.dots(
+            [dots_panel(runs, key) for key in PLOTTED], styles, remarks, "the most frequent answer", caption
+        ),
         "prediction": prediction_figure({arm: runs[arm] for arm in arms}, styles, caption),
         "solved": figures.dots(solved_panels(runs), styles, solved, caption=caption),
-        "summary": figures.summary_slide(view.summary, primary_panel(runs, groups), label_styles, highlight),
     }
+    if study.metric == PRIMARY:
+        slide = figures.summary_slide(view.summary, primary_panel(runs, groups), label_styles, highlight)
+    else:
+        slide = figures.summary_slide(view.summary, dots_panel(runs, study.metric), styles)
+    drawn["summary"] = slide
     positions = position_panels(runs, groups)
     if positions:  # empty if no run has been validated
         drawn["positions"] = figures.curves(positions, label_styles, highlight, caption)

@@ -120,7 +120,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                               "paper: 40 passes over 808,000 rows at batch 32")  # fmt: skip
     optimisation.add_argument("--batch", type=cli.int_in(2), help="sequences per step; paper: 32; other tasks: 128")
     optimisation.add_argument("--lr", type=cli.float_in(0), help="peak learning rate; paper: 5e-4, small networks 1e-4")
-    lr_factor = "multiplies --lr; used by the robustness study"
+    lr_factor = "multiplies --lr; used by the studies"
     optimisation.add_argument("--lr-factor", type=cli.float_in(0), default=1.0, help=lr_factor)
     precisions = ("auto", "float32", "bfloat16")
     optimisation.add_argument("--precision", choices=precisions, default="auto", help="precision of the network "
@@ -159,11 +159,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.batch % args.covariance_batch:
         fail(f"--batch {args.batch} must be a multiple of --covariance-batch {args.covariance_batch}: "
              "change --batch or --covariance-batch")  # fmt: skip
-    if args.chain_of_thought and args.init_from:
-        fail("--chain-of-thought has no tokens in GPT-2's vocabulary here: drop --init-from or --chain-of-thought")
-    only_multiplication = {"--data-file": args.data_file, "--init-from": args.init_from}
-    only_multiplication["--chain-of-thought"] = args.chain_of_thought
-    for flag, value in only_multiplication.items():
+    for name in ("data_file", "init_from", "chain_of_thought"):
+        flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
         if value and args.task != "multiplication":
             fail(f"{flag} requires --task multiplication, not {args.task}: drop it")
     if args.data_file and args.train_size == STREAM:
@@ -173,6 +170,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
              "scratch")  # fmt: skip
     if str(args.init_from) == "none":
         args.init_from = None
+    if args.chain_of_thought and args.init_from:
+        fail("--chain-of-thought has no tokens in GPT-2's vocabulary here: drop --init-from or --chain-of-thought")
     if args.init_from and args.width != GPT2_HEAD_WIDTH * args.heads:
         heads = max(1, args.width // GPT2_HEAD_WIDTH)
         fail(f"--init-from requires heads of width {GPT2_HEAD_WIDTH}, not --width {args.width} with --heads "
@@ -411,7 +410,8 @@ def train(
             "seconds": seconds,
             "peak_memory": devices.peak_memory(device),
         }
-        shares = correct.mean(0)[-task.answer :].tolist()
+        # After a given chain of thought single positions are easy: they would not compare with other arms.
+        shares = [] if args.chain_of_thought else correct.mean(0).tolist()
         by_position = {f"accuracy_{position}": 100 * share for position, share in enumerate(shares)}
         run.end_epoch(epoch + 1, final_epoch, metrics, details=by_position)
     run.save_model({"model": model.state_dict(), "epoch": final_epoch, "diverged": False})

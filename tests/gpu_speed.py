@@ -5,6 +5,7 @@ import io
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import bench
 import bench_cocord
@@ -185,8 +186,8 @@ def switch_benchmark(check: Check) -> str:
     runs = [("on", 12), ("off", 10)] if check.dry_run else [("on", 500), ("off", 508)]
     rates = []
 
-    def select_device(name: str, scale: str) -> torch.device:
-        device = real_select_device(name, scale)
+    def select_device(*arguments: Any, **keywords: Any) -> torch.device:
+        device = real_select_device(*arguments, **keywords)
         torch.backends.cudnn.benchmark = benchmark
         return device
 

@@ -65,7 +65,7 @@ def step(model: CoCoRD, teacher: nn.Module, batch=None, **flags) -> torch.Tensor
     views, labels = batch or random_batch()
     with mock.patch.object(train, "batches", lambda *_: iter([(views, labels)])):
         train.train(args, run, model, random_images(8), optimizer, train.Teacher(teacher))
-    return run.totals / len(labels)
+    return (run.totals / len(labels))[: len(train.TRAIN_METRICS)]
 
 
 def copy_of_state(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -144,8 +144,8 @@ def test_class_loss_is_the_mean_over_labelled_rows(unlabelled):
         temperature=0.1,
     )
     assert loss.item() == pytest.approx(sum(losses[row] for row in kept) / max(1, len(kept)), rel=1e-5)
-    named = dict(zip(train.TRAIN_METRICS, metrics.tolist(), strict=True))
-    assert named["train_accuracy"] == pytest.approx(sum(accuracy) / max(1, len(kept)))
+    named = dict(zip((*train.TRAIN_METRICS, "labelled"), metrics.tolist(), strict=True))
+    assert named["train_accuracy"] == pytest.approx(sum(accuracy) / 5) and named["labelled"] == len(kept) / 5
     if not unlabelled:
         assert torch.equal(loss, F.cross_entropy(logits, labels))
 
@@ -776,6 +776,18 @@ def test_a_run_with_few_labels_differs_only_in_the_class_loss(finished, tmp_path
     assert equal_states(half, full) and not equal_states(few, full)
     logs = [json.loads((tmp_path / name / "train.jsonl").read_text().splitlines()[1]) for name in ("4", "all")]
     assert logs[0]["class_loss"] != logs[1]["class_loss"]
+    assert logs[0]["class_loss"] == pytest.approx(math.log(36), abs=0.5)  # a mean over labelled images only
+
+
+def test_more_labels_than_images_and_labels_without_class_loss_are_errors(tmp_path, capsys):
+    flags = ["--teacher", "none", "--lambda-contrast", "0", "--device", "cpu", "--data", str(tmp_path / "data")]
+    for more, words in (
+        (["--labels", "6000"], "give 1 to 5000"),
+        (["--labels", "9", "--lambda-class", "0"], "no effect"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            train.main([*flags, *more, "--out", str(tmp_path / "run")])
+        assert end.value.code == 2 and words in capsys.readouterr().err
 
 
 def test_diverged_run_is_evaluated(finished, tmp_path):

@@ -194,6 +194,16 @@ def test_pixel_accuracy_is_that_of_the_nearest_labelled_image():
     assert evaluate.pixel_accuracy(data, indices) == pytest.approx(100 * hits / 60)
 
 
+def test_a_long_warm_up_is_reported(finished, tmp_path, capsys):
+    shutil.copytree(finished / "base", tmp_path / "run")
+    config = json.loads((tmp_path / "run/args.json").read_text())
+    assert config["arguments"]["finetune_epochs"] == 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(evaluate.RECIPES, "warm_up", (3, 3, 3))
+        evaluate.main([str(tmp_path / "run")])
+    assert "the warm-up of 3 epochs is as long as --finetune-epochs 3" in capsys.readouterr().err
+
+
 def test_fine_tuning_learns_and_is_reproducible(monkeypatch):
     states, accuracy = [], evaluate.accuracy
     monkeypatch.setattr(

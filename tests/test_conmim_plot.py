@@ -213,6 +213,7 @@ def test_a_finding_requires_that_ema_and_online_weights_agree_in_sign(tmp_path):
     assert summary["verdict"] == plot.DISAGREE and not summary["counted"]
     primary = next(contrast for contrast in summary["contrasts"] if contrast["primary"])
     assert primary["word"] == plot.DISAGREE and plot.DISAGREE in summary["headline"]
+    assert "no verdict" in summary["headline"]
     note = next(note for note in summary["notes"] if "disagree" in note)
     assert "symmetric:base" in note and "-11.0" in note and "9.0" in note and note in summary["finding"]
 
@@ -285,6 +286,17 @@ def test_the_sign_rule_covers_every_primary_contrast(tmp_path):
     words = [contrast["word"] for contrast in summary["contrasts"]]
     assert words == ["worse", plot.DISAGREE]
     assert summary["calibration"] == {"online-keys": "reproduced", "basic-views": "unclear"}
+    assert summary["counted"] and plot.DISAGREE in summary["verdict"] and "no verdict" in summary["headline"]
+
+
+def test_a_study_is_drawn_before_base_has_runs(tmp_path):
+    """`make primary` may draw the stop-gradient study before base is trained."""
+    write_runs(
+        tmp_path / "runs", 2, ("online-no-stop-gradient", "online-keys", "no-pretraining", "no-pretraining-long")
+    )
+    summary = draw(tmp_path / "runs", "conmim-stop-gradient", 2, tmp_path / "report")
+    assert "base" in summary["not_run"] and summary["contrasts"][0]["mean"] is not None
+    assert not (tmp_path / "report/conmim-stop-gradient-factorial.png").exists()
 
 
 def test_cells_are_identified_by_arguments(tmp_path):

@@ -102,7 +102,7 @@ def test_teachers_are_counted_once_per_data_seed(tmp_path):
 def test_the_rehearsal_of_a_teacher_is_found(tmp_path, capsys):
     words = ["PAPERS=cocord", "SCALE=gpu", "PAIRS=vgg13-vgg8", f"RUNS={tmp_path}", "--rehearsals", str(tmp_path / "r")]
     cost.main([*words, "--unknown"])
-    assert f"{tmp_path}/r/cocord/teacher@vgg13/0/metrics.json" in capsys.readouterr().out.split()
+    assert f"{tmp_path}/r/cocord/teacher@vgg13/0/model.pt" in capsys.readouterr().out.split()
     rehearsal(tmp_path / "r/cocord/teacher@vgg13/0", rate=50.0)
     cost.main(words)
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("cocord/teacher@vgg13"))

@@ -250,18 +250,21 @@ def test_a_teacher_of_another_block_is_refused(tmp_path, capsys):
     train("cocord", tmp_path, "student", "--data-seed", "1", "--weights", str(path))
 
 
-def test_a_run_without_a_data_seed_is_not_evaluated(tmp_path, capsys):
+@pytest.mark.parametrize("number", [None, 1, 3])
+def test_a_run_of_another_format_is_refused(number, tmp_path, capsys):
+    """Format 1 had no number. An unfinished run without a data seed has other arguments."""
     train("bsa", tmp_path, "old")
-    path, model = tmp_path / "old/0/args.json", tmp_path / "old/0/model.pt"
-    config, saved = json.loads(path.read_text()), checkpoints.load(model)
-    del config["arguments"]["data_seed"], saved["arguments"]["data_seed"]
+    path = tmp_path / "old/0/args.json"
+    config = json.loads(path.read_text())
+    config["provenance"] = {**config["provenance"], "format": number}
     path.write_text(json.dumps(config))
-    checkpoints.save(model, saved)
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         bsa.eval.main([str(tmp_path / "old/0")])
     printed = capsys.readouterr().err
-    assert end.value.code == 2 and printed.count("\n") == 1 and "before there was a --data-seed" in printed
+    assert end.value.code == 2 and printed.count("\n") == 1 and "was not trained by this version" in printed
+    del config["arguments"]["data_seed"]
+    path.write_text(json.dumps(config))
     with pytest.raises(SystemExit):
         train("bsa", tmp_path, "old")
     assert "--data-seed None -> 0" in capsys.readouterr().err

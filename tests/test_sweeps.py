@@ -389,12 +389,18 @@ def test_plot_reads_the_declared_seeds_of_every_arm(tmp_path):
 def test_robustness_is_derived_from_the_primary_contrasts(paper):
     design = load(paper, "demo")
     main_studies = [study for study in design.studies if not study.extra]
-    primary = dict.fromkeys(contrast for study in main_studies for contrast in study.contrasts[: study.primary])
-    study = design.study(f"{paper}-robustness")
-    assert list(study.contrasts[: study.primary]) == list(primary)
-    for rate in RATES:
-        shifted = {f"{arm}@{rate}:{reference}@{rate}" for arm, reference in study.pairs[: study.primary]}
-        assert shifted < set(study.contrasts)
+    for metric in {study.metric for study in main_studies}:
+        primary = dict.fromkeys(
+            contrast
+            for study in main_studies
+            if study.metric == metric
+            for contrast in study.contrasts[: study.primary]
+        )
+        (study,) = (other for other in design.studies if other.group == "robustness" and other.metric == metric)
+        assert list(study.contrasts[: study.primary]) == list(primary)
+        for rate in RATES:
+            shifted = {f"{arm}@{rate}:{reference}@{rate}" for arm, reference in study.pairs[: study.primary]}
+            assert shifted < set(study.contrasts)
     # Every primary contrast has a baseline, except in calibrations.
     assert all(study.primary_only.must_beat or study.expected for study in design.studies)
 

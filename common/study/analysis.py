@@ -57,19 +57,25 @@ def summarise(
     primary = [contrast for contrast in result["contrasts"] if contrast["primary"]]
     for baseline in result["controls"]:
         baseline["primary"] = any(baseline in _required_baselines(contrast, result["controls"]) for contrast in primary)
+    result |= verdict_of(result)
+    return result | {"remark": descriptive_remark(result), "finding": finding(result)}
+
+
+def verdict_of(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Return "verdict", "calibration", "counted" and "headline" of a summary, from its primary contrasts."""
+    primary = [contrast for contrast in summary["contrasts"] if contrast["primary"]]
     arms = [contrast["arm"] for contrast in primary]
     verdicts = {}
     for contrast in primary:
         arm, reference = contrast["arm"], contrast["reference"]
         verdicts[arm if arms.count(arm) == 1 else f"{arm}:{reference}"] = contrast["word"]
-    if len(set(verdicts.values())) == 1:
-        result["verdict"] = next(iter(verdicts.values()))
-    else:
-        result["verdict"] = "; ".join(f"{name}: {word}" for name, word in verdicts.items())
-    result["calibration"] = {arm: _as_expected(verdicts[arm], word) for arm, word in study.expected.items()}
-    result["counted"] = any(word in FINDINGS for word in verdicts.values())
-    sentences = {"headline": headline(result), "remark": descriptive_remark(result), "finding": finding(result)}
-    return result | sentences
+    words = set(verdicts.values())
+    return {
+        "verdict": words.pop() if len(words) == 1 else "; ".join(f"{arm}: {word}" for arm, word in verdicts.items()),
+        "calibration": {arm: _as_expected(verdicts[arm], word) for arm, word in summary["expected"].items()},
+        "counted": any(word in FINDINGS for word in verdicts.values()),
+        "headline": headline(summary),
+    }
 
 
 def _as_expected(word: str, expected: str) -> str:

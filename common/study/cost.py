@@ -4,8 +4,8 @@
 
 The hours of an arm are the mean of its finished runs with the requested flags. Without such runs, the speed of the
 last epoch of its rehearsal gives the training time, without the per-epoch kNN evaluation and eval.py. Arms and
-teachers that several studies share are counted once. --unknown prints only the metrics.json files that a rehearsal must
-create. Needs only the standard library.
+teachers that several studies share are counted once. --unknown prints only the files that a rehearsal must create.
+Needs only the standard library.
 """
 
 import sys
@@ -153,7 +153,8 @@ def main(words: Sequence[str]) -> None:
                 costs[name] = cost_of_runs(finished)
                 continue
             folder = rehearsals / name / str(first_seed[arm])  # a rehearsal runs the first seed of a study
-            unknown.append(folder / "metrics.json")
+            # A teacher has no evaluation: teacher.py itself writes metrics.json.
+            unknown.append(folder / ("model.pt" if arm in design.teacher_names() else "metrics.json"))
             if cost := cost_of_rehearsal(folder):
                 costs[name] = cost
     print(" ".join(map(str, unknown)) if only_unknown else cost_tables(studies, total, costs))

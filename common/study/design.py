@@ -236,15 +236,16 @@ class Design:
             self.studies = [*self.studies, again[1]]
         if self.robustness:
             robustness = _robustness(self)
+            arms_at_rates = {arm for study in robustness for arm in study.arms}
             declared += [
                 replace(arm, name=f"{arm.name}@{rate}", flags=f"{arm.flags} {flags}".strip())
                 for rate, flags in RATES.items()
                 for arm in declared
-                if arm.name in robustness.arms and arm.name not in self.robustness.fixed
+                if arm.name in arms_at_rates and arm.name not in self.robustness.fixed
             ]
             main_studies = [study for study in self.studies if not study.extra]
             extras = [study for study in self.studies if study.extra]
-            self.studies = [*main_studies, robustness, *extras]
+            self.studies = [*main_studies, *robustness, *extras]
         self.studies = [self._with_seeds(study) for study in self.studies]
         for key, metric in self.metrics.items():
             if metric.better not in ("higher", "lower", ""):
@@ -388,13 +389,23 @@ def _again(design: Design, declared: Sequence[Arm]) -> tuple[Arm, Study] | tuple
     return arm, study
 
 
-def _robustness(design: Design) -> Study:
-    """Build the robustness study: the primary contrasts of all main studies at three learning rates.
+def _robustness(design: Design) -> list[Study]:
+    """Build the robustness studies: the primary contrasts of all main studies at three learning rates.
 
-    Contrasts of arms with their baseline arms follow, at the same rates.
+    There is one study for each primary metric of the main studies. Contrasts of arms with their baseline arms follow,
+    at the same rates.
     """
-    assert design.robustness
     main_studies = [study for study in design.studies if not study.extra]
+    metrics = list(dict.fromkeys(study.metric for study in main_studies))
+    return [
+        _robustness_on(design, [study for study in main_studies if study.metric == metric], number)
+        for number, metric in enumerate(metrics)
+    ]
+
+
+def _robustness_on(design: Design, main_studies: Sequence[Study], number: int) -> Study:
+    """Build the robustness study of main studies with the same metric. The first one has the shortest name."""
+    assert design.robustness
     primary = list(dict.fromkeys(pair for study in main_studies for pair in study.pairs[: study.primary]))
     must_beat, fixed = design.robustness.must_beat, design.robustness.fixed
     if must_beat is None:
@@ -408,11 +419,12 @@ def _robustness(design: Design) -> Study:
     rates = ["", *RATES]
     contrasts = [f"{at(rate, arm)}:{at(rate, reference)}" for rate in rates for arm, reference in primary]
     contrasts += [f"{at(rate, arm)}:{at(rate, reference)}" for rate in rates for arm, reference in baselines]
+    metric = main_studies[0].metric
     return Study(
-        name=f"{design.paper}-robustness",
+        name="-".join([design.paper, "robustness", *([metric.replace("_", "-")] if number else [])]),
         question=ROBUSTNESS,
         contrasts=contrasts,
-        metric=main_studies[0].metric,
+        metric=metric,
         primary=len(primary),
         must_beat=[
             replace(item, arm=at(rate, item.arm), baseline_arm=at(rate, item.baseline_arm))

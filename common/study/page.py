@@ -583,11 +583,11 @@ def results_table(folder: Path, studies: Sequence[str], link: str) -> str:
             contrasts = [f"{contrast_label(item)}: {numbers(item, metric)}" for item in primary_contrasts(summary)]
             rows.append([name, f"{metric['label']}: {'; '.join(contrasts)}", f"{summary['verdict']} ‡"])
         else:
-            words = {
+            words = dict.fromkeys(
                 contrast["word"] + marks.get((study, contrast["arm"], contrast["reference"]), "")
                 for contrast in primary_contrasts(summary)
-            }
-            rows.append([name, sentences(summary)[0], "; ".join(sorted(words))])
+            )
+            rows.append([name, sentences(summary)[0], "; ".join(words)])
     table = tables.markdown(rows)
     return f"{table}\n\n‡ {EARLIER_NOTE}" if "‡" in table else table
 

@@ -85,13 +85,11 @@ def headline(summary: Mapping[str, Any]) -> str:
 
     for baseline in baselines:
         if baseline["passed"] is False:
-            own, other = (format_number(baseline[key], metric) for key in ("arm_mean", "control_mean"))
+            baseline_metric = summary["metrics"][baseline["metric"]]
+            own, other = (format_number(baseline[key], baseline_metric) for key in ("arm_mean", "control_mean"))
             side = "below" if baseline["lower_wins"] else "above"
-            label = summary["metrics"][baseline["metric"]]["label"]
-            return (
-                f"Too weak to test: {label} of {short(baseline['arm'])} ({own}) is not clearly {side} that of "
-                f"{baseline['name']} ({other})."
-            )
+            arm = f"{baseline_metric['label']} of {short(baseline['arm'])} ({own})"
+            return f"Too weak to test: {arm} is not clearly {side} that of {baseline['name']} ({other})."
     parts = []
     for contrast in primary:
         name, reference = short(contrast["arm"]), short(contrast["reference"])
@@ -100,7 +98,7 @@ def headline(summary: Mapping[str, Any]) -> str:
         if contrast["mean"] is None:
             parts.append(f"{name}: {contrast['word']}")
             continue
-        phrase = PHRASES[contrast["word"]].format(arm=name)
+        phrase = PHRASES.get(contrast["word"], f"{{arm}}: no verdict ({contrast['word']})").format(arm=name)
         before, after = (format_number(contrast[key], metric) for key in ("reference_mean", "arm_mean"))
         parts.append(f"{phrase}: {metric['label']} {before} -> {after} {metric['unit']}".strip())
     shown = {
@@ -145,10 +143,12 @@ def descriptive_remark(summary: Mapping[str, Any]) -> str:
 
 
 def _change(contrast: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
-    """Describe a contrast by its means: "linear accuracy of narrow 73.2 -> 70.1 %"."""
+    """Describe a contrast by its means: "linear accuracy of narrow: 73.2 -> 70.1 %"."""
     metric = summary["metrics"][contrast["metric"]]
     before, after = (format_number(contrast[key], metric) for key in ("reference_mean", "arm_mean"))
-    return f"{metric['label']} of {contrast['arm'].partition('@')[0]} {before} -> {after} {metric['unit']}".strip()
+    settings = {primary["arm"].partition("@")[2] for primary in summary["contrasts"] if primary["primary"]}
+    arm = contrast["arm"] if len(settings) > 1 else contrast["arm"].partition("@")[0]
+    return f"{metric['label']} of {arm}: {before} -> {after} {metric['unit']}".strip()
 
 
 def finding(summary: Mapping[str, Any]) -> str:
