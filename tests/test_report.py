@@ -349,7 +349,9 @@ def test_the_clearest_effect_on_another_metric_is_said_as_descriptive(tmp_path):
         )
     design = study()
     summary = analysis.summarise(design, read(tmp_path, design.arms, range(5)), metrics)
-    assert summary["remark"] == "Descriptive: linear accuracy of arm 82.0 -> 70.8 %."
+    assert summary["remark"] == "Descriptive: linear accuracy of arm: 82.0 -> 70.8 %."
+    second = analysis.summarise(replace(design, second_metric="linear"), read(tmp_path, design.arms, range(5)), metrics)
+    assert second["remark"] == "Second metric: linear accuracy of arm: 82.0 -> 70.8 % (worse)."
     assert summarise(tmp_path)["remark"] == ""  # std ratio has no better side, training loss is not judged
 
 

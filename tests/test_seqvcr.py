@@ -809,7 +809,7 @@ def test_plot_writes_figures_and_summary_of_each_study(finished, tmp_path, capsy
     summary = json.loads((tmp_path / "seqvcr-coefficients.json").read_text())
     primary = [contrast["arm"] for contrast in summary["contrasts"] if contrast["primary"]]
     assert primary == ["0.1-0.5@2x2", "base@2x2-128"]
-    assert "Second metric: batch entropy at the regularised level of 0.1-0.5 " in summary["remark"]
+    assert "Second metric: batch entropy at the regularised level of 0.1-0.5@2x2: " in summary["remark"]
     text = tables.as_markdown(summary)
     assert text.count("| off@2x2 |") == 2 and "**2x2-128**" in text
     svg = (tmp_path / "seqvcr-coefficients-entropy.svg").read_text()
