@@ -610,7 +610,11 @@ def main(argv: list[str] | None = None) -> None:
         if run.finished:
             return
         data = load_data(args.data_set, args.data, args.held_out, device, args.data_seed)
-        images.check_labels(args.labels, data.examples)
+        if args.labels and args.labels > data.examples:
+            fail(
+                f"--labels {args.labels} is more than the training set ({data.examples} examples): "
+                f"give at most {data.examples}"
+            )
         steps = args.epochs * math.ceil(data.examples / args.batch)
         provenance = devices.environment(device) | {"data": data.digest, "steps": steps}
         if args.rehearse:

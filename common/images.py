@@ -81,12 +81,6 @@ def balanced_subset(labels: Tensor, count: int | None, classes: int, data_seed: 
     return order[rank_in_class.argsort(stable=True)[:count]].sort().values
 
 
-def check_labels(count: int | None, examples: int, least: int = 1) -> None:
-    """Exit with code 2 if --labels is less than `least` or more than the number of training examples."""
-    if count is not None and not least <= count <= examples:
-        fail(f"--labels {count} is not possible with {examples} training examples: give {least} to {examples}")
-
-
 Data = Images | image_folder.StreamedImages
 
 

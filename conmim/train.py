@@ -583,7 +583,11 @@ def main(argv: list[str] | None = None) -> None:
         if run.finished:
             return
         data = images.load_or_stream(args.data_set, args.data, args.size, device, args.workers, args.data_seed)
-        images.check_labels(args.labels, data.examples, world)
+        if args.labels and args.labels < world:
+            fail(f"--labels {args.labels} is less than one image for each of {world} processes: give at least {world}")
+        if args.labels and args.labels > data.examples and rank == 0:
+            limit = f"--labels {args.labels} is more than the training set ({data.examples} examples)"
+            print(f"warning: {limit}: eval.py will use all labels", file=sys.stderr)
         if args.batch > data.examples:
             fail(
                 f"--batch {args.batch} is larger than the training set ({data.examples} examples): "

@@ -145,7 +145,9 @@ def test_class_loss_is_the_mean_over_labelled_rows(unlabelled):
     )
     assert loss.item() == pytest.approx(sum(losses[row] for row in kept) / max(1, len(kept)), rel=1e-5)
     named = dict(zip((*train.TRAIN_METRICS, "labelled"), metrics.tolist(), strict=True))
-    assert named["train_accuracy"] == pytest.approx(sum(accuracy) / 5) and named["labelled"] == len(kept) / 5
+    assert named["train_accuracy"] == pytest.approx(sum(accuracy) / 5) and named["labelled"] == pytest.approx(
+        len(kept) / 5
+    )
     if not unlabelled:
         assert torch.equal(loss, F.cross_entropy(logits, labels))
 
@@ -782,7 +784,7 @@ def test_a_run_with_few_labels_differs_only_in_the_class_loss(finished, tmp_path
 def test_more_labels_than_images_and_labels_without_class_loss_are_errors(tmp_path, capsys):
     flags = ["--teacher", "none", "--lambda-contrast", "0", "--device", "cpu", "--data", str(tmp_path / "data")]
     for more, words in (
-        (["--labels", "6000"], "give 1 to 5000"),
+        (["--labels", "6000"], "give at most 5000"),
         (["--labels", "9", "--lambda-class", "0"], "no effect"),
     ):
         with pytest.raises(SystemExit) as end:
