@@ -396,7 +396,7 @@ def test_robustness_is_derived_from_the_primary_contrasts(paper):
             if study.metric == metric
             for contrast in study.contrasts[: study.primary]
         )
-        (study,) = (other for other in design.studies if other.group == "robustness" and other.metric == metric)
+        (study,) = (other for other in design.studies if "-robustness" in other.name and other.metric == metric)
         assert list(study.contrasts[: study.primary]) == list(primary)
         for rate in RATES:
             shifted = {f"{arm}@{rate}:{reference}@{rate}" for arm, reference in study.pairs[: study.primary]}
