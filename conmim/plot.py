@@ -27,7 +27,7 @@ from common.study.analysis import TOO_WEAK, verdict_of
 from conmim.studies import METRICS, design
 
 PRIMARY, ONLINE = "finetune_accuracy", "finetune_accuracy_online"
-DISAGREE = "EMA and online weights disagree in sign"
+DISAGREE = "signs differ"  # verdict if EMA and online weights disagree in sign
 KEYS = {"ema": ("ema", 0.0), "online": ("online", 0.0), "online, no\nstop-gradient": ("online", 1.0)}  # keys, leak
 VIEWS = ("asymmetric", "basic")
 Cell = tuple[str, int]  # views, index in KEYS
