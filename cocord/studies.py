@@ -54,7 +54,6 @@ study = partial(Study, metric="accuracy", margin=1.0)
 sweep = partial(study, extra=True, n=5)
 # A setting with labels for a fifth of the images, which only the demo has. Its pairs are called PAIR@few.
 FEW = "--data-set glyphs36 --epochs 8 --labels 1000"
-FEW_WEIGHTS = "--forward-weight 2 --swapped-weight 2"
 
 
 def student_of(pair: str) -> str:
@@ -108,7 +107,7 @@ def few_labels(pair: str) -> Study:
             Arm(f"forward-only@{pair}@few", f"{networks} {FEW} --forward-weight 2 --swapped-weight 0", base, needs),
             Arm(f"swapped-only@{pair}@few", f"{networks} {FEW} --forward-weight 0 --swapped-weight 2", base, needs),
             Arm(none, f"{networks} {FEW} --forward-weight 0 --swapped-weight 0", base, needs),
-            Arm(base, f"{networks} {FEW} {FEW_WEIGHTS}", cross_entropy, needs),
+            Arm(base, f"{networks} {FEW} --forward-weight 2 --swapped-weight 2", cross_entropy, needs),
         ],
         primary=2,
         must_beat=[MustBeat(base, "cross-entropy alone", "accuracy", baseline_arm=cross_entropy)],

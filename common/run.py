@@ -30,7 +30,7 @@ from tqdm import tqdm
 from common import checkpoints, devices, files
 from common.cli import NON_METHOD_FLAGS, RUNS_ON_THIS_GPU, fail
 
-FORMAT = 2  # of run folders: args.json, train.jsonl, model.pt. 1: without this number, until November 2026
+FORMAT = 2  # of run folders: args.json, train.jsonl, model.pt. Format 1 has no number
 FILE_FLAGS = ("data", "data_file", "init_from")  # flags that may name a file whose content defines the run
 
 

@@ -13,7 +13,7 @@ The query of a masked patch j is compared with the keys of all N patches of the 
     x^ basic view, masked (B, 3, S, S)      f   vision transformer, projector, L2 norm: (B, N, dim)
     x  strong view, full  (B, 3, S, S)      sg  stop-gradient: leak * k + (1 - leak) * k.detach(), leak 0 in the paper
 
-    python conmim/train.py                                                       # demo: 1 to 2 min on one CPU core
+    python conmim/train.py                                                       # demo: 1 to 3 min on one CPU core
     python conmim/train.py --keys online --no-stop-gradient --out runs/scratch2  # an ablation
     python conmim/train.py --scale gpu --out runs/cifar                          # CIFAR-10, ViT-Tiny/4, 200 epochs
     torchrun --nproc-per-node 8 conmim/train.py --scale paper --data ImageNet --out runs/imagenet
@@ -71,7 +71,7 @@ N_DIAGNOSTIC = 256  # test images for the diagnostics
 
 # ------------------------------------------------------------------------------------------------- arguments
 
-SCALES = {  #           demo           gpu             paper
+SCALES = {  #          demo              gpu           paper
     "data_set":        ("glyphs10-light", "cifar10",    "folder"),
     "size":            (32,               32,           224),  # pixels
     "network":         ("vit_demo",       "vit_tiny_4", "vit_base_16"),
