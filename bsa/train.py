@@ -51,7 +51,7 @@ if not __package__:  # run as a script: import from this clone, not from an inst
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bsa.planted import planted_concepts
-from common import checkpoints, cli, devices, files, seeding
+from common import checkpoints, cli, devices, seeding
 from common.cli import fail
 from common.lock import run_lock
 from common.run import Run
@@ -309,11 +309,13 @@ def read_matrix(path: Path) -> np.ndarray:
             arrays = checkpoints.read_safetensors(path)
         else:
             loaded = np.load(path, allow_pickle=False)
-            arrays = dict(loaded) if path.suffix.lower() == ".npz" else {"": loaded}
+            arrays = dict(loaded) if isinstance(loaded, np.lib.npyio.NpzFile) else {"": loaded}
     except FileNotFoundError:
         fail(f"--data {path} does not exist: give an existing matrix file ({', '.join(FORMATS)})")
-    except (OSError, EOFError, ValueError, files.DamagedFile, zipfile.BadZipFile) as error:
-        fail(f"--data {path} cannot be read ({error}): give a valid {path.suffix} file with one numeric matrix")
+    except OSError as error:
+        fail(f"--data {path} cannot be read ({error.strerror}): give a file with one numeric matrix")
+    except (EOFError, ValueError, zipfile.BadZipFile):
+        fail(f"--data {path} cannot be read (cut off, damaged or not numeric): give a file with one numeric matrix")
     matrices = [array for array in arrays.values() if array.ndim == 2 and array.dtype.kind in "fiu"]
     if len(matrices) != 1:
         fail(

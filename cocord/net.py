@@ -538,5 +538,5 @@ def load(name: str, classes: int, path: Path, data_digest: str | None = None) ->
     for suffix in ("weight", "bias"):  # the authors' code names MobileNetV2's last layer `classifier`
         if f"classifier.0.{suffix}" in initial and f"classifier.{suffix}" in state:
             state[f"classifier.0.{suffix}"] = state.pop(f"classifier.{suffix}")
-    checkpoints.load_weights(network, state, path)
+    checkpoints.load_weights(network, state, f"--weights {path}", f"{name} with {classes} classes")
     return network, accuracy

@@ -85,10 +85,11 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def load_weights(model: nn.Module, state: dict[str, Tensor], source: Path | str) -> None:
+def load_weights(model: nn.Module, state: dict[str, Tensor], source: Path | str, network: str = "this network") -> None:
     """Call model.load_state_dict. Exits with code 2 if tensors are missing, unexpected or of another shape.
 
-    `source` is the file or folder of `state`, for the message, which names the first tensor of each kind.
+    `source` is the file or folder of `state`. The message says that it does not fit `network`, and names the first
+    tensor of each kind.
     """
     expected = model.state_dict()
     missing = [name for name in expected if name not in state]
@@ -96,15 +97,15 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], source: Path | str)
     misshaped = [name for name in expected if name in state and state[name].shape != expected[name].shape]
     problems = []
     if missing:
-        problems.append(f"{len(missing)} tensors missing, first {missing[0]}")
+        problems.append(f"{len(missing)} of its {len(expected)} tensors are missing, first {missing[0]}")
     if unexpected:
-        problems.append(f"{len(unexpected)} unexpected, first {unexpected[0]}")
+        problems.append(f"{len(unexpected)} are unexpected, first {unexpected[0]}")
     if misshaped:
         name = misshaped[0]
         shapes = f"file {tuple(state[name].shape)}, network {tuple(expected[name].shape)}"
-        problems.append(f"{len(misshaped)} of another shape, first {name}: {shapes}")
+        problems.append(f"{len(misshaped)} have another shape, first {name}: {shapes}")
     if problems:
-        fail(f"{source} does not fit this network ({'; '.join(problems)}): give weights of this network")
+        fail(f"{source} does not fit {network} ({'; '.join(problems)}): give weights of {network}")
     model.load_state_dict(state)
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,19 +15,41 @@ EXIT_INTERRUPTED = 75  # a signal, or a closed pipe; the same command resumes th
 
 RUNS_ON_THIS_GPU = "RUNS_ON_THIS_GPU"  # environment variable of common.study.slots: number of runs that share this GPU
 # Flags for paths and hardware: they do not define a run.
-NON_METHOD_FLAGS = frozenset({"out", "replace", "data", "device", "workers", "weights", "resume_elsewhere"})
+NON_METHOD_FLAGS = frozenset(
+    {"out", "replace", "data", "device", "workers", "weights", "resume_elsewhere", "tensorboard"}
+)
 SCALES = ("demo", "gpu", "paper")
 MAX_THREADS = 1024  # torch crashes when it cannot create its threads
+MAX_WORKERS = 256  # processes of a DataLoader
 Defaults = Mapping[str, tuple[Any, Any, Any]]  # flag -> default at demo, gpu and paper scale
 
 
+class Failure(SystemExit):
+    """The exit of a process with `code`, after `message` was printed."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(code)
+        self.message = message
+
+
 def fail(message: str, code: int = EXIT_USER) -> NoReturn:
-    """Print `message` as one line to stderr and exit with `code`. Raises SystemExit.
+    """Print `message` as one line to stderr and exit with `code`. Raises Failure, a SystemExit.
 
     The message names the flag or file, what is wrong with it and the remedy.
     """
     print(f"error: {message}", file=sys.stderr, flush=True)
-    raise SystemExit(code)
+    raise Failure(message, code)
+
+
+def open_closed_streams() -> None:
+    """Open /dev/null in place of closed standard streams: otherwise the next file opened would get their messages."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_RDWR), descriptor)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115 (stays open)
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115 (stays open)
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,6 +60,7 @@ class Parser(argparse.ArgumentParser):
             f"  --{name.replace('_', '-'):20}" + "".join(f"{value!s:>14}" for value in row)
             for name, row in (defaults or {}).items()
         )
+        open_closed_streams()
         # A terminal that cannot show a path shows escapes instead.
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
@@ -71,6 +95,8 @@ def run_flags(parser: Parser) -> argparse._ArgumentGroup:
                      "OUT.replaced-N")  # fmt: skip
     run.add_argument("--resume-elsewhere", action="store_true", help="resume on another device, torch version, number "
                      "of threads or processes: not bit-identical; recorded in args.json")  # fmt: skip
+    run.add_argument("--tensorboard", action="store_true", help="also write the metrics of each epoch for TensorBoard, "
+                     "into OUT/tensorboard (needs the package tensorboard)")  # fmt: skip
     run.add_argument("--rehearse", type=int_in(1), help="smoke test: two epochs of N steps on a subset", metavar="N")
     data = parser.add_argument_group("data")
     data.add_argument("--data", type=Path, default=Path("data"), help="folder of data sets and caches")

@@ -26,8 +26,8 @@ def select_device(name: str, scale: str, distributed: bool = False) -> torch.dev
     cuda = torch.cuda.is_available()
     if name == "auto" and not cuda and scale != "demo":
         fail(
-            f"--scale {scale} needs a CUDA GPU, but none was found: use --scale demo (make: SCALE=demo), "
-            "or --device cpu (make: DEVICE=cpu), which is very slow"
+            f"scale {scale} needs a CUDA GPU, but none was found: use the scale demo (make: SCALE=demo), or "
+            "--device cpu (make: DEVICE=cpu), which is very slow"
         )
     if name == "auto":
         name = "cuda" if cuda else "cpu"
@@ -35,12 +35,14 @@ def select_device(name: str, scale: str, distributed: bool = False) -> torch.dev
         device = torch.device(name)
     except RuntimeError:
         device = torch.device("meta")
+    if device.type == "mps":
+        fail("--device mps is not supported, because statistics are computed in float64: use --device cpu")
     if device.type not in ("cpu", "cuda"):
         fail(f"invalid --device '{name}': give auto, cpu, cuda or cuda:N")
     if device.type == "cuda":
         index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
         if index >= (torch.cuda.device_count() if cuda else 0):
-            fail(f"--device {name} does not exist (no such CUDA GPU): use another one, or --device cpu --scale demo")
+            fail(f"--device {name} does not exist (no such CUDA GPU): give another GPU, or --device cpu")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     # Disable TF32: its 10-bit mantissa is too coarse for the collapse metrics.

@@ -1,4 +1,4 @@
-"""Atomic file writes, and reading of JSON that reports damaged files."""
+"""Atomic file writes, and reading of text and JSON that reports damaged files."""
 
 import errno
 import json
@@ -11,6 +11,8 @@ from typing import Any
 
 # Write errors that a retry does not cure: disk full, quota, file too large, read-only file system.
 PERMANENT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+
+ERROR_FILE = "error.txt"  # in the folder of a failed run: the reason in one line, then a traceback
 
 
 class DamagedFile(ValueError):
@@ -112,6 +114,22 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except (ValueError, TypeError):
             raise DamagedFile(f"{path}, line {number}: not a JSON object") from None
     return objects
+
+
+def read_text_lines(path: Path) -> list[str]:
+    """Return the lines of a UTF-8 text file, without their ends (LF or CRLF) and without empty lines at the end.
+
+    A byte-order mark is ignored. Other line separators of Unicode do not end a line. Raises OSError, or DamagedFile if
+    the file is not UTF-8.
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DamagedFile(f"{path} is not a UTF-8 text (byte {error.start}): save it as UTF-8") from None
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    while lines and not lines[-1].strip():
+        lines.pop()
+    return lines
 
 
 def read_json(path: Path) -> Any:

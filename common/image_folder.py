@@ -7,6 +7,7 @@ import hashlib
 import os
 import signal
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
@@ -27,6 +28,9 @@ from common.image_file import UnreadableImage, open_rgb
 if TYPE_CHECKING:  # imported in the functions that need it: it takes 2 s, and the demo starts a hundred processes
     from torchvision import datasets
 
+# Loader workers send tensors through a socket TMPDIR/pymp-12345678/listener-12345678. A longer address than 107 bytes
+# would be an error in a background thread, and the training process would wait for ever.
+MAX_TEMP_PATH = 75
 BLOCK = 256  # images per batch in decoding and evaluation
 SAMPLED = 500  # images per split whose bytes enter the digest of a streamed folder
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}  # those of torchvision
@@ -170,8 +174,11 @@ class RandomViews(Dataset):
 def load_batches(dataset: Dataset, batches: list[list[int]], workers: int, device: torch.device) -> Iterator:
     """Yield the batches with the indices in `batches`, loaded by `workers` processes; in pinned memory for a GPU.
 
-    Exits with code 2 if an image cannot be decoded.
+    Exits with code 2 if an image cannot be decoded, or if workers cannot communicate because TMPDIR is too long.
     """
+    if workers and len(os.fsencode(tempfile.gettempdir())) > MAX_TEMP_PATH:
+        fail(f"TMPDIR {tempfile.gettempdir()} is too long for --workers: set TMPDIR to a path of at most "
+             f"{MAX_TEMP_PATH} bytes, or use --workers 0")  # fmt: skip
     loader = DataLoader(
         dataset,
         batch_sampler=batches,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from common import checkpoints, cli, files, glyphs, image_folder, mnist5k, seeding
 from common.cli import fail
+from common.download import download
 
 GLYPH_COUNTS = {"train": 5000, "test": 5000}  # images per split of each glyphs preset
 CIFAR = ("cifar10", "cifar100")
@@ -142,8 +143,8 @@ def check_data_folder(name: str, data: Path) -> None:
     if data.exists() and not data.is_dir():
         fail(f"--data {data} is a file: give a folder")
     if name != "folder" and image_folder.contains_images(data):
-        fail(f"--data {data} contains images, but --data-set {name} does not read them: add --data-set folder, or "
-             "give another --data for downloads and caches")  # fmt: skip
+        fail(f"--data {data} contains images, but the data set {name} does not read them: give another --data for "
+             "downloads and caches, or train with --data-set folder")  # fmt: skip
 
 
 def cached_glyphs(name: str, split: str, data: Path, seed: int) -> tuple[Tensor, Tensor]:
@@ -203,10 +204,14 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Download CIFAR, prepare MNIST-5k (common/mnist5k.py): `python -m common.images cifar10 mnist5k --data data`."""
+    """Download CIFAR, prepare MNIST-5k (common/mnist5k.py): `python -m common.images cifar10 mnist5k --data data`.
+
+    A download that was cut continues when the command is repeated.
+    """
     parser = cli.Parser(main.__doc__)
     parser.add_argument("names", nargs="+", choices=(*CIFAR, "mnist5k"))
     parser.add_argument("--data", type=Path, default=Path("data"))
+    parser.add_argument("--mirror", metavar="URL", help="download CIFAR's archives from URL/ instead of their own site")
     args = parser.parse_args(argv)
     check_data_folder(args.names[0], args.data)
     for name in args.names:
@@ -214,11 +219,17 @@ def main(argv: list[str] | None = None) -> None:
             mnist5k.prepare(args.data)
             print(f"{name} is in {args.data}")
             continue
+        cifar_class = torchvision_class(name)
+        archive = args.data / cifar_class.filename
+        url = f"{args.mirror.rstrip('/')}/{archive.name}" if args.mirror else cifar_class.url
         try:
-            torchvision_class(name)(str(args.data), download=True)
-        except (OSError, RuntimeError) as error:
-            archive = torchvision_class(name).filename
-            fail(f"download of {name} failed ({error}): put {archive} into {args.data} and run this command again")
+            args.data.mkdir(parents=True, exist_ok=True)
+            if not archive.exists():
+                download(url, archive, cifar_class.tgz_md5)
+            cifar_class(str(args.data), download=True)  # verifies the archive and unpacks it
+        except (OSError, ValueError, RuntimeError) as error:
+            fail(f"download of {name} failed ({error}): run this command again to continue, give another --mirror, or "
+                 f"put {archive.name} into {args.data}")  # fmt: skip
         print(f"{name} is in {args.data}")
 
 

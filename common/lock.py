@@ -1,22 +1,26 @@
 """Lock of a run folder, and exit codes for signals, disk errors and dead data loader workers."""
 
+import contextlib
 import errno
 import fcntl
 import os
 import signal
 import socket
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from common.cli import EXIT_DISK, EXIT_INTERRUPTED, fail
-from common.files import PERMANENT_ERRORS
+from common.cli import EXIT_DISK, EXIT_INTERRUPTED, Failure, fail
+from common.files import ERROR_FILE, PERMANENT_ERRORS
 
-# Errors of the disk or its permissions in a run that has started, and too many open files.
-STORAGE_ERRORS = PERMANENT_ERRORS | {errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE}
+# Errors of a run that has started: of the disk, its permissions or a path, and too many open files.
+STORAGE_ERRORS = PERMANENT_ERRORS | {
+    errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EMFILE, errno.ENFILE,
+}  # fmt: skip
 LOCK_TAKEN = (errno.EACCES, errno.EAGAIN)  # errors of lockf if another process holds the lock
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1: a cluster's warning before the time limit
 
@@ -27,11 +31,41 @@ def run_lock(folder: Path, rank: int = 0) -> Iterator[None]:
 
     In the `with` block, signals, closed pipes, disk errors and dead loader workers become exit codes. The file lock
     `<folder>.lock` is released when this process ends, even if its workers survive. Temporary files of a killed process
-    are removed. Exits with code 2 if another process holds the lock.
+    are removed. The reason of a failure is written to `folder`/error.txt, for the table of the study. Exits with code 2
+    if another process holds the lock.
     """
     folder = Path(folder).absolute()
     handlers = {number: signal.signal(number, exit_on_signal) for number in SIGNALS}
     file = acquire_lock(folder) if rank == 0 else None
+    try:
+        with exit_codes(folder):
+            yield
+    except BaseException as error:
+        if rank == 0:
+            write_reason(folder / ERROR_FILE, error)
+        raise
+    finally:
+        if file:
+            file.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def write_reason(path: Path, error: BaseException) -> None:
+    """Write why a run failed to `path`: one line, then the traceback of an unexpected error. Not if interrupted."""
+    if isinstance(error, SystemExit) and error.code == EXIT_INTERRUPTED:
+        return
+    if isinstance(error, Failure):
+        text = error.message
+    else:
+        text = f"{error!r}\n\n{''.join(traceback.format_exception(error))}"
+    with contextlib.suppress(OSError):
+        path.write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace")
+
+
+@contextmanager
+def exit_codes(folder: Path) -> Iterator[None]:
+    """Context manager: closed pipes, disk errors and dead loader workers of the run in `folder` become exit codes."""
     try:
         yield
     except BrokenPipeError:
@@ -48,10 +82,10 @@ def run_lock(folder: Path, rank: int = 0) -> Iterator[None]:
             fail(f"{folder} was removed while its run was in progress: run the same command to start again", EXIT_DISK)
         if error.errno not in STORAGE_ERRORS:
             raise
-        path = error.filename or folder
+        path = error.filename2 or error.filename or folder
         fail(
-            f"{path} cannot be read or written ({error.strerror}): free disk space or check permissions, then run the "
-            "same command again",
+            f"{path} cannot be read or written ({error.strerror}): free disk space or check this path and its "
+            "permissions, then run the same command again",
             EXIT_DISK,
         )
     except RuntimeError as error:
@@ -59,15 +93,10 @@ def run_lock(folder: Path, rank: int = 0) -> Iterator[None]:
             raise
         reason = str(error).splitlines()[0]
         fail(
-            f"a data loader worker died ({reason}): RAM or /dev/shm may be too small, use fewer --workers and "
-            "run the same command again to resume",
+            f"a data loader worker died ({reason}): RAM or /dev/shm may be too small, run the same command again with "
+            "fewer --workers to resume",
             EXIT_INTERRUPTED,
         )
-    finally:
-        if file:
-            file.close()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def exit_on_signal(number: int, frame: FrameType | None) -> None:
@@ -84,16 +113,19 @@ def acquire_lock(folder: Path) -> IO[str]:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder.with_name(f"{folder.name}.lock"), "a+", encoding="utf-8")  # noqa: SIM115 (kept open)
     except OSError as error:
-        fail(f"--out {folder} cannot be written ({error.strerror}): use another --out")
+        fail(f"{folder} cannot be written ({error.strerror}): use another output folder")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in LOCK_TAKEN:
-            fail(f"--out {folder} cannot be locked ({error.strerror}): use a folder on a disk with file locks")
+            fail(f"{folder} cannot be locked ({error.strerror}): use a folder on a disk with file locks")
         file.seek(0)
-        fail(f"{folder} is in use by {file.read().strip() or 'another process'}: wait for its end or use another --out")
+        fail(
+            f"{folder} is in use by {file.read().strip() or 'another process'}: wait for its end or use another folder"
+        )
     for temporary in folder.glob(".*.part"):
         temporary.unlink()
+    (folder / ERROR_FILE).unlink(missing_ok=True)
     file.truncate(0)
     file.write(f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
     file.flush()

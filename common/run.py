@@ -55,8 +55,13 @@ class Run:
         if self.finished and rank == 0:
             self._delete_states()
             print(f"{self.folder} is finished: nothing to do", flush=True)
+        write_events = arguments.get("tensorboard") and rank == 0 and not self.finished
+        self.tensorboard = tensorboard_writer(self.folder) if write_events else None
 
     def _check_existing(self, replace: bool) -> None:
+        for name in ("args.json", "train.jsonl", "state.pt", "state.previous.pt", "model.pt", "metrics.json"):
+            if (self.folder / name).is_dir():
+                fail(f"{self.folder / name} is a folder, but a run writes a file of this name: use another --out")
         differences = self._differences()
         if not differences:
             return
@@ -219,6 +224,11 @@ class Run:
             return
         self.log.append(json.dumps({"epoch": epoch, **metrics}))
         files.append_line(self.folder / "train.jsonl", self.log[-1])
+        if self.tensorboard:
+            for name, value in metrics.items():
+                if isinstance(value, int | float):
+                    self.tensorboard.add_scalar(name, value, epoch)
+            self.tensorboard.flush()
         path = self.folder / "state.pt"
         if path.exists():
             os.replace(path, self.folder / "state.previous.pt")
@@ -258,6 +268,15 @@ class Run:
             (self.folder / name).unlink(missing_ok=True)
 
 
+def tensorboard_writer(folder: Path) -> Any:
+    """Return a SummaryWriter for `folder`/tensorboard. Exits with code 2 if the package tensorboard is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # optional
+    except ImportError:
+        fail("--tensorboard needs the package tensorboard: install it (pip install tensorboard), or drop the flag")
+    return SummaryWriter(str(folder / "tensorboard"))
+
+
 def digests_of_files(arguments: Mapping[str, Any]) -> dict[str, str]:
     """Return flag -> sha256 of the file that it names, for FILE_FLAGS. Exits with code 2 if a file cannot be read."""
     digests = {}
@@ -287,7 +306,7 @@ def method_arguments(arguments: Mapping[str, Any], digests: Mapping[str, str]) -
 def read_arguments(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return (arguments, provenance) from args.json of a run.
 
-    Raises FileNotFoundError. Exits with code 2 if the file is damaged.
+    Raises FileNotFoundError. Exits with code 2 if the file is damaged or cannot be read.
     """
     path = Path(folder) / "args.json"
     try:
@@ -295,6 +314,10 @@ def read_arguments(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         return dict(config["arguments"]), dict(config["provenance"])
     except files.DamagedFile as error:
         fail(f"{error}: move {folder} away and train this run again")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(path) from error
+    except OSError as error:
+        fail(f"{path} cannot be read ({error.strerror}): check its permissions, or use another folder")
     except (KeyError, TypeError, ValueError) as error:
         fail(f"{path} is damaged ({files.error_reason(error)}): move {folder} away and train this run again")
 

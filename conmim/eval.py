@@ -91,6 +91,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N; default: as in training")
     parser.add_argument("--threads", type=cli.int_in(1, cli.MAX_THREADS), help="CPU threads; default: as in training")
     parser.add_argument(
+        "--workers",
+        type=cli.int_in(0, cli.MAX_WORKERS),
+        help="number of DataLoader workers for --data-set folder; default: as in training",
+    )
+    parser.add_argument(
         "--held-out",
         action="store_true",
         help="evaluate on the validation split (a held-out tenth of the training set), for tuning",
@@ -522,12 +527,12 @@ def evaluate_authors_checkpoint(
     if "head.weight" in state and "mask_token" not in state:
         weights = {name: tensor for name, tensor in state.items() if not name.endswith("relative_position_index")}
         model = Classifier(args.size, *shape, 0.1, positions, data.classes).to(data.device)
-        checkpoints.load_weights(model, weights, path)
+        checkpoints.load_weights(model, weights, f"--weights {path}", f"a fine-tuned {network}")
         return {"finetune_accuracy": accuracy(model, data)}
     vit = ViT(args.size, *shape, 0.1, positions).to(data.device)
     renamed = net.from_authors_names(state)
     weights = {name.removeprefix("vit."): renamed[name] for name in renamed if name.startswith("vit.")}
-    checkpoints.load_weights(vit, weights, path)
+    checkpoints.load_weights(vit, weights, f"--weights {path}", network)
     return evaluate(args, recipe, {"": Features(vit)}, data, folder, held_out)
 
 
@@ -551,9 +556,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"warning: {limit}: the learning rate never reaches its peak", file=sys.stderr)
     usage = f"batches of 500 images, {recipe['batch']} in fine-tuning"
     with run_lock(args.folder, rank), devices.report_oom(device, usage, "use a --device with more memory"):
-        data = images.load_or_stream(
-            run_args.data_set, data_folder, run_args.size, device, run_args.workers, run_args.data_seed
-        )
+        workers = run_args.workers if args.workers is None else args.workers
+        data = images.load_or_stream(run_args.data_set, data_folder, run_args.size, device, workers, run_args.data_seed)
         if data.digest != recorded.get("data", data.digest):
             fail(
                 f"--data {data_folder} (digest {data.digest[:12]}) differs from the training data of {args.folder} "

@@ -110,7 +110,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=cli.int_in(16),
         help="image size in pixels, only for --data-set folder; images larger than 64 pixels are decoded by --workers",
     )
-    data.add_argument("--workers", type=cli.int_in(0), help="number of DataLoader workers for --data-set folder")
+    data.add_argument(
+        "--workers", type=cli.int_in(0, cli.MAX_WORKERS), help="number of DataLoader workers for --data-set folder"
+    )
     optimisation = parser.add_argument_group("optimisation")
     optimisation.add_argument(
         "--epochs", type=cli.int_in(0), help="0: keep the initial weights; paper: 300, 800 (table 1)"

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from common import cli, seeding
+from common import cli, files, seeding
 from common.cli import fail
 from common.devices import upload
 
@@ -155,11 +155,13 @@ def read_published(path: Path, size: int) -> Tensor:
     Exits with code 2 if the file cannot be read, is empty or has a malformed line. The message names the first one.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = files.read_text_lines(path)
     except FileNotFoundError:
         fail(f"--data-file {path} does not exist: give {FILE_FORMAT}")
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"--data-file {path} cannot be read ({getattr(error, 'strerror', None) or error}): give {FILE_FORMAT}")
+    except OSError as error:
+        fail(f"--data-file {path} cannot be read ({error.strerror}): give {FILE_FORMAT}")
+    except files.DamagedFile as error:
+        fail(f"--data-file {error}")
     if lines and lines[0].startswith("version https://git-lfs"):
         fail(f"--data-file {path} is a Git LFS pointer: run `git lfs pull` to get the file itself")
     factor, product = (rf"(\d(?: \d){{{count - 1}}})" for count in (size, 2 * size))

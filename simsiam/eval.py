@@ -58,6 +58,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N; default: as in training")
     parser.add_argument("--threads", type=cli.int_in(1, cli.MAX_THREADS), help="CPU threads; default: as in training")
     parser.add_argument(
+        "--workers",
+        type=cli.int_in(0, cli.MAX_WORKERS),
+        help="number of DataLoader workers for --data-set folder; default: as in training",
+    )
+    parser.add_argument(
         "--held-out",
         action="store_true",
         help="evaluate on the validation split (a held-out tenth of the training set), for tuning",
@@ -245,7 +250,7 @@ def main(argv: list[str] | None = None) -> None:
             data_folder,
             arguments["size"],
             device,
-            arguments["workers"],
+            arguments["workers"] if args.workers is None else args.workers,
             arguments["data_seed"],
         )
         if data.digest != recorded.get("data", data.digest):
@@ -263,7 +268,8 @@ def main(argv: list[str] | None = None) -> None:
             checkpoints.load_weights(model, saved["model"], args.folder / "model.pt")
         else:
             for name, state in read_authors_checkpoint(args.weights).items():
-                checkpoints.load_weights(getattr(model, name), state, args.weights)
+                part = f"the {name} of SimSiam with ResNet-50"
+                checkpoints.load_weights(getattr(model, name), state, f"--weights {args.weights}", part)
         metrics: dict[str, Any] = {**recorded, "diverged": bool(saved and saved["diverged"])}
         if metrics["diverged"]:
             metrics |= dict.fromkeys(METRICS_IF_FINITE)

@@ -94,7 +94,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=cli.int_in(16),
         help="image size in pixels, only for --data-set folder; images larger than 64 pixels are decoded by --workers",
     )
-    data.add_argument("--workers", type=cli.int_in(0), help="number of DataLoader workers for --data-set folder")
+    data.add_argument(
+        "--workers", type=cli.int_in(0, cli.MAX_WORKERS), help="number of DataLoader workers for --data-set folder"
+    )
     data.add_argument("--neighbours", type=cli.int_in(1), help="k of the kNN evaluation; not given in the paper")
     data.add_argument("--monitor-every", type=cli.int_in(1), help="epochs between two evaluations (kNN, collapse)")
     optimisation = parser.add_argument_group("optimisation")

@@ -1,5 +1,6 @@
-"""Run SimSiam in child processes that are killed or hit a resource limit, for test_faults."""
+"""Run scripts in child processes that are killed or hit a resource limit, for test_faults."""
 
+import importlib
 import os
 import resource
 import signal
@@ -11,8 +12,10 @@ from pathlib import Path
 import torch
 from forked import SERVER
 
-from common import files, image_folder
+from common import files, image_folder, images
 from simsiam import plot, train
+
+SMALL_GLYPHS = {"train": 250, "test": 60}
 
 
 def start_process(work: Callable[..., None], *arguments, printed: Path | None = None) -> BaseProcess:
@@ -52,13 +55,17 @@ def kill_at_fsync(number: int) -> None:
     files.os.fsync = fsync
 
 
-def run_train(argv: list[str], kill_at: int = 0, largest_file: int = 0) -> None:
-    """Run train.py; kill it at its `kill_at`-th fsync, or limit the file size to `largest_file` bytes (0: neither)."""
+def run_train(argv: list[str], kill_at: int = 0, largest_file: int = 0, module: str = "simsiam.train") -> None:
+    """Run a train.py; kill it at its `kill_at`-th fsync, or limit the file size to `largest_file` bytes (0: neither).
+
+    Glyph data sets are as small as `SMALL_GLYPHS`.
+    """
+    images.GLYPH_COUNTS = SMALL_GLYPHS
     if kill_at:
         kill_at_fsync(kill_at)
     if largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-    train.main(argv)
+    importlib.import_module(module).main(argv)
 
 
 def kill_soon(worker: int) -> None:

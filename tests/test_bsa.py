@@ -306,6 +306,7 @@ def test_the_error_for_an_unreadable_matrix_contains_the_path(content, tmp_path,
     np.save(tmp_path / "objects.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(SystemExit):
         train.read_matrix(tmp_path / "objects.npy")
+    assert "pickle" not in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------- arms
@@ -502,6 +503,10 @@ def test_codes_are_exported_and_neighbours_and_features_are_printed(finished, tm
     with pytest.raises(SystemExit):
         evaluate.main([str(tmp_path / "run"), "--names", str(tmp_path / "short.txt"), "--features", "1"])
     assert "1 lines for 60 rows" in capsys.readouterr().err
+    (tmp_path / "short.txt").write_bytes("Ärger\n".encode("latin-1"))
+    with pytest.raises(SystemExit) as end:
+        evaluate.main([str(tmp_path / "run"), "--names", str(tmp_path / "short.txt"), "--features", "1"])
+    assert end.value.code == 2 and "short.txt is not a UTF-8 text" in capsys.readouterr().err
     assert not (tmp_path / "run/metrics.json").exists()
 
 

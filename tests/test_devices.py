@@ -43,6 +43,12 @@ def test_rank_without_its_own_gpu_is_an_error(two_gpus, monkeypatch, capsys):
     assert end.value.code == 2 and "no such CUDA GPU" in capsys.readouterr().err
 
 
+def test_apple_gpus_are_refused_with_the_reason(capsys):
+    with pytest.raises(SystemExit) as end:
+        devices.select_device("mps", "demo")
+    assert end.value.code == 2 and "float64" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("environment", "words"),
     [({"RANK": "0"}, "RANK is set"), ({"RANK": "0", "WORLD_SIZE": "2"}, "but not MASTER_ADDR and MASTER_PORT")],

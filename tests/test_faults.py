@@ -4,9 +4,11 @@ Faults that end a process happen in a child process (doomed.py), so that the fil
 """
 
 import errno
+import importlib
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,10 +20,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, tiny
-from doomed import exit_code, run_plot, run_train, run_train_with_dying_workers, start_process
+from doomed import SMALL_GLYPHS, exit_code, run_plot, run_train, run_train_with_dying_workers, start_process
 from torch import nn
 
-from common import checkpoints, files
+import cocord.teacher
+from common import checkpoints, files, images
+from common.cli import fail
 from common.lock import run_lock
 from simsiam import eval as evaluate
 from simsiam import plot, train
@@ -100,6 +104,26 @@ def test_run_killed_at_random_times_resumes_bit_identically(uninterrupted, pictu
     assert bit_identical(weights(out), weights(uninterrupted)) and metrics(out) == metrics(uninterrupted)
 
 
+@pytest.mark.parametrize("module", ["conmim.train", "cocord.train", "cocord.teacher", "bsa.train", "seqvcr.train"])
+def test_other_papers_killed_during_writes_resume_bit_identically(module, tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "GLYPH_COUNTS", SMALL_GLYPHS)
+    paper = module.partition(".")[0]
+    argv = ["--rehearse", "2", "--device", "cpu", "--data", str(tmp_path / "data")]
+    argv += {"bsa": ["--latent", "64", "--active", "4"], "seqvcr": ["--train-size", "300"]}.get(paper, [])
+    if module == "cocord.train":
+        cocord.teacher.main([*argv, "--out", str(tmp_path / "teacher")])
+        argv += ["--weights", str(tmp_path / "teacher")]
+    importlib.import_module(module).main([*argv, "--out", str(tmp_path / "uninterrupted")])
+    argv += ["--out", str(tmp_path / "killed")]
+    for number in (4, 6, 8):  # before the first state, in a line of the log, in a state
+        code = exit_code(start_process(run_train, argv, number, 0, module, printed=tmp_path / "printed"))
+        assert code == -signal.SIGKILL, (tmp_path / "printed").read_text()
+    assert exit_code(start_process(run_train, argv, 0, 0, module)) == 0
+    assert "resuming after epoch" in (tmp_path / "printed").read_text()
+    saved = {name: checkpoints.load(tmp_path / name / "model.pt") for name in ("uninterrupted", "killed")}
+    assert bit_identical(*(content["model"] for content in saved.values()))
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_signal_exits_with_code_75(number, pictures, tmp_path):
     command = [sys.executable, str(ROOT / "simsiam/train.py"), *tiny(tmp_path / "run", pictures, "--epochs", "500")]
@@ -111,6 +135,29 @@ def test_signal_exits_with_code_75(number, pictures, tmp_path):
     process.send_signal(number)
     printed = process.communicate()[1]
     assert process.returncode == 75 and "run the same command again" in printed and "Traceback" not in printed
+
+
+def test_a_failed_run_leaves_its_reason_and_an_interrupted_one_does_not(tmp_path):
+    reason = tmp_path / "error.txt"
+    for error, first_line in ((ValueError("odd"), "ValueError('odd')"), (None, "too large: give less")):
+        with pytest.raises((ValueError, SystemExit)), run_lock(tmp_path):
+            if error:
+                raise error
+            fail("too large: give less")
+        assert reason.read_text().splitlines()[0] == first_line
+        assert ("Traceback" in reason.read_text()) == (error is not None)
+    with pytest.raises(SystemExit), run_lock(tmp_path):
+        assert not reason.exists()  # the new attempt has not failed yet
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+    assert not reason.exists()
+
+
+def test_closed_standard_streams_lose_only_the_messages(tmp_path):
+    """Otherwise a file that is opened later gets descriptor 2 and the messages."""
+    command = f"{shlex.quote(sys.executable)} bsa/train.py --rehearse 2 --out {shlex.quote(str(tmp_path / 'run'))}"
+    assert subprocess.run(["bash", "-c", f"{command} <&- >&- 2>&-"], cwd=ROOT).returncode == 0
+    assert (tmp_path / "run/model.pt").exists() and "epoch" not in (tmp_path / "run.lock").read_text()
 
 
 # ---------------------------------------------------------------------------------------------- disk errors

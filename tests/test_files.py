@@ -193,10 +193,33 @@ def test_incomplete_last_log_line_is_ignored_and_other_damage_is_reported(tmp_pa
         files.read_lines(path)
 
 
+@pytest.mark.parametrize(
+    ("content", "lines"),
+    [
+        (b"a\nb\n", ["a", "b"]),
+        (b"\xef\xbb\xbfa\r\nb", ["a", "b"]),
+        ("a\u2028b\x0cc\n\nd\n \n\n".encode(), ["a\u2028b\x0cc", "", "d"]),
+        (b"", []),
+    ],
+)
+def test_only_line_feeds_end_a_line_and_empty_last_lines_are_dropped(content, lines, tmp_path):
+    (tmp_path / "names.txt").write_bytes(content)
+    assert files.read_text_lines(tmp_path / "names.txt") == lines
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_a_text_in_another_encoding_is_reported(encoding, tmp_path):
+    (tmp_path / "names.txt").write_bytes("Ärger\n".encode(encoding))
+    with pytest.raises(files.DamagedFile, match=r"names\.txt is not a UTF-8 text \(byte 0\): save it as UTF-8"):
+        files.read_text_lines(tmp_path / "names.txt")
+
+
 def test_no_unsafe_loading_or_shell_commands_in_the_source():
     banned = ("pickle", "weights_only=" + "False", "allow_pickle=" + "True", "shell=" + "True", "os." + "system")
-    packages = ("common/**", "simsiam", "conmim", "cocord", "bsa", "seqvcr")
-    for path in [path for package in packages for path in ROOT.glob(f"{package}/*.py")]:
+    packages = ("common", "simsiam", "conmim", "cocord", "bsa", "seqvcr")
+    paths = [path for package in packages for path in ROOT.glob(f"{package}/**/*.py")]
+    assert {path.relative_to(ROOT).parts[0] for path in paths} == set(packages)
+    for path in paths:
         text = path.read_text().replace("unpickling", "").replace("unpickled", "").replace("allow_pickle=False", "")
         assert not [word for word in banned if word in text], path
         assert text.count("torch.load(") == text.count("weights_only=True"), path

@@ -1,9 +1,11 @@
 """Image data: image folders (cached or streamed), glyphs, CIFAR, damaged files and downloads."""
 
 import functools
+import hashlib
 import http.server
 import os
 import shutil
+import tempfile
 import threading
 from pathlib import Path
 
@@ -11,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision import datasets
 from torchvision.transforms import v2
 
-from common import glyphs, image_folder, images
+from common import files, glyphs, image_folder, images
+from common.download import download
 
 CPU = torch.device("cpu")
 
@@ -191,7 +193,7 @@ def test_an_image_folder_with_another_data_set_is_an_error(name, pictures, tmp_p
     for folder in (data, data / "train", data / "train/red"):
         with pytest.raises(SystemExit) as end:
             images.load_or_stream(name, folder, 32, CPU, 0)
-        assert end.value.code == 2 and "add --data-set folder" in capsys.readouterr().err
+        assert end.value.code == 2 and "train with --data-set folder" in capsys.readouterr().err
     with pytest.raises(SystemExit) as end:
         images.main(["cifar10", "--data", str(data)])
     assert end.value.code == 2 and sorted(data.rglob("*")) == before
@@ -292,7 +294,7 @@ def test_partly_extracted_cifar_is_an_error(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("served", [True, False])
-def test_the_error_for_a_failed_download_names_the_archive_and_its_folder(served, tmp_path, monkeypatch, capsys):
+def test_the_error_for_a_failed_download_names_the_archive_and_its_folder(served, tmp_path, capsys):
     """The server returns a web page instead of the archive, or there is no server."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site/cifar-10-python.tar.gz").write_text("<html>please log in</html>")
@@ -303,13 +305,56 @@ def test_the_error_for_a_failed_download_names_the_archive_and_its_folder(served
             threading.Thread(target=server.serve_forever).start()
         else:
             server.server_close()
-        monkeypatch.setattr(datasets.CIFAR10, "url", f"{site}/cifar-10-python.tar.gz")
         with pytest.raises(SystemExit) as end:
-            images.main(["cifar10", "--data", str(tmp_path)])
+            images.main(["cifar10", "--data", str(tmp_path), "--mirror", f"{site}/"])
         if served:
             server.shutdown()
     printed = capsys.readouterr().err.splitlines()[-1]
     assert end.value.code == 2 and f"put cifar-10-python.tar.gz into {tmp_path}" in printed
+
+
+class RangeHandler(http.server.BaseHTTPRequestHandler):
+    """Serves `content`, from the start of the Range header. The first answer is cut after 1,000 bytes."""
+
+    content, starts = bytes(range(256)) * 20, []
+
+    def do_GET(self):
+        given = self.headers["Range"]
+        start = int(given.removeprefix("bytes=").rstrip("-")) if given else 0
+        self.starts.append(start)
+        self.send_response(206 if given else 200)
+        self.send_header("Content-Length", str(len(self.content) - start))
+        self.end_headers()
+        end = 1000 if len(self.starts) == 1 else None
+        self.wfile.write(self.content[start:end])
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_cut_download_continues(tmp_path):
+    path, md5 = tmp_path / "archive.tar.gz", hashlib.md5(RangeHandler.content).hexdigest()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), RangeHandler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        url = f"http://127.0.0.1:{server.server_port}/archive.tar.gz"
+        with pytest.raises(OSError, match="cut after 1000 of 5120 bytes"):
+            download(url, path, md5)
+        assert not path.exists()
+        download(url, path, md5)
+        with pytest.raises(files.DamagedFile, match="is not the expected file"):
+            download(url, tmp_path / "other", "0" * 32)
+        server.shutdown()
+    assert path.read_bytes() == RangeHandler.content and os.listdir(tmp_path) == [path.name]
+    assert RangeHandler.starts == [0, 1000, 0]
+
+
+def test_workers_with_a_long_temporary_folder_are_refused(pictures, tmp_path, monkeypatch, capsys):
+    """Their sockets would have too long an address, and the run would wait for ever."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("long" * 20)))
+    folder = image_folder.open_folder(pictures / "train")
+    with pytest.raises(SystemExit) as end:
+        next(image_folder.load_batches(folder, [[0]], 1, CPU))
+    assert end.value.code == 2 and "set TMPDIR to a path of at most 75 bytes" in capsys.readouterr().err
 
 
 def test_a_subset_is_fixed_and_equal_for_cached_and_streamed_images(pictures, tmp_path):

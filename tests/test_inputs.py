@@ -59,6 +59,13 @@ def test_matrix_suffixes_are_case_insensitive(name, tmp_path):
     assert len(bsa.train.load_splits(args.data_set, path, torch.device("cpu"), 0).train) == 48
 
 
+def test_the_content_of_a_matrix_file_counts_not_its_suffix(tmp_path):
+    for save, wrong in ((np.savez, "x.npy"), (np.save, "x.npz")):
+        with open(tmp_path / wrong, "wb") as file:
+            save(file, matrix())
+        assert np.array_equal(bsa.train.read_matrix(tmp_path / wrong), matrix())
+
+
 @pytest.mark.parametrize("name", ["vec.csv", "vec.txt", "vec", "missing.parquet"])
 def test_a_matrix_of_another_format_is_an_error(name, tmp_path, capsys):
     if name != "missing.parquet":
@@ -97,7 +104,7 @@ def test_an_image_folder_without_data_set_folder_is_an_error(paper, pictures, tm
     before = sorted(data.rglob("*"))
     flags = ["--teacher", "none", "--lambda-contrast", "0", "--lambda-kd", "0"] if paper == "cocord" else []
     argv = ["--data", str(data), "--out", str(tmp_path / "run"), "--device", "cpu", *flags]
-    assert "add --data-set folder" in error_line(capsys, PAPERS[paper].train.main, argv)
+    assert "train with --data-set folder" in error_line(capsys, PAPERS[paper].train.main, argv)
     assert sorted(data.rglob("*")) == before and not (tmp_path / "run/args.json").exists()
 
 

@@ -101,6 +101,8 @@ def test_missing_and_inconsistent_runs_are_counted_and_reported(tmp_path):
     (tmp_path / "arm" / "3" / "metrics.json").write_text('{"knn": 11')
     with open(tmp_path / "base" / "0" / "train.jsonl", "a") as log:
         log.write('{"epoch": 3, "kn')
+    (tmp_path / "base" / "3").mkdir()
+    (tmp_path / "base" / "3" / "error.txt").write_text("out of memory on cuda: use --batch 64\n\nTraceback\n")
     arguments = json.loads((tmp_path / "arm" / "2" / "args.json").read_text())
     arguments["arguments"]["epochs"] = 7
     (tmp_path / "arm" / "2" / "args.json").write_text(json.dumps(arguments))
@@ -108,6 +110,7 @@ def test_missing_and_inconsistent_runs_are_counted_and_reported(tmp_path):
     assert summary["notes"] == [
         "base: 1 of 5 missing (seed 3).",
         "base, seed 0: skipped an unreadable line of train.jsonl.",
+        "base, seed 3 failed: out of memory on cuda: use --batch 64.",
         "arm: 2 of 5 missing (seed 3, 4).",
         "arm: 1 of 5 diverged, counted as chance (seed 1).",
         "arm, seed 3: metrics.json cannot be read: delete it, and make evaluates the run again.",
@@ -426,6 +429,19 @@ def test_json_csv_and_markdown_contain_the_same_numbers(tmp_path):
     half = stats.t.ppf(0.975, 4) * stats.sem(BASE)
     text = tables.as_markdown(summary)
     assert f"| base | --base | 62.6 ± {half:.1f} |" in text and "95 % Student-t interval" in text
+
+
+def test_latex_tables_have_escaped_text_and_a_cell_for_each_column(tmp_path):
+    grid(tmp_path, base=BASE, arm=ARM)
+    summary = summarise(tmp_path)
+    tables.write_tables(summary, tmp_path)
+    lines = (tmp_path / "toy-arm.tex").read_text().splitlines()
+    table = tables.arms_table(summary)
+    rows = [line for line in lines if line.endswith(r"\\")]
+    assert len(rows) == len(table) + len(tables.differences_table(summary))
+    assert all(row.count(" & ") == len(table[0]) - 1 for row in rows[: len(table)])
+    assert any(row.startswith(r"base & -{}-base & 62.6 $\pm$") for row in rows)
+    assert tables.latex_text("50 % of a_b -> −0.5, -0.5 ± 1") == r"50 \% of a\_b -> $-$0.5, $-$0.5 $\pm$ 1"
 
 
 def test_numbers_are_never_shown_as_negative_zero():

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,36 @@ def error_line(capsys, function, *arguments, **keywords) -> str:
     printed = capsys.readouterr().err
     assert end.value.code == 2 and printed.count("\n") == 1
     return printed
+
+
+def test_a_folder_in_place_of_a_file_is_an_error_before_training(tmp_path, capsys):
+    for name in ("args.json", "model.pt", "metrics.json"):
+        (tmp_path / name).mkdir()
+        assert f"{tmp_path / name} is a folder" in error_line(capsys, start, tmp_path)
+        (tmp_path / name).rmdir()
+
+
+def test_tensorboard_gets_the_numbers_of_each_epoch(tmp_path, monkeypatch, capsys):
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            written.append(folder)
+
+        def add_scalar(self, name, value, epoch):
+            written.append((name, value, epoch))
+
+        def flush(self):
+            pass
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # import fails, as without the package
+    assert "pip install tensorboard" in error_line(capsys, start, tmp_path / "0", tensorboard=True)
+    package = types.SimpleNamespace(SummaryWriter=SummaryWriter)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", package)
+    finish(start(tmp_path / "0", tensorboard=True), 2)
+    assert written == [str(tmp_path / "0/tensorboard"), *(("loss", float(epoch), epoch) for epoch in range(3))]
+    start(tmp_path / "0", tensorboard=False)  # not a difference between runs
+    assert len(written) == 4
 
 
 # ---------------------------------------------------------------------------------------------- input files

@@ -100,6 +100,16 @@ def test_a_malformed_data_file_exits_with_its_name_and_line(text, message, tmp_p
     assert end.value.code == 2 and message in printed and "train.txt" in printed and printed.count("\n") == 1
 
 
+def test_a_data_file_may_end_with_an_empty_line_and_begin_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "train.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + tasks.published_line(12, 34, 2).encode() + b"\r\n\r\n")
+    assert len(tasks.read_published(path, 2)) == 1
+    path.write_bytes("1 2 * 3 4||é".encode("latin-1"))
+    with pytest.raises(SystemExit) as end:
+        tasks.read_published(path, 2)
+    assert end.value.code == 2
+
+
 def test_rows_of_a_data_file_in_the_validation_or_test_split_are_removed(tmp_path):
     task = tasks.build_task("multiplication", 2)
     lines = [tasks.published_line(a, b, 2) for a in range(10, 100) for b in range(10, 100)]

@@ -1,10 +1,11 @@
-"""Write a study's results: the finding as sentences, and tables as Markdown, CSV and JSON.
+"""Write a study's results: the finding as sentences, and tables as Markdown, LaTeX, CSV and JSON.
 
 `summary` is the dictionary that `analysis.summarise` returns, or the same dictionary read from JSON.
 """
 
 import csv
 import io
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -287,6 +288,44 @@ def markdown(table: list[list[str]]) -> str:
     return "\n".join([lines[0], "|" + " --- |" * len(table[0]), *lines[1:]])
 
 
+def latex(table: list[list[str]]) -> str:
+    """Return a LaTeX table for the package booktabs. The first row is the header."""
+    rows = [" & ".join(map(latex_text, row)) + r" \\" for row in table]
+    columns = "l" + "r" * (len(table[0]) - 1)
+    lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule"]
+    return "\n".join([*lines, r"\end{tabular}"])
+
+
+def latex_text(text: str) -> str:
+    """Escape LaTeX's special characters, and replace the others that are not in every font."""
+    special = {character: f"\\{character}" for character in "&%$#_{}"}
+    special |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "--": "-{}-"}
+    special |= {
+        "±": r"$\pm$",
+        "–": "--",
+        "−": "$-$",
+        "×": r"$\times$",
+        "√": r"$\surd$",
+        "₁": "$_1$",
+        "₂": "$_2$",
+        "²": "$^2$",
+        "†": r"$\dagger$",
+    }
+    special |= {"α": r"$\alpha$", "λ": r"$\lambda$", "→": r"$\to$"}
+    text = re.sub(r"(?<![\w-])-(?=\d)", "−", text)
+    return re.sub("--|.", lambda match: special.get(match[0], match[0]), text)
+
+
+def as_latex(summary: Mapping[str, Any]) -> str:
+    """Return both tables of every setting as LaTeX, with a comment before each table."""
+    parts = [f"% {summary['study']}: {summary['question']} Needs \\usepackage{{booktabs}}."]
+    for setting, arms in arms_by_setting(summary).items():
+        comment = f"% {setting}: " if setting else "% "
+        parts += [f"{comment}{caption(summary)}\n{latex(arms_table(summary, arms))}"]
+        parts += [f"{comment}{DIFFERENCES_CAPTION}\n{latex(differences_table(summary, arms))}"]
+    return "\n\n".join(parts) + "\n"
+
+
 def as_markdown(summary: Mapping[str, Any]) -> str:
     """Return both tables of every setting, and the notes, as Markdown."""
     parts, groups = [], arms_by_setting(summary)
@@ -301,7 +340,7 @@ def as_markdown(summary: Mapping[str, Any]) -> str:
 
 
 def write_tables(summary: Mapping[str, Any], folder: Path) -> None:
-    """Write <study>.json and <study>.csv (long format, full precision) into `folder`, atomically."""
+    """Write <study>.json, <study>.csv (long format, full precision) and <study>.tex into `folder`, atomically."""
     name = summary["study"]
     file = io.StringIO()
     writer = csv.DictWriter(file, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
@@ -314,4 +353,5 @@ def write_tables(summary: Mapping[str, Any], folder: Path) -> None:
             writer.writerow(common | stats | {"kind": "arm"})
     writer.writerows({**contrast, "kind": "difference"} for contrast in summary["all_contrasts"])
     write_text(Path(folder) / f"{name}.csv", file.getvalue())
+    write_text(Path(folder) / f"{name}.tex", as_latex(summary))
     write_json(Path(folder) / f"{name}.json", dict(summary))
