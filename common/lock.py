@@ -55,10 +55,8 @@ def write_reason(path: Path, error: BaseException) -> None:
     """Write why a run failed to `path`: one line, then the traceback of an unexpected error. Not if interrupted."""
     if isinstance(error, SystemExit) and error.code == EXIT_INTERRUPTED:
         return
-    if isinstance(error, Failure):
-        text = error.message
-    else:
-        text = f"{error!r}\n\n{''.join(traceback.format_exception(error))}"
+    unexpected = f"{error!r}\n\n{''.join(traceback.format_exception(error))}"
+    text = error.message if isinstance(error, Failure) else unexpected
     with contextlib.suppress(OSError):
         path.write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace")
 
