@@ -48,16 +48,9 @@ METRICS_IF_FINITE = (  # null if the run diverged
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = cli.Parser(__doc__)
-    parser.add_argument("folder", type=Path, help="folder of a finished run")
-    parser.add_argument("--data", type=Path, help="folder of the data, or the matrix file; default: as in training")
-    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N; default: as in training")
-    parser.add_argument("--threads", type=cli.int_in(1, cli.MAX_THREADS), help="CPU threads; default: as in training")
-    parser.add_argument(
-        "--held-out",
-        action="store_true",
-        help="evaluate on the validation split (a held-out tenth of the rows), for tuning",
-    )
+    parser = cli.eval_parser(__doc__)
+    parser.add_argument("--held-out", action="store_true", help="evaluate on the validation split (a held-out tenth of "
+                        "the rows), for tuning")  # fmt: skip
     codes = parser.add_argument_group("export and queries (these flags leave metrics.json unchanged)")
     codes.add_argument("--names", type=Path, help="text file with one name per line, one line per row; default: the "
                        "path of the matrix with suffix .txt")  # fmt: skip

@@ -41,15 +41,6 @@ METRICS_IF_FINITE = (  # null in metrics.json of a diverged run
 )
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = cli.Parser(__doc__)
-    parser.add_argument("folder", type=Path, help="folder of a finished run")
-    parser.add_argument("--data", type=Path, help="folder of the data sets; default: as in training")
-    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N; default: as in training")
-    parser.add_argument("--threads", type=cli.int_in(1, cli.MAX_THREADS), help="CPU threads; default: as in training")
-    return parser.parse_args(argv)
-
-
 def training_metrics(log: list[dict[str, Any]], arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the metrics that are measured during training, from the lines of train.jsonl.
 
@@ -76,7 +67,7 @@ def training_metrics(log: list[dict[str, Any]], arguments: dict[str, Any]) -> di
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    args = cli.eval_parser(__doc__).parse_args(argv)
     arguments, provenance, saved = load_finished(args.folder, __file__)
     from_log = training_metrics(read_log(args.folder, saved["epoch"]), arguments)
     torch.set_num_threads(args.threads or arguments["threads"])

@@ -105,6 +105,17 @@ def run_flags(parser: Parser) -> argparse._ArgumentGroup:
     return data
 
 
+def eval_parser(description: str | None) -> Parser:
+    """Return a parser with the arguments that the eval.py of all five papers share. None: as in training."""
+    parser = Parser(description)
+    parser.add_argument("folder", type=Path, help="folder of a finished run")
+    parser.add_argument("--data", type=Path, help="folder of data sets and caches (BSA: or matrix file); default: as "
+                        "in training")  # fmt: skip
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N; default: as in training")
+    parser.add_argument("--threads", type=int_in(1, MAX_THREADS), help="CPU threads; default: as in training")
+    return parser
+
+
 def parse(parser: Parser, defaults: Defaults, argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse `argv`. Flags that are not given get their default from the column of --scale.
 

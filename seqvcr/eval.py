@@ -59,12 +59,8 @@ METRICS_IF_FINITE = (  # null in a diverged run
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = cli.Parser(__doc__)
-    parser.add_argument("folder", type=Path, help="folder of a finished run")
-    parser.add_argument("--data", type=Path, help="not needed: the tasks are generated")
+    parser = cli.eval_parser(__doc__)
     parser.add_argument("--data-file", type=Path, help="new path of the training rows; default: as in training")
-    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N; default: as in training")
-    parser.add_argument("--threads", type=cli.int_in(1, cli.MAX_THREADS), help="CPU threads; default: as in training")
     parser.add_argument("--held-out", action="store_true", help="evaluate on the validation split, for tuning")
     parser.add_argument("--alpha", type=cli.float_in(0), default=1.0, help="order of the entropies; paper: 1. Other "
                         "orders are written to metrics-alpha-ALPHA.json")  # fmt: skip

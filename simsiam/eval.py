@@ -51,22 +51,13 @@ PROBE = {"epochs": 90, "batch": 4096, "lr": 0.1}  # above 64 pixels: appendix A 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the flags; None means the value used in training."""
-    parser = cli.Parser(__doc__)
-    parser.add_argument("folder", type=Path, help="folder of a finished run; with --weights: output folder")
-    parser.add_argument("--weights", type=Path, help="evaluate the authors' checkpoint (ResNet-50) instead of a run")
-    parser.add_argument("--data", type=Path, help="folder of the data; default: as in training")
-    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N; default: as in training")
-    parser.add_argument("--threads", type=cli.int_in(1, cli.MAX_THREADS), help="CPU threads; default: as in training")
-    parser.add_argument(
-        "--workers",
-        type=cli.int_in(0, cli.MAX_WORKERS),
-        help="number of DataLoader workers for --data-set folder; default: as in training",
-    )
-    parser.add_argument(
-        "--held-out",
-        action="store_true",
-        help="evaluate on the validation split (a held-out tenth of the training set), for tuning",
-    )
+    parser = cli.eval_parser(__doc__)
+    parser.add_argument("--weights", type=Path, help="evaluate this checkpoint of the authors (ResNet-50); the "
+                        "folder is for the output")  # fmt: skip
+    parser.add_argument("--workers", type=cli.int_in(0, cli.MAX_WORKERS), help="DataLoader workers for image folders; "
+                        "default: as in training")  # fmt: skip
+    parser.add_argument("--held-out", action="store_true", help="evaluate on the validation split (a held-out tenth of "
+                        "the training set), for tuning")  # fmt: skip
     return parser.parse_args(argv)
 
 

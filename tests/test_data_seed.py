@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from torch import Tensor
 
 import bsa.eval
@@ -24,6 +25,7 @@ import simsiam.eval
 import simsiam.train
 from bsa.planted import planted_concepts
 from common import checkpoints, glyphs, image_folder, images, seeding
+from common.run import FORMAT, load_finished, read_log
 from seqvcr import tasks
 
 CPU = torch.device("cpu")
@@ -248,6 +250,17 @@ def test_a_teacher_of_another_block_is_refused(tmp_path, capsys):
     assert "trained on other data" in capsys.readouterr().err
     checkpoints.save(path, saved["model"])
     train("cocord", tmp_path, "student", "--data-seed", "1", "--weights", str(path))
+
+
+def test_a_run_of_this_format_is_read():
+    """tests/format-2 was written when FORMAT became 2. If this test fails, give the new format a new number."""
+    folder = ROOT / f"tests/format-{FORMAT}"
+    arguments, provenance, saved = load_finished(folder, str(ROOT / "bsa/eval.py"))
+    assert provenance["format"] == FORMAT and saved["epoch"] == 2
+    assert [line["epoch"] for line in read_log(folder, 2)] == [0, 1, 2]
+    model = bsa.train.build_model(argparse.Namespace(**arguments), 128, CPU)
+    checkpoints.load_weights(model, saved["model"], folder)
+    assert set(arguments) == set(vars(bsa.train.parse_args([])))
 
 
 @pytest.mark.parametrize("number", [None, 1, 3])
