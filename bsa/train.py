@@ -37,6 +37,7 @@ import re
 import sys
 import time
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import NormalDist
@@ -51,7 +52,7 @@ if not __package__:  # run as a script: import from this clone, not from an inst
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bsa.planted import planted_concepts
-from common import checkpoints, cli, devices, seeding
+from common import checkpoints, cli, devices, files, seeding
 from common.cli import fail
 from common.lock import run_lock
 from common.run import Run
@@ -314,7 +315,9 @@ def read_matrix(path: Path) -> np.ndarray:
         fail(f"--data {path} does not exist: give an existing matrix file ({', '.join(FORMATS)})")
     except OSError as error:
         fail(f"--data {path} cannot be read ({error.strerror}): give a file with one numeric matrix")
-    except (EOFError, ValueError, zipfile.BadZipFile):
+    except files.DamagedFile as error:
+        fail(f"--data {error}: give a file with one numeric matrix")
+    except (EOFError, ValueError, zipfile.BadZipFile, zlib.error):
         fail(f"--data {path} cannot be read (cut off, damaged or not numeric): give a file with one numeric matrix")
     matrices = [array for array in arrays.values() if array.ndim == 2 and array.dtype.kind in "fiu"]
     if len(matrices) != 1:
@@ -452,7 +455,7 @@ def main(argv: list[str] | None = None) -> None:
     usage = f"--latent {args.latent} --batch {args.batch}"
     remedy = f"use --batch {args.batch // 2} (about half the memory, different results) or --precision bfloat16"
     with run_lock(args.out), devices.report_oom(device, usage, remedy):
-        run = Run(args.out, vars(args), __file__, args.replace)
+        run = Run(args.out, vars(args), __file__, args.replace, args.tensorboard)
         if run.finished:
             return
         data = load_splits(args.data_set, args.data, device, args.data_seed)

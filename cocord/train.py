@@ -606,7 +606,7 @@ def main(argv: list[str] | None = None) -> None:
     device = devices.select_device(args.device, args.scale)
     remedy = f"use --batch {args.batch // 2} (about half the memory, different results) or --precision bfloat16"
     with run_lock(args.out), devices.report_oom(device, f"--batch {args.batch}", remedy):
-        run = Run(args.out, vars(args), __file__, args.replace)
+        run = Run(args.out, vars(args), __file__, args.replace, args.tensorboard)
         if run.finished:
             return
         data = load_data(args.data_set, args.data, args.held_out, device, args.data_seed)

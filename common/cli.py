@@ -25,20 +25,21 @@ Defaults = Mapping[str, tuple[Any, Any, Any]]  # flag -> default at demo, gpu an
 
 
 class Failure(SystemExit):
-    """The exit of a process with `code`, after `message` was printed."""
+    """The exit of a process with `code`, after `message` was printed. `record`: see `fail`."""
 
-    def __init__(self, message: str, code: int):
+    def __init__(self, message: str, code: int, record: bool):
         super().__init__(code)
-        self.message = message
+        self.message, self.record = message, record
 
 
-def fail(message: str, code: int = EXIT_USER) -> NoReturn:
+def fail(message: str, code: int = EXIT_USER, record: bool = True) -> NoReturn:
     """Print `message` as one line to stderr and exit with `code`. Raises Failure, a SystemExit.
 
-    The message names the flag or file, what is wrong with it and the remedy.
+    The message names the flag or file, what is wrong with it and the remedy. `run_lock` writes it into the run folder,
+    if `record`: not for a command that was refused because the folder contains another run.
     """
     print(f"error: {message}", file=sys.stderr, flush=True)
-    raise Failure(message, code)
+    raise Failure(message, code, record)
 
 
 def open_closed_streams() -> None:
@@ -48,8 +49,9 @@ def open_closed_streams() -> None:
             os.fstat(descriptor)
         except OSError:
             os.dup2(os.open(os.devnull, os.O_RDWR), descriptor)
-    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115 (stays open)
-    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115 (stays open)
+            os.set_inheritable(descriptor, True)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (stays open)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 (stays open)
 
 
 class Parser(argparse.ArgumentParser):
@@ -105,12 +107,14 @@ def run_flags(parser: Parser) -> argparse._ArgumentGroup:
     return data
 
 
-def eval_parser(description: str | None) -> Parser:
-    """Return a parser with the arguments that the eval.py of all five papers share. None: as in training."""
+def eval_parser(description: str | None, data: str = "folder of data sets and caches") -> Parser:
+    """Return a parser with the arguments that the eval.py of all five papers share. `data` describes --data.
+
+    A flag that is not given is None, which means the value used in training.
+    """
     parser = Parser(description)
     parser.add_argument("folder", type=Path, help="folder of a finished run")
-    parser.add_argument("--data", type=Path, help="folder of data sets and caches (BSA: or matrix file); default: as "
-                        "in training")  # fmt: skip
+    parser.add_argument("--data", type=Path, help=f"{data}; default: as in training")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N; default: as in training")
     parser.add_argument("--threads", type=int_in(1, MAX_THREADS), help="CPU threads; default: as in training")
     return parser

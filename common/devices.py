@@ -26,8 +26,8 @@ def select_device(name: str, scale: str, distributed: bool = False) -> torch.dev
     cuda = torch.cuda.is_available()
     if name == "auto" and not cuda and scale != "demo":
         fail(
-            f"scale {scale} needs a CUDA GPU, but none was found: use the scale demo (make: SCALE=demo), or "
-            "--device cpu (make: DEVICE=cpu), which is very slow"
+            f"scale {scale} needs a CUDA GPU, but none was found: use --device cpu (make: DEVICE=cpu), which is very "
+            "slow, or train at scale demo (make: SCALE=demo)"
         )
     if name == "auto":
         name = "cuda" if cuda else "cpu"

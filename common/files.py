@@ -12,7 +12,7 @@ from typing import Any
 # Write errors that a retry does not cure: disk full, quota, file too large, read-only file system.
 PERMANENT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
-ERROR_FILE = "error.txt"  # in the folder of a failed run: the reason in one line, then a traceback
+FAILURE_FILE = "failure.txt"  # in the folder of a failed run: the reason in one line, then a traceback
 
 
 class DamagedFile(ValueError):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import checkpoints, cli, files, glyphs, image_folder, mnist5k, seeding
-from common.cli import fail
+from common.cli import EXIT_DISK, EXIT_USER, fail
 from common.download import download
 
 GLYPH_COUNTS = {"train": 5000, "test": 5000}  # images per split of each glyphs preset
@@ -203,6 +203,19 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     return mean.float().view(3, 1, 1), std.masked_fill(constant, 0).float().view(3, 1, 1)
 
 
+def downloaded(name: str, data: Path) -> bool:
+    """Return whether CIFAR is complete in `data`, after unpacking the archive if it is there and intact."""
+    from torchvision.datasets.utils import check_integrity
+
+    cifar_class = torchvision_class(name)
+    intact = check_integrity(str(data / cifar_class.filename), cifar_class.tgz_md5)
+    try:
+        cifar_class(str(data), download=intact)
+    except RuntimeError:  # files are missing or damaged
+        return False
+    return True
+
+
 def main(argv: list[str] | None = None) -> None:
     """Download CIFAR, prepare MNIST-5k (common/mnist5k.py): `python -m common.images cifar10 mnist5k --data data`.
 
@@ -214,6 +227,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--mirror", metavar="URL", help="download CIFAR's archives from URL/ instead of their own site")
     args = parser.parse_args(argv)
     check_data_folder(args.names[0], args.data)
+    if args.mirror and "mnist5k" in args.names:
+        fail("--mirror is for cifar10 and cifar100: MNIST-5k is read from a package")
     for name in args.names:
         if name == "mnist5k":
             mnist5k.prepare(args.data)
@@ -224,12 +239,13 @@ def main(argv: list[str] | None = None) -> None:
         url = f"{args.mirror.rstrip('/')}/{archive.name}" if args.mirror else cifar_class.url
         try:
             args.data.mkdir(parents=True, exist_ok=True)
-            if not archive.exists():
+            if not downloaded(name, args.data):
                 download(url, archive, cifar_class.tgz_md5)
-            cifar_class(str(args.data), download=True)  # verifies the archive and unpacks it
+                cifar_class(str(args.data), download=True)  # unpacks the archive
         except (OSError, ValueError, RuntimeError) as error:
+            full = isinstance(error, OSError) and error.errno in files.PERMANENT_ERRORS
             fail(f"download of {name} failed ({error}): run this command again to continue, give another --mirror, or "
-                 f"put {archive.name} into {args.data}")  # fmt: skip
+                 f"put {archive.name} into {args.data}", EXIT_DISK if full else EXIT_USER)  # fmt: skip
         print(f"{name} is in {args.data}")
 
 

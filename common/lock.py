@@ -15,7 +15,7 @@ from types import FrameType
 from typing import IO
 
 from common.cli import EXIT_DISK, EXIT_INTERRUPTED, Failure, fail
-from common.files import ERROR_FILE, PERMANENT_ERRORS
+from common.files import FAILURE_FILE, PERMANENT_ERRORS
 
 # Errors of a run that has started: of the disk, its permissions or a path, and too many open files.
 STORAGE_ERRORS = PERMANENT_ERRORS | {
@@ -31,8 +31,8 @@ def run_lock(folder: Path, rank: int = 0) -> Iterator[None]:
 
     In the `with` block, signals, closed pipes, disk errors and dead loader workers become exit codes. The file lock
     `<folder>.lock` is released when this process ends, even if its workers survive. Temporary files of a killed process
-    are removed. The reason of a failure is written to `folder`/error.txt, for the table of the study. Exits with code 2
-    if another process holds the lock.
+    are removed. The reason of a failure is written to `folder`/failure.txt, for the table of the study. Exits with code
+    2 if another process holds the lock.
     """
     folder = Path(folder).absolute()
     handlers = {number: signal.signal(number, exit_on_signal) for number in SIGNALS}
@@ -41,8 +41,7 @@ def run_lock(folder: Path, rank: int = 0) -> Iterator[None]:
         with exit_codes(folder):
             yield
     except BaseException as error:
-        if rank == 0:
-            write_reason(folder / ERROR_FILE, error)
+        write_reason(folder / FAILURE_FILE, error)
         raise
     finally:
         if file:
@@ -53,12 +52,13 @@ def run_lock(folder: Path, rank: int = 0) -> Iterator[None]:
 
 def write_reason(path: Path, error: BaseException) -> None:
     """Write why a run failed to `path`: one line, then the traceback of an unexpected error. Not if interrupted."""
-    if isinstance(error, SystemExit) and error.code == EXIT_INTERRUPTED:
+    if isinstance(error, SystemExit) and (error.code == EXIT_INTERRUPTED or not getattr(error, "record", True)):
         return
     unexpected = f"{error!r}\n\n{''.join(traceback.format_exception(error))}"
     text = error.message if isinstance(error, Failure) else unexpected
-    with contextlib.suppress(OSError):
-        path.write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace")
+    # "x": with several ranks the first reason counts, the others fail because of it.
+    with contextlib.suppress(OSError), open(path, "x", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(f"{text}\n")
 
 
 @contextmanager
@@ -123,7 +123,8 @@ def acquire_lock(folder: Path) -> IO[str]:
         )
     for temporary in folder.glob(".*.part"):
         temporary.unlink()
-    (folder / ERROR_FILE).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        (folder / FAILURE_FILE).unlink(missing_ok=True)
     file.truncate(0)
     file.write(f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
     file.flush()

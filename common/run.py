@@ -39,10 +39,20 @@ class Run:
 
     `arguments` are the parsed flags, `source` is the script whose hash is recorded. Exits with code 2 if the folder
     contains a run with other flags. With `replace` the folder of the old run is renamed instead; it is never deleted.
+    With `tensorboard` the metrics are also written to OUT/tensorboard.
     """
 
-    def __init__(self, out: Path, arguments: Mapping[str, Any], source: str, replace: bool = False, rank: int = 0):
+    def __init__(
+        self,
+        out: Path,
+        arguments: Mapping[str, Any],
+        source: str,
+        replace: bool = False,
+        tensorboard: bool = False,
+        rank: int = 0,
+    ):
         self.folder, self.rank, self.source = Path(out), rank, Path(source)
+        self.writer_class = summary_writer() if tensorboard and rank == 0 else None
         self.name = "/".join(self.folder.parts[-2:])
         self.arguments = json.loads(json.dumps(dict(arguments), default=str))
         self.digests = digests_of_files(self.arguments)
@@ -55,20 +65,20 @@ class Run:
         if self.finished and rank == 0:
             self._delete_states()
             print(f"{self.folder} is finished: nothing to do", flush=True)
-        write_events = arguments.get("tensorboard") and rank == 0 and not self.finished
-        self.tensorboard = tensorboard_writer(self.folder) if write_events else None
 
     def _check_existing(self, replace: bool) -> None:
         for name in ("args.json", "train.jsonl", "state.pt", "state.previous.pt", "model.pt", "metrics.json"):
             if (self.folder / name).is_dir():
-                fail(f"{self.folder / name} is a folder, but a run writes a file of this name: use another --out")
+                message = f"{self.folder / name} is a folder, but a run writes a file of this name: use another --out"
+                fail(message, record=False)
         differences = self._differences()
         if not differences:
             return
         if not replace:
             fail(
                 f"{self.folder} contains a run with other flags ({', '.join(differences)}): use another --out, or "
-                "--replace to rename that folder"
+                "--replace to rename that folder",
+                record=False,
             )
         number = 1
         while (new_name := self.folder.with_name(f"{self.folder.name}.replaced-{number}")).exists():
@@ -114,13 +124,14 @@ class Run:
                 old_value = current.get(name)
                 fail(
                     f"{self.folder} was started with {name} {old_value}, now {value}: use {old_value} to resume, or "
-                    "another --out"
+                    "another --out",
+                    record=False,
                 )
             changes[name] = value
         if changes and not resume_elsewhere:
             described = ", ".join(f"{name} {current.get(name)} -> {value}" for name, value in changes.items())
             fail(f"{self.folder} was started in another environment ({described}): resume it there, use another --out, "
-                 "or add --resume-elsewhere (make: RESUME=elsewhere)")  # fmt: skip
+                 "or add --resume-elsewhere (make: RESUME=elsewhere)", record=False)  # fmt: skip
         if changes:
             old["resumed"] = [*old.get("resumed", []), {name: environment[name] for name in devices.ENVIRONMENT}]
             files.write_json(path, {"arguments": arguments, "provenance": old})
@@ -137,6 +148,10 @@ class Run:
         if state is None and (damaged or self._has_epochs()):
             fail(f"{self.folder} has no usable state: move {self.folder} away and train this run again")
         self.log = state["log"] if state else []
+        if self.writer_class:  # purge_step: the epochs of an interrupted attempt are written again
+            self.writer = self.writer_class(str(self.folder / "tensorboard"), purge_step=0)
+            for line in self.log:
+                self._write_events(json.loads(line))
         if self.rank == 0:
             self._write_log()
             if state:
@@ -224,15 +239,19 @@ class Run:
             return
         self.log.append(json.dumps({"epoch": epoch, **metrics}))
         files.append_line(self.folder / "train.jsonl", self.log[-1])
-        if self.tensorboard:
-            for name, value in metrics.items():
-                if isinstance(value, int | float):
-                    self.tensorboard.add_scalar(name, value, epoch)
-            self.tensorboard.flush()
         path = self.folder / "state.pt"
         if path.exists():
             os.replace(path, self.folder / "state.previous.pt")
         checkpoints.save(path, {"epoch": epoch, "arguments": self.method_arguments, "log": self.log, **state})
+        if self.writer_class:
+            self._write_events({"epoch": epoch, **metrics})
+
+    def _write_events(self, line: Mapping[str, Any]) -> None:
+        """Write the numbers in a line of train.jsonl for TensorBoard."""
+        for name, value in line.items():
+            if name != "epoch" and isinstance(value, int | float):
+                self.writer.add_scalar(name, value, line["epoch"])
+        self.writer.flush()
 
     def save_model(self, weights: Mapping[str, Any]) -> None:
         """Write model.pt, which marks the run as finished, and delete the states."""
@@ -268,13 +287,14 @@ class Run:
             (self.folder / name).unlink(missing_ok=True)
 
 
-def tensorboard_writer(folder: Path) -> Any:
-    """Return a SummaryWriter for `folder`/tensorboard. Exits with code 2 if the package tensorboard is missing."""
+def summary_writer() -> Any:
+    """Return torch's SummaryWriter class. Exits with code 2 if the package tensorboard is missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter  # optional
     except ImportError:
-        fail("--tensorboard needs the package tensorboard: install it (pip install tensorboard), or drop the flag")
-    return SummaryWriter(str(folder / "tensorboard"))
+        install = f"{sys.executable} -m pip install tensorboard"
+        fail(f"--tensorboard needs the package tensorboard: run `{install}`, or drop the flag", record=False)
+    return SummaryWriter
 
 
 def digests_of_files(arguments: Mapping[str, Any]) -> dict[str, str]:

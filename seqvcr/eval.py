@@ -59,7 +59,7 @@ METRICS_IF_FINITE = (  # null in a diverged run
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = cli.eval_parser(__doc__)
+    parser = cli.eval_parser(__doc__, "not needed, because the tasks are generated")
     parser.add_argument("--data-file", type=Path, help="new path of the training rows; default: as in training")
     parser.add_argument("--held-out", action="store_true", help="evaluate on the validation split, for tuning")
     parser.add_argument("--alpha", type=cli.float_in(0), default=1.0, help="order of the entropies; paper: 1. Other "

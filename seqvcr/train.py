@@ -430,7 +430,7 @@ def main(argv: list[str] | None = None) -> None:
     remedy = f"use {batch} (about half the memory, different results) or --precision bfloat16"
     usage = f"--width {args.width} --batch {args.batch}"
     with run_lock(args.out), devices.report_oom(device, usage, remedy):
-        run = Run(args.out, vars(args), __file__, args.replace)
+        run = Run(args.out, vars(args), __file__, args.replace, args.tensorboard)
         if run.finished:
             return
         task, row_count = tasks.build_task(args.task, args.size, args.data_seed), args.train_size

@@ -483,7 +483,7 @@ def main(argv: list[str] | None = None) -> None:
     usage = f"--batch {args.batch} on {world} processes"
     remedy = f"use --batch {args.batch // 2} (about half the memory, different results) or --precision bfloat16"
     with run_lock(args.out, rank), devices.report_oom(device, usage, remedy):
-        run = Run(args.out, vars(args), __file__, args.replace, rank)
+        run = Run(args.out, vars(args), __file__, args.replace, args.tensorboard, rank)
         if run.finished:
             return
         data = images.load_or_stream(args.data_set, args.data, args.size, device, args.workers, args.data_seed)

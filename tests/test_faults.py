@@ -138,7 +138,7 @@ def test_signal_exits_with_code_75(number, pictures, tmp_path):
 
 
 def test_a_failed_run_leaves_its_reason_and_an_interrupted_one_does_not(tmp_path):
-    reason = tmp_path / "error.txt"
+    reason, child_handler = tmp_path / "failure.txt", signal.getsignal(signal.SIGCHLD)
     for error, first_line in ((ValueError("odd"), "ValueError('odd')"), (None, "too large: give less")):
         with pytest.raises((ValueError, SystemExit)), run_lock(tmp_path):
             if error:
@@ -150,6 +150,10 @@ def test_a_failed_run_leaves_its_reason_and_an_interrupted_one_does_not(tmp_path
         assert not reason.exists()  # the new attempt has not failed yet
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(10)
+    signal.signal(signal.SIGCHLD, child_handler)
+    assert not reason.exists()
+    with pytest.raises(SystemExit), run_lock(tmp_path):
+        fail("contains another run", record=False)
     assert not reason.exists()
 
 

@@ -313,29 +313,27 @@ def test_the_error_for_a_failed_download_names_the_archive_and_its_folder(served
     assert end.value.code == 2 and f"put cifar-10-python.tar.gz into {tmp_path}" in printed
 
 
-class RangeHandler(http.server.BaseHTTPRequestHandler):
-    """Serves `content`, from the start of the Range header. The first answer is cut after 1,000 bytes."""
+@pytest.mark.parametrize(("ranges", "starts"), [(True, [0, 1000, 0]), (False, [0, 0, 0])])
+def test_a_cut_download_continues_if_the_server_can(ranges, starts, tmp_path):
+    content, asked = bytes(range(256)) * 20, []
 
-    content, starts = bytes(range(256)) * 20, []
+    class Handler(http.server.BaseHTTPRequestHandler):
+        """The first answer is cut after 1,000 bytes."""
 
-    def do_GET(self):
-        given = self.headers["Range"]
-        start = int(given.removeprefix("bytes=").rstrip("-")) if given else 0
-        self.starts.append(start)
-        self.send_response(206 if given else 200)
-        self.send_header("Content-Length", str(len(self.content) - start))
-        self.end_headers()
-        end = 1000 if len(self.starts) == 1 else None
-        self.wfile.write(self.content[start:end])
+        def do_GET(self):
+            given = self.headers["Range"] if ranges else None
+            asked.append(int(given.removeprefix("bytes=").rstrip("-")) if given else 0)
+            self.send_response(206 if given else 200)
+            self.send_header("Content-Length", str(len(content) - asked[-1]))
+            self.end_headers()
+            self.wfile.write(content[asked[-1] : 1000 if len(asked) == 1 else None])
 
-    def log_message(self, *_):
-        pass
+        def log_message(self, *_):
+            pass
 
-
-def test_a_cut_download_continues(tmp_path):
-    path, md5 = tmp_path / "archive.tar.gz", hashlib.md5(RangeHandler.content).hexdigest()
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), RangeHandler) as server:
-        threading.Thread(target=server.serve_forever).start()
+    path, md5 = tmp_path / "archive.tar.gz", hashlib.md5(content).hexdigest()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/archive.tar.gz"
         with pytest.raises(OSError, match="cut after 1000 of 5120 bytes"):
             download(url, path, md5)
@@ -343,9 +341,19 @@ def test_a_cut_download_continues(tmp_path):
         download(url, path, md5)
         with pytest.raises(files.DamagedFile, match="is not the expected file"):
             download(url, tmp_path / "other", "0" * 32)
+        with pytest.raises(OSError, match="InvalidURL"):
+            download(f"{url} x", tmp_path / "other", md5)
         server.shutdown()
-    assert path.read_bytes() == RangeHandler.content and os.listdir(tmp_path) == [path.name]
-    assert RangeHandler.starts == [0, 1000, 0]
+    assert path.read_bytes() == content and os.listdir(tmp_path) == [path.name] and asked == starts
+
+
+def test_a_complete_data_set_is_not_downloaded_and_a_mirror_without_use_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(images, "downloaded", lambda name, data: True)
+    monkeypatch.setattr(images, "download", None)  # a call would fail
+    images.main(["cifar10", "--data", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        images.main(["mnist5k", "--mirror", "http://x", "--data", str(tmp_path)])
+    assert end.value.code == 2 and "--mirror is for cifar10" in capsys.readouterr().err
 
 
 def test_workers_with_a_long_temporary_folder_are_refused(pictures, tmp_path, monkeypatch, capsys):

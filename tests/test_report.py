@@ -102,7 +102,7 @@ def test_missing_and_inconsistent_runs_are_counted_and_reported(tmp_path):
     with open(tmp_path / "base" / "0" / "train.jsonl", "a") as log:
         log.write('{"epoch": 3, "kn')
     (tmp_path / "base" / "3").mkdir()
-    (tmp_path / "base" / "3" / "error.txt").write_text("out of memory on cuda: use --batch 64\n\nTraceback\n")
+    (tmp_path / "base" / "3" / "failure.txt").write_text("out of memory on cuda: use --batch 64\n\nTraceback\n")
     arguments = json.loads((tmp_path / "arm" / "2" / "args.json").read_text())
     arguments["arguments"]["epochs"] = 7
     (tmp_path / "arm" / "2" / "args.json").write_text(json.dumps(arguments))
@@ -441,7 +441,7 @@ def test_latex_tables_have_escaped_text_and_a_cell_for_each_column(tmp_path):
     assert len(rows) == len(table) + len(tables.differences_table(summary))
     assert all(row.count(" & ") == len(table[0]) - 1 for row in rows[: len(table)])
     assert any(row.startswith(r"base & -{}-base & 62.6 $\pm$") for row in rows)
-    assert tables.latex_text("50 % of a_b -> −0.5, -0.5 ± 1") == r"50 \% of a\_b -> $-$0.5, $-$0.5 $\pm$ 1"
+    assert tables.latex_text("50 % of a_b -> −0.5, -0.5 ± 1") == r"50 \% of a\_b -$>$ $-$0.5, $-$0.5 $\pm$ 1"
 
 
 def test_numbers_are_never_shown_as_negative_zero():

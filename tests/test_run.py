@@ -23,10 +23,12 @@ def arguments(**changes) -> dict:
     return {"seed": 0, "data_seed": 0, "data": "data", "lr": 0.1, "device": "cpu", "resume_elsewhere": False, **changes}
 
 
-def start(folder: Path, replace: bool = False, environment: dict | None = None, **changes) -> Run:
+def start(
+    folder: Path, replace: bool = False, environment: dict | None = None, tensorboard: bool = False, **changes
+) -> Run:
     """Open a run. Writes args.json, or checks the environment of a run that resumes."""
     folder.mkdir(parents=True, exist_ok=True)
-    run = Run(folder, arguments(**changes), SCRIPT, replace)
+    run = Run(folder, arguments(**changes), SCRIPT, replace, tensorboard)
     if not run.finished:
         recorded = devices.environment(CPU) | {"data": "digest"} | (environment or {})
         run.write_config("data, network", recorded, run.arguments["resume_elsewhere"])
@@ -68,8 +70,9 @@ def test_tensorboard_gets_the_numbers_of_each_epoch(tmp_path, monkeypatch, capsy
     written = []
 
     class SummaryWriter:
-        def __init__(self, folder):
-            written.append(folder)
+        def __init__(self, folder, purge_step):
+            assert folder == str(tmp_path / "0/tensorboard") and purge_step == 0
+            written.clear()
 
         def add_scalar(self, name, value, epoch):
             written.append((name, value, epoch))
@@ -78,13 +81,13 @@ def test_tensorboard_gets_the_numbers_of_each_epoch(tmp_path, monkeypatch, capsy
             pass
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # import fails, as without the package
-    assert "pip install tensorboard" in error_line(capsys, start, tmp_path / "0", tensorboard=True)
+    assert "-m pip install tensorboard" in error_line(capsys, start, tmp_path / "0", tensorboard=True)
     package = types.SimpleNamespace(SummaryWriter=SummaryWriter)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", package)
-    finish(start(tmp_path / "0", tensorboard=True), 2)
-    assert written == [str(tmp_path / "0/tensorboard"), *(("loss", float(epoch), epoch) for epoch in range(3))]
-    start(tmp_path / "0", tensorboard=False)  # not a difference between runs
-    assert len(written) == 4
+    train(start(tmp_path / "0"), range(2))
+    assert written == []
+    finish(start(tmp_path / "0", tensorboard=True), 2)  # the flag is no difference; earlier epochs are written too
+    assert written == [("loss", float(epoch), epoch) for epoch in range(3)]
 
 
 # ---------------------------------------------------------------------------------------------- input files

@@ -31,7 +31,9 @@ def drop_arms_without_runs(study: Study, runs: Runs) -> tuple[Study, list[str]]:
 
     Primary contrasts are always kept; their missing runs are reported.
     """
-    started = {arm for arm, by_seed in runs.items() if any(run.args or run.metrics for run in by_seed.values())}
+    started = {
+        arm for arm, by_seed in runs.items() if any(run.args or run.metrics or run.notes for run in by_seed.values())
+    }
     contrasts = [
         contrast
         for index, (contrast, pair) in enumerate(zip(study.contrasts, study.pairs, strict=True))
@@ -84,6 +86,8 @@ def draw(
     data = describe(runs)
     if not data:
         print(f"{study.name}: no runs in {args.runs}: run make {study.name} SCALE={args.scale} first")
+        for note in (note for by_seed in runs.values() for run in by_seed.values() for note in run.notes):
+            print(note)
         return
     summary = summarise(study, runs, measured_metrics(study, paper, runs), remark_of) | {
         "paper": paper.title,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import NON_METHOD_FLAGS
-from common.files import ERROR_FILE, read_json
+from common.files import FAILURE_FILE, read_json
 from common.study.design import Study
 
 PROVENANCE = {  # key in args.json's provenance -> plural for the note about differing values
@@ -102,9 +102,9 @@ def _read_run(folder: Path, arm: str, seed: int) -> RunFiles:
                 log.append(dict(json.loads(line)))
             except (ValueError, TypeError):  # the process was killed during the write
                 notes.append(f"{run_name}: skipped an unreadable line of train.jsonl.")
-    if contents["metrics"] is None and (folder / ERROR_FILE).exists():
-        reason = (folder / ERROR_FILE).read_text(encoding="utf-8", errors="replace").partition("\n")[0]
-        notes.append(f"{run_name} failed: {reason.rstrip('.')}.")
+    if contents["metrics"] is None and (folder / FAILURE_FILE).is_file():
+        reason = (folder / FAILURE_FILE).read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+        notes.append(f"{run_name} failed: {reason.rstrip('.') or 'unknown reason'}.")
     flags = ""
     if (folder / "flags").exists():
         flags = (folder / "flags").read_text(encoding="utf-8").removeprefix("flags:").strip()

@@ -311,6 +311,7 @@ def latex_text(text: str) -> str:
         "²": "$^2$",
         "†": r"$\dagger$",
     }
+    special |= {character: f"${character}$" for character in "<>|"}
     special |= {"α": r"$\alpha$", "λ": r"$\lambda$", "→": r"$\to$"}
     text = re.sub(r"(?<![\w-])-(?=\d)", "−", text)
     return re.sub("--|.", lambda match: special.get(match[0], match[0]), text)
