@@ -32,7 +32,7 @@ from bsa.train import BSA, Splits, build_model, encode, load_splits, reconstruct
 from common import checkpoints, cli, devices, files
 from common.cli import fail
 from common.lock import run_lock
-from common.run import load_finished, read_log
+from common.run import check_data, load_finished, read_log
 
 N_QUERIES = 1000  # test rows whose nearest neighbours are compared
 KNN_K = 10
@@ -229,7 +229,8 @@ def baselines(model: BSA, data: Splits, split: str, active: int) -> dict[str, fl
     """Return the metrics of two codes without training, on `split`: test or held_out. `model` must be untrained.
 
     `untrained_*`: zK of the untrained encoder, with the linear decoder that fits it best (ridge regression on at most
-    20,000 training rows). `sign_*`: the sign of every channel, one bit per channel.
+    20,000 training rows). `sign_*`: the sign of every channel, one bit per channel; the reconstruction is the signs
+    themselves, without a decoder.
     """
     train = model.normalise(data.train)[:20_000]
     x = model.normalise(getattr(data, split))
@@ -361,13 +362,7 @@ def main(argv: list[str] | None = None) -> None:
     remedy = "use a --device with more memory, or --device cpu (same metrics)"
     with run_lock(args.folder), devices.report_oom(device, usage, remedy):
         data = load_splits(arguments["data_set"], data_path, device, arguments["data_seed"])
-        if data.digest != provenance["data"]:
-            digest, trained_on = data.digest[:12], provenance["data"][:12]
-            fail(
-                f"--data {data_path} (digest {digest}) differs from the training data of {args.folder} "
-                f"(digest {trained_on}): give the {'file' if arguments['data_set'] == 'file' else 'folder'} used in "
-                "training"
-            )
+        check_data(data.digest, provenance["data"], data_path, args.folder)
         model = build_model(argparse.Namespace(**arguments), data.train.shape[1], device)
         model.mean.copy_(data.train.mean(0))
         active, code = arguments["active"], arguments["code"]

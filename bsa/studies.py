@@ -55,7 +55,11 @@ BATCHES = {"demo": (64, 1024), "gpu": (64, 1024), "paper": (1024, 16384)}
 
 
 def mse(name: str, flags: str, alphas: tuple[str, ...]) -> list[Arm]:
-    """Return arms with a squared error, one per weight. `alphas` are in units of the matched weight N/(2K)."""
+    """Return arms with a squared error, one per weight. `alphas` are in units of the matched weight N/(2K).
+
+    N/(2K) matches the alignment losses. The squared reconstruction error is twice 1 - cosine near the optimum, so with
+    both distances mse, base's ratio of the two terms is at 2.
+    """
     return [Arm(f"{name}-{a}", f"{flags} --alpha {a}matched", reference="base") for a in alphas]
 
 

@@ -107,8 +107,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     method.add_argument("--latent", type=cli.int_in(2), help="N, number of features of the code")
     method.add_argument("--active", type=cli.int_in(1), help="K, target number of active features")
     method.add_argument("--alpha", default="1", help="weight of the alignment loss; paper: 1. matched: N/(2K) for "
-                        "mse (1/(2K) with --mse-reduction sum), so that mse and cosine losses agree near the optimum; "
-                        "4matched: 4 times that")  # fmt: skip
+                        "mse (1/(2K) with --mse-reduction sum), so that the alignment losses of mse and cosine agree "
+                        "near the optimum; 4matched: 4 times that")  # fmt: skip
     distances = ("cosine", "mse")
     method.add_argument("--reconstruction", choices=distances, default="cosine", help="distance between x^ and x")
     method.add_argument("--alignment", choices=(*distances, "l1"), default="cosine", help="alignment loss between s "

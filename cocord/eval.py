@@ -23,9 +23,8 @@ if not __package__:  # run as a script: import from this clone, not from an inst
 
 from cocord.train import accuracy, build_model, load_data, student_weights
 from common import checkpoints, cli, devices, files
-from common.cli import fail
 from common.lock import run_lock
-from common.run import load_finished, read_log
+from common.run import check_data, load_finished, read_log
 
 METRICS_IF_FINITE = (  # null in metrics.json of a diverged run
     "accuracy",
@@ -81,11 +80,7 @@ def main(argv: list[str] | None = None) -> None:
             metrics |= dict.fromkeys(METRICS_IF_FINITE)
         else:
             data = load_data(arguments["data_set"], data_folder, arguments["held_out"], device, arguments["data_seed"])
-            if data.digest != provenance["data"]:
-                fail(
-                    f"--data {data_folder} (digest {data.digest[:12]}) differs from the training data of {args.folder} "
-                    f"(digest {provenance['data'][:12]}): give the folder used in training"
-                )
+            check_data(data.digest, provenance["data"], data_folder, args.folder)
             if arguments["rehearse"]:
                 data = data.subset(arguments["rehearse"] * arguments["batch"])
             model = build_model(argparse.Namespace(**arguments), data.classes, device)

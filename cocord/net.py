@@ -526,8 +526,8 @@ def load(name: str, classes: int, path: Path, data_digest: str | None = None) ->
     if data_digest and isinstance(trained_with, Mapping) and weights.other.get("data") != data_digest:
         fail(
             f"--weights {path}: this teacher was trained on other data (--data-set {trained_with.get('data_set')} "
-            f"--data-seed {trained_with.get('data_seed')}): train one with the --data-set, --data-seed and --data of "
-            "this run"
+            f"--data-seed {trained_with.get('data_seed')}{' --held-out' * bool(trained_with.get('held_out'))}): train "
+            "one with the --data-set, --data-seed, --held-out and --data of this run"
         )
     state, accuracy = weights.tensors, recorded_accuracy(weights, "--weights", path)
     network = build(name, classes)

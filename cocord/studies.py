@@ -165,7 +165,7 @@ def design(scale: str, settings: Settings) -> Design:
         Arm(f"cross-entropy@{student}", f"--teacher none --student {student} {NO_COCORD_LOSS}")
         for student in dict.fromkeys(map(student_of, pairs))
     ]
-    # In the few steps of the demo a momentum of 0.999 hardly changes the head, so 0.99 is run as well.
+    # With the few steps of the demo a momentum of 0.999 moves the head slowly, so 0.99 is run as well.
     fast = ["moving-fast:frozen"] if scale == "demo" else []
     # The sweeps use the first pair of each study.
     prediction_pair, momentum_pair = prediction[0], momentum[0]

@@ -1,8 +1,9 @@
 """Glyphs: the built-in synthetic image data, characters in matplotlib's fonts as 32x32 colour images.
 
 Each image shows one centred character, which is its class label. Font, size, rotation, shear, position, colours and
-background are random. kNN on raw pixels or on an untrained network is poor because colours are random; a small trained
-network is nearly perfect. The presets set the difficulty. This module downloads and caches nothing.
+background are random. kNN on raw pixels or on an untrained network is poor because colours are random. The
+presets set the difficulty: with the easiest a small trained network is nearly perfect. This module downloads and caches
+nothing.
 """
 
 import functools

@@ -53,6 +53,17 @@ class Images(NamedTuple):
         test, test_labels = select(self.test, self.test_labels)
         return self._replace(train=train, train_labels=train_labels, test=test, test_labels=test_labels)
 
+    def with_held_out_test(self) -> "Images":
+        """Return a copy whose test set is a held-out tenth of the training set, which loses it. The digest changes."""
+        rest, tenth = seeding.held_out_split(self.examples, self.device, self.data_seed)
+        return self._replace(
+            train=self.train[rest],
+            train_labels=self.train_labels[rest],
+            test=self.train[tenth],
+            test_labels=self.train_labels[tenth],
+            digest=f"{self.digest}, a tenth held out",
+        )
+
     def batches(self, split: str, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield normalised images (B, 3, S, S) and labels (B,) of `split` ("train", "test").
 

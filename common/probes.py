@@ -102,16 +102,14 @@ def linear_accuracy(
     classes: int,
     selection_indices: tuple[Tensor, Tensor],
     seed: int,
-    learning_rates: Tensor | None = None,
 ) -> float:
     """Return the test accuracy in percent of a linear classifier on standardised features.
 
     `selection_indices`: (fit, held-out) row indices of the training set, from `seeding.held_out_split`. Classifiers
-    are fitted on the fit rows at all `learning_rates` (R,), default (0.01, 0.03, 0.1, 0.3, 1, 3), and the rate with the
-    best accuracy on the held-out rows is selected. The final classifier is fitted on the whole training set.
+    are fitted on the fit rows at the learning rates 0.01, 0.03, 0.1, 0.3, 1 and 3, and the rate with the best accuracy
+    on the held-out rows is selected. The final classifier is fitted on the whole training set.
     """
-    if learning_rates is None:
-        learning_rates = torch.tensor((0.01, 0.03, 0.1, 0.3, 1.0, 3.0), device=train.features.device)
+    learning_rates = torch.tensor((0.01, 0.03, 0.1, 0.3, 1.0, 3.0), device=train.features.device)
     fitted, held_out = (Labelled(train.features[rows], train.labels[rows]) for rows in selection_indices)
     fit_features, eval_features = standardise(fitted.features, held_out.features)
     trial = fit_linear(Labelled(fit_features, fitted.labels), classes, learning_rates, seed)

@@ -387,6 +387,13 @@ def load_finished(folder: Path, eval_script: str) -> tuple[dict[str, Any], dict[
     return arguments, provenance, model
 
 
+def check_data(digest: str, expected: str | None, data: Path, folder: Path) -> None:
+    """Exit with code 2 if `digest`, that of the data in `data`, is not that of the training of the run in `folder`."""
+    if expected and digest != expected:
+        digests = f"digest {digest[:12]}, not {expected[:12]}"
+        fail(f"--data {data} differs from the training data of {folder} ({digests}): give the data used in training")
+
+
 def imported_files(source: Path) -> list[Path]:
     """Return `source` and all modules of this project that it imports, directly or indirectly, sorted."""
     source = source.absolute()

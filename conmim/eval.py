@@ -8,8 +8,9 @@ suffix `_online` on the online weights. Arms with online keys also maintain an E
 confound comparisons between arms. Features are the mean of the patch tokens after the final norm, because the class
 token has no loss. Fine-tuning is the authors' (class `Classifier`, layer-wise learning rate decay) with the settings in
 RECIPES and the run's --labels, --finetune-epochs and --transplant. The labelled images depend on the data seed; order
-and augmentation depend on the run's seed. `pixel_accuracy` compares with pixels: the class of the labelled image whose
-normalised pixels have the largest cosine. The position diagnostics are those of the last epoch in train.jsonl.
+and augmentation depend on the run's seed. Linear probe and kNN have the labels of RECIPES' "bank", which are more.
+`pixel_accuracy` compares with pixels: the class of the labelled image whose normalised pixels have the largest cosine.
+The position diagnostics are those of the last epoch in train.jsonl.
 `key_linear_accuracy` is a linear probe on the mean of an image's L2-normalised keys; a pure position code is at chance
 level there.
 
@@ -38,7 +39,7 @@ from common import augment, checkpoints, cli, devices, files, image_folder, imag
 from common.cli import fail
 from common.images import Data
 from common.lock import run_lock
-from common.run import load_finished, read_log
+from common.run import check_data, load_finished, read_log
 from common.weights import read_weights
 from conmim import net, train
 from conmim.net import NETWORKS, Classifier, ViT
@@ -56,7 +57,7 @@ RECIPES = {  #            demo         gpu          paper
     "drop_path":       (0.0,         0.1,         0.1),
     "label_smoothing": (0.1,         0.1,         0.1),
     "crop":            ((0.8, 1.0),  (0.5, 1.0),  (0.08, 1.0)),
-    "rand_augment":    (0,           9,           9),  # magnitude of two operations; 0: off
+    "rand_augment":    (0,           27,          27),  # magnitude of two operations, of 30; timm's 9 of 10; 0: off
     "mixup":           (0.0,         0.8,         0.8),  # alpha; each batch uses mixup or cutmix; 0: off
     "cutmix":          (0.0,         1.0,         1.0),
     "random_erasing":  (0.0,         0.0,         0.25),  # probability
@@ -92,20 +93,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--held-out", action="store_true", help="evaluate on the validation split (a held-out tenth of "
                         "the training set), for tuning")  # fmt: skip
     return parser.parse_args(argv)
-
-
-# ------------------------------------------------------------------------------------------------- labels
-
-
-def with_held_out_test(data: Any) -> Any:
-    """Return the data with a held-out tenth of the training set as test set, and the other nine tenths for training."""
-    rest, held_out = seeding.held_out_split(data.examples, data.device, data.data_seed)
-    return data._replace(
-        train=data.train[rest],
-        train_labels=data.train_labels[rest],
-        test=data.train[held_out],
-        test_labels=data.train_labels[held_out],
-    )
 
 
 # ------------------------------------------------------------------------------------------------- fine-tuning
@@ -417,7 +404,7 @@ def evaluate(
     set is a held-out tenth of the training set.
     """
     if held_out:
-        data = with_held_out_test(data)
+        data = data.with_held_out_test()
     if isinstance(data, image_folder.StreamedImages):
         labels = torch.tensor(data.train.targets)
     else:
@@ -549,11 +536,7 @@ def main(argv: list[str] | None = None) -> None:
     with run_lock(args.folder, rank), devices.report_oom(device, usage, "use a --device with more memory"):
         workers = run_args.workers if args.workers is None else args.workers
         data = images.load_or_stream(run_args.data_set, data_folder, run_args.size, device, workers, run_args.data_seed)
-        if data.digest != recorded.get("data", data.digest):
-            fail(
-                f"--data {data_folder} (digest {data.digest[:12]}) differs from the training data of {args.folder} "
-                f"(digest {recorded['data'][:12]}): give the folder used in training"
-            )
+        check_data(data.digest, recorded.get("data"), data_folder, args.folder)
         if args.held_out and isinstance(data, image_folder.StreamedImages):
             fail("--held-out requires images of at most 64 pixels: evaluate without it")
         if run_args.rehearse:

@@ -13,13 +13,13 @@ The query of a masked patch j is compared with the keys of all N patches of the 
     x^ basic view, masked (B, 3, S, S)      f   vision transformer, projector, L2 norm: (B, N, dim)
     x  strong view, full  (B, 3, S, S)      sg  stop-gradient: leak * k + (1 - leak) * k.detach(), leak 0 in the paper
 
-    python conmim/train.py                                                       # demo: 1 to 3 min on one CPU core
+    python conmim/train.py                                                       # demo: 1 to 2 min on one CPU core
     python conmim/train.py --keys online --no-stop-gradient --out runs/scratch2  # an ablation
     python conmim/train.py --scale gpu --out runs/cifar                          # CIFAR-10, ViT-Tiny/4, 200 epochs
     torchrun --nproc-per-node 8 conmim/train.py --scale paper --data ImageNet --out runs/imagenet
 
-With EMA keys the optimiser updates nothing behind sg, so --no-stop-gradient gives bit-identical weights (a test checks
-this). With --keys online it decides whether the keys receive a gradient. Every arm maintains the EMA.
+With EMA keys the optimiser does not update the key network, so --no-stop-gradient gives bit-identical weights (a test
+checks this). With --keys online it decides whether the keys receive a gradient. Every arm maintains the EMA.
 
 Differs from the authors' code:
  1. The authors' code has none of the ablations. --keys online and --views basic follow the paper's table 8 as far as

@@ -27,14 +27,15 @@ Level l is the output of block l; level 0 is the embeddings. --layer selects the
 
 Differs from the paper, or is not specified there:
  1. The paper's default (last level, covariance over the batch) fails from scratch in the paper itself (exact match 0.03
-    on 5x5 digits, table 7; level 0: 0.97). So `gpu`, which trains 4x4 digits from scratch, regularises level 0. `demo`
-    and `paper` have the default.
+    on 5x5 digits, table 7; level 0: 0.97). So `gpu`, which trains from scratch, regularises level 0, in arithmetic too.
+    `demo` and `paper` have the default.
  2. Cross entropy is the mean over the answer tokens; question and pause tokens have no loss. The covariance uses all
     input positions. Level 0 is the sum of embeddings before dropout. The last level is after the final LayerNorm.
  3. Linear warm-up over 5 % of the steps, then cosine decay to zero; AdamW with weight decay 0.01 (0 on W); gradients
-    clipped to norm 1. The paper specifies AdamW and the learning rate only.
+    clipped to norm 1, jointly for network and W. The paper specifies AdamW and the learning rate only.
  4. The small network has GPT-2's architecture (learned positions, tied head), not that of Feng et al. (sinusoidal
-    positions, untied head).
+    positions, untied head). At `gpu` scale it also has other sizes and a shorter training than theirs (table 2: 4
+    heads, batch 128, learning rate 1e-4, 100 epochs): see SCALES. On CUDA it runs under bfloat16 autocast.
  5. A question ends with "=" (eos in GPT-2's vocabulary). An answer has a fixed length and no end token.
  6. `variance_covariance` stores neither covariances nor projected features: same values, less time and memory.
 """
@@ -190,7 +191,10 @@ def train_size(text: str) -> int:
 
 
 class SeqVCR(nn.Module):
-    """A GPT and the projection W, which only the regulariser uses."""
+    """A GPT and the projection W, which only the regulariser uses.
+
+    ABLATION (projection width): `projection_width`.
+    """
 
     def __init__(self, gpt: GPT, projection_width: int, seed: int):
         super().__init__()
@@ -280,7 +284,6 @@ def seqvcr_loss(
     regularised level. There is one forward pass.
 
     ABLATION (coefficients): `lambda1`, `lambda2`; if both are 0 (arm `off`) the projection is not used.
-    ABLATION (projection width): the shape of `model.projection`.
     """
     with devices.autocast(precision, tokens.device):
         logits, levels = model.gpt(tokens[:, :-1], answer)

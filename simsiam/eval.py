@@ -3,9 +3,9 @@
     python simsiam/eval.py runs/scratch                                # a finished run of train.py
     python simsiam/eval.py runs/official --weights checkpoint.pth.tar --data ImageNet   # the authors' checkpoint
 
-Features are the output of the backbone (section 3.1 of the paper: before the projector). The test split is used only
-for the final measurement. Up to 64 pixels the linear probe is trained on precomputed, standardised features and selects
-its learning rate on a held-out tenth of the training set. Above 64 pixels it is the paper's linear evaluation: LARS,
+Features are the output of the backbone (section 3.1 of the paper: before the projector). No choice is made on the
+test split. Up to 64 pixels the linear probe is trained on precomputed, standardised features and selects its learning
+rate on a held-out tenth of the training set. Above 64 pixels it is the paper's linear evaluation: LARS,
 batch size 4096, 90 epochs, random crops and flips, base learning rate 0.1 as in the authors' code (the paper gives
 0.02, with which PyTorch users report about two points less).
 """
@@ -29,7 +29,7 @@ from common import checkpoints, cli, devices, files, image_folder, images, probe
 from common.cli import fail
 from common.images import Data
 from common.lock import run_lock
-from common.run import load_finished, read_log
+from common.run import check_data, load_finished, read_log
 from common.weights import read_weights
 from simsiam import train
 from simsiam.train import SimSiam, build_model, extract_features, representation_metrics
@@ -184,7 +184,8 @@ def evaluate(args: argparse.Namespace, model: SimSiam, data: Data, held_out: boo
     """Return linear and kNN accuracy in percent and the collapse metrics of z, in eval mode.
 
     `args` are the arguments of the training run. `held_out`: see `features_of_splits`. `folder` is for the state of
-    the linear probe. The linear accuracy of the untrained network is included for images of at most 64 pixels.
+    the linear probe. The linear accuracy of the untrained network is included for images of at most 64 pixels. Its
+    batch norms have their initial statistics; those of epoch 0 in train.jsonl are estimated (`untrained_metrics`).
     """
     bank, queries = features_of_splits(model, data, held_out)
     metrics = representation_metrics(bank, queries, data.classes, args.neighbours)
@@ -244,11 +245,7 @@ def main(argv: list[str] | None = None) -> None:
             arguments["workers"] if args.workers is None else args.workers,
             arguments["data_seed"],
         )
-        if data.digest != recorded.get("data", data.digest):
-            fail(
-                f"--data {data_folder} (digest {data.digest[:12]}) differs from the training data of {args.folder} "
-                f"(digest {recorded['data'][:12]}): give the folder used in training"
-            )
+        check_data(data.digest, recorded.get("data"), data_folder, args.folder)
         if args.held_out and isinstance(data, image_folder.StreamedImages):
             fail("--held-out requires images of at most 64 pixels: evaluate without it")
         if arguments["rehearse"]:

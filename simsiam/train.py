@@ -20,14 +20,15 @@ the projection of the other view, which is treated as a constant (section 3, equ
 Differs from the authors' code:
  1. The predictor's learning rate is constant by default, as in the authors' checkpoints and in most tables of the
     paper. The paper's first two ablations decayed it (section 4.2): --predictor-schedule cosine.
- 2. Up to 64 pixels the ResNet has the CIFAR stem (3x3, stride 1, no max-pool), and the projector has two layers of
-    width 2048 (appendix D). The output layer has a (frozen) bias only in the three-layer projector, because the
-    authors' checkpoints contain one.
+ 2. Up to 64 pixels the ResNet has the CIFAR stem (3x3, stride 1, no max-pool). At demo and gpu scale the projector has
+    two layers (appendix D); its hidden width is our choice. The output layer has a (frozen) bias only in the
+    three-layer projector, because the authors' checkpoints contain one.
  3. Images up to 64 pixels are stored on the device and augmented there in batches. Larger images are decoded and
     augmented by DataLoader workers with torchvision (Gaussian kernel of 23 pixels; the authors use Pillow's blur).
- 4. On CUDA the networks run under bfloat16 autocast; the loss and all measurements are float32. --precision float32
-    turns autocast off.
- 5. The demo scale is ours: glyphs, a small ResNet, and its own crop, hue, grayscale and learning rate.
+ 4. On CUDA the networks run under bfloat16 autocast; the loss and the measurements of an evaluation are float32.
+    --precision float32 turns autocast off.
+ 5. The demo scale is ours: glyphs, a small ResNet, and its own crop, hue, grayscale and learning rate. Its views have
+    24 pixels (no antialiasing); it is evaluated at 32.
 """
 
 import argparse

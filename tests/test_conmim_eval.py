@@ -96,7 +96,7 @@ def test_all_labels_are_used_in_order(count):
 def test_held_out_images_are_not_trained_on():
     data = random_images(200)
     data = data._replace(train=torch.arange(200).view(200, 1, 1, 1).expand(200, 3, 32, 32))
-    split = evaluate.with_held_out_test(data)
+    split = data.with_held_out_test()
     train_ids, test_ids = (set(part[:, 0, 0, 0].tolist()) for part in (split.train, split.test))
     assert len(split.test) == 20 and len(split.train) == 180 and not train_ids & test_ids
     assert torch.equal(split.test_labels, split.test[:, 0, 0, 0] % 4)

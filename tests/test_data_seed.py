@@ -85,7 +85,7 @@ DRAWS: dict[str, tuple[Any, Any]] = {
         "f41954f250ba4eb9",
     ),
     "ConMIM's held-out test": (
-        lambda s: digest(conmim.eval.with_held_out_test(random_images(s)).test_labels),
+        lambda s: digest(random_images(s).with_held_out_test().test_labels),
         "4791ee9b331bc9d1",
     ),
     "multiplication, all rows": (

@@ -57,6 +57,14 @@ def measured_metrics(study: Study, design: Design, runs: Runs) -> dict[str, Metr
     return {key: metric for key, metric in design.metrics.items() if key in keys or not finished}
 
 
+def what_a_seed_draws(paper: Design, study: Study, runs: Runs) -> str:
+    """Return what differs between the seeds of a study, for the captions."""
+    if not data_seeds(runs) - {0}:
+        return "initial weights and order"
+    given = paper.data or any(paper.arm(arm).data for arm in study.arms)
+    return f"{'the split of the same data' if given else 'data'}, initial weights and order"
+
+
 def draw(
     argv: Sequence[str] | None,
     description: str | None,
@@ -95,7 +103,7 @@ def draw(
         "data": data,
         "reproduce": args.reproduce or f"make {study.name} SCALE={args.scale}",
         "not_run": not_run,
-        "seed_draws": "data, initial weights and order" if data_seeds(runs) - {0} else "initial weights and order",
+        "seed_draws": what_a_seed_draws(paper, study, runs),
     }
     if not_run:
         summary["notes"].insert(0, f"Not run: {', '.join(not_run)}.")
