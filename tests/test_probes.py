@@ -59,7 +59,7 @@ def test_the_learning_rate_is_chosen_on_the_held_out_tenth_not_on_the_test_set(m
 
     def accuracy_per_rate(features, labels, weights):
         evaluated_rows.append(len(features))
-        return torch.tensor([0.2, 0.9, 0.1])[: len(weights)]
+        return torch.tensor([0.2, 0.9, 0.1, 0.3, 0.3, 0.3])[: len(weights)]
 
     def fit_linear(train, classes, learning_rates, seed):
         fits.append((len(train.labels), learning_rates.tolist()))
@@ -67,9 +67,9 @@ def test_the_learning_rate_is_chosen_on_the_held_out_tenth_not_on_the_test_set(m
 
     monkeypatch.setattr(probes, "accuracy_per_rate", accuracy_per_rate)
     monkeypatch.setattr(probes, "fit_linear", fit_linear)
-    probes.linear_accuracy(train_set, test_set, 3, split, 0, torch.tensor([0.01, 0.5, 9.0]))
+    probes.linear_accuracy(train_set, test_set, 3, split, 0)
     assert evaluated_rows == [20, 50]
-    assert fits == [(180, pytest.approx([0.01, 0.5, 9.0])), (200, [0.5])]
+    assert fits == [(180, pytest.approx([0.01, 0.03, 0.1, 0.3, 1.0, 3.0])), (200, pytest.approx([0.03]))]
 
 
 def test_linear_accuracy_does_not_depend_on_the_feature_scale():
