@@ -598,7 +598,7 @@ def test_all_flags_are_used_and_all_used_flags_exist():
         (["--teacher", "alexnet"], "invalid choice"),
         (["--weights", "nowhere"], "--weights nowhere does not exist"),
         (["--epoch", "3"], "unrecognized"),
-        (["--scale", "gpu"], "--scale demo"),
+        (["--scale", "gpu"], "train at scale demo"),
         (["--data-set", "cifar100", "--data", "nowhere"], "common.images cifar100"),
     ],
 )

@@ -802,7 +802,7 @@ def test_every_flag_is_used():
         (["--transplant", "some"], "invalid choice"),
         (["--mask", "0.5"], "unrecognized"),
         (["--epochs", "-1"], "less than 0"),
-        (["--scale", "gpu"], "--scale demo"),
+        (["--scale", "gpu"], "train at scale demo"),
         (["--data-set", "cifar100", "--data", "nowhere"], "common.images cifar100"),
         (["--batch", "6000"], "larger than the training set (5000 examples)"),
     ],

@@ -500,7 +500,7 @@ def test_all_flags_are_used():
         (["--train-size", "some"], "--train-size"),
         (["--train-size", "64"], "--batch 128 is larger than the training set (64 examples): give at most 64"),
         (["--lambda1", "nan"], "nan is not a finite number >= 0"),
-        (["--scale", "gpu"], "--scale demo"),
+        (["--scale", "gpu"], "train at scale demo"),
     ],
 )
 def test_a_usage_error_exits_with_one_line(flags, message, tmp_path, capsys):

@@ -250,7 +250,7 @@ def test_every_flag_is_used():
         (["--predictor", "big"], "invalid choice"),
         (["--pred", "none"], "unrecognized"),
         (["--epochs", "0"], "less than 1"),
-        (["--scale", "gpu"], "--scale demo"),
+        (["--scale", "gpu"], "train at scale demo"),
         (["--device", "cuda"], "no such CUDA GPU"),
         (["--device", "gpu"], "invalid --device 'gpu'"),
         (["--data-set", "cifar10", "--data", "nowhere"], "common.images cifar10"),
