@@ -37,7 +37,7 @@ for factor, active in {0.1: 19.0, 0.3: 9.5, 1.0: 6.7, 3.0: 5.8}.items():
 for factor, active in {0.001: 40.0, 0.003: 16.0, 0.01: 7.1, 0.03: 4.0}.items():
     ARMS[f"l1-{factor:g}"] = ({"alignment": "l1", "alpha": factor}, active)
 STUDIES = {study.name: study for study in load("bsa", "demo").studies if study.group in ("all", "")}
-TABLES = ("csv", "json")
+TABLES = ("csv", "json", "tex")
 NAMES = ("activations", "curves", "differences", "metrics", "summary", "tradeoff")
 FIGURES = [f"{name}.{suffix}" for name in NAMES for suffix in ("png", "svg")]
 

@@ -94,7 +94,7 @@ def test_figures_and_tables_of_every_study(tmp_path, study, seeds):
     write_runs(tmp_path / "runs", seeds)
     summary = draw(tmp_path / "runs", study, seeds, tmp_path / "report")
     figures = [f"{study}-{name}.{suffix}" for name in NAMES for suffix in ("png", "svg")]
-    tables = [f"{study}.{suffix}" for suffix in ("csv", "json")]
+    tables = [f"{study}.{suffix}" for suffix in ("csv", "json", "tex")]
     assert sorted(path.name for path in (tmp_path / "report").iterdir()) == sorted([*figures, *tables])
     assert summary["question"] == declared.question and summary["primary_metric"] == "finetune_accuracy"
     assert summary["published"] == declared.published and not summary["not_run"]

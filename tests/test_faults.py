@@ -207,7 +207,7 @@ def test_locked_or_unwritable_output_folder_is_an_error(killed, pictures, tmp_pa
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit) as end:
         train.main(tiny(tmp_path / "file" / "run", pictures))
-    assert end.value.code == 2 and "use another --out" in capsys.readouterr().err
+    assert end.value.code == 2 and "use another output folder" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------- damaged files
