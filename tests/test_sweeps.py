@@ -186,6 +186,9 @@ def test_trend_is_one_rank_correlation_per_seed():
     p = stats.ttest_1samp(expected, 0).pvalue
     assert sweeps.trend({"rows": rows}, swept, "knn") == f"trend: rank correlation -0.93, p = {p:.2g}, n = 3"
     assert sweeps.trend({"rows": rows}, {"base": 0.0, "a": 0.1}, "knn") == ""
+    equal = [row | {"metrics": {"knn": {"values": dict.fromkeys("012", values[0])}}}
+             for row, values in zip(rows, by_arm.values(), strict=True)]  # fmt: skip
+    assert sweeps.trend({"rows": equal}, swept, "knn") == "trend: rank correlation -1.00 in all 3 seeds"
     assert sweeps.rank_correlation([1.0, 1.0, 2.0]) == pytest.approx(stats.spearmanr(range(3), [1, 1, 2])[0])
 
 

@@ -494,7 +494,8 @@ def study_counts(summaries: Mapping[str, Summary | str]) -> str:
     """Return one sentence: the number of studies, of those run, and of those with a finding."""
     run = [summary for summary in summaries.values() if not isinstance(summary, str)]
     findings = sum(summary["counted"] for summary in run)
-    return f"{len(summaries)} studies, {len(run)} run, {findings} with a finding."
+    noun = "study" if len(summaries) == 1 else "studies"
+    return f"{len(summaries)} {noun}, {len(run)} run, {findings} with a finding."
 
 
 def write_page(

@@ -104,6 +104,8 @@ def trend(summary: Mapping[str, Any], swept: Mapping[str, float], metric: str) -
     if len(swept) < 3 or len(seeds) < 3:
         return ""
     correlations = [rank_correlation([values[arm][seed] for arm in swept]) for seed in seeds]
+    if len(set(correlations)) == 1:  # no spread, so no test
+        return f"trend: rank correlation {correlations[0]:.2f} in all {len(seeds)} seeds"
     difference = paired(correlations, [0.0] * len(seeds))
     return f"trend: rank correlation {difference.mean:.2f}, p = {difference.p:.2g}, n = {len(seeds)}"
 
