@@ -206,7 +206,7 @@ def test_the_page_counts_false_alarms_and_known_effects(tmp_path):
     for name, content in studies.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content | {"study": name}))
     parsed, _ = write(tmp_path, {"toy-a": summary()}, extras=[*studies, "toy-gone"])
-    assert f"1 studies, 1 run, 1 with a finding. {sentence} Published values" in parsed.text
+    assert f"1 study, 1 run, 1 with a finding. {sentence} Published values" in parsed.text
     assert sentence in (tmp_path / "extras.html").read_text()
     assert page.apparatus_counts(tmp_path, list(studies)) == sentence
     only_equal = page.apparatus_counts(tmp_path, ["other-base-again", "toy-more"])
