@@ -58,7 +58,7 @@ def mse(name: str, flags: str, alphas: tuple[str, ...]) -> list[Arm]:
     """Return arms with a squared error, one per weight. `alphas` are in units of the matched weight N/(2K).
 
     N/(2K) matches the alignment losses. The squared reconstruction error is twice 1 - cosine near the optimum, so with
-    both distances mse, base's ratio of the two terms is at 2.
+    both distances mse the ratio of the two terms is base's at 2matched, that is at N/K.
     """
     return [Arm(f"{name}-{a}", f"{flags} --alpha {a}matched", reference="base") for a in alphas]
 

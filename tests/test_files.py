@@ -207,6 +207,13 @@ def test_only_line_feeds_end_a_line_and_empty_last_lines_are_dropped(content, li
     assert files.read_text_lines(tmp_path / "names.txt") == lines
 
 
+def test_the_list_of_studies_may_be_cut_by_head():
+    words = "PAPERS='simsiam conmim cocord bsa seqvcr' SCALE=demo"
+    command = f"set -o pipefail; {sys.executable} -m common.study.rules help {words} | head -1"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+
+
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
 def test_a_text_in_another_encoding_is_reported(encoding, tmp_path):
     (tmp_path / "names.txt").write_bytes("Ärger\n".encode(encoding))

@@ -8,8 +8,10 @@ from dataclasses import replace
 import pytest
 from scipy import stats
 
-from common.study import analysis, figures, results, tables
-from common.study.design import Metric, MustBeat, Study
+from common.study import analysis, figures, plotting, results, tables
+from common.study.design import Metric, MustBeat, Settings, Study
+from common.study.results import RunFiles
+from simsiam.studies import design as simsiam_design
 
 METRICS = {
     "knn": Metric("kNN accuracy", "%", 1, "higher"),
@@ -227,6 +229,14 @@ def test_the_caption_says_what_a_seed_draws(tmp_path):
     blocks = summary | {"seed_draws": "data, initial weights and order"}
     assert tables.caption(blocks).endswith("over n seeds. A seed draws data, initial weights and order.")
     assert tables.caption(summary).endswith("A seed draws initial weights.")  # published without the key
+
+
+def test_seeds_of_given_data_draw_their_split():
+    paper = simsiam_design("demo", Settings())
+    runs = {"base": {seed: RunFiles(None, {"arguments": {"data_seed": seed}}, []) for seed in (10, 11)}}
+    for study, words in (("simsiam-predictor", "data"), ("simsiam-predictor-mnist5k", "the split of the same data")):
+        drawn = plotting.what_a_seed_draws(paper, paper.study(study), runs)
+        assert drawn == f"{words}, initial weights and order"
 
 
 @pytest.mark.parametrize(

@@ -261,7 +261,10 @@ def main(words: Sequence[str]) -> None:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for make; code in studies.py may print
             request = Request.parse(words[1:] if show_help else words)
         if show_help:
-            print(listing(request))
+            with contextlib.suppress(BrokenPipeError):  # as in `make | head`; the rest goes to /dev/null
+                print(listing(request), flush=True)
+                return
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         else:
             print(str(write_rules(request)).replace(" ", "\\ "))  # make's include needs escaped spaces
     except DesignError as error:
