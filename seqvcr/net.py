@@ -68,17 +68,14 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Causal transformer with `vocabulary` tokens and at most `length` positions.
 
-    Embeddings and blocks are initialised from separate seeds.
+    Embeddings and blocks are initialised from separate seeds. Networks that differ in `vocabulary` or `length` have
+    equal initial embeddings of the tokens and positions that both have.
     """
 
     def __init__(self, vocabulary: int, length: int, layers: int, heads: int, width: int, dropout: float, seed: int):
         super().__init__()
-        with seeding.seeded_fork_rng(seed, "tokens"):
-            self.wte = nn.Embedding(vocabulary, width)
-            nn.init.normal_(self.wte.weight, std=INIT_STD)
-        with seeding.seeded_fork_rng(seed, "positions"):
-            self.wpe = nn.Embedding(length, width)
-            nn.init.normal_(self.wpe.weight, std=INIT_STD)
+        self.wte = init_embedding(vocabulary, width, seed, "tokens")
+        self.wpe = init_embedding(length, width, seed, "positions")
         self.drop = nn.Dropout(dropout)
         self.h = nn.ModuleList()
         for number in range(layers):
@@ -100,6 +97,15 @@ class GPT(nn.Module):
             levels.append(x)
         levels[-1] = self.ln_f(x)
         return F.linear(levels[-1][:, -answer:], self.wte.weight), levels
+
+
+def init_embedding(rows: int, width: int, seed: int, name: str) -> nn.Embedding:
+    """Return an embedding with GPT-2's initialisation. Row i is the same for any number of rows."""
+    weight = torch.empty(rows, width)
+    with seeding.seeded_fork_rng(seed, name):
+        for row in weight:  # one draw for all rows would depend on their number
+            nn.init.normal_(row, std=INIT_STD)
+    return nn.Embedding.from_pretrained(weight, freeze=False)
 
 
 def init_weights(block: Block, layers: int) -> Block:

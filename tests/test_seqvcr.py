@@ -551,6 +551,15 @@ def test_arms_with_equal_seeds_have_equal_initial_weights_and_batches(monkeypatc
         assert all(torch.equal(*pair) for pair in zip(tensors, by_arm["off@2x2"], strict=True))
 
 
+@pytest.mark.parametrize("width", [16, 30])
+def test_networks_with_more_tokens_and_positions_have_equal_initial_weights_in_the_shared_part(width):
+    small, large = (GPT(tokens, length, 2, 2, width, 0.0, 0).state_dict() for tokens, length in ((11, 16), (14, 20)))
+    for name, weight in small.items():
+        assert torch.equal(weight, large[name][: len(weight)]), name
+    assert not torch.equal(large["wpe.weight"][0], large["wpe.weight"][1])
+    assert large["wte.weight"].std().item() == pytest.approx(0.02, rel=0.1)
+
+
 def test_metrics_json_and_train_jsonl_have_all_keys(finished):
     keys = "exact_match steps_to_solve position_accuracy entropy entropy_mean entropy_min entropy_batch solved "
     keys += "variance_loss covariance_loss projected_std predicted_std chance_exact_match entropy_centred "
