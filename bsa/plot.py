@@ -6,6 +6,7 @@ Reads metrics.json, train.jsonl and activations.json of the runs. Missing runs a
 notes. Nothing is computed here except the loss at equal activity (`loss_at_activity`), for the study bsa-alpha.
 """
 
+import itertools
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -403,21 +404,31 @@ def tradeoff_figure(
         return figures.finish(figure, legend, f"One mark per run (training seed). {caption}")
 
 
-def alpha_figure(
-    runs: results.Runs, reference: str, arm_styles: Mapping[str, figures.Style], active: int, caption: str
-) -> figures.Drawing:
+def near_alphas(alphas: Mapping[float, float], ratio: float = 1.12) -> list[tuple[float, str]]:
+    """Return (active features, label) for each group of alphas whose active features differ by less than `ratio`.
+
+    alphas: the mean active features at each alpha. A label lists the alphas of its group in ascending order.
+    """
+    groups: list[list[float]] = []
+    for alpha in sorted(alphas, key=lambda alpha: alphas[alpha]):
+        if groups and alphas[alpha] < ratio * alphas[groups[-1][-1]]:
+            groups[-1].append(alpha)
+        else:
+            groups.append([alpha])
+    return [(mean(alphas[alpha] for alpha in group), ", ".join(f"{x:.3g}" for x in sorted(group))) for group in groups]
+
+
+def alpha_figure(runs: results.Runs, reference: str, active: int, caption: str) -> figures.Drawing:
     """Return a figure of losses against active features; lines join the arms of a family in the order of alpha.
 
     Joined marks are means over seeds; faint dots are runs. The curves may overlap, so a second row of panels shows for
-    each family the active count at each alpha. A family has the colour of `reference` or of its first arm.
+    each family the active count at each alpha. The family of `reference` is black.
     """
     groups = families(runs)
     reference_family = next((name for name, alphas in groups.items() if reference in alphas), "")
-    order = list(arm_styles)
-    styles = {
-        name: arm_styles[reference if reference in alphas else min(alphas, key=order.index)]
-        for name, alphas in groups.items()
-    }
+    others = [name for name in groups if name != reference_family]
+    colours = {reference_family: figures.BASE} | dict(zip(others, itertools.cycle(figures.COLOURS), strict=False))
+    styles = {name: {"color": colours[name], "linestyle": "-"} for name in groups}
     with matplotlib.rc_context(figures.STYLE):
         figure = Figure(figsize=(11.2, 5.4 + 0.4 * len(groups)), layout="constrained")
         columns = figure.subplots(2, 2, sharex=True, height_ratios=[3.6, 0.42 * len(groups)]).T
@@ -425,23 +436,24 @@ def alpha_figure(
             format_tradeoff(axes, "active_mean", y, active)
             for row, (name, alphas) in enumerate(groups.items()):
                 colour = styles[name]["color"]
-                means = []
+                means = {}
                 for arm, alpha in alphas.items():
                     xs, ys = metric_pairs(runs, arm, "active_mean", y)
                     axes.plot(xs, ys, "o", ms=4, alpha=0.35, mec="none", color=colour)
                     if xs:
-                        means.append((mean(xs), mean(ys), alpha))
-                axes.plot([x for x, _, _ in means], [loss for _, loss, _ in means], marker="o", ms=5, **styles[name])
-                alpha_axes.plot([x for x, _, _ in means], [row] * len(means), "o", ms=4, color=colour)
-                for index, (x, _, alpha) in enumerate(sorted(means)):
+                        means[alpha] = mean(xs), mean(ys)
+                axes.plot(*zip(*means.values(), strict=True), marker="o", ms=5, **styles[name])
+                counts = {alpha: x for alpha, (x, _) in means.items()}
+                alpha_axes.plot(list(counts.values()), [row] * len(counts), "o", ms=4, color=colour)
+                for index, (x, label) in enumerate(near_alphas(counts)):
                     # Labels alternate above and below, so that neighbours do not overlap.
                     offset, anchor = (-4, "top") if index % 2 else (4, "bottom")
                     alpha_axes.annotate(
-                        f"{alpha:.3g}", (x, row), xytext=(0, offset), textcoords="offset points", color=colour,
+                        label, (x, row), xytext=(0, offset), textcoords="offset points", color=colour,
                         fontsize=8, ha="center", va=anchor,
                     )  # fmt: skip
-            if counts := results.values(runs, reference, "active_mean"):
-                axes.axvline(mean(counts.values()), color=styles[reference_family]["color"], linewidth=0.6, zorder=1)
+            if of_reference := results.values(runs, reference, "active_mean"):
+                axes.axvline(mean(of_reference.values()), color=styles[reference_family]["color"], linewidth=0.6, zorder=1)
             set_log_axis(axes, "x")
             axes.tick_params(labelbottom=True)
             alpha_axes.set(yticks=[], ylim=(len(groups) - 0.4, -0.6), xlabel="α at these active features")
@@ -572,7 +584,7 @@ def draw(view: results.View) -> dict[str, figures.Drawing]:
     dot_figure = figures.dots(dots, styles, remarks, "the untrained code", view.caption)
     if study.name == "bsa-alpha":
         summary["finding"] = " ".join([summary["finding"], *matched_activity_finding(runs, reference)])
-        tradeoff = alpha_figure(runs, reference, styles, active, caption)
+        tradeoff = alpha_figure(runs, reference, active, caption)
         groups = {name: list(alphas) for name, alphas in families(runs).items()}
     else:
         keys = ("sign_reconstruction_loss", "sign_knn_overlap", "sign_bits_per_row")

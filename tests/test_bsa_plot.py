@@ -318,11 +318,19 @@ def test_the_alpha_figure_joins_means_in_the_order_of_alpha(tmp_path):
         run_with_values(tmp_path, "x", seed, {"alpha": 10.0}, 9.0 + seed, 0.4)
         run_with_values(tmp_path, "y", seed, {"alpha": 0.1}, 16.0 + seed, 0.1)
     runs = results.read_runs(tmp_path, dict.fromkeys(["base", "x", "y"], range(2)))
-    figure, _ = plot.alpha_figure(runs, "base", figures.arm_styles(list(runs), []), 6, "")
+    figure, _ = plot.alpha_figure(runs, "base", 6, "")
     joined = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 3]
     assert [list(line.get_xdata()) for line in joined] == [[16.5, 8.5, 9.5]]
     assert joined[0].get_ydata() == pytest.approx([0.1, 0.2, 0.4])
-    assert {"0.1", "1", "10", "K = 6"} <= set(texts(figure))
+    assert {"0.1", "1, 10", "K = 6"} <= set(texts(figure))
+
+
+def test_alphas_with_nearly_equal_activity_share_a_label():
+    assert plot.near_alphas({10: 6.0, 0.1: 150.0, 1: 6.2, 3: 6.1, 0.3: 7.1}) == [
+        (pytest.approx(6.1), "1, 3, 10"),
+        (7.1, "0.3"),
+        (150.0, "0.1"),
+    ]
 
 
 def test_the_tradeoff_figure_shows_every_run_and_the_sign_code(tmp_path):
