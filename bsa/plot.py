@@ -453,7 +453,9 @@ def alpha_figure(runs: results.Runs, reference: str, active: int, caption: str) 
                         fontsize=8, ha="center", va=anchor,
                     )  # fmt: skip
             if of_reference := results.values(runs, reference, "active_mean"):
-                axes.axvline(mean(of_reference.values()), color=styles[reference_family]["color"], linewidth=0.6, zorder=1)
+                axes.axvline(
+                    mean(of_reference.values()), color=styles[reference_family]["color"], linewidth=0.6, zorder=1
+                )
             set_log_axis(axes, "x")
             axes.tick_params(labelbottom=True)
             alpha_axes.set(yticks=[], ylim=(len(groups) - 0.4, -0.6), xlabel="α at these active features")
