@@ -4,6 +4,7 @@ The collapse metrics `std_ratio`, `mean_cosine` and `effective_rank` are compute
 length.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -141,7 +142,12 @@ def mean_cosine(z: Tensor) -> float:
 
 
 def effective_rank(z: Tensor) -> float:
-    """Return exp of the entropy of the normalised singular values of the centred rows of z (N, D), from 1 to D."""
+    """Return exp of the entropy of the normalised singular values of the centred rows of z (N, D), from 1 to D.
+
+    NaN if a value of z is not finite.
+    """
+    if not z.isfinite().all():
+        return math.nan
     unit = F.normalize(z.double(), dim=1)
     centred = unit - unit.mean(0)
     # Both products have the same non-zero eigenvalues; take the smaller one.
