@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import json
+import math
 import re
 import shutil
 
