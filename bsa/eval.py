@@ -392,7 +392,8 @@ def main(argv: list[str] | None = None) -> None:
                 truth = (atoms[indices].to(device), depth[indices].to(device))
             results, activations = evaluate(model, data, split, active, code, truth)
             metrics |= results | convergence(log) | {"train_loss": epochs[-1]["loss"]}
-            files.write_json(args.folder / "activations.json", activations)
+            if not args.held_out:  # the figures show those of the test split
+                files.write_json(args.folder / "activations.json", activations)
         metrics |= {
             "examples_per_second": median(line["examples_per_second"] for line in epochs) if epochs else None,
             "peak_memory": epochs[-1]["peak_memory"] if epochs else None,

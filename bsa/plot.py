@@ -112,10 +112,8 @@ def family(arguments: Mapping[str, Any]) -> str:
 def families(runs: results.Runs) -> dict[str, dict[str, float]]:
     """Return the alpha of each arm, grouped by family and in ascending order. Arms without a run are left out."""
     groups: dict[str, dict[str, float]] = {}
-    for arm, by_seed in runs.items():
-        arguments = next((run.args["arguments"] for run in by_seed.values() if run.args), None)
-        if arguments:
-            groups.setdefault(family(arguments), {})[arm] = float(arguments["alpha"])
+    for arm, arguments in results.arm_arguments(runs).items():
+        groups.setdefault(family(arguments), {})[arm] = float(arguments["alpha"])
     return {name: dict(sorted(alphas.items(), key=lambda item: item[1])) for name, alphas in groups.items()}
 
 
@@ -561,7 +559,7 @@ def overlap_remark(summary: dict[str, Any]) -> str:
     """Return the kNN overlap of the primary contrasts, so that no distance is judged only by its own loss."""
     key = "fixed_topk_knn_overlap"
     metric, parts = summary["metrics"].get(key), []
-    primary = [contrast["arm"] for contrast in summary["contrasts"] if contrast["primary"]]
+    primary = [contrast["arm"] for contrast in tables.primary_contrasts(summary)]
     for contrast in summary["all_contrasts"]:
         if contrast["metric"] == key and contrast["arm"] in primary and contrast["mean"] is not None:
             means = [tables.format_number(contrast[side], metric) for side in ("reference_mean", "arm_mean")]

@@ -113,7 +113,6 @@ def design(scale: str, settings: Settings) -> Design:
                 "bsa-latent",
                 "Does one alignment weight suit every number of features?",
                 [Arm(f"latent-{n}", f"--latent {n}", reference="base") for n in LATENTS[scale]],
-                must_beat=[beats_untrained("base")],
                 sweep=Sweep(
                     ["fixed_topk_reconstruction_loss", "fixed_topk_knn_overlap", "active_mean", "dead_fraction"],
                     "latent",

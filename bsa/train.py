@@ -20,7 +20,7 @@ the code in which exactly the K largest features are on:
     python bsa/train.py --scale gpu --device cpu            # 30,532 MeSH terms, about 80 s on one core
     python bsa/train.py --data my.npy --latent 4096 --active 64 --out runs/mine
 
-An epoch here is 1/20 of --steps (log and checkpoint interval), not a pass over the data.
+An epoch here is about 1/20 of --steps (log and checkpoint interval), not a pass over the data.
 
 Our choices, not the paper's:
  1. All training settings: Adam with a constant learning rate, the batch size, the number of steps, the split, N and K.
@@ -92,7 +92,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--data-set", choices=("planted", "mesh", "file"), help="planted: synthetic "
                       "concepts; mesh: MeSH terms; file: --data is a matrix file")  # fmt: skip
     optimisation = parser.add_argument_group("optimisation (unknown in the paper)")
-    optimisation.add_argument("--steps", type=cli.int_in(1), help=f"optimiser steps, in {EPOCHS} equal epochs")
+    optimisation.add_argument("--steps", type=cli.int_in(1), help=f"optimiser steps, in about {EPOCHS} epochs")
     optimisation.add_argument("--batch", type=cli.int_in(2), help="rows per step")
     optimisation.add_argument("--lr", type=cli.float_in(0), help="learning rate of Adam, constant")
     optimisation.add_argument("--lr-factor", type=cli.float_in(0), default=1.0, help="multiplies --lr; "
@@ -327,7 +327,7 @@ def read_matrix(path: Path) -> np.ndarray:
     if (np.isfinite(matrices[0]) & (np.abs(matrices[0]) > MAX_ABS_VALUE)).any():
         fail(f"--data {path} contains absolute values above {MAX_ABS_VALUE:g}: rescale the matrix")
     if matrices[0].shape[1] < 2:
-        fail(f"--data {path} has one column: give at least two, because rows are scaled to norm 1")
+        fail(f"--data {path} has one column: give at least two, because rows are scaled to equal norm")
     return matrices[0].astype(np.float32)
 
 
@@ -453,8 +453,8 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     device = devices.select_device(args.device, args.scale)
     usage = f"--latent {args.latent} --batch {args.batch}"
-    remedy = f"use --batch {args.batch // 2} (about half the memory, different results) or --precision bfloat16"
-    with run_lock(args.out), devices.report_oom(device, usage, remedy):
+    remedy = f"use --batch {args.batch // 2} (about half the memory, different results)"
+    with run_lock(args.out), devices.report_oom(device, usage, remedy, args.precision):
         run = Run(args.out, vars(args), __file__, args.replace, args.tensorboard)
         if run.finished:
             return

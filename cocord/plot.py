@@ -90,7 +90,11 @@ def draw(view: results.View) -> dict[str, figures.Drawing]:
     groups = tables.arms_by_setting(view.summary)
     names = [without_setting(arm) for group in groups.values() for arm in group]
     arms = sorted(dict.fromkeys(names), key=lambda arm: -names.count(arm))  # arms that all pairs have come first
-    remarks = {without_setting(row["arm"]): "diverged" for row in view.summary["rows"] if row["diverged"]}
+    remarks = {
+        without_setting(row["arm"]): f"{len(row['diverged'])} of {row['seeds']} diverged"
+        for row in view.summary["rows"]
+        if row["diverged"]
+    }
     curve_metrics = {"test_accuracy": "test accuracy (%)"}
     dot_metrics = [PRIMARY]
     if view.study.name == "cocord-teacher-momentum":

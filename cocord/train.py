@@ -597,8 +597,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
     device = devices.select_device(args.device, args.scale)
-    remedy = f"use --batch {args.batch // 2} (about half the memory, different results) or --precision bfloat16"
-    with run_lock(args.out), devices.report_oom(device, f"--batch {args.batch}", remedy):
+    remedy = f"use --batch {args.batch // 2} (about half the memory, different results)"
+    with run_lock(args.out), devices.report_oom(device, f"--batch {args.batch}", remedy, args.precision):
         run = Run(args.out, vars(args), __file__, args.replace, args.tensorboard)
         if run.finished:
             return

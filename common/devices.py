@@ -166,11 +166,14 @@ def peak_memory(device: torch.device) -> int:
 
 
 @contextmanager
-def report_oom(device: torch.device, usage: str, remedy: str) -> Iterator[None]:
+def report_oom(device: torch.device, usage: str, remedy: str, precision: str = "bfloat16") -> Iterator[None]:
     """Context manager: if the `with` block runs out of memory, exit with code 2 and print one line.
 
-    The line gives the peak memory, `usage` (what needs the memory, such as the batch size) and `remedy`.
+    The line gives the peak memory, `usage` (what needs the memory, such as the batch size) and `remedy`. A run whose
+    `precision` is not yet bfloat16 is told that this would help, too.
     """
+    if not uses_bfloat16(precision, device):
+        remedy += " or --precision bfloat16"
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # on a CPU torch raises RuntimeError

@@ -8,7 +8,7 @@ suffix `_online` on the online weights. Arms with online keys also maintain an E
 confound comparisons between arms. Features are the mean of the patch tokens after the final norm, because the class
 token has no loss. Fine-tuning is the authors' (class `Classifier`, layer-wise learning rate decay) with the settings in
 RECIPES and the run's --labels, --finetune-epochs and --transplant. The labelled images depend on the data seed; order
-and augmentation depend on the run's seed. Linear probe and kNN have the labels of RECIPES' "bank", which are more.
+and augmentation depend on the run's seed. Linear probe and kNN have the labels of RECIPES' "bank".
 `pixel_accuracy` compares with pixels: the class of the labelled image whose normalised pixels have the largest cosine.
 The position diagnostics are those of the last epoch in train.jsonl.
 `key_linear_accuracy` is a linear probe on the mean of an image's L2-normalised keys; a pure position code is at chance
@@ -488,9 +488,7 @@ def read_authors_checkpoint(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def evaluate_authors_checkpoint(
-    path: Path, network: str, data: Data, recipe: Recipe, folder: Path, held_out: bool
-) -> dict[str, Any]:
+def evaluate_authors_checkpoint(path: Path, network: str, data: Data, recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Return the accuracies of the authors' checkpoint in `path`; only the test accuracy if it is fine-tuned.
 
     --positions follows from the parameter names in the file. Its LayerScale values are loaded with the weights.
@@ -511,7 +509,7 @@ def evaluate_authors_checkpoint(
     renamed = net.from_authors_names(state)
     weights = {name.removeprefix("vit."): renamed[name] for name in renamed if name.startswith("vit.")}
     checkpoints.load_weights(vit, weights, f"--weights {path}", network)
-    return evaluate(args, recipe, {"": Features(vit)}, data, folder, held_out)
+    return evaluate(args, recipe, {"": Features(vit)}, data, folder, held_out=False)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -544,7 +542,7 @@ def main(argv: list[str] | None = None) -> None:
             recipe["warm_up"], run_args.finetune_epochs = 0, 1
         metrics: dict[str, Any] = {**recorded, "diverged": bool(saved and saved["diverged"])}
         if args.weights:
-            metrics |= evaluate_authors_checkpoint(args.weights, args.network, data, recipe, args.folder, args.held_out)
+            metrics |= evaluate_authors_checkpoint(args.weights, args.network, data, recipe, args.folder)
             metrics["weights"] = args.weights.name
         elif metrics["diverged"]:
             metrics |= dict.fromkeys(METRICS_IF_FINITE)

@@ -6,7 +6,6 @@ Reads metrics.json, train.jsonl and similarity.npz of the runs. Missing runs are
 """
 
 import io
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ if not __package__:  # run as a script: import from this clone, not from an inst
 from common.cli import NON_METHOD_FLAGS
 from common.study import figures, plotting, results, statistics, tables
 from common.study.analysis import TOO_WEAK, verdict_of
+from common.study.statistics import Summary as Statistics
 from conmim.studies import METRICS, design
 
 PRIMARY, ONLINE = "finetune_accuracy", "finetune_accuracy_online"
@@ -73,14 +73,6 @@ def factorial_effects() -> list[Effect]:
     ]
 
 
-class LinearContrast(NamedTuple):
-    """A weighted sum of means with its 95 % interval. The bounds are None if a mean is of one value only."""
-
-    mean: float
-    low: float | None
-    high: float | None
-
-
 def position_code(runs: list[dict[str, Any]]) -> str | None:
     """Return the remark on an arm whose position R² and cross-image top-1 are above 0.95 in every seed, else None."""
     is_code = all(run["position_r2"] > 0.95 and run["cross_top1"] > 0.95 for run in runs)
@@ -90,17 +82,12 @@ def position_code(runs: list[dict[str, Any]]) -> str | None:
 # ------------------------------------------------------------------------------------------------- runs
 
 
-def arguments_of(by_seed: Mapping[int, results.RunFiles]) -> dict[str, Any]:
-    """Return the arguments of an arm's first existing run; {} if there is none."""
-    return next((run.args["arguments"] for run in by_seed.values() if run.args), {})
-
-
 def describe(runs: results.Runs) -> str:
     """Describe data and recipe of the first pre-trained run, or else of the first run; "" if there is none."""
-    existing = [arguments for arguments in map(arguments_of, runs.values()) if arguments]
+    existing = results.arm_arguments(runs)
     if not existing:
         return ""
-    first = max(existing, key=lambda arguments: arguments["epochs"] > 0)
+    first = max(existing.values(), key=lambda arguments: arguments["epochs"] > 0)
     names = {"glyphs10-light": "glyphs (synthetic light digits)"}
     names |= {"mnist5k": "MNIST-5k", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
     names |= {"folder": f"images, {first['size']} px"}
@@ -116,11 +103,11 @@ def cells(runs: results.Runs, base: str) -> dict[Cell, str]:
     def other_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in arguments.items() if name not in ignored}
 
-    shared = other_arguments(arguments_of(runs.get(base, {})))
+    by_arm = results.arm_arguments(runs)
+    shared = other_arguments(by_arm.get(base, {}))
     arms: dict[Cell, str] = {}
-    for arm, by_seed in runs.items():
-        arguments = arguments_of(by_seed)
-        if not arguments or other_arguments(arguments) != shared:
+    for arm, arguments in by_arm.items():
+        if other_arguments(arguments) != shared:
             continue
         keys = (arguments["keys"], arguments["gradient_leak"])
         if keys in key_index:
@@ -128,32 +115,15 @@ def cells(runs: results.Runs, base: str) -> dict[Cell, str]:
     return arms
 
 
-def linear_contrast(values: Sequence[Sequence[float]], weights: Sequence[float]) -> LinearContrast | None:
-    """Return the weighted sum of the means of `values` with Welch's interval; None if a mean has no values.
+def seed_summary(runs: results.Runs, arms: Sequence[str], weights: Sequence[float], metric: str) -> Statistics | None:
+    """Return mean and 95 % interval, over seeds, of the weighted sum of a metric over `arms`.
 
-    Welch's interval allows unequal variances (Satterthwaite's degrees of freedom). For two arms with weights 1 and -1
-    it is that of their difference.
+    The sum is taken seed by seed, over the seeds that all arms have; None if there is no such seed.
     """
-    if not all(values):
-        return None
-    stats = [statistics.summary(sample) for sample in values]
-    total = sum(weight * sample.mean for weight, sample in zip(weights, stats, strict=True))
-    if any(sample.sd is None for sample in stats):
-        return LinearContrast(total, None, None)
-    terms = [(weight * (sample.sd or 0)) ** 2 / sample.n for weight, sample in zip(weights, stats, strict=True)]
-    variance, half_width = sum(terms), 0.0
-    if variance > 0:
-        df = 1 / sum((term / variance) ** 2 / (sample.n - 1) for term, sample in zip(terms, stats, strict=True))
-        half_width = statistics.student_t_quantile(0.975, df) * math.sqrt(variance)
-    return LinearContrast(total, total - half_width, total + half_width)
-
-
-def contrast_of_cells(
-    runs: results.Runs, arms: Mapping[Cell, str], weights: Mapping[Cell, float], metric: str
-) -> LinearContrast | None:
-    """Return the weighted sum of a metric over cells of the factorial; None if a cell has no run."""
-    values = [list(results.values(runs, arms.get(cell, ""), metric).values()) for cell in weights]
-    return linear_contrast(values, list(weights.values()))
+    values = [results.values(runs, arm, metric) for arm in arms]
+    seeds = sorted(set.intersection(*map(set, values)))
+    sums = [sum(weight * of_arm[seed] for weight, of_arm in zip(weights, values, strict=True)) for seed in seeds]
+    return statistics.summary(sums) if sums else None
 
 
 # ------------------------------------------------------------------------------------------------- verdict
@@ -173,8 +143,8 @@ def apply_paper_rules(summary: dict[str, Any]) -> dict[str, Any]:
 
     The verdicts "worse" and "better" require that EMA and online weights agree in sign.
     """
-    notes, finding = [], summary["finding"]
-    for primary in (contrast for contrast in summary["contrasts"] if contrast["primary"]):
+    notes, added = [], []
+    for primary in tables.primary_contrasts(summary):
         arm, reference = primary["arm"], primary["reference"]
         contrasts = [
             contrast
@@ -189,24 +159,25 @@ def apply_paper_rules(summary: dict[str, Any]) -> dict[str, Any]:
                 "disagree in sign."
             )
             notes.append(sentence)
-            finding = f"{finding} {sentence}"
+            added.append(sentence)
             if primary["word"] in ("worse", "better"):
                 primary["word"] = DISAGREE
         diagnostics = "; ".join(difference_text(contrasts, name) for name in ("own_top1", "cross_top1", "position_r2"))
         sentence = f"Position diagnostics (they need no labels), {arm} minus {reference}: {diagnostics}."
         notes.append(sentence)
         if primary["word"] in (TOO_WEAK, DISAGREE):
-            finding = f"{finding} {sentence}"
+            added.append(sentence)
     remarks = [f"{row['arm']} {row['word']}" for row in summary["rows"] if row["word"]]
     if remarks:
         notes.append(f"{'; '.join(remarks)}.")
+    finding = " ".join([tables.finding(summary), *added])
     return summary | verdict_of(summary) | {"finding": finding, "notes": notes + summary["notes"]}
 
 
 # ------------------------------------------------------------------------------------------------- figures
 
 
-def draw_interval(axis: Axes, position: float, result: LinearContrast, horizontal: bool, **style: Any) -> None:
+def draw_interval(axis: Axes, position: float, result: Statistics, horizontal: bool, **style: Any) -> None:
     """Draw the mean as a dot and the interval as a line, at `position` on the other axis."""
     bounds, fixed = [result.low, result.high], [position, position]
     if result.low is not None:
@@ -235,7 +206,7 @@ def interaction_panel(
     axis.set_xlabel("keys from")
     axis.grid(axis="y", color="#E5E5E5", linewidth=0.8)
     for baseline, style in baselines.items():
-        result = linear_contrast([list(results.values(runs, baseline, metric).values())], [1])
+        result = seed_summary(runs, [baseline], [1], metric)
         if result:
             if result.low is not None:
                 axis.axhspan(result.low, result.high, color=figures.GREY, alpha=0.15, linewidth=0)
@@ -244,8 +215,9 @@ def interaction_panel(
         means: dict[int, float] = {}
         colour = styles[views]["color"]
         for keys in range(len(KEYS)):
-            values = list(results.values(runs, arms.get((views, keys), ""), metric).values())
-            result = linear_contrast([values], [1])
+            arm = arms.get((views, keys), "")
+            values = list(results.values(runs, arm, metric).values())
+            result = seed_summary(runs, [arm], [1], metric)
             if result:
                 means[keys] = result.mean
                 x = [keys + 2.4 * shift] * len(values)
@@ -271,10 +243,11 @@ def effects_panel(axis: Axes, runs: results.Runs, arms: Mapping[Cell, str]) -> N
         style: dict[str, Any] = {"color": figures.BASE, "marker": "o", "ms": 6}
         if row.simple:
             style |= {"color": figures.GREY, "ms": 4}
-        ema = contrast_of_cells(runs, arms, row.weights, PRIMARY)
+        of_cells, weights = [arms.get(cell, "") for cell in row.weights], list(row.weights.values())
+        ema = seed_summary(runs, of_cells, weights, PRIMARY)
         if ema:
             draw_interval(axis, y - 0.14, ema, True, **style)
-        online = contrast_of_cells(runs, arms, row.weights, ONLINE)
+        online = seed_summary(runs, of_cells, weights, ONLINE)
         if online:
             draw_interval(axis, y + 0.14, online, True, **style, mfc="white", mew=1.2)
 
@@ -299,9 +272,7 @@ def factorial_figure(runs: results.Runs, base: str, baselines: Sequence[str], ca
         legend |= {f"{name} (mean, interval)": style for name, style in lines.items()}
         text = "One training seed: no interval. "
         if any(len(by_seed) > 1 for by_seed in runs.values()):
-            text = (
-                "Bars: 95 % intervals over training seeds (right: Welch's, descriptive and unadjusted); faint: seeds. "
-            )
+            text = "Bars: 95 % intervals over training seeds (right: of paired differences, unadjusted); faint: seeds. "
         text += (
             "Right: EMA weights filled, online weights hollow; ×: interaction, the effect with basic views minus the "
             "effect with asymmetric views. With ema keys the stop-gradient has no effect (bit-identical weights). "

@@ -579,8 +579,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.batch % world:
         fail(f"--batch {args.batch} (global) is not divisible by {world} processes: give a multiple of {world}")
     usage = f"--batch {args.batch} on {world} processes"
-    remedy = f"use --batch {args.batch // 2} (about half the memory, different results) or --precision bfloat16"
-    with run_lock(args.out, rank), devices.report_oom(device, usage, remedy):
+    remedy = f"use --batch {args.batch // 2} (about half the memory, different results)"
+    with run_lock(args.out, rank), devices.report_oom(device, usage, remedy, args.precision):
         run = Run(args.out, vars(args), __file__, args.replace, args.tensorboard, rank)
         if run.finished:
             return

@@ -37,25 +37,15 @@ def count_solved(runs: list[dict[str, Any]]) -> str:
 # ------------------------------------------------------------------------------------------------- arms
 
 
-def arm_arguments(runs: results.Runs) -> dict[str, dict[str, Any]]:
-    """Return the arguments of the first run of each arm; arms without runs are left out."""
-    arguments = {}
-    for arm, seeds in runs.items():
-        started = [run.args["arguments"] for run in seeds.values() if run.args]
-        if started:
-            arguments[arm] = started[0]
-    return arguments
-
-
 def tasks(runs: results.Runs) -> str:
     """Return the tasks of the runs in words."""
-    arguments = arm_arguments(runs).values()
+    arguments = results.arm_arguments(runs).values()
     return " and ".join(dict.fromkeys(TASK_NAMES[args["task"]].format(args["size"]) for args in arguments))
 
 
 def describe(runs: results.Runs) -> str:
     """Return tasks, network, steps and batch size as a caption; "" if there are no runs."""
-    arguments = list(arm_arguments(runs).values())
+    arguments = list(results.arm_arguments(runs).values())
     if not arguments:
         return ""
     first = arguments[0]
@@ -228,7 +218,7 @@ def width_figure(runs: results.Runs, arguments: Mapping[str, Mapping[str, Any]],
 def draw(view: results.View) -> dict[str, figures.Drawing]:
     """Return the figures of a study by name: "entropy", "metrics", "solved", "summary", and others if they apply."""
     runs, study, caption = view.runs, view.study, view.caption
-    arguments = arm_arguments(runs)
+    arguments = results.arm_arguments(runs)
     groups = by_setting(view.summary, study.name, arguments)
     names = {arm: label for group in groups.values() for arm, label in group.items()}
     label_styles: dict[str, figures.Style] = {}

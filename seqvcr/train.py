@@ -17,7 +17,7 @@ the regulariser only and is not used at inference.
     W  projection                 (d, D)         d  --projection-width
 
 Level l is the output of block l; level 0 is the embeddings. --layer selects the regularised level. An epoch here is
-1/20 of --steps (log and checkpoint interval), not a pass over the data.
+about 1/20 of --steps (log and checkpoint interval), not a pass over the data.
 
     python seqvcr/train.py                                              # demo: 2x2 digits, 1 to 3 min of one core
     python seqvcr/train.py --lambda1 0 --lambda2 0 --out runs/scratch2  # an ablation: only pause tokens
@@ -88,7 +88,7 @@ TASK_DEFAULTS = {  #    multiplication  arithmetic  lis
 TASK_NAMES = ("multiplication", "arithmetic", "lis")
 STREAM = 0  # value of --train-size stream
 ETA = 0.001  # section 3.4
-EPOCHS = 20  # an epoch is 1/20 of the steps: log, validation and checkpoint after each
+EPOCHS = 20  # an epoch is about 1/20 of the steps: log, validation and checkpoint after each
 WARM_UP = 0.05  # fraction of the steps
 MAX_GRAD_NORM = 1.0
 WEIGHT_DECAY = 0.01
@@ -430,9 +430,9 @@ def main(argv: list[str] | None = None) -> None:
     batch = f"--batch {args.batch // 2}"
     if args.batch // 2 % args.covariance_batch:
         batch += f" --covariance-batch {args.batch // 2}"
-    remedy = f"use {batch} (about half the memory, different results) or --precision bfloat16"
+    remedy = f"use {batch} (about half the memory, different results)"
     usage = f"--width {args.width} --batch {args.batch}"
-    with run_lock(args.out), devices.report_oom(device, usage, remedy):
+    with run_lock(args.out), devices.report_oom(device, usage, remedy, args.precision):
         run = Run(args.out, vars(args), __file__, args.replace, args.tensorboard)
         if run.finished:
             return

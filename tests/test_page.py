@@ -286,7 +286,7 @@ def test_differences_summary_and_curves_come_first_and_the_rest_is_folded(tmp_pa
         (tmp_path / f"toy-a-{name}.png").write_bytes(PNG)
     for name in ("b-entropy", "b-metrics"):
         (tmp_path / f"toy-{name}.png").write_bytes(PNG)
-    captions = {"curves": "Mean of <5> seeds."}
+    captions = {"toy-a-curves": "Mean of <5> seeds."}
     parsed, _ = write(tmp_path, {"toy-a": summary(captions=captions), "toy-b": summary()})
     first, second = parsed.text.split("<section")[1:]
     shown, folded = first.split("<details>")

@@ -1,7 +1,7 @@
 """Analyse the runs of one study: contrasts over seeds, baselines and the verdict.
 
 An arm is the name of a run folder. With a second factor the name is "arm@setting", and settings are never pooled.
-A diverged run has the value of chance in the primary metric and no value in the others.
+A diverged run has the value of chance in the metrics that have one (see Design), and no trained value in the others.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ from typing import Any
 from common.study.design import Metric, MustBeat, Study, required_baselines
 from common.study.results import Runs, notes, provenance, values
 from common.study.statistics import paired, seeds_needed, summary, verdict
-from common.study.tables import descriptive_remark, finding, headline
+from common.study.tables import descriptive_remark, finding, headline, primary_contrasts
 
 FINDINGS = ("no difference", "better", "worse", "higher", "lower")  # the verdicts that count as a finding
 TOO_WEAK = "too weak to test"  # a baseline that the contrast requires was not beaten
@@ -54,7 +54,7 @@ def summarise(
     }
     for contrast in result["contrasts"]:  # on other metrics the baselines say nothing
         contrast["word"] = verdict_with_baselines(contrast, result["controls"])
-    primary = [contrast for contrast in result["contrasts"] if contrast["primary"]]
+    primary = primary_contrasts(result)
     for baseline in result["controls"]:
         baseline["primary"] = any(baseline in _required_baselines(contrast, result["controls"]) for contrast in primary)
     result |= verdict_of(result)
@@ -63,7 +63,7 @@ def summarise(
 
 def verdict_of(summary: Mapping[str, Any]) -> dict[str, Any]:
     """Return "verdict", "calibration", "counted" and "headline" of a summary, from its primary contrasts."""
-    primary = [contrast for contrast in summary["contrasts"] if contrast["primary"]]
+    primary = primary_contrasts(summary)
     arms = [contrast["arm"] for contrast in primary]
     verdicts = {}
     for contrast in primary:

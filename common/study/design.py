@@ -188,15 +188,13 @@ def required_baselines(arm: str, reference: str, tested: Sequence[str]) -> list[
 
 @dataclass(frozen=True)
 class Robustness:
-    """Options of a paper's robustness study: the plotted metrics, and baselines if not those of the main studies.
+    """Options of a paper's robustness study: the plotted metrics, and what the paper published.
 
     `fixed` lists baseline arms that the learning rate does not affect: they run once.
     """
 
     metrics: Sequence[str]
-    must_beat: Sequence[MustBeat] | None = None
     published: str = "none published"
-    n: int = 5
     fixed: Sequence[str] = ()
 
 
@@ -407,9 +405,8 @@ def _robustness_on(design: Design, main_studies: Sequence[Study], number: int) -
     """Build the robustness study of main studies with the same metric. The first one has the shortest name."""
     assert design.robustness
     primary = list(dict.fromkeys(pair for study in main_studies for pair in study.pairs[: study.primary]))
-    must_beat, fixed = design.robustness.must_beat, design.robustness.fixed
-    if must_beat is None:
-        must_beat = list(dict.fromkeys(item for study in main_studies for item in study.primary_baselines))
+    fixed = design.robustness.fixed
+    must_beat = list(dict.fromkeys(item for study in main_studies for item in study.primary_baselines))
     baselines = [(item.arm, item.baseline_arm) for item in must_beat if item.baseline_arm]
     baselines = [pair for pair in baselines if pair not in primary]
 
@@ -433,7 +430,7 @@ def _robustness_on(design: Design, main_studies: Sequence[Study], number: int) -
         ],
         margin=main_studies[0].margin,
         published=design.robustness.published,
-        n=design.robustness.n,
+        n=5,
         extra=True,
         sweep=Sweep(design.robustness.metrics),
     )

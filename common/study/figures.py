@@ -1,8 +1,8 @@
 """Figures in one style: differences, training curves, values per seed, and a slide. Uses matplotlib without pyplot.
 
 An arm has one colour in all figures of its paper, and `base` is black. The palette is Okabe and Ito's, which is safe
-for colour-blind readers. Dash patterns distinguish the arms in black-and-white prints. Captions are never drawn: every
-function returns a Drawing, the figure with the text of its caption.
+for colour-blind readers. Dash patterns distinguish the arms in black-and-white prints. Captions are never drawn: a
+function that makes a figure returns a Drawing, the figure with the text of its caption.
 """
 
 import io

@@ -166,11 +166,6 @@ def is_earlier(summary: Summary) -> bool:
     return "version" not in summary
 
 
-def primary_contrasts(summary: Summary) -> list[dict[str, Any]]:
-    """Return the contrasts that carry the verdict."""
-    return [contrast for contrast in summary["contrasts"] if contrast["primary"]]
-
-
 def sentences(summary: Summary) -> list[str]:
     """Return the headline and the sentences of the finding that add to it."""
     finding = [f"{text.rstrip('.')}." for text in summary["finding"].split(". ") if text]
@@ -188,7 +183,7 @@ def daggers(summaries: Mapping[str, Summary | str]) -> set[tuple[str, str, str]]
         (study, contrast["arm"], contrast["reference"]): contrast
         for study, summary in summaries.items()
         if not isinstance(summary, str) and not is_earlier(summary)
-        for contrast in primary_contrasts(summary)
+        for contrast in tables.primary_contrasts(summary)
         if contrast["p"] is not None and contrast["word"] in TESTED
     }
     survivors = holm({key: contrast["p"] for key, contrast in tested.items()})
@@ -204,7 +199,7 @@ def marks_of(folder: Path, summaries: Mapping[str, Summary | str]) -> Marks:
     for study, summary in summaries.items():
         if isinstance(summary, str) or is_earlier(summary):
             continue
-        primary = {(contrast["arm"], contrast["reference"]) for contrast in primary_contrasts(summary)}
+        primary = {(contrast["arm"], contrast["reference"]) for contrast in tables.primary_contrasts(summary)}
         for path in sorted(folder.glob(f"{study.partition('-')[0]}-*.json")):
             other = read_summary(folder, path.stem)
             if isinstance(other, str) or is_earlier(other) or other["primary_metric"] != summary["primary_metric"]:
@@ -225,7 +220,7 @@ def shown_words(summaries: Mapping[str, Summary | str]) -> tuple[set[str], bool]
         elif is_earlier(summary):
             earlier = True
         else:
-            words.update(contrast["word"] for contrast in primary_contrasts(summary))
+            words.update(contrast["word"] for contrast in tables.primary_contrasts(summary))
     return words, earlier
 
 
@@ -273,7 +268,7 @@ def numbers(contrast: Mapping[str, Any], metric: Mapping[str, Any]) -> str:
 
 def bar_scale(summary: Summary) -> float:
     """Return the largest absolute value that the interval bars of a study show."""
-    ends = [contrast[key] for contrast in primary_contrasts(summary) for key in ("mean", "low", "high")]
+    ends = [contrast[key] for contrast in tables.primary_contrasts(summary) for key in ("mean", "low", "high")]
     return max([abs(end) for end in [*ends, summary["margin"]] if end is not None], default=0.0)
 
 
@@ -301,7 +296,7 @@ def bar_html(contrast: Mapping[str, Any], margin: float | None, scale: float, na
 
 def contrasts_html(study: str, summary: Summary, marks: Marks, scale: float | None = None) -> str:
     """Return verdict, and with a `scale` also bar and numbers, of every primary contrast."""
-    metric, contrasts, earlier = summary["metrics"][summary["primary_metric"]], primary_contrasts(summary), []
+    metric, contrasts, earlier = summary["metrics"][summary["primary_metric"]], tables.primary_contrasts(summary), []
     if is_earlier(summary):  # one verdict for all primary contrasts
         earlier = [f"{word_html(summary['verdict'], name='earlier')} <small>{EARLIER}</small>"]
     words, rows = [], []
@@ -323,7 +318,7 @@ def contrasts_html(study: str, summary: Summary, marks: Marks, scale: float | No
 
 def own_verdict(summary: Summary) -> bool:
     """Return whether the verdict says more than the words of the contrasts, as that of a robustness study does."""
-    words = {contrast["word"] for contrast in primary_contrasts(summary)}
+    words = {contrast["word"] for contrast in tables.primary_contrasts(summary)}
     return any(part.rpartition(": ")[2] not in words for part in summary["verdict"].split("; "))
 
 
@@ -450,8 +445,7 @@ def study_html(
     )
     captions = summary.get("captions", {})
     shown, folded = (
-        [figure_html(path, captions.get(path.stem.removeprefix(f"{study}-"), "")) for path in paths]
-        for paths in split_figures(study, figures)
+        [figure_html(path, captions.get(path.stem, "")) for path in paths] for paths in split_figures(study, figures)
     )
     parts = [
         f"<p>{escape(summary['question'])}</p>",
@@ -555,7 +549,7 @@ def overview_markdown(summaries: Mapping[str, Summary | str], marks: Marks) -> s
                 rows.append([link, f"{summary}.", tables.DASH, "not run", tables.DASH])
                 continue
             metric = summary["metrics"][summary["primary_metric"]]
-            contrasts = primary_contrasts(summary)
+            contrasts = tables.primary_contrasts(summary)
             differences = [f"{contrast_label(contrast)}: {numbers(contrast, metric)}" for contrast in contrasts]
             words = [
                 contrast["word"] + marks.get((study, contrast["arm"], contrast["reference"]), "")
@@ -581,12 +575,14 @@ def results_table(folder: Path, studies: Sequence[str], link: str) -> str:
             rows.append([name, f"{summary}.", "not run"])
         elif is_earlier(summary):
             metric = summary["metrics"][summary["primary_metric"]]
-            contrasts = [f"{contrast_label(item)}: {numbers(item, metric)}" for item in primary_contrasts(summary)]
+            contrasts = [
+                f"{contrast_label(item)}: {numbers(item, metric)}" for item in tables.primary_contrasts(summary)
+            ]
             rows.append([name, f"{metric['label']}: {'; '.join(contrasts)}", f"{summary['verdict']} ‡"])
         else:
             words = dict.fromkeys(
                 contrast["word"] + marks.get((study, contrast["arm"], contrast["reference"]), "")
-                for contrast in primary_contrasts(summary)
+                for contrast in tables.primary_contrasts(summary)
             )
             rows.append([name, sentences(summary)[0], "; ".join(words)])
     table = tables.markdown(rows)
@@ -614,15 +610,14 @@ def readme(folder: Path, name: str, scale: str, studies: Sequence[str], command:
         headline, *others = sentences(summary)
         captions = summary.get("captions", {})
         shown, folded = (
-            [
-                f"![{path.stem}]({path.stem}.png)\n\n{captions.get(path.stem.removeprefix(f'{study}-'), '')}".strip()
-                for path in paths
-            ]
+            [f"![{path.stem}]({path.stem}.png)\n\n{captions.get(path.stem, '')}".strip() for path in paths]
             for paths in split_figures(study, figures[study])
         )
         text = tables.as_markdown(summary).replace(tables.DIFFERENCES_CAPTION, difference_caption(summary))
         links = [f"[{label}]({link})" for label, link in study_links(folder, study).items()]
-        parts += [summary["question"], f"**{headline}**", f"In the paper: {summary['published']}.", *shown]
+        remark = summary.get("remark", "").replace(" -> ", " → ")
+        parts += [summary["question"], f"**{headline}** {remark}".strip(), f"In the paper: {summary['published']}."]
+        parts += shown
         parts += [" · ".join(links), "<details><summary>Tables, notes and further figures</summary>"]
         parts += [" ".join(others), text, *folded, f"Reproduce: `{summary['reproduce']}`", "</details>"]
     return "\n\n".join(part for part in parts if part) + "\n"

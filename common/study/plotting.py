@@ -108,7 +108,7 @@ def draw(
     if not_run:
         summary["notes"].insert(0, f"Not run: {', '.join(not_run)}.")
     styles = figures.arm_styles(list(paper.by_name), [other.arms for other in paper.studies if not other.sweep])
-    view = View(args, study, runs, summary, data, f"{data[0].upper()}{data[1:]}. ", styles, paper.chance)
+    view = View(args, study, runs, summary, f"{data[0].upper()}{data[1:]}. ", styles, paper.chance)
     drawn = dict(sweeps.draw(view) if study.sweep else draw_figures(view))
     if not study.sweep:
         drawn = {"differences": figures.differences(view.summary), **drawn}

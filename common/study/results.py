@@ -41,18 +41,17 @@ Curve = tuple[list[float], list[float]]
 class View:
     """Input of a paper's plot.draw: arguments of plot.py, study, runs and the summary of `analysis.summarise`.
 
-    `data` describes data and training setup in words. `caption` is the same text as a sentence for figure captions.
-    `styles`: see `figures.arm_styles`. `chance`: see `Design`.
+    `caption` describes data and training setup in a sentence. `styles`: see `figures.arm_styles`. `chance`: see
+    `Design`.
     """
 
     args: Any
     study: Study
     runs: Runs
     summary: dict[str, Any]
-    data: str
     caption: str
     styles: Mapping[str, Mapping[str, Any]]
-    chance: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    chance: Mapping[str, Mapping[str, float]]
 
     @property
     def reference(self) -> str:
@@ -124,7 +123,7 @@ def _all_runs(runs: Runs) -> list[RunFiles]:
 def values(runs: Runs, arm: str, metric: str) -> dict[int, float]:
     """Return seed -> value of a metric for one arm. Values that are not finite numbers are excluded.
 
-    In a diverged run all metrics are null but those of `read_runs`' `chance`.
+    In a diverged run the metrics of the trained network are null, but for those in `chance` of `read_runs`.
     """
     by_seed = {seed: run.metrics.get(metric) for seed, run in runs.get(arm, {}).items() if run.metrics}
     return {seed: float(value) for seed, value in by_seed.items() if value is not None and _finite(value)}
@@ -133,6 +132,12 @@ def values(runs: Runs, arm: str, metric: str) -> dict[int, float]:
 def data_seeds(runs: Runs) -> set[int]:
     """Return the data seeds of the runs: 0 if the data are fixed, else as many as seeds."""
     return {run.args["arguments"].get("data_seed", 0) for run in _all_runs(runs) if run.args}
+
+
+def arm_arguments(runs: Runs) -> dict[str, dict[str, Any]]:
+    """Return the arguments of the first run of each arm; arms without a run are left out."""
+    by_arm = {arm: [run.args["arguments"] for run in by_seed.values() if run.args] for arm, by_seed in runs.items()}
+    return {arm: arguments[0] for arm, arguments in by_arm.items() if arguments}
 
 
 def first_arguments(runs: Runs) -> dict[str, Any]:

@@ -43,12 +43,13 @@ def write_line(text: str, path: str) -> str:
 
 
 def run_rules(request: Request, design: Design, arm: Arm, seed: int) -> str:
-    """Return the two rules of a run. A finished run with other flags is trained again."""
+    """Return the rules of a run: training and, but for teachers, evaluation. Changed flags train a run again."""
     folder, paper = request.folder(design, arm.name, seed), design.paper
     new_flags = request.flags_text(design, arm)
     old_flags = read_text(folder / "flags")
     retrain = (folder / "model.pt").exists() and old_flags != new_flags
-    script = f"{paper}/{'teacher' if arm.name in design.teacher_names() else 'train'}.py"
+    is_teacher = arm.name in design.teacher_names()
+    script = f"{paper}/{'teacher' if is_teacher else 'train'}.py"
     train: list[object] = [script, "--scale", request.scale, "--out", folder, "--seed", folder.name]
     train += ["--data-seed", request.data_seed(seed)]
     train += ["--device", request.device, "--data", request.data, "--replace"]
@@ -69,10 +70,10 @@ def run_rules(request: Request, design: Design, arm: Arm, seed: int) -> str:
         f"{model}: {'FORCE ' if retrain else ''}| {' '.join(prerequisites)}",
         f"\t$(run) {shell(train)}",
         f"\t{write_line(new_flags, shell([folder / 'flags']))}",
-        f"{metrics}: {model}",
-        f"\t$(run) {shell(evaluate)}",
         f".PRECIOUS: {model} {metrics}",  # both are written atomically, so an interrupted make must not delete them
     ]
+    if not is_teacher:  # train.py measures a teacher's accuracy
+        lines += [f"{metrics}: {model}", f"\t$(run) {shell(evaluate)}"]
     return "\n".join(lines)
 
 

@@ -1,8 +1,8 @@
 """Sweeps over one argument ("curves"), and robustness to the learning rate: findings, verdicts and figures.
 
-The arms of a curve differ in one argument, the swept argument. Its first contrast compares two arms of a main study.
-The other arms take values between and beyond these and show where the effect begins. A robustness study has the
-primary contrasts arm:reference first, then each of them as arm@third:reference@third and arm@triple:reference@triple.
+The arms of a curve differ in one argument, the swept argument. The figure names the two arms of its first contrast,
+usually arms of a main study. A robustness study has the primary contrasts arm:reference first, then each of them as
+arm@third:reference@third and arm@triple:reference@triple.
 """
 
 import textwrap
@@ -38,10 +38,8 @@ def swept_values(runs: results.Runs, reference: str, sweep: Sweep) -> dict[str, 
 
     Contains the arms that have a run and whose arguments otherwise equal those of `reference`.
     """
-    arguments = {}
-    for arm, by_seed in runs.items():
-        arguments[arm] = next((run.args["arguments"] for run in by_seed.values() if run.args), None)
-    varying = {sweep.argument, *sweep.covarying, "seed", *NON_METHOD_FLAGS}
+    arguments = results.arm_arguments(runs)
+    varying = {sweep.argument, *sweep.covarying, "seed", "data_seed", *NON_METHOD_FLAGS}
 
     def fixed(arm_arguments: Mapping[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in arm_arguments.items() if name not in varying}
@@ -52,7 +50,7 @@ def swept_values(runs: results.Runs, reference: str, sweep: Sweep) -> dict[str, 
     swept = {
         arm: float(arm_arguments[sweep.argument])
         for arm, arm_arguments in arguments.items()
-        if arm_arguments and fixed(arm_arguments) == fixed(reference_arguments)
+        if fixed(arm_arguments) == fixed(reference_arguments)
     }
     return dict(sorted(swept.items(), key=lambda item: item[1]))
 
@@ -71,7 +69,7 @@ def onset(summary: Mapping[str, Any], swept: Mapping[str, float], metric: str) -
 
     Returns "" if there are no intervals or the reference has no run.
     """
-    reference = next(contrast["reference"] for contrast in summary["contrasts"] if contrast["primary"])
+    reference = tables.primary_contrasts(summary)[0]["reference"]
     directions = {}
     for contrast in summary["all_contrasts"]:
         if contrast["metric"] == metric and contrast["reference"] == reference:
@@ -120,7 +118,7 @@ def rank_correlation(values: Sequence[float]) -> float:
 def curve_finding(summary: Mapping[str, Any], swept: Mapping[str, float], sweep: Sweep) -> str:
     """Return for each metric the means in the order of the swept values, the onset of the difference and the trend."""
     rows, sentences = {row["arm"]: row["metrics"] for row in summary["rows"]}, []
-    reference = next(contrast["reference"] for contrast in summary["contrasts"] if contrast["primary"])
+    reference = tables.primary_contrasts(summary)[0]["reference"]
     for name in sweep.metrics:
         metric = summary["metrics"][name]
         points = [

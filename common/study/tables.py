@@ -77,7 +77,7 @@ def headline(summary: Mapping[str, Any]) -> str:
     instead. A setting that all contrasts share is left out.
     """
     metric = summary["metrics"][summary["primary_metric"]]
-    primary = [contrast for contrast in summary["contrasts"] if contrast["primary"]]
+    primary = primary_contrasts(summary)
     baselines = [baseline for baseline in summary["controls"] if baseline["primary"] and baseline["mean"] is not None]
     one_setting = len({contrast["arm"].partition("@")[2] for contrast in primary}) == 1
 
@@ -129,7 +129,7 @@ def descriptive_remark(summary: Mapping[str, Any]) -> str:
             and (contrast["arm"], contrast["reference"]) == (primary["arm"], primary["reference"])
         ]
         sentences += [f"Second metric: {'; '.join(parts)}."] if parts else []
-    pairs = {(contrast["arm"], contrast["reference"]) for contrast in summary["contrasts"] if contrast["primary"]}
+    pairs = {(contrast["arm"], contrast["reference"]) for contrast in primary_contrasts(summary)}
     effects = [
         contrast
         for contrast in summary["all_contrasts"]
@@ -152,6 +152,11 @@ def _change(contrast: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     return f"{metric['label']} of {arm}: {before} -> {after} {metric['unit']}".strip()
 
 
+def primary_contrasts(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the contrasts that carry the verdict."""
+    return [contrast for contrast in summary["contrasts"] if contrast["primary"]]
+
+
 def finding(summary: Mapping[str, Any]) -> str:
     """Return the finding: failed baselines, primary contrasts, remarks on their arms, then secondary contrasts."""
     metric = summary["metrics"][summary["primary_metric"]]
@@ -160,7 +165,7 @@ def finding(summary: Mapping[str, Any]) -> str:
     sentences = [
         f"Too weak to test: {_failed_baseline(baseline, summary)}" for baseline in failed if baseline["primary"]
     ]
-    primary = [contrast for contrast in summary["contrasts"] if contrast["primary"]]
+    primary = primary_contrasts(summary)
     sentences += [_contrast_sentence(contrast, metric, summary["margin"]) for contrast in primary]
     remarks = []
     for arm in dict.fromkeys(arm for contrast in primary for arm in (contrast["arm"], contrast["reference"])):
