@@ -128,7 +128,7 @@ def test_the_slide_is_16_to_9_with_large_text_and_at_most_five_contrasts(tmp_pat
     sizes = [text.get_fontsize() for text in drawing.figure.findobj(lambda artist: hasattr(artist, "get_fontsize"))]
     assert min(sizes) >= 14
     shown = dict(texts(drawing.figure))
-    assert "arm-4" in shown and "arm-5" not in shown and "2 more contrasts" in drawing.caption
+    assert "arm-4" in shown and "arm-5" not in shown and "Contrasts left out: 2" in drawing.caption
     assert "arm hurts: kNN accuracy 47.9 → 11.9 % (untrained 14.5)." in shown and overlapping(drawing.figure) == []
     dots = figures.Dots("accuracy (%)", {arm: [60, 61, 63] for arm in arms}, {"base": [10, 11, 12]})
     assert overlapping(figures.summary_slide(summary, dots, styles).figure) == []

@@ -217,7 +217,7 @@ def separate_labels(figure: Figure) -> None:
                 upper.xyann = (upper.xyann[0], upper.xyann[1] + overlap * points)
         placed: list[Any] = []
         for text in line_labels(axis, "above"):
-            while any(Bbox.intersection(text.get_window_extent(), other) for other in placed):
+            while any(Bbox.intersection(text.get_window_extent().padded(4), other) for other in placed):
                 text.xyann = (text.xyann[0], text.xyann[1] + 2)
             placed.append(text.get_window_extent())
         if placed:
@@ -570,7 +570,7 @@ def summary_slide(
         separate_labels(figure)
     text = "Left: paired differences with 95 % intervals; light band: margin. "
     if left_out > 0:
-        text += f"{left_out} more contrasts are in the figure of all differences. "
+        text += f"Contrasts left out: {left_out}, see the figure of all differences. "
     return Drawing(figure, text + f"Right: {panel.title}.".replace("\n", ", "))
 
 
