@@ -402,14 +402,14 @@ def tradeoff_figure(
         return figures.finish(figure, legend, f"One mark per run (training seed). {caption}")
 
 
-def near_alphas(alphas: Mapping[float, float], ratio: float = 1.12) -> list[tuple[float, str]]:
-    """Return (active features, label) for each group of alphas whose active features differ by less than `ratio`.
+def near_alphas(alphas: Mapping[float, float]) -> list[tuple[float, str]]:
+    """Return (active features, label) for each group of alphas whose active features differ by less than 12 %.
 
     alphas: the mean active features at each alpha. A label lists the alphas of its group in ascending order.
     """
     groups: list[list[float]] = []
     for alpha in sorted(alphas, key=lambda alpha: alphas[alpha]):
-        if groups and alphas[alpha] < ratio * alphas[groups[-1][-1]]:
+        if groups and alphas[alpha] < 1.12 * alphas[groups[-1][-1]]:
             groups[-1].append(alpha)
         else:
             groups.append([alpha])

@@ -23,7 +23,6 @@ if not __package__:  # run as a script: import from this clone, not from an inst
 from common.cli import NON_METHOD_FLAGS
 from common.study import figures, plotting, results, statistics, tables
 from common.study.analysis import TOO_WEAK, verdict_of
-from common.study.statistics import Summary as Statistics
 from conmim.studies import METRICS, design
 
 PRIMARY, ONLINE = "finetune_accuracy", "finetune_accuracy_online"
@@ -115,7 +114,9 @@ def cells(runs: results.Runs, base: str) -> dict[Cell, str]:
     return arms
 
 
-def seed_summary(runs: results.Runs, arms: Sequence[str], weights: Sequence[float], metric: str) -> Statistics | None:
+def seed_summary(
+    runs: results.Runs, arms: Sequence[str], weights: Sequence[float], metric: str
+) -> statistics.Summary | None:
     """Return mean and 95 % interval, over seeds, of the weighted sum of a metric over `arms`.
 
     The sum is taken seed by seed, over the seeds that all arms have; None if there is no such seed.
@@ -177,7 +178,7 @@ def apply_paper_rules(summary: dict[str, Any]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------- figures
 
 
-def draw_interval(axis: Axes, position: float, result: Statistics, horizontal: bool, **style: Any) -> None:
+def draw_interval(axis: Axes, position: float, result: statistics.Summary, horizontal: bool, **style: Any) -> None:
     """Draw the mean as a dot and the interval as a line, at `position` on the other axis."""
     bounds, fixed = [result.low, result.high], [position, position]
     if result.low is not None:

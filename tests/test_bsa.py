@@ -359,6 +359,14 @@ def finished(tmp_path_factory):
     return root
 
 
+def test_an_evaluation_for_tuning_leaves_metrics_and_activations_of_the_test_split(finished):
+    folder = finished / "base/0"
+    kept = {name: (folder / name).read_bytes() for name in ("metrics.json", "activations.json")}
+    evaluate.main([str(folder), "--held-out"])
+    assert (folder / "held_out.json").exists()
+    assert {name: (folder / name).read_bytes() for name in kept} == kept
+
+
 def test_no_two_arms_end_with_equal_weights(finished):
     weights = {arm: checkpoints.load(finished / arm / "0/model.pt")["model"]["decoder.weight"] for arm in ARMS}
     for first, second in itertools.combinations(weights, 2):

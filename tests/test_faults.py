@@ -24,7 +24,7 @@ from doomed import SMALL_GLYPHS, exit_code, run_plot, run_train, run_train_with_
 from torch import nn
 
 import cocord.teacher
-from common import checkpoints, files, images
+from common import checkpoints, devices, files, images
 from common.cli import fail
 from common.lock import run_lock
 from simsiam import eval as evaluate
@@ -353,6 +353,17 @@ def test_out_of_memory_reports_peak_batch_size_and_remedy(error, pictures, tmp_p
     assert end.value.code == 2 and printed.count("\n") == 1
     for text in ("peak ", "GiB, and up to 3 other runs share", "--batch 16", "--batch 8", "--precision bfloat16"):
         assert text in printed
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "advised"),
+    [("auto", "cpu", True), ("float32", "cuda", True), ("auto", "cuda", False), ("bfloat16", "cpu", False)],
+)
+def test_out_of_memory_advises_bfloat16_only_to_a_run_without_it(precision, device, advised, monkeypatch, capsys):
+    monkeypatch.setattr(devices, "peak_memory", lambda device: 0.0)
+    with pytest.raises(SystemExit), devices.report_oom(torch.device(device), "x", "use less", precision):
+        raise torch.OutOfMemoryError
+    assert ("--precision bfloat16" in capsys.readouterr().err) == advised
 
 
 def test_other_runtime_errors_are_not_reported_as_out_of_memory(pictures, tmp_path, monkeypatch):

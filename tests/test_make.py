@@ -289,6 +289,12 @@ def commands(*words: str) -> dict[str, list[str]]:
     return {run: shlex.split(command) for run, command in lines}
 
 
+def test_students_are_evaluated_and_teachers_are_not():
+    text = rules.rules_text(Request.parse(["RUNS=no-runs", "PAPERS=cocord", "SCALE=demo"]))
+    evaluated = set(re.findall(r"^no-runs/cocord/(\S+)/\d+/metrics\.json: ", text, re.MULTILINE))
+    assert "base@vgg_s64-vgg_s" in evaluated and not any(arm.startswith("teacher@") for arm in evaluated)
+
+
 def value(command: list[str], flag: str) -> str:
     assert command.count(flag) == 1
     return command[command.index(flag) + 1]

@@ -183,9 +183,7 @@ def test_collapse_metrics_of_known_distributions():
     antipodal = torch.cat([torch.ones(25, 8), -torch.ones(25, 8)])  # collapse to two points, not visible in the std
     assert probes.std_ratio(antipodal) == pytest.approx(1.0, abs=0.02)
     assert probes.effective_rank(antipodal) == pytest.approx(1.0, abs=1e-3)
-    assert math.isnan(
-        probes.effective_rank(torch.full((4, 3), math.inf))
-    )  # of a network with weights that are too large
+    assert math.isnan(probes.effective_rank(torch.full((4, 3), math.inf)))
     sample, unit = rows[:20], F.normalize(rows[:20], dim=1)
     singular = torch.linalg.svdvals(unit.double() - unit.double().mean(0))
     share = singular[singular > 1e-9] / singular.sum()

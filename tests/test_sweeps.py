@@ -134,6 +134,13 @@ def test_a_curve_has_the_arms_that_differ_only_in_the_swept_argument(tmp_path):
     assert sweeps.swept_values(runs, "absent", LEAK) == {}
 
 
+def test_a_curve_has_arms_whose_first_runs_have_other_seeds_and_so_other_data(tmp_path):
+    run(tmp_path, "base", 0, 1.0, leak=0.0, data_seed=0)
+    run(tmp_path, "all", 1, 1.0, leak=1.0, data_seed=1)
+    runs = results.read_runs(tmp_path, {"base": (0,), "all": (1,)})
+    assert sweeps.swept_values(runs, "base", LEAK) == {"base": 0, "all": 1}
+
+
 INTERVALS = {
     "lower": {"mean": -2.0, "low": -3.0, "high": -1.0},
     "unclear": {"mean": 0.5, "low": -1.0, "high": 2.0},

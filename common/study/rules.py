@@ -72,7 +72,7 @@ def run_rules(request: Request, design: Design, arm: Arm, seed: int) -> str:
         f"\t{write_line(new_flags, shell([folder / 'flags']))}",
         f".PRECIOUS: {model} {metrics}",  # both are written atomically, so an interrupted make must not delete them
     ]
-    if not is_teacher:  # train.py measures a teacher's accuracy
+    if not is_teacher:  # teacher.py measures its accuracy itself
         lines += [f"{metrics}: {model}", f"\t$(run) {shell(evaluate)}"]
     return "\n".join(lines)
 
