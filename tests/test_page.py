@@ -301,6 +301,12 @@ def test_differences_summary_and_curves_come_first_and_the_rest_is_folded(tmp_pa
     assert readme.index("toy-a-curves.png") < readme.index("<details>") < readme.index("toy-a-a-metrics.png")
 
 
+def test_the_remark_on_a_second_metric_follows_the_headline(tmp_path):
+    parsed, _ = write(tmp_path, {"toy-a": summary(remark="Second metric: 1 -> 2.")})
+    readme = page.readme(tmp_path, "index", "demo", ["toy-a"], "make {}")
+    assert "Second metric: 1 → 2." in parsed.text and "** Second metric: 1 → 2.\n" in readme
+
+
 def test_a_figure_belongs_to_the_longest_matching_study(tmp_path):
     (tmp_path / "toy-arm-width-dots.png").write_bytes(PNG)
     figures = page.find_figures(tmp_path, ["toy-arm", "toy-arm-width"])
