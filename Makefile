@@ -9,7 +9,7 @@
 ## make rehearsal | cost      smoke test: a few steps of every arm | estimated hours of every arm and study
 ## make cocord-teachers       train CoCoRD's teachers
 ## make gpu-check             test on a GPU: correctness, agreement with the CPU, speed
-## make data | doctor | bench | test | lint
+## make data | doctor | bench | test | test-all | lint
 ##
 ## PAPERS SCALE=gpu|demo|paper SEEDS="0 1"|first DEVICE=auto DATA=data EXTRA="--flags for every train.py"
 ## RUNS=runs/SCALE RESULTS=RUNS/report PAIRS="resnet56-resnet20" TASKS="4x4 lis"
@@ -56,7 +56,7 @@ export PYTHONPATH := $(if $(PYTHON),$(CURDIR):)$(PYTHONPATH)
 # ---------------------------------------------------------------------------------------------------- runs and studies
 
 # Include explicit rules for every run and study, generated from <paper>/studies.py. These goals do not need them:
-NO-RULES := help demo publish page rehearsal cost data doctor bench gpu-check test lint .venv/% $(data)/%
+NO-RULES := help demo publish page rehearsal cost data doctor bench gpu-check test test-all lint .venv/% $(data)/%
 ifeq ($(filter publish,$(MAKECMDGOALS)),)
 ifneq ($(filter-out $(NO-RULES),$(MAKECMDGOALS)),)
 rules := $(shell $(planner) -m common.study.rules $(request))
@@ -128,7 +128,7 @@ cost:
 
 # Check the device before a download, unless LAUNCH runs elsewhere or the goal is `make data`.
 needs-device = $(if $(LAUNCH)$(filter data,$(MAKECMDGOALS)),,$(python) -m common.devices --device $(DEVICE) --scale $(SCALE))
-.PHONY: data doctor bench gpu-check test lint
+.PHONY: data doctor bench gpu-check test test-all lint
 data: $(data)/cifar-10-batches-py $(data)/cifar-100-python $(data)/mesh-minilm.npy $(data)/mnist5k.pt
 $(data)/cifar-10-batches-py $(data)/cifar-100-python: | $(venv)
 	$(needs-device)
@@ -164,8 +164,10 @@ bench: $(venv)
 gpu-check: $(venv)
 	$(python) tests/gpu_check.py --device $(DEVICE) --data "$(DATA)" --papers $(PAPERS) \
 		--report $(or $(REPORT),runs/gpu-check) $(addprefix --minutes ,$(MINUTES)) $(if $(PARTS),--parts $(PARTS))
-test lint: $(if $(PYTHON),,.venv/installed-dev)
+test test-all lint: $(if $(PYTHON),,.venv/installed-dev)
 test:
+	$(python) -m pytest -m "not slow"
+test-all:
 	$(python) -m pytest
 lint:
 	$(python) -m ruff check

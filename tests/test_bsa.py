@@ -434,6 +434,7 @@ def test_a_run_with_a_nan_loss_is_finished_and_evaluated_as_diverged(tmp_path, m
     assert checkpoints.load(tmp_path / "run/model.pt")["epoch"] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scale", "latent"), [("gpu", 1024), ("paper", 16384)])
 def test_every_arm_trains_two_steps_and_is_evaluated_at_full_size(scale, latent, tmp_path):
     """With N and K of the scale, on a user's matrix."""
@@ -539,6 +540,7 @@ def test_training_and_evaluation_stay_on_the_gpu_without_synchronisation_per_ste
         assert tensor.device.type == "cuda"
 
 
+@pytest.mark.slow
 def test_planted_concepts_give_the_expected_ranges_of_metrics(tmp_path, monkeypatch):
     """All 20,000 concepts, 800 steps, learning rate 0.001. Seeds 0, 1 and 2 are within these ranges."""
     for module in (train, evaluate):

@@ -207,7 +207,7 @@ def test_studies_are_drawn_although_all_runs_diverged(tmp_path):
     assert len(list((tmp_path / "report").glob("*.png"))) == 2 * len(NAMES)
 
 
-def test_metrics_that_no_finished_run_has_are_left_out(tmp_path):
+def test_metrics_that_no_finished_run_has_are_left_out(tmp_path, no_figure_files):
     absent = {"atom_recovery_f1", "depth_correlation"}
     for arm in ("base", "mse"):
         for seed in range(2):

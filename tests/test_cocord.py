@@ -828,6 +828,7 @@ def train_two_steps(arm: str, flags: list[str], folder, scale: str) -> None:
     assert json.loads((out / "metrics.json").read_text())["accuracy"] is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", PAIRS)
 def test_all_published_pairs_train_and_evaluate(pair, random_cifar, no_checkpoints, tmp_path):
     arms = design("cocord", "paper")[0]
@@ -836,6 +837,7 @@ def test_all_published_pairs_train_and_evaluate(pair, random_cifar, no_checkpoin
     assert saved["arguments"]["dim"] == 2048 and saved["epoch"] == 2
 
 
+@pytest.mark.slow
 def test_all_arms_of_gpu_scale_train_and_evaluate(random_cifar, no_checkpoints, tmp_path):
     """Each arm runs on one pair of the prediction study, one of the momentum study, or one control pair."""
     arms = design("cocord", "gpu")[0]

@@ -115,7 +115,7 @@ def test_figures_and_tables_of_every_study(tmp_path, study, seeds):
     )
 
 
-def test_arms_with_a_position_code_are_named(tmp_path):
+def test_arms_with_a_position_code_are_named(tmp_path, no_figure_files):
     write_runs(tmp_path / "runs", 2)
     summary = draw(tmp_path / "runs", "conmim-stop-gradient", 2, tmp_path / "report")
     named = {row["arm"] for row in summary["rows"] if row["word"]}
@@ -205,7 +205,7 @@ def draw_with_accuracies(tmp_path, online=0.0, study="conmim-asymmetry"):
     return draw(tmp_path / "runs", study, 4, tmp_path / "report")
 
 
-def test_a_finding_requires_that_ema_and_online_weights_agree_in_sign(tmp_path):
+def test_a_finding_requires_that_ema_and_online_weights_agree_in_sign(tmp_path, no_figure_files):
     summary = draw_with_accuracies(tmp_path / "agree")
     assert summary["verdict"] == "worse" and summary["counted"]
     assert not any("disagree" in note for note in summary["notes"])
@@ -220,7 +220,7 @@ def test_a_finding_requires_that_ema_and_online_weights_agree_in_sign(tmp_path):
 
 
 @pytest.mark.parametrize("unbeaten", ["no-pretraining", "no-pretraining-long"])
-def test_a_baseline_that_is_not_beaten_is_too_weak(unbeaten, tmp_path):
+def test_a_baseline_that_is_not_beaten_is_too_weak(unbeaten, tmp_path, no_figure_files):
     for seed in range(3):
         for arm in ("base", "symmetric", "no-pretraining", "no-pretraining-long"):
             if arm != unbeaten:
@@ -268,7 +268,7 @@ def test_factorial_effects():
     ]  # fmt: skip
 
 
-def test_the_sign_rule_covers_every_primary_contrast(tmp_path):
+def test_the_sign_rule_covers_every_primary_contrast(tmp_path, no_figure_files):
     for seed in range(3):
         for arm in ("base", "online-keys", "basic-views", "no-pretraining", "no-pretraining-long"):
             accuracies = dict.fromkeys(("finetune_accuracy", "finetune_accuracy_online"), CELLS[arm][1] + 0.1 * seed)

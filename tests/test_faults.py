@@ -294,6 +294,7 @@ def test_training_reports_damaged_arguments(killed, pictures, capsys):
 # ---------------------------------------------------------------------------------------------- data loader workers
 
 
+@pytest.mark.slow
 def test_dead_loader_worker_is_a_one_line_error(pictures, tmp_path):
     argv = [*tiny(tmp_path / "run", pictures, "--epochs", "30"), "--size", "96", "--workers", "1"]
     assert exit_code(start_process(run_train_with_dying_workers, argv, printed=tmp_path / "printed")) == 75
@@ -375,6 +376,7 @@ def test_other_runtime_errors_are_not_reported_as_out_of_memory(pictures, tmp_pa
 # ---------------------------------------------------------------------------------------------- plots, environment
 
 
+@pytest.mark.slow
 def test_killed_plotting_leaves_only_complete_files(uninterrupted, tmp_path):
     runs, results = tmp_path / "runs", tmp_path / "results"
     for arm in ("base", "no-stop-gradient"):

@@ -25,6 +25,7 @@ def check(folder: Path, *flags: str) -> tuple[int, dict, str]:
     return code, json.loads((report / "report.json").read_text()), (report / "report.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", HALVES, ids=["first-half", "second-half"])
 def test_a_dry_run_passes_in_all_parts_and_is_labelled_as_dry_run(parts, tmp_path, capsys):
     code, report, page = check(tmp_path, "--device", "cpu", "--parts", *parts)

@@ -610,7 +610,8 @@ def test_an_invalid_design_fails_with_one_sentence_before_anything_runs(old, new
         assert not [call for call in calls if "common.study.cost" not in call]
     code, calls, _ = repo.make("doctor")
     assert code == 0 and calls == ["-m common.doctor --data data"]
-    assert repo.make("test")[1] == ["-m pytest"]
+    assert repo.make("test")[1] == ["-m pytest -m not slow"]
+    assert repo.make("test-all")[1] == ["-m pytest"]
 
 
 def test_an_old_python_is_reported_in_one_sentence_and_doctor_still_works(repo):

@@ -69,6 +69,7 @@ def test_two_ranks_measure_as_one_rank_and_their_run_does_not_resume_on_one(pict
     assert end.value.code == 2 and "was started in another environment (world 2 -> 1)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_paper_scale_runs_under_make_and_torchrun(pictures, tmp_path):
     """ResNet-50, DataLoader workers and the LARS probe on two ranks, with the README's `LAUNCH`."""
     launcher = f"{shlex.join(TORCHRUN)} --no-python --standalone --nproc-per-node=2"

@@ -70,6 +70,7 @@ def test_places_of_the_ablations_exist():
             assert f'"{flag}"' in source, flag
 
 
+@pytest.mark.slow
 def test_new_ablation_of_the_readme_runs_end_to_end(tmp_path):
     diffs = re.findall(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     assert len(diffs) == 1

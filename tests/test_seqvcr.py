@@ -691,6 +691,7 @@ def test_a_run_with_nan_loss_finishes_as_diverged_with_null_metrics(tmp_path, mo
     assert checkpoints.load(tmp_path / "run/model.pt")["epoch"] == 8
 
 
+@pytest.mark.slow
 def test_all_arms_of_gpu_scale_train_two_steps_and_are_evaluated(no_checkpoints, tmp_path, monkeypatch):
     """At full width with two of the five blocks. Each combination of task, layer and projection is evaluated once."""
     monkeypatch.setattr(tasks, "ROWS_PER_DRAW", 4096)
@@ -724,6 +725,7 @@ def gpt2(tmp_path_factory):
     return file, weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arm", ["base@5x5", "off@5x5", "0.05-0.25@4x4", "width-4096@5x5"])
 def test_paper_scale_fine_tunes_gpt2(arm, gpt2, no_checkpoints, tmp_path, monkeypatch):
     """With GPT-2's width, vocabulary and positions, and two of its twelve blocks."""
