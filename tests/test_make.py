@@ -727,7 +727,9 @@ def test_demo_runs_the_primary_contrasts_with_one_seed_on_the_cpu(repo):
     drawn = [call.split()[1] for call in calls if call.split()[0].endswith("plot.py")]
     assert len(drawn) == len(set(drawn)) == 12 and "--results runs/demo/report " in calls[-1]
     first = next(index for index, call in enumerate(calls) if "plot.py" in call)
-    assert not any("train.py" in call and not call.startswith("simsiam/") for call in calls[:first])
+    assert sorted(runs(calls[:first])) == ["base/10", "no-stop-gradient/10"]  # the first figure appears early
+    seventh = next(index for index, call in enumerate(calls) if "train.py" in call and "conmim" in call)
+    assert sum("plot.py" in call for call in calls[:seventh]) == 4  # and those of a paper before the next paper's runs
 
 
 def test_demo_accepts_other_seeds_and_another_device(repo):

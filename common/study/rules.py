@@ -116,20 +116,14 @@ def study_rules(request: Request, design: Design, study: Study) -> str:
     return "\n".join([*lines, f".PHONY: {study.name}@report", f"{study.name}@report: | $(venv)", *recipe])
 
 
-def sub_make_goals(
-    request: Request, studies: Sequence[tuple[Design, Study]], suffix: str = "", by_paper: bool = False
-) -> str:
-    """Return one word per sub-make: the goals of one seed (and of one paper if `by_paper`), joined by +."""
-    seeds = dict.fromkeys(seed for _, study in studies for seed in request.seeds_of(study))
-    papers = dict.fromkeys(design.paper for design, _ in studies)
-    groups = [[paper] for paper in papers] if by_paper else [list(papers)]
+def sub_make_goals(request: Request, groups: Iterable[Sequence[tuple[Design, Study]]], suffix: str = "") -> str:
+    """Return one word per sub-make: the goals of one group of studies and one seed, joined by +."""
+    groups = list(groups)
+    seeds = dict.fromkeys(seed for group in groups for _, study in group for seed in request.seeds_of(study))
     words = []
     for seed in seeds:
         for group in groups:
-            goals = []
-            for design, study in studies:
-                if design.paper in group and seed in request.seeds_of(study):
-                    goals.append(f"{study.name}{suffix}@{seed}")
+            goals = [f"{study.name}{suffix}@{seed}" for _, study in group if seed in request.seeds_of(study)]
             if goals:
                 words.append("+".join(goals))
     return " ".join(words)
@@ -156,9 +150,11 @@ def goal_rules(request: Request) -> str:
     lines = [f"goals := {' '.join([*goals, *others])} report draw-page up-to-date-page"]
     for goal, studies in goals.items():
         names = " ".join(study.name for _, study in studies)
-        lines += [f".PHONY: {goal}", f"{goal}: ; $(call seed-by-seed,{sub_make_goals(request, studies)},{names})"]
-    # Primary contrasts run paper by paper, so that the first figure appears early.
-    primary_goals = sub_make_goals(request, main_studies, "-primary", by_paper=True)
+        lines += [f".PHONY: {goal}", f"{goal}: ; $(call seed-by-seed,{sub_make_goals(request, [studies])},{names})"]
+    # Primary contrasts run paper by paper, and the first study alone, so that the first figure appears early.
+    groups = [main_studies[:1]]
+    groups += [[pair for pair in main_studies[1:] if pair[0].paper == paper] for paper in request.designs]
+    primary_goals = sub_make_goals(request, groups, "-primary")
     names = " ".join(study.name for _, study in main_studies)
     lines += [".PHONY: primary", f"primary: ; $(call seed-by-seed,{primary_goals},{names})"]
     for paper, design in request.designs.items():
