@@ -60,7 +60,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     codes.add_argument("--neighbours", metavar="NAME", help=f"{KNN_K} nearest concepts by Jaccard index and by cosine")
     codes.add_argument("--features", type=cli.int_in(1), metavar="COUNT", help="print the top concepts of the COUNT "
                        "most frequently active features")  # fmt: skip
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.names and not (args.export or args.neighbours or args.features):
+        fail("--names names the codes of --export, --neighbours and --features: give one of them, or drop --names")
+    return args
 
 
 # ------------------------------------------------------------------------------------------------- codes

@@ -104,8 +104,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--compile", action="store_true", help="use torch.compile; pays off in long runs on a GPU"
     )
     method = parser.add_argument_group("method")
-    method.add_argument("--latent", type=cli.int_in(2), help="N, number of features of the code")
-    method.add_argument("--active", type=cli.int_in(1), help="K, target number of active features")
+    method.add_argument("--latent", type=cli.int_in(2, cli.MAX_WIDTH), help="N, number of features of the code")
+    method.add_argument("--active", type=cli.int_in(1, cli.MAX_WIDTH), help="K, target number of active features")
     method.add_argument("--alpha", default="1", help="weight of the alignment loss; paper: 1. matched: N/(2K) for "
                         "mse (1/(2K) with --mse-reduction sum), so that the alignment losses of mse and cosine agree "
                         "near the optimum; 4matched: 4 times that")  # fmt: skip

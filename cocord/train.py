@@ -148,10 +148,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "tensors of the teacher's head that are an EMA of the student's head. frozen: none; partial: those of equal "
         "shape; adapter: all, in a head of the student's shape after a fixed random linear map; full: all; "
         "auto: full if the feature widths are equal, else frozen"))  # fmt: skip
-    method.add_argument("--queue", type=cli.int_in(1), help="K, the number of keys in the queue (negatives)")
-    method.add_argument("--hidden", type=cli.int_in(1), help="hidden width of the heads")
-    method.add_argument("--dim", type=cli.int_in(2), help="width of the embeddings")
-    method.add_argument("--bottleneck", type=cli.int_in(1), help="hidden width of the predictor")
+    method.add_argument("--queue", type=cli.int_in(1, cli.MAX_WIDTH), help="K, number of keys in the queue (negatives)")
+    method.add_argument("--hidden", type=cli.int_in(1, cli.MAX_WIDTH), help="hidden width of the heads")
+    method.add_argument("--dim", type=cli.int_in(2, cli.MAX_WIDTH), help="width of the embeddings")
+    method.add_argument("--bottleneck", type=cli.int_in(1, cli.MAX_WIDTH), help="hidden width of the predictor")
     args = cli.parse(parser, SCALES, argv)
 
     if args.lr is None:

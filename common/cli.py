@@ -1,11 +1,13 @@
 """Shared command-line code: scales, common flags, argument types, exit codes and error messages."""
 
 import argparse
+import atexit
 import io
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NoReturn
 
 # Exit codes.
@@ -21,6 +23,9 @@ NON_METHOD_FLAGS = frozenset(
 SCALES = ("demo", "gpu", "paper")
 MAX_THREADS = 1024  # torch crashes when it cannot create its threads
 MAX_WORKERS = 256  # processes of a DataLoader
+MAX_WIDTH = 2**20  # of a layer, a code or a queue
+MAX_LAYERS = 1000  # of blocks or tokens that are added one by one
+MAX_NUMBER = 1e30  # float32 ends at 3.4e38
 Defaults = Mapping[str, tuple[Any, Any, Any]]  # flag -> default at demo, gpu and paper scale
 
 
@@ -54,6 +59,33 @@ def open_closed_streams() -> None:
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 (stays open)
 
 
+def prepare_streams() -> None:
+    """Prepare a script's standard output and error for closed ones, any terminal, early ends of pipes and Ctrl-C."""
+    open_closed_streams()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a path shows escapes instead
+    atexit.unregister(flush_stdout)
+    atexit.register(flush_stdout)
+    sys.excepthook = report_exception
+
+
+def flush_stdout() -> None:
+    """Write the buffered output. If its reader has ended, as in `| head`, the rest goes to /dev/null."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def report_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print one line after Ctrl-C, a traceback for other exceptions. `run_lock` handles Ctrl-C in a run."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("error: interrupted; run the same command again", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
 class Parser(argparse.ArgumentParser):
     """ArgumentParser without abbreviated flags. A usage error prints one line and exits with code 2."""
 
@@ -62,11 +94,7 @@ class Parser(argparse.ArgumentParser):
             f"  --{name.replace('_', '-'):20}" + "".join(f"{value!s:>14}" for value in row)
             for name, row in (defaults or {}).items()
         )
-        open_closed_streams()
-        # A terminal that cannot show a path shows escapes instead.
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="backslashreplace")
+        prepare_streams()
         header = "  " + " " * 22 + "".join(f"{scale:>14}" for scale in SCALES)
         super().__init__(
             description=(description or "").strip(),
@@ -133,10 +161,10 @@ def parse(parser: Parser, defaults: Defaults, argv: Sequence[str] | None) -> arg
 
 
 def apply_lr_factor(args: argparse.Namespace) -> None:
-    """Multiply --lr by --lr-factor, which is then removed. Exits with code 2 if the product is infinite."""
+    """Multiply --lr by --lr-factor, which is then removed. Exits with code 2 if the product is too large."""
     args.lr *= args.lr_factor
-    if args.lr == float("inf"):
-        fail(f"--lr-factor {args.lr_factor:g} is too large (--lr times --lr-factor is infinite): give a smaller factor")
+    if args.lr > MAX_NUMBER:
+        fail(f"--lr-factor {args.lr_factor:g} is too large (--lr times it is {args.lr:g}): give a smaller factor")
     del args.lr_factor
 
 
@@ -155,14 +183,13 @@ def int_in(low: int, high: int = 2**31 - 1):
     return convert
 
 
-def float_in(low: float, high: float = float("inf")):
-    """Return an argparse type: a finite number in [low, high]."""
+def float_in(low: float, high: float = MAX_NUMBER):
+    """Return an argparse type: a number in [low, high]."""
 
     def convert(text: str) -> float:
         value = float(text)
-        if not low <= value <= high or value == float("inf"):
-            expected = f"between {low:g} and {high:g}" if high < float("inf") else f"a finite number >= {low:g}"
-            raise argparse.ArgumentTypeError(f"{text} is not {expected}")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
         return value
 
     convert.__name__ = "number"

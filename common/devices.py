@@ -177,7 +177,9 @@ def report_oom(device: torch.device, usage: str, remedy: str, precision: str = "
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # on a CPU torch raises RuntimeError
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+        text = str(error)
+        too_large = "can't allocate memory" in text or "Storage size calculation overflowed" in text
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not too_large:
             raise
         peak = peak_memory(device) / 2**30
         others = int(os.environ.get(RUNS_ON_THIS_GPU, "1")) - 1

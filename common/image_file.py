@@ -39,5 +39,9 @@ def open_rgb(path: str | Path) -> Image.Image:
             return image.convert("RGB")
     except UnidentifiedImageError:  # its text only repeats the path
         raise UnreadableImage(f"{path} cannot be decoded (unknown image format): replace or delete it") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UnreadableImage(f"{path} cannot be decoded ({error_reason(error)}): replace or delete it") from None
+    except UnreadableImage:
+        raise
+    except Exception as error:  # Pillow raises many types of exception for a damaged file
+        too_much_text = "text_chunk" in str(error).lower().replace(" ", "_")
+        remedy = "save it without its metadata" if too_much_text else "replace or delete it"
+        raise UnreadableImage(f"{path} cannot be decoded ({error_reason(error)}): {remedy}") from None

@@ -2,7 +2,6 @@
 
 import copy
 import errno
-import fcntl
 import hashlib
 import os
 import signal
@@ -24,6 +23,7 @@ from common import seeding
 from common.cli import EXIT_DISK, EXIT_USER, fail
 from common.files import PERMANENT_ERRORS, error_reason
 from common.image_file import UnreadableImage, open_rgb
+from common.lock import wait_for_lock
 
 if TYPE_CHECKING:  # imported in the functions that need it: it takes 2 s, and the demo starts a hundred processes
     from torchvision import datasets
@@ -281,7 +281,7 @@ def load_cached(
     if not path.exists():
         try:
             with open(path.with_suffix(".lock"), "w") as lock:
-                fcntl.lockf(lock, fcntl.LOCK_EX)
+                wait_for_lock(lock, f"the image cache {path}")
                 if not path.exists():
                     decode(folder, partial, shape, workers)
                     os.replace(partial, path)

@@ -54,7 +54,12 @@ class Images(NamedTuple):
         return self._replace(train=train, train_labels=train_labels, test=test, test_labels=test_labels)
 
     def with_held_out_test(self) -> "Images":
-        """Return a copy whose test set is a held-out tenth of the training set, which loses it. The digest changes."""
+        """Return a copy whose test set is a held-out tenth of the training set, which loses it. The digest changes.
+
+        Exits with code 2 if that tenth is less than two images.
+        """
+        if self.examples < 20:
+            fail(f"--held-out needs at least 20 training images, not {self.examples}: give more, or drop --held-out")
         rest, tenth = seeding.held_out_split(self.examples, self.device, self.data_seed)
         return self._replace(
             train=self.train[rest],

@@ -6,6 +6,7 @@ import fcntl
 import os
 import signal
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Iterator
@@ -36,7 +37,8 @@ def run_lock(folder: Path, rank: int = 0) -> Iterator[None]:
     """
     folder = Path(folder).absolute()
     handlers = {number: signal.signal(number, exit_on_signal) for number in SIGNALS}
-    file = acquire_lock(folder) if rank == 0 else None
+    with exit_codes(folder):
+        file = acquire_lock(folder) if rank == 0 else None
     try:
         with exit_codes(folder):
             yield
@@ -103,6 +105,23 @@ def exit_on_signal(number: int, frame: FrameType | None) -> None:
         signal.SIGCHLD, signal.SIG_DFL
     )  # the loader workers get the same signal, so their death is not an error
     fail(f"interrupted by {signal.Signals(number).name}; run the same command again to resume", EXIT_INTERRUPTED)
+
+
+def wait_for_lock(file: IO[str], what: str) -> None:
+    """Lock `file`. If another process holds the lock, say that it writes `what`, and wait.
+
+    Exits with code 2 if the disk has no file locks.
+    """
+    try:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in LOCK_TAKEN:
+                raise
+            print(f"{what} is being written by another process: waiting for it", file=sys.stderr, flush=True)
+            fcntl.lockf(file, fcntl.LOCK_EX)
+    except OSError as error:
+        fail(f"{file.name} cannot be locked ({error.strerror}): use a folder on a disk with file locks")
 
 
 def acquire_lock(folder: Path) -> IO[str]:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from common import checkpoints, devices, files
 from common.cli import NON_METHOD_FLAGS, RUNS_ON_THIS_GPU, fail
 
-FORMAT = 2  # of run folders: args.json, train.jsonl, model.pt. Format 1 has no number
+FORMAT = 2  # of run folders: args.json, train.jsonl, state.pt, model.pt. args.json of format 1 has no number
 FILE_FLAGS = ("data", "data_file", "init_from")  # flags that may name a file whose content defines the run
 
 
@@ -166,8 +166,8 @@ class Run:
                 state = checkpoints.load(path, device)
                 if not isinstance(state, dict) or state.get("arguments") != self.method_arguments:
                     raise files.DamagedFile(f"{path} belongs to another run")
-                if "log" not in state:
-                    raise files.DamagedFile(f"{path} was written by an older version of this code")
+                if state.get("format") != FORMAT:
+                    raise files.DamagedFile(f"{path} was written by another version of this code")
                 return state, damaged
             except FileNotFoundError:
                 continue
@@ -198,7 +198,7 @@ class Run:
             return None
         checkpoints.load_weights(model, saved["model"], self.folder)
         optimizer.load_state_dict(saved["optimizer"])
-        standard = ("epoch", "arguments", "log", "model", "optimizer")
+        standard = ("format", "epoch", "arguments", "log", "model", "optimizer")
         self.extra = {name: value for name, value in saved.items() if name not in standard}
         return saved["epoch"]
 
@@ -242,7 +242,8 @@ class Run:
         path = self.folder / "state.pt"
         if path.exists():
             os.replace(path, self.folder / "state.previous.pt")
-        checkpoints.save(path, {"epoch": epoch, "arguments": self.method_arguments, "log": self.log, **state})
+        header = {"format": FORMAT, "epoch": epoch, "arguments": self.method_arguments, "log": self.log}
+        checkpoints.save(path, {**header, **state})
         if self.writer_class:
             self._write_events({"epoch": epoch, **metrics})
 
@@ -257,7 +258,7 @@ class Run:
         """Write model.pt, which marks the run as finished, and delete the states."""
         if self.rank:
             return
-        checkpoints.save(self.folder / "model.pt", {"arguments": self.method_arguments, **weights})
+        checkpoints.save(self.folder / "model.pt", {"format": FORMAT, "arguments": self.method_arguments, **weights})
         self._delete_states()
 
     def _finish_diverged(self, epoch: int, device: torch.device) -> None:

@@ -87,12 +87,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.eval_parser(__doc__)
     parser.add_argument("--weights", type=Path, help="evaluate this checkpoint of the authors, fine-tuned or not; the "
                         "folder is for the output")  # fmt: skip
-    parser.add_argument("--network", choices=tuple(NETWORKS), default="vit_base_16", help="network of --weights")
+    parser.add_argument("--network", choices=tuple(NETWORKS), help="network of --weights; default: vit_base_16")
     parser.add_argument("--workers", type=cli.int_in(0, cli.MAX_WORKERS), help="DataLoader workers for image folders; "
                         "default: as in training")  # fmt: skip
     parser.add_argument("--held-out", action="store_true", help="evaluate on the validation split (a held-out tenth of "
                         "the training set), for tuning")  # fmt: skip
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.network and not args.weights:
+        fail("--network is the network of --weights: give --weights, or drop --network")
+    args.network = args.network or "vit_base_16"
+    return args
 
 
 # ------------------------------------------------------------------------------------------------- fine-tuning

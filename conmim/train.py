@@ -137,8 +137,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         choices=POSITIONS,
         help="position encoding. relative: relative bias (authors' code); absolute: learned embedding; both",
     )
-    method.add_argument("--hidden", type=cli.int_in(1), help="hidden width of the projector; authors' code: 4096")
-    method.add_argument("--dim", type=cli.int_in(2), help="width of queries and keys; authors' code: 256")
+    width = cli.int_in(2, cli.MAX_WIDTH)
+    method.add_argument("--hidden", type=width, help="hidden width of the projector; authors' code: 4096")
+    method.add_argument("--dim", type=width, help="width of queries and keys; authors' code: 256")
     method.add_argument(
         "--keys",
         choices=("ema", "online", "position"),

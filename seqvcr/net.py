@@ -153,4 +153,4 @@ def init_from_gpt2(model: GPT, path: Path, new_tokens: int) -> None:
         fail(f"--init-from {path} has {tokens} tokens instead of {expected}: give GPT-2 with its original vocabulary")
     weights["wte.weight"] = torch.cat([weights["wte.weight"], wte[tokens:]])
     weights["wpe.weight"] = weights.get("wpe.weight", wpe)[: len(wpe)]
-    checkpoints.load_weights(model, weights, f"--init-from {path}")
+    checkpoints.load_weights(model, weights, f"--init-from {path}", "GPT-2 with the --layers and --width of this run")

@@ -171,7 +171,7 @@ def read_published(path: Path, size: int) -> Tensor:
         match = pattern.fullmatch(line.rstrip())
         if match is None:
             fail(f"--data-file {path}, line {number}: expected `a * b||... #### product` with factors of {size} digits"
-                 f", got {line[:60]!r}: set --size or correct the line")  # fmt: skip
+                 f", got {line[:60]!r}: train with their --size, or correct the line")  # fmt: skip
         a, b, answer = (int(text.replace(" ", "")[::-1]) for text in match.groups())
         if a * b != answer:
             fail(f"--data-file {path}, line {number}: wrong product {a} * {b} = {answer}: write digits least "
@@ -296,7 +296,7 @@ def build_task(name: str, size: int, data_seed: int = 0) -> Task:
     task_class = {"multiplication": Multiplication, "arithmetic": Arithmetic, "lis": LIS}[name]
     low, high = task_class.sizes
     if not low <= size <= high:
-        fail(f"invalid --size {size} for --task {name}: give {low} to {high}")
+        fail(f"invalid --size {size} for the task {name}: give {low} to {high}")
     task = task_class(size)
     task.data_seed = data_seed
     return task
@@ -360,7 +360,7 @@ def load(task: Task, train_size: int, data_file: Path | None, device: torch.devi
         print(f"{data_file}: {len(rows)} distinct rows, {removed} removed because they belong to the validation or "
               "test split", flush=True)  # fmt: skip
     if len(train) < train_size:
-        print(f"only {len(train)} distinct training rows exist, fewer than --train-size {train_size}", flush=True)
+        print(f"only {len(train)} distinct training rows exist, fewer than the {train_size} asked for", flush=True)
     return Splits(train[:train_size], validation[: task.eval_rows], test[: task.eval_rows])
 
 

@@ -110,9 +110,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--data-file", type=Path, help="file with training rows in the format of Deng et al. 2023 "
                       "(multiplication only)")  # fmt: skip
     network = parser.add_argument_group("network")
-    network.add_argument("--layers", type=cli.int_in(1), help="transformer blocks")
-    network.add_argument("--heads", type=cli.int_in(1), help="attention heads")
-    network.add_argument("--width", type=cli.int_in(1), help="hidden width D")
+    network.add_argument("--layers", type=cli.int_in(1, cli.MAX_LAYERS), help="transformer blocks")
+    network.add_argument("--heads", type=cli.int_in(1, cli.MAX_WIDTH), help="attention heads")
+    network.add_argument("--width", type=cli.int_in(1, cli.MAX_WIDTH), help="hidden width D")
     network.add_argument("--dropout", type=cli.float_in(0, 0.99), help="paper: 0.1 in its small networks")
     network.add_argument("--init-from", type=Path, help="pre-trained GPT-2 (model.safetensors or pytorch_model.bin), "
                          "multiplication only; `none` at paper scale: from scratch (table 7)")  # fmt: skip
@@ -134,7 +134,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     method.add_argument("--lambda2", type=cli.float_in(0), help="coefficient of the covariance loss; paper: 0.004 in "
                         "multiplication, else 0.5 (appendix A)")  # fmt: skip
     projection = "width d of the projection; paper: 2048 (section 3.4)"
-    method.add_argument("--projection-width", type=cli.int_in(1), default=2048, help=projection)
+    method.add_argument("--projection-width", type=cli.int_in(1, cli.MAX_WIDTH), default=2048, help=projection)
     method.add_argument("--layer", help="regularised level. 0: embeddings; l: output of block l; last: "
                         "output of the final LayerNorm; paper: last")  # fmt: skip
     axes = ("batch", "batch+length")
@@ -142,8 +142,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         "batch+length: one covariance over all positions (appendix F)")  # fmt: skip
     method.add_argument("--covariance-batch", type=cli.int_in(2), help="N, number of sequences per covariance; "
                         "paper: the whole batch, 32 in multiplication, else 128")  # fmt: skip
-    method.add_argument("--pause", type=cli.int_in(0), default=2, help="number of pause tokens between start and "
-                        "end marker; 0: no pause tokens and no markers; paper: 2 (section 3.5)")  # fmt: skip
+    method.add_argument("--pause", type=cli.int_in(0, cli.MAX_LAYERS), default=2, help="number of pause tokens between "
+                        "start and end marker; 0: no pause tokens and no markers; paper: 2 (section 3.5)")  # fmt: skip
     args = cli.parse(parser, SCALES, argv)
 
     cli.apply_lr_factor(args)

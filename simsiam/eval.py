@@ -83,6 +83,8 @@ def read_authors_checkpoint(path: Path) -> dict[str, dict[str, Tensor]]:
         first = next(iter(state), None)
         fail(f"--weights {path}: no parameter name begins with {', '.join(PREFIXES)} (the first is {first}): "
              "give the authors' checkpoint (ResNet-50)")  # fmt: skip
+    if "layer1.0.conv2.weight" in backbone and "layer1.0.conv3.weight" not in backbone:
+        fail(f"--weights {path} is a ResNet-18 or ResNet-34: give the authors' checkpoint (ResNet-50)")
     return {"backbone": backbone, "projector": projector}
 
 
@@ -169,6 +171,8 @@ def features_of_splits(model: SimSiam, data: Data, held_out: bool) -> tuple[list
     bank = extract_features(model, data, "train")
     if not held_out:
         return bank, extract_features(model, data, "test")
+    if len(bank[0]) < 20:
+        fail(f"--held-out needs at least 20 training images, not {len(bank[0])}: evaluate without it")
     rest, tenth = seeding.held_out_split(len(bank[0]), data.device, data.data_seed)
     return [rows[rest] for rows in bank], [rows[tenth] for rows in bank]
 

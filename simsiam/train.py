@@ -165,9 +165,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.dim == "backbone" or args.projector != "mlp":
         dim = width
     elif args.dim is not None:
-        dim = int(args.dim) if args.dim.isdecimal() else 0
-    if dim < 4 or dim % 4:
-        fail(f"invalid --dim {args.dim!r}: give backbone or a multiple of 4 (the predictor's bottleneck is dim / 4)")
+        dim = int(args.dim) if args.dim.isdecimal() and len(args.dim) < 9 else 0
+    if not 4 <= dim <= cli.MAX_WIDTH or dim % 4:
+        expected = f"backbone or a multiple of 4 up to {cli.MAX_WIDTH}"
+        fail(f"invalid --dim {args.dim!r}: give {expected} (the predictor's bottleneck is dim / 4)")
     args.dim = dim
     return args
 

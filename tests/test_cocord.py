@@ -594,7 +594,7 @@ def test_all_flags_are_used_and_all_used_flags_exist():
         (["--teacher", "none"], "--lambda-contrast 0"),
         (["--queue", "16"], "less than --batch 32"),
         (["--teacher-momentum", "1.5"], "not between 0 and 1"),
-        (["--temperature", "0"], "not a finite number"),
+        (["--temperature", "0"], "is not between"),
         (["--teacher", "alexnet"], "invalid choice"),
         (["--weights", "nowhere"], "--weights nowhere does not exist"),
         (["--epoch", "3"], "unrecognized"),

@@ -789,7 +789,7 @@ def test_every_flag_is_used():
         (["--no-stop-gradient", "--gradient-leak", "0.5"], "--gradient-leak 0.5"),
         (["--gradient-leak", "2"], "not between 0 and 1"),
         (["--mask-ratio", "0"], "--mask-ratio 0"),
-        (["--temperature", "0"], "not a finite number"),
+        (["--temperature", "0"], "is not between"),
         (["--momentum", "1.1"], "not between 0 and 1"),
         (["--size", "64"], "requires --data-set folder"),
         (["--data-set", "folder", "--size", "36"], "a multiple of 8"),

@@ -1,12 +1,13 @@
 """Tests of conmim/plot.py on synthetic run folders: figures, verdicts, missing runs, and the factorial's statistics."""
 
+import errno
 import json
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from common.study import results
+from common.study import figures, results
 from common.study.design import load
 from conmim import plot
 
@@ -132,6 +133,24 @@ def test_without_runs_nothing_is_written(tmp_path, capsys):
         f"conmim-asymmetry: no runs in {tmp_path / 'runs'}: run make conmim-asymmetry SCALE=demo first\n"
     )
     assert not (tmp_path / "report").exists()
+
+
+def test_results_that_cannot_be_written_end_with_one_sentence(tmp_path, monkeypatch, capsys):
+    write_runs(tmp_path / "runs", 1, ("base", "symmetric"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as end:
+        draw(tmp_path / "runs", "conmim-asymmetry", 1, tmp_path / "file")
+    printed = capsys.readouterr().err
+    assert end.value.code == 2 and "--results" in printed and printed.count("\n") == 1
+
+    def full_disk(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "x.png")
+
+    monkeypatch.setattr(figures, "save", full_disk)
+    with pytest.raises(SystemExit) as end:
+        draw(tmp_path / "runs", "conmim-asymmetry", 1, tmp_path / "report")
+    printed = capsys.readouterr().err
+    assert end.value.code == 4 and "free disk space" in printed and printed.count("\n") == 1
 
 
 def test_an_unknown_study_is_refused(tmp_path, capsys):

@@ -121,11 +121,42 @@ def test_a_disk_without_file_locks_is_an_error(number, tmp_path, monkeypatch, ca
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(lock.fcntl, "lockf", lockf)
-    for acquire in (lambda: lock.acquire_lock(tmp_path / "run"), lambda: slots.acquire_slot(["0"], tmp_path / "slots")):
+    waiting = open(tmp_path / "x.lock", "w")  # noqa: SIM115
+    for acquire in (
+        lambda: lock.acquire_lock(tmp_path / "run"),
+        lambda: slots.acquire_slot(["0"], tmp_path / "slots"),
+        lambda: lock.wait_for_lock(waiting, "the image cache"),
+    ):
         with pytest.raises(SystemExit) as end:
             acquire()
         printed = capsys.readouterr().err
         assert end.value.code == 2 and os.strerror(number) in printed and "with file locks" in printed
+
+
+def test_a_wait_for_another_process_is_announced(tmp_path, monkeypatch, capsys):
+    """Decoding can take an hour, and a free GPU a day."""
+
+    attempts = iter([False, False, True])
+
+    def taken_twice(file, flags):
+        if flags & lock.fcntl.LOCK_NB and not next(attempts):
+            raise OSError(errno.EAGAIN, "taken")
+
+    monkeypatch.setattr(lock.fcntl, "lockf", taken_twice)
+    with open(tmp_path / "x.lock", "w") as file:
+        lock.wait_for_lock(file, "the image cache x.npy")
+    assert capsys.readouterr().err == "the image cache x.npy is being written by another process: waiting for it\n"
+    assert slots.acquire_slot(["0"], tmp_path / "slots") == "0"
+    assert capsys.readouterr().err == "waiting for a free GPU: GPUS='0' are all in use\n"
+
+
+def test_slots_in_a_folder_that_cannot_be_written_are_an_error(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as end:
+        slots.acquire_slot(["0"], tmp_path / "file/slots")
+    printed = capsys.readouterr().err
+    assert end.value.code == 2 and "cannot be written (Not a directory)" in printed and printed.count("\n") == 1
+    assert slots.acquire_slot(["a/b"], tmp_path / "slots") == "a/b"
 
 
 @pytest.mark.parametrize(("number", "ignored"), [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.EIO, False)])
@@ -157,6 +188,45 @@ def test_a_closed_pipe_and_a_removed_folder_end_a_run_with_one_sentence(code, st
     run.stdout.close()
     printed = run.stderr.read()
     assert run.wait() == status and words in printed and printed.count("\n") == 1, printed
+
+
+def script(code: str, **streams) -> subprocess.Popen:
+    """Start a script that has a command line. Its output is buffered, as in a pipe."""
+    code = f"import sys, time\nfrom common.cli import Parser\nParser('A script.').parse_args([])\n{code}"
+    environment = {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=environment, **streams)
+
+
+def test_the_end_of_the_output_may_be_cut_by_head():
+    process = script("print('first', flush=True); time.sleep(0.5); print('second')", stdout=subprocess.PIPE)
+    assert process.stdout.readline() == "first\n"
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 0
+
+
+def test_ctrl_c_in_a_script_without_a_run_prints_one_sentence():
+    process = script("print('ready', flush=True); time.sleep(60)", stdout=subprocess.PIPE)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    printed = process.communicate()[1]
+    assert process.returncode == -signal.SIGINT and printed == "error: interrupted; run the same command again\n"
+
+
+def test_a_full_disk_at_the_start_of_a_run_exits_with_code_4(tmp_path):
+    code = f"from common.lock import run_lock\nwith run_lock({str(tmp_path / 'run')!r}): pass"
+    command = ["bash", "-c", 'ulimit -f 0; exec "$0" -c "$1"', sys.executable, code]
+    done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 4 and done.stderr.count("\n") == 1 and "File too large" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("module", ["rules", "cost"])
+def test_a_terminal_without_umlauts_is_no_error(module, tmp_path):
+    command = [sys.executable, "-m", f"common.study.{module}", "PAPERS=bsa", "SCALE=demo", f"RUNS={tmp_path}/ä"]
+    environment = {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    if module == "rules":  # make includes this file
+        assert Path(os.fsdecode(done.stdout).strip()).is_file()
 
 
 def test_lock_is_released_when_its_owner_dies_though_a_worker_survives(tmp_path):

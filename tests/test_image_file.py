@@ -5,7 +5,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from common.image_file import UnreadableImage, open_rgb
 
@@ -77,6 +77,33 @@ def test_a_bitmap_with_5_bits_per_channel_is_read(tmp_path):
 def test_undecodable_file_error_contains_path(content, tmp_path):
     (tmp_path / "x.png").write_bytes(content)
     with pytest.raises(UnreadableImage, match=r"x\.png cannot be decoded"):
+        open_rgb(tmp_path / "x.png")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("extension", ["png", "jpg", "tif", "gif", "bmp", "webp"])
+def test_a_damaged_file_of_any_format_is_read_or_is_an_unreadable_image(extension, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    rng, path = np.random.default_rng(0), tmp_path / f"x.{extension}"
+    Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).save(path)
+    intact, errors = path.read_bytes(), 0
+    for _ in range(200):
+        damaged = bytearray(intact)
+        for position in rng.integers(0, min(len(intact), 200), 3):
+            damaged[position] = rng.integers(256)
+        path.write_bytes(damaged)
+        try:
+            open_rgb(path)
+        except UnreadableImage:
+            errors += 1
+    assert errors
+
+
+def test_a_large_text_in_a_png_is_an_error_with_a_remedy(tmp_path):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("note", "x" * 3_000_000, zip=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png", pnginfo=text)
+    with pytest.raises(UnreadableImage, match="save it without its metadata"):
         open_rgb(tmp_path / "x.png")
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 import bsa.eval
 import bsa.train
+import cocord.teacher
 import cocord.train
 import conmim.eval
 import conmim.train
@@ -20,9 +21,10 @@ import seqvcr.train
 import simsiam.eval
 import simsiam.train
 from cocord import net
-from common import checkpoints, images
+from common import checkpoints, cli, images
 
 PAPERS = {"simsiam": simsiam, "conmim": conmim, "cocord": cocord, "bsa": bsa, "seqvcr": seqvcr}
+EVALUATIONS = [simsiam.eval, conmim.eval, bsa.eval, seqvcr.eval]  # that of CoCoRD has no flags of its own
 
 
 def error_line(capsys, function, *arguments) -> str:
@@ -112,8 +114,8 @@ def test_an_image_folder_without_data_set_folder_is_an_error(paper, pictures, tm
 
 
 @pytest.mark.parametrize("paper", PAPERS)
-def test_an_infinite_learning_rate_is_an_error(paper, capsys):
-    argv = ["--lr", "1e200", "--lr-factor", "1e200"]
+def test_a_learning_rate_that_float32_cannot_represent_is_an_error(paper, capsys):
+    argv = ["--lr", "1e20", "--lr-factor", "1e20"]
     assert "too large" in error_line(capsys, PAPERS[paper].train.parse_args, argv)
 
 
@@ -201,13 +203,21 @@ def test_a_recorded_accuracy_below_1_is_a_fraction(tmp_path):
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_authors_checkpoints_are_read_in_both_formats_of_torch(legacy, tmp_path):
-    model = simsiam.train.build_model(simsiam.train.parse_args(["--network", "resnet18"]), torch.device("cpu"))
+    model = simsiam.train.build_model(simsiam.train.parse_args(["--network", "resnet50"]), torch.device("cpu"))
     state = {f"module.encoder.{name}": tensor for name, tensor in model.backbone.state_dict().items()}
     path = tmp_path / "checkpoint.pth.tar"
     torch.save({"epoch": 100, "state_dict": state}, path, _use_new_zipfile_serialization=not legacy)
     assert set(simsiam.eval.read_authors_checkpoint(path)["backbone"]) == set(model.backbone.state_dict())
     torch.save({"model": {"patch_embed.proj.weight": torch.ones(1)}}, path, _use_new_zipfile_serialization=not legacy)
     assert set(conmim.eval.read_authors_checkpoint(path)) == {"patch_embed.proj.weight"}
+
+
+def test_a_smaller_resnet_than_the_authors_is_named(tmp_path, capsys):
+    model = simsiam.train.build_model(simsiam.train.parse_args(["--network", "resnet18"]), torch.device("cpu"))
+    state = {f"module.encoder.{name}": tensor for name, tensor in model.backbone.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "x.pt")
+    message = error_line(capsys, simsiam.eval.read_authors_checkpoint, tmp_path / "x.pt")
+    assert "is a ResNet-18 or ResNet-34: give the authors' checkpoint (ResNet-50)" in message
 
 
 @pytest.mark.parametrize(
@@ -305,12 +315,57 @@ def test_a_warm_up_as_long_as_the_training_is_reported(tmp_path, capsys):
     assert "warning: --warm-up 8 is as long as --epochs 8" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("paper", PAPERS)
-@pytest.mark.parametrize("flags", [["--threads", "100000"], ["--epochs", "9" * 25], ["--batch", "9" * 25]])
-def test_integers_far_out_of_range_are_refused(paper, flags, capsys):
-    if flags[0] == "--epochs" and paper in ("bsa", "seqvcr"):
-        flags = ["--steps", flags[1]]
-    assert "is more than" in error_line(capsys, PAPERS[paper].train.parse_args, flags)
+@pytest.mark.parametrize("script", [*(PAPERS[paper].train for paper in PAPERS), cocord.teacher, *EVALUATIONS])
+def test_numbers_far_out_of_range_are_refused(script, monkeypatch, capsys):
+    """Every flag with a number, of every script."""
+    parsers = []
+    monkeypatch.setattr(cli.Parser, "__init__", remember(parsers, cli.Parser.__init__))
+    folder = ["folder"] if script in EVALUATIONS else []
+    script.parse_args(folder)
+    numbers = {action.option_strings[0]: action.type.__name__ for action in parsers[0]._actions
+               if getattr(action.type, "__name__", "") in ("integer", "number")}  # fmt: skip
+    assert len(numbers) > (0 if folder else 8) and "--threads" in numbers
+    for flag, kind in numbers.items():
+        for text in ("9" * 25, *(["1e300", "nan"] if kind == "number" else ["9" * 4400])):
+            if text[:2] != "99" or kind == "integer":
+                assert flag in error_line(capsys, script.parse_args, [*folder, flag, text])
+
+
+def remember(parsers: list, initialise):
+    """Return an __init__ that appends each new parser to `parsers`."""
+
+    def init(parser, *arguments, **keywords):
+        initialise(parser, *arguments, **keywords)
+        parsers.append(parser)
+
+    return init
+
+
+@pytest.mark.parametrize("dim", ["9" * 25, "9" * 4400, "2147483648"])
+def test_a_head_that_is_far_too_wide_is_refused(dim, capsys):
+    assert "a multiple of 4 up to" in error_line(capsys, simsiam.train.parse_args, ["--dim", dim])
+
+
+def test_flags_that_would_be_ignored_are_refused(capsys):
+    assert "--weights" in error_line(capsys, conmim.eval.parse_args, ["folder", "--network", "vit_base_16"])
+    assert "--export" in error_line(capsys, bsa.eval.parse_args, ["folder", "--names", "names.txt"])
+
+
+@pytest.mark.parametrize("paper", ["simsiam", "cocord"])
+def test_a_held_out_tenth_of_few_images_is_refused(paper, pictures, tmp_path, capsys):
+    few = tmp_path / "few"
+    shutil.copytree(pictures, few)
+    for path in sorted((few / "train").glob("*/*.png")):
+        if int(path.stem) >= 7:
+            path.unlink()
+    if paper == "simsiam":
+        simsiam.train.main([*tiny(tmp_path / "run", few), "--batch", "4"])
+        capsys.readouterr()
+        message = error_line(capsys, simsiam.eval.main, [str(tmp_path / "run"), "--held-out"])
+    else:
+        flags = ["--data-set", "folder", "--data", str(few), "--held-out", "--device", "cpu"]
+        message = error_line(capsys, cocord.teacher.main, [*flags, "--out", str(tmp_path / "run")])
+    assert "--held-out needs at least 20 training images, not 14" in message
 
 
 def test_weights_without_a_teacher_are_refused(tmp_path, capsys):

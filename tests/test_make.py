@@ -35,6 +35,8 @@ if words[0].endswith(("train.py", "teacher.py")):
     if str(out) in os.environ.get("BREAK", ""):
         sys.exit(1)
     out.mkdir(parents=True, exist_ok=True)
+    if str(out) == os.environ.get("KILL"):
+        os.kill(os.getpid(), 9)
     if str(out) == os.environ.get("HANG"):
         (out / "state.pt").write_text("half-way")
         time.sleep(60)
@@ -260,6 +262,15 @@ def test_after_a_failed_run_make_exits_nonzero_and_still_draws_the_page_and_k_co
     assert not (repo.folder / "runs/demo/simsiam/base/0/flags").exists()
     code, calls, _ = repo.make("simsiam-predictor", "SEEDS=0")
     assert code == 0 and runs(calls) == ["base/0"]
+
+
+def test_a_killed_run_leaves_a_reason(repo):
+    folder = repo.folder / "runs/demo/simsiam/base/0"
+    code, calls, _ = repo.make("simsiam-predictor", "SEEDS=0", KILL="runs/demo/simsiam/base/0")
+    assert code != 0 and runs(calls) == ["base/0"]
+    assert (folder / "failure.txt").read_text() == "killed by signal 9; memory may be too small\n"
+    repo.make("simsiam-predictor", "SEEDS=1", BREAK="runs/demo/simsiam/base/1")  # it printed its own reason
+    assert not (repo.folder / "runs/demo/simsiam/base/1/failure.txt").exists()
 
 
 def test_a_dry_run_lists_exactly_what_would_run(repo):

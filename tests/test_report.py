@@ -454,6 +454,22 @@ def test_latex_tables_have_escaped_text_and_a_cell_for_each_column(tmp_path):
     assert tables.latex_text("50 % of a_b -> −0.5, -0.5 ± 1") == r"50 \% of a\_b -$>$ $-$0.5, $-$0.5 $\pm$ 1"
 
 
+def test_unreadable_files_of_a_run_are_noted(tmp_path):
+    for seed, (name, content) in enumerate([("train.jsonl", None), ("args.json", '{"x": 1}'), ("flags", None)]):
+        path = run(tmp_path, "base", seed, 50.0) / name
+        path.unlink()
+        path.mkdir() if content is None else path.write_text(content)
+    runs = read(tmp_path, ["base"], range(3))
+    assert [runs["base"][seed].notes for seed in range(3)] == [
+        ["base, seed 0: train.jsonl cannot be read (Is a directory)."],
+        ["base, seed 1: args.json cannot be read."],
+        ["base, seed 2: flags cannot be read (Is a directory)."],
+    ]
+    assert runs["base"][0].log == [] and runs["base"][1].args == {}
+    assert results.first_arguments(runs)["epochs"] == 2 and results.data_seeds(runs) == {0}
+    assert results.series(runs, "knn")["base"] and len(results.values(runs, "base", "knn")) == 3
+
+
 def test_numbers_are_never_shown_as_negative_zero():
     assert tables.format_number(-0.04, vars(METRICS["knn"])) == "0.0"
     assert tables.format_number(None, vars(METRICS["knn"])) == "–"

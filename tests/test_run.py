@@ -180,14 +180,14 @@ def test_a_log_with_missing_epochs_is_an_error(kept, tmp_path, capsys):
     assert "train.jsonl is damaged (epochs are missing)" in error_line(capsys, read_log, tmp_path / "run", 2)
 
 
-def test_a_state_of_an_older_code_version_is_an_error(tmp_path, capsys):
+@pytest.mark.parametrize("number", [None, 1, 3])
+def test_a_state_of_another_code_version_is_an_error(number, tmp_path, capsys):
     out = tmp_path / "run"
     train(start(out), range(2))
     for path in out.glob("state*.pt"):
-        state = checkpoints.load(path)
-        del state["log"]
+        state = checkpoints.load(path) | {"format": number}
         checkpoints.save(path, state)
     with pytest.raises(SystemExit):
         train(start(out), range(3))
     printed = capsys.readouterr().err
-    assert "older version" in printed and "no usable state" in printed
+    assert "another version" in printed and "no usable state" in printed

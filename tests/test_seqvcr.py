@@ -499,7 +499,7 @@ def test_all_flags_are_used():
         (["--scale", "paper", "--device", "cpu"], "--init-from model.safetensors"),
         (["--train-size", "some"], "--train-size"),
         (["--train-size", "64"], "--batch 128 is larger than the training set (64 examples): give at most 64"),
-        (["--lambda1", "nan"], "nan is not a finite number >= 0"),
+        (["--lambda1", "nan"], "nan is not between 0 and 1e+30"),
         (["--scale", "gpu"], "train at scale demo"),
     ],
 )

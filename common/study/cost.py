@@ -15,7 +15,7 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 from common import files
-from common.cli import fail
+from common.cli import fail, prepare_streams
 from common.study.design import Design, DesignError, Study
 from common.study.request import Request, read_text
 
@@ -125,6 +125,7 @@ def align(rows: Sequence[Sequence[str]]) -> str:
 
 def main(words: Sequence[str]) -> None:
     """Command line: see the module docstring. Exits with code 2 if a variable or a design is invalid."""
+    prepare_streams()
     words = list(words)
     rehearsals = Path("runs/rehearsal")
     if "--rehearsals" in words:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import SCALES, Parser, fail, int_in
+from common.lock import exit_codes
 from common.study import figures, page, sweeps, tables
 from common.study.analysis import RemarkFunction, summarise
 from common.study.design import Design, DesignError, Metric, Settings, Study
@@ -97,6 +98,10 @@ def draw(
         for note in (note for by_seed in runs.values() for run in by_seed.values() for note in run.notes):
             print(note)
         return
+    try:
+        args.results.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--results {args.results} cannot be written ({error.strerror}): give another folder")
     summary = summarise(study, runs, measured_metrics(study, paper, runs), remark_of) | {
         "paper": paper.title,
         "scale": args.scale,
@@ -113,12 +118,12 @@ def draw(
     if not study.sweep:
         drawn = {"differences": figures.differences(view.summary), **drawn}
     view.summary["captions"] = {f"{study.name}-{name}": caption for name, (_, caption) in drawn.items()}
-    args.results.mkdir(parents=True, exist_ok=True)
-    for old in page.find_figures(args.results, [study.name])[study.name]:
-        if old.stem.removeprefix(f"{study.name}-") not in drawn:  # outdated, from other runs
-            for suffix in (".png", ".svg"):
-                old.with_suffix(suffix).unlink(missing_ok=True)
-    for name, drawing in drawn.items():
-        figures.save(drawing.figure, args.results, f"{study.name}-{name}")
-    tables.write_tables(view.summary, args.results)
+    with exit_codes(args.results):
+        for old in page.find_figures(args.results, [study.name])[study.name]:
+            if old.stem.removeprefix(f"{study.name}-") not in drawn:  # outdated, from other runs
+                for suffix in (".png", ".svg"):
+                    old.with_suffix(suffix).unlink(missing_ok=True)
+        for name, drawing in drawn.items():
+            figures.save(drawing.figure, args.results, f"{study.name}-{name}")
+        tables.write_tables(view.summary, args.results)
     print(f"{study.name}: {view.summary['finding']}")

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.cli import fail
+from common.cli import fail, prepare_streams
 from common.files import read_json, write_text
 from common.run import script_provenance
 from common.study import page
@@ -168,6 +168,7 @@ def _main_studies_and_extras(request: Request, folder: Path) -> tuple[list[str],
 
 def main(words: Sequence[str]) -> None:
     """Command line: see the module docstring. Exits with code 2 if nothing can be published."""
+    prepare_streams()
     names = [word for word in words if "=" not in word]
     try:
         request = Request.parse(word for word in words if "=" in word)

@@ -87,26 +87,37 @@ def _read_run(folder: Path, arm: str, seed: int) -> RunFiles:
     folder, run_name = folder / arm / str(seed), f"{arm}, seed {seed}"
     contents: dict[str, dict[str, Any] | None] = {"metrics": None, "args": None}
     log, notes = [], []
+
+    def read_text(name: str) -> str:
+        """Return the content of a text file, "" if it is missing or cannot be read, with a note."""
+        try:
+            return (folder / name).read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return ""
+        except OSError as error:
+            notes.append(f"{run_name}: {name} cannot be read ({error.strerror}).")
+            return ""
+
     for name in contents:
         try:
             contents[name] = dict(read_json(folder / f"{name}.json"))
+            if name == "args" and not isinstance((contents["args"] or {}).get("arguments"), dict):
+                contents["args"] = None
+                raise ValueError("no arguments")
         except FileNotFoundError:
             pass
         except (ValueError, TypeError, OSError):
             remedy = ": delete it, and make evaluates the run again" if name == "metrics" else ""
             notes.append(f"{run_name}: {name}.json cannot be read{remedy}.")
-    if (folder / "train.jsonl").exists():
-        for line in (folder / "train.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                log.append(dict(json.loads(line)))
-            except (ValueError, TypeError):  # the process was killed during the write
-                notes.append(f"{run_name}: skipped an unreadable line of train.jsonl.")
-    if contents["metrics"] is None and (folder / FAILURE_FILE).is_file():
-        reason = (folder / FAILURE_FILE).read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+    for line in read_text("train.jsonl").splitlines():
+        try:
+            log.append(dict(json.loads(line)))
+        except (ValueError, TypeError):  # the process was killed during the write
+            notes.append(f"{run_name}: skipped an unreadable line of train.jsonl.")
+    if contents["metrics"] is None and (folder / FAILURE_FILE).exists():
+        reason = read_text(FAILURE_FILE).partition("\n")[0]
         notes.append(f"{run_name} failed: {reason.rstrip('.') or 'unknown reason'}.")
-    flags = ""
-    if (folder / "flags").exists():
-        flags = (folder / "flags").read_text(encoding="utf-8").removeprefix("flags:").strip()
+    flags = read_text("flags").removeprefix("flags:").strip()
     return RunFiles(contents["metrics"], contents["args"] or {}, log, flags, notes)
 
 

@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from common.cli import EXIT_USER, fail
+from common.cli import EXIT_USER, fail, prepare_streams
 from common.files import write_text
 from common.study.design import Arm, Design, DesignError, Study
 from common.study.request import Request, read_text
@@ -68,7 +68,7 @@ def run_rules(request: Request, design: Design, arm: Arm, seed: int) -> str:
     lines = [f"# trained with other flags: {(old_flags or 'unknown').splitlines()[0]} ."] if retrain else []
     lines += [
         f"{model}: {'FORCE ' if retrain else ''}| {' '.join(prerequisites)}",
-        f"\t$(run) {shell(train)}",
+        f"\t$(run) {shell(train)} || {{ code=$$? folder={shell([folder])}; $(record-death); }}",
         f"\t{write_line(new_flags, shell([folder / 'flags']))}",
         f".PRECIOUS: {model} {metrics}",  # both are written atomically, so an interrupted make must not delete them
     ]
@@ -253,6 +253,7 @@ def listing(request: Request) -> str:
 
 def main(words: Sequence[str]) -> None:
     """Command line: see the module docstring."""
+    prepare_streams()
     show_help = words[:1] == ["help"]
     try:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for make; code in studies.py may print
@@ -263,7 +264,8 @@ def main(words: Sequence[str]) -> None:
                 return
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         else:
-            print(str(write_rules(request)).replace(" ", "\\ "))  # make's include needs escaped spaces
+            path = str(write_rules(request)).replace(" ", "\\ ")  # make's include needs escaped spaces
+            sys.stdout.buffer.write(os.fsencode(path) + b"\n")
     except DesignError as error:
         if show_help:
             fail(str(error))

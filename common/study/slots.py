@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from common.cli import EXIT_INTERRUPTED, RUNS_ON_THIS_GPU, fail
+from common.cli import EXIT_INTERRUPTED, RUNS_ON_THIS_GPU, fail, prepare_streams
 from common.lock import LOCK_TAKEN
 
 FOLDER = Path("runs/.slots")
@@ -20,11 +20,15 @@ FOLDER = Path("runs/.slots")
 
 def acquire_slot(slots: list[str], folder: Path) -> str:
     """Lock the first slot that is free on this machine and return it. Waits until one is free."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {
-        number: os.open(folder / f"{socket.gethostname()}-{number}-{slot}", os.O_RDWR | os.O_CREAT)
-        for number, slot in enumerate(slots)
-    }
+    files = {}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, slot in enumerate(slots):
+            name = f"{socket.gethostname()}-{number}-{slot.replace('/', '-')}"
+            files[number] = os.open(folder / name, os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        fail(f"{error.filename} cannot be written ({error.strerror}): drop GPUS, or start in another folder")
+    waited = False
     while True:
         for number, file in files.items():
             try:
@@ -35,11 +39,15 @@ def acquire_slot(slots: list[str], folder: Path) -> str:
                 continue
             os.set_inheritable(file, True)  # otherwise exec closes the file and releases the lock
             return slots[number]
+        if not waited:
+            print(f"waiting for a free GPU: GPUS='{' '.join(slots)}' are all in use", file=sys.stderr, flush=True)
+        waited = True
         time.sleep(0.2)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Replace this process by the command. Exits with code 2 if slots or command are missing or it cannot start."""
+    prepare_streams()
     slots, *command = (sys.argv[1:] if argv is None else argv) or [""]
     if not slots.split() or not command:
         fail('missing list of GPUs or command: write python -m common.study.slots "0 1" COMMAND ...')
