@@ -1,8 +1,8 @@
-## make demo                  primary contrasts of all studies, demo scale, one seed, on the CPU
-## make primary               primary contrasts of all studies, and the baselines that they require
+## make primary               the main comparisons of all studies, and the baselines that they need
+## make demo                  the same at demo scale, with one seed, on the CPU
 ## make STUDY | PAPER | all   all arms of a study | of a paper's main studies | of all main studies
-## make calibration           equal arms (A/A) and effects that the papers published, through the same analysis
-## make robustness | curves   primary contrasts at other learning rates | sweeps between the arms of a contrast
+## make calibration           checks of the analysis: equal arms must not differ, known effects must appear
+## make robustness | curves   the main comparisons at other learning rates | at values between the two arms
 ## make report                draw figures and page from existing runs; make -n STUDY lists what would run
 ## make publish [STUDY ...]   redraw studies and copy them to results/SCALE, which git tracks
 ## make page                  HTML page of results/SCALE
@@ -13,7 +13,7 @@
 ##
 ## PAPERS SCALE=gpu|demo|paper SEEDS="0 1"|first DEVICE=auto DATA=data EXTRA="--flags for every train.py"
 ## RUNS=runs/SCALE RESULTS=RUNS/report PAIRS="resnet56-resnet20" TASKS="4x4 lis"
-## RESUME=elsewhere (unfinished runs go on with another GPU or torch version; recorded)
+## RESUME=elsewhere (continue unfinished runs on another GPU or torch version; args.json records it)
 ## GPUS="0 1"|"0 0 0 0" (with -j: each run takes a free slot) LAUNCH="srun ..." PYTHON=your-python
 ## MIRROR=url (make data downloads CIFAR's archives from there)
 ##
