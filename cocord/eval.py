@@ -4,8 +4,11 @@
 
 `accuracy` is the test accuracy after the last epoch. `accuracy_best_epoch` is the best epoch on the test split, and
 therefore optimistic. Metrics of the training come from train.jsonl: cosines and contrastive accuracy are means over the
-batches of the last epoch. `key_consistency` is the cosine between the keys of the same 256 images in consecutive
-epochs, averaged over all epochs. `contrastive_accuracy`, and `train_accuracy` in train.jsonl, are fractions; other
+batches of the last epoch. Two metrics use the teacher's keys of 256 training images without augmentation:
+`key_consistency` is the cosine between the keys of the same image in consecutive epochs, averaged over all epochs, and
+`key_cosine` that between the keys of different images after the last epoch. Keys that all point in one direction are
+consistent, too. `teacher_head_shift` is the change of the weights of those linear layers of the teacher's head that
+move, relative to their initial norm. `contrastive_accuracy`, and `train_accuracy` in train.jsonl, are fractions; other
 accuracies are percent.
 """
 
@@ -34,6 +37,7 @@ METRICS_IF_FINITE = (  # null in metrics.json of a diverged run
     "positive_cosine",
     "negative_cosine",
     "key_consistency",
+    "key_cosine",
     "teacher_head_shift",
     "train_loss",
     "train_accuracy",
@@ -47,9 +51,8 @@ def training_metrics(log: list[dict[str, Any]], arguments: dict[str, Any]) -> di
     """
     start, epochs = log[0], log[1:]
     last = epochs[-1] if epochs else {}
-    key_metrics: dict[str, Any] = dict.fromkeys(
-        ("contrastive_accuracy", "positive_cosine", "negative_cosine", "teacher_head_shift", "key_consistency")
-    )
+    names = "contrastive_accuracy positive_cosine negative_cosine key_cosine teacher_head_shift key_consistency"
+    key_metrics: dict[str, Any] = dict.fromkeys(names.split())
     if arguments["lambda_contrast"] and epochs:
         key_metrics = {name: last.get(name) for name in key_metrics}
         key_metrics["key_consistency"] = mean(line["key_consistency"] for line in epochs)

@@ -99,7 +99,7 @@ def draw(view: results.View) -> dict[str, figures.Drawing]:
     dot_metrics = [PRIMARY]
     if view.study.name == "cocord-teacher-momentum":
         curve_metrics["key_consistency"] = "key consistency (cosine)"
-        dot_metrics.append("teacher_head_shift")
+        dot_metrics += ["teacher_head_shift", "key_cosine"]
     else:
         curve_metrics["contrastive_accuracy"] = "contrastive top-1"
         dot_metrics.append("contrastive_accuracy")

@@ -680,7 +680,7 @@ def test_arms_end_with_different_weights(finished):
 
 def test_metrics_json_has_the_expected_keys(finished):
     always = "accuracy accuracy_best_epoch train_loss train_accuracy seconds examples_per_second peak_memory"
-    with_keys = "contrastive_accuracy positive_cosine negative_cosine key_consistency teacher_head_shift"
+    with_keys = "contrastive_accuracy positive_cosine negative_cosine key_consistency key_cosine teacher_head_shift"
     for arm in ARMS:
         metrics = json.loads((finished / arm / "0/metrics.json").read_text())
         assert all(isinstance(metrics[key], float | int) for key in always.split()), arm
@@ -693,6 +693,13 @@ def test_metrics_json_has_the_expected_keys(finished):
             assert metrics["teacher_head_shift"] == 0 and metrics["key_consistency"] == pytest.approx(1, abs=1e-5)
     moved = json.loads((finished / "moving-fast@resnet_s64-vgg_s/0/metrics.json").read_text())
     assert moved["teacher_head_shift"] > 0 and moved["key_consistency"] < 1
+
+
+def test_relative_change_by_hand():
+    initial = [torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0], [4.0]])]  # norm 5
+    moved = [initial[0] + torch.tensor([[0.0, 1.0]]), initial[1] * 1.5]  # changes of norm 1 and 2
+    assert train.relative_change(moved, initial) == pytest.approx(5**0.5 / 5)
+    assert train.relative_change([], []) == 0
 
 
 def test_teacher_run_writes_its_metrics_and_is_not_repeated(finished, capsys):

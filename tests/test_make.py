@@ -820,7 +820,7 @@ def test_teacher_target_other_pairs_and_rehearsed_teachers(repo):
     calls = repo.make("cocord-prediction-loss", "SEEDS=0", "PAIRS=vgg13-vgg8")[1]
     assert sum("--network vgg13" in call for call in calls) == 1
     assert {call.split("--student ")[1].split()[0] for call in calls if "cocord/train.py" in call} == {"vgg8"}
-    rehearsal = ["EXTRA=--batch 8 --rehearse 3", "RUNS=runs/rehearsal/demo"]
+    rehearsal = ["EXTRA=--batch 8 --rehearse 3 --data-set glyphs36 --held-out", "RUNS=runs/rehearsal/demo"]
     calls = repo.make("cocord-prediction-loss", "SEEDS=0", *rehearsal)[1]
     teacher = next(call for call in calls if "teacher.py" in call)
-    assert "--rehearse=3" in teacher and "--batch" not in teacher
+    assert teacher.endswith(" --rehearse=3 --data-set=glyphs36 --held-out") and "--batch" not in teacher

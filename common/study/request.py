@@ -135,11 +135,13 @@ class Request:
         return seed if self.seed_draws_data else 0
 
     def flags(self, design: Design, arm: Arm) -> list[str]:
-        """Return the flags of an arm's runs, EXTRA included. From EXTRA a teacher gets only --rehearse."""
+        """Return the flags of an arm's runs, EXTRA included. From EXTRA a teacher gets only what selects its data."""
         extra = list(self.extra)
         if arm.name in design.teacher_names():
-            rehearsals = re.findall(r"--rehearse[ =](\d+)", " ".join(extra))
-            extra = [f"--rehearse={steps}" for steps in rehearsals[-1:]]
+            text = " ".join(extra)
+            given = {name: re.findall(rf"--{name}[ =](\S+)", text) for name in ("rehearse", "data-set")}
+            held_out = ["--held-out"] if "--held-out" in extra else []
+            extra = [f"--{name}={found[-1]}" for name, found in given.items() if found] + held_out
         return [*shlex.split(arm.flags), *extra]
 
     def flags_text(self, design: Design, arm: Arm) -> str:
