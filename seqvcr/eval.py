@@ -3,11 +3,12 @@
     python seqvcr/eval.py runs/scratch                # a finished run of train.py
     python seqvcr/eval.py runs/scratch --show 10      # print test questions and the network's answers
 
-All metrics are measured on test rows without dropout. Level l is the output of block l; level 0 is the embeddings.
-Only `variance_loss`, `covariance_loss`, `projected_std` and `regulariser_loss` use the projection. Answers are
-teacher-forced, and so are the chains of --chain-of-thought. For whole answers this gives the same result as greedy
-decoding (`exact_match`); for single positions it gives a higher accuracy (`position_accuracy`). After a given chain the
-positions would be easy, so such runs have no metrics of single positions.
+Metrics are measured on test rows without dropout, but for `cross_entropy` and `train_loss` (training, last epoch),
+`clipped_fraction` (all training steps) and `steps_to_solve` (validation rows). Level l is the output of block l; level
+0 is the embeddings. Only `variance_loss`, `covariance_loss`, `projected_std` and `regulariser_loss` use the projection.
+Answers are teacher-forced, and so are the chains of --chain-of-thought. For whole answers this gives the same result as
+greedy decoding (`exact_match`); for single positions it gives a higher accuracy (`position_accuracy`). After a given
+chain the positions would be easy, so such runs have no metrics of single positions.
 
 entropy        entropy of the hidden states Z (T, D) of a sequence: -sum p_i log p_i with p_i = eigenvalues of Z Z^T
                divided by their sum (equation 2), divided by log(min(T, D)); mean over sequences, one value per level
@@ -19,6 +20,7 @@ import argparse
 import math
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -182,10 +184,12 @@ def regulariser_metrics(model: SeqVCR, rows: Tensor, answer: int, arguments: dic
     metrics |= {"variance_loss": variance, "covariance_loss": covariance, "projected_std": std}
     metrics["regulariser_loss"] = lambda1 * variance + lambda2 * covariance
     if axis == "batch" and (layer == 0 or not arguments["dropout"]):
-        rank = rank_bounds(inputs, size, weight.shape[1], layer)
+        after_layer_norm = layer == arguments["layers"]  # whose output has one dimension less
+        rank = rank_bounds(inputs, size, weight.shape[1] - after_layer_norm, layer)
         predicted_std, predicted_loss = predict_minimum(rank, len(weight), lambda1, lambda2)
         metrics |= {"predicted_std": predicted_std.mean().item(), "predicted_loss": predicted_loss.mean().item()}
-        metrics["std_to_predicted"] = std / predicted_std.mean().item()
+        if lambda1:  # without the variance loss the predicted standard deviation is 0
+            metrics["std_to_predicted"] = std / predicted_std.mean().item()
     return metrics
 
 
@@ -284,8 +288,10 @@ def main(argv: list[str] | None = None) -> None:
             metrics["entropy_min"] = min(metrics["entropy"][1:-1] or metrics["entropy"])
             metrics["entropy_batch_level"] = metrics["entropy_batch"][arguments["layer"]]
             metrics |= regulariser_metrics(model, rows[:N_PROBE], answer, arguments)
-            metrics |= {name: epochs[-1][name] for name in ("cross_entropy", "clipped_fraction")}
-            metrics["train_loss"] = epochs[-1]["loss"]
+            metrics["cross_entropy"], metrics["train_loss"] = epochs[-1]["cross_entropy"], epochs[-1]["loss"]
+            lengths = [line["step"] - before["step"] for before, line in pairwise([{"step": 0}, *epochs])]
+            clipped = [line["clipped_fraction"] * steps for line, steps in zip(epochs, lengths, strict=True)]
+            metrics["clipped_fraction"] = sum(clipped) / sum(lengths)
         metrics |= {
             "examples_per_second": median(line["examples_per_second"] for line in epochs) if epochs else None,
             "peak_memory": epochs[-1]["peak_memory"] if epochs else None,

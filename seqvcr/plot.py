@@ -50,7 +50,8 @@ def describe(runs: results.Runs) -> str:
         return ""
     first = arguments[0]
     network = f"{first['layers']} blocks of width {first['width']}"
-    return f"{tasks(runs)}, {network}, {first['steps']} steps, batch size {first['batch']}"
+    steps = " and ".join(map(str, sorted({args["steps"] for args in arguments})))
+    return f"{tasks(runs)}, {network}, {steps} steps, batch size {first['batch']}"
 
 
 def arm_label(study: str, arm: str, arguments: Mapping[str, Any] | None) -> str:
@@ -59,7 +60,7 @@ def arm_label(study: str, arm: str, arguments: Mapping[str, Any] | None) -> str:
         return arm.partition("@")[0]
     coefficients = arguments["lambda1"], arguments["lambda2"]
     if (study == "seqvcr-coefficients" or "width" in study) and not any(coefficients):
-        return "off"
+        return arm.partition("@")[0]
     if study == "seqvcr-coefficients":
         return "λ {:g}, {:g}".format(*coefficients)
     if "width" in study:
@@ -171,10 +172,11 @@ def prediction_figure(runs: results.Runs, styles: Mapping[str, figures.Style], c
 
 
 def width_figure(runs: results.Runs, arguments: Mapping[str, Mapping[str, Any]], caption: str) -> figures.Drawing:
-    """Return accuracy, entropy, std and loss over the projection width; `off` is a dotted line."""
+    """Return accuracy, entropy, std and loss over the projection width; `off` at the same level is a dotted line."""
     width_of = {arm: args["projection_width"] for arm, args in arguments.items() if args["lambda1"] or args["lambda2"]}
     width_of = dict(sorted(width_of.items(), key=lambda item: item[1]))
-    off_arms = [arm for arm in runs if arm in arguments and arm not in width_of]
+    levels = {arguments[arm]["layer"] for arm in width_of}  # another level has another entropy
+    off_arms = [arm for arm in runs if arm not in width_of and arguments.get(arm, {}).get("layer") in levels]
     seeds = list(dict.fromkeys(seed for arm in width_of for seed in runs[arm]))
 
     def over_width(metric: str) -> list[results.Curve]:

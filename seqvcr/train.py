@@ -37,7 +37,10 @@ Differs from the paper, or is not specified there:
     positions, untied head). At `gpu` scale it also has other sizes and a shorter training than theirs (table 2: 4
     heads, batch 128, learning rate 1e-4, 100 epochs): see SCALES. On CUDA it runs under bfloat16 autocast.
  5. A question ends with "=" (eos in GPT-2's vocabulary). An answer has a fixed length and no end token.
- 6. `variance_covariance` stores neither covariances nor projected features: same values, less time and memory.
+ 6. W has Xavier's initialisation, so a wider projection starts with smaller features. Entropies include the constant
+    positions (pause tokens, "="), so they depend on --pause.
+ 7. The demo's batch of 128 gives four covariances of 32 sequences; the paper's batch is one of 32.
+ 8. `variance_covariance` stores neither covariances nor projected features: same values, less time and memory.
 """
 
 import argparse
