@@ -377,7 +377,8 @@ def test_other_runtime_errors_are_not_reported_as_out_of_memory(pictures, tmp_pa
 
 
 @pytest.mark.slow
-def test_killed_plotting_leaves_only_complete_files(uninterrupted, tmp_path):
+def test_killed_plotting_leaves_only_complete_files(uninterrupted, tmp_path, monkeypatch):
+    monkeypatch.undo()  # the processes below draw in full resolution
     runs, results = tmp_path / "runs", tmp_path / "results"
     for arm in ("base", "no-stop-gradient"):
         shutil.copytree(uninterrupted, runs / arm / "0")

@@ -116,7 +116,8 @@ def curves_of(arms, ends=None, seeds=3, spread=0.1):
     }
 
 
-def test_the_slide_is_16_to_9_with_large_text_and_at_most_five_contrasts(tmp_path):
+def test_the_slide_is_16_to_9_with_large_text_and_at_most_five_contrasts(tmp_path, monkeypatch):
+    monkeypatch.undo()  # full resolution
     arms = ["base", *(f"arm-{index}" for index in range(7))]
     summary = make_summary({arm: [60, 61, 63] for arm in arms}, ["no difference"] * 7)
     styles = figures.arm_styles(arms, [arms])

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import tomllib
@@ -136,9 +137,10 @@ def test_the_package_equals_the_extra_mnist5k_of_pyproject():
 
 
 def test_make_data_installs_the_package_and_prepares_the_data(tmp_path):
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     for python in ([], ["PYTHON=my-python"]):  # your own environment is not changed
         command = ["make", "-n", "data", f"DATA={tmp_path}", *python]
-        printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        printed = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, check=True).stdout
         assert f'-m common.images mnist5k --data "{tmp_path}"' in printed
         assert ('["optional-dependencies"]["mnist5k"]' in printed) is not bool(python)
 

@@ -90,7 +90,7 @@ def test_read_published_returns_the_distinct_pairs_of_a_file(tmp_path):
         ("", "is empty: give a file with one problem per line"),
         ("1 2 * 3 4||x #### 5 0 0 0\n", "line 1: wrong product 21 * 43 = 5: write digits"),
         (tasks.published_line(12, 34, 2) + "\n1 2 3 * 3 4 5||x #### 1 2 3 4 5 6\n", "line 2: expected"),
-        ("12 * 34 = 408\n", "set --size or correct the line"),
+        ("12 * 34 = 408\n", "train with their --size, or correct the line"),
     ],
 )
 def test_a_malformed_data_file_exits_with_its_name_and_line(text, message, tmp_path, capsys):
