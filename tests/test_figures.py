@@ -116,6 +116,12 @@ def curves_of(arms, ends=None, seeds=3, spread=0.1):
     }
 
 
+def test_names_have_no_setting_if_all_arms_share_it():
+    assert figures.short_names(["base@a", "arm@a"]) == ["base", "arm"]
+    assert figures.short_names(["base@a", "arm@b"]) == ["base@a", "arm@b"]
+    assert figures.short_names(["base", "arm@b"]) == ["base", "arm@b"]
+
+
 def test_the_slide_is_16_to_9_with_large_text_and_at_most_five_contrasts(tmp_path, monkeypatch):
     monkeypatch.undo()  # full resolution
     arms = ["base", *(f"arm-{index}" for index in range(7))]

@@ -101,6 +101,12 @@ def without_setting(arm: str) -> str:
     return arm.partition("@")[0]
 
 
+def short_names(arms: Collection[str]) -> list[str]:
+    """Return the names of arms, without "@setting" if all have the same one."""
+    same = len({arm.partition("@")[2] for arm in arms}) == 1
+    return [without_setting(arm) if same else arm for arm in arms]
+
+
 def arm_styles(arms: Sequence[str], studies: Sequence[Collection[str]]) -> dict[str, dict[str, Any]]:
     """Return the style of every arm of a paper, by its name with and without "@setting".
 
@@ -552,15 +558,16 @@ def summary_slide(
             if panel.x_scale == "linear":
                 right.locator_params(axis="x", nbins=5)
             clear = [arm for arm in styles if panel.values.get(arm) and arm not in faint]
-            handles = [Line2D([], [], label=arm, **styles[arm]) for arm in clear]
+            names = short_names(clear)
+            handles = [Line2D([], [], label=name, **styles[arm]) for name, arm in zip(names, clear, strict=True)]
             handles += [Line2D([], [], label="other arms", color=GREY, alpha=0.4)] if faint else []
-            columns = 1 if max(map(len, clear), default=0) > 17 else 2
+            columns = 1 if max(map(len, names), default=0) > 17 else 2
             right.legend(handles=handles, ncols=columns, handlelength=2.4, fontsize=15, **anchor)
         else:
             shown = {arm: style for arm, style in styles.items() if panel.values.get(arm)}
             shown = dict(list(shown.items())[:8])
             draw_dots(right, panel, shown)
-            right.set_yticklabels([textwrap.fill(arm, 17) for arm in shown])
+            right.set_yticklabels([textwrap.fill(name, 17) for name in short_names(shown)])
             right.set_title(textwrap.fill(" ".join(panel.title.split()), 28), pad=18 if panel.lines else 6)
             for label in right.get_yticklabels():
                 label.set_fontsize(14.5)
