@@ -137,7 +137,8 @@ def test_the_package_equals_the_extra_mnist5k_of_pyproject():
 
 
 def test_make_data_installs_the_package_and_prepares_the_data(tmp_path):
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    from_make = ("MAKE", "MFLAGS", "PYTHON")  # as in make test PYTHON=...
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(from_make)}
     for python in ([], ["PYTHON=my-python"]):  # your own environment is not changed
         command = ["make", "-n", "data", f"DATA={tmp_path}", *python]
         printed = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, check=True).stdout
