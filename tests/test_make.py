@@ -268,7 +268,7 @@ def test_a_killed_run_leaves_a_reason(repo):
     folder = repo.folder / "runs/demo/simsiam/base/0"
     code, calls, _ = repo.make("simsiam-predictor", "SEEDS=0", KILL="runs/demo/simsiam/base/0")
     assert code != 0 and runs(calls) == ["base/0"]
-    assert (folder / "failure.txt").read_text() == "killed by signal 9; memory may be too small\n"
+    assert (folder / "failure.txt").read_text() == "killed by signal 9 (9: often too little memory)\n"
     repo.make("simsiam-predictor", "SEEDS=1", BREAK="runs/demo/simsiam/base/1")  # it printed its own reason
     assert not (repo.folder / "runs/demo/simsiam/base/1/failure.txt").exists()
 

@@ -116,9 +116,8 @@ def study_rules(request: Request, design: Design, study: Study) -> str:
     return "\n".join([*lines, f".PHONY: {study.name}@report", f"{study.name}@report: | $(venv)", *recipe])
 
 
-def sub_make_goals(request: Request, groups: Iterable[Sequence[tuple[Design, Study]]], suffix: str = "") -> str:
+def sub_make_goals(request: Request, groups: Sequence[Sequence[tuple[Design, Study]]], suffix: str = "") -> str:
     """Return one word per sub-make: the goals of one group of studies and one seed, joined by +."""
-    groups = list(groups)
     seeds = dict.fromkeys(seed for group in groups for _, study in group for seed in request.seeds_of(study))
     words = []
     for seed in seeds:
