@@ -104,7 +104,7 @@ def few_labels(pair: str) -> Study:
     cross_entropy = f"cross-entropy@{student_of(pair)}@few"
     return study(
         "cocord-few-labels",
-        "What does the prediction loss add if the student, but not its teacher, has labels of only a fifth of the images?",
+        "What does the prediction loss add if the student, but not its teacher, has labels of a fifth of the images?",
         [
             Arm(none, f"{networks} {FEW} --forward-weight 0 --swapped-weight 0", base, needs),
             Arm(f"forward-only@{pair}@few", f"{networks} {FEW} --forward-weight 2 --swapped-weight 0", base, needs),
