@@ -16,7 +16,7 @@ from plan import design
 from test_concepts import write_safetensors
 
 from common import checkpoints, files
-from common.study import tables
+from common.study import results, tables
 from seqvcr import eval as evaluate
 from seqvcr import net, plot, tasks, train
 from seqvcr.net import GPT
@@ -632,6 +632,32 @@ def test_a_resumed_run_is_bit_identical_and_another_seed_gives_other_weights(fla
     assert not torch.equal(other["gpt.wte.weight"], expected["gpt.wte.weight"])
 
 
+def test_a_run_with_the_covariance_loss_only_is_evaluated(tmp_path):
+    """Its predicted standard deviation is 0. The share of clipped steps is that of the whole training."""
+    out = tmp_path / "run"
+    train.main(tiny(out, "--steps", "30", "--lambda1", "0", "--lambda2", "0.004", "--covariance-batch", "32"))
+    lines = files.read_lines(out / "train.jsonl")
+    for line in lines[1:]:
+        line["clipped_fraction"] = float(line["step"] <= 5)  # epochs of different lengths
+    files.write_text(out / "train.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    evaluate.main([str(out)])
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["predicted_std"] == 0 and metrics["std_to_predicted"] is None
+    assert metrics["clipped_fraction"] == pytest.approx(max(x["step"] for x in lines[1:] if x["step"] <= 5) / 30)
+
+
+def test_the_rank_at_the_last_level_is_below_the_width():
+    args = train.parse_args(["--width", "8", "--covariance-batch", "32", "--projection-width", "64"])
+    task = tasks.build_task("multiplication", 2)
+    model = train.build_model(args, task, torch.device("cpu"))
+    rows = train.encode(args, task, tasks.load(task, 64, None, "cpu").train)
+    for layer, width in ((args.layers, 7), (1, 8)):
+        metrics = evaluate.regulariser_metrics(model, rows, task.answer, vars(args) | {"layer": layer})
+        rank = evaluate.rank_bounds(rows[:, :-1], 32, width, layer)
+        expected = evaluate.predict_minimum(rank, 64, args.lambda1, args.lambda2)[1].mean().item()
+        assert metrics["predicted_loss"] == pytest.approx(expected) and metrics["regulariser_loss"] >= expected
+
+
 def test_streamed_rows_are_new_at_each_step(tmp_path, monkeypatch):
     batches = []
 
@@ -827,6 +853,14 @@ def test_plot_writes_figures_and_summary_of_each_study(finished, tmp_path, capsy
     svg = (tmp_path / "seqvcr-coefficients-entropy.svg").read_text()
     assert "λ 0.05, 0.25" in svg and "level" in svg
     assert "2048" in (tmp_path / "seqvcr-projection-width-width.svg").read_text()
+
+
+def test_the_caption_lists_all_numbers_of_steps():
+    arguments = {"task": "multiplication", "size": 2, "layers": 2, "width": 64, "batch": 128}
+    runs = {
+        str(steps): {0: results.RunFiles({}, {"arguments": arguments | {"steps": steps}}, [])} for steps in (5000, 2500)
+    }
+    assert plot.describe(runs) == "2x2 digits, 2 blocks of width 64, 2500 and 5000 steps, batch size 128"
 
 
 def test_plot_lists_missing_runs_of_an_unfinished_study(finished, tmp_path, capsys):
