@@ -1,6 +1,6 @@
 """Train a teacher for CoCoRD by cross-entropy. All students on the same data (--data-seed) use the same teacher.
 
-    python cocord/teacher.py --out runs/teacher                                    # demo, about 25 s on a CPU core
+    python cocord/teacher.py --out runs/teacher                                    # demo, 30 s on a CPU core
     python cocord/teacher.py --scale gpu --network vgg13 --out runs/vgg13          # CIFAR-100, 240 epochs
     make cocord-teachers SCALE=gpu                                                 # all teachers of the studies
 

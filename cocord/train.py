@@ -19,8 +19,8 @@ g', f' is an EMA of g, f and gives the targets u, u' of the predictions p, p':
 One step: student forward; EMA updates of g', f' (--student-momentum) and of f_t towards f (--teacher-momentum);
 targets; loss; optimiser step; the keys enter the queue. After training only the student is used.
 
-    python cocord/teacher.py --out runs/teacher                      # a teacher for the demo, about 25 s on a CPU core
-    python cocord/train.py --weights runs/teacher                    # demo: 36 classes of glyphs, 20 to 60 s
+    python cocord/teacher.py --out runs/teacher                      # a teacher for the demo, 30 s on a CPU core
+    python cocord/train.py --weights runs/teacher                    # demo: 36 classes of glyphs, a minute
     python cocord/train.py --swapped-weight 0 --weights runs/teacher --out runs/scratch2     # an ablation
     python cocord/train.py --scale gpu --teacher vgg13 --student MobileNetV2 --weights vgg13_vanilla/ckpt_epoch_240.pth
 
