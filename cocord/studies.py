@@ -186,7 +186,12 @@ def design(scale: str, settings: Settings) -> Design:
         teacher, student = prediction_pair.split("-")
         extras.append(few_labels(prediction_pair))
         teachers.append(Arm(f"teacher@{teacher}@few", f"--network {teacher} --data-set glyphs36"))
-        arms.append(Arm(f"cross-entropy@{student}@few", f"--teacher none --student {student} {FEW} --lr-factor 0.3 {NO_COCORD_LOSS}"))
+        arms.append(
+            Arm(
+                f"cross-entropy@{student}@few",
+                f"--teacher none --student {student} {FEW} --lr-factor 0.3 {NO_COCORD_LOSS}",
+            )
+        )
     forward_sweep = [f"forward-{x}:base" for x in swept_weights(scale)]
     swapped_sweep = [f"swapped-{x}:base" for x in swept_weights(scale)]
     return Design(
