@@ -1,8 +1,8 @@
-## make primary               the main comparisons of all studies, and the baselines that they need
+## make primary               the primary contrasts of all main studies, and the baselines that they need
 ## make demo                  the same at demo scale, with one seed, on the CPU
 ## make STUDY | PAPER | all   all arms of a study | of a paper's main studies | of all main studies
 ## make calibration           checks of the analysis: equal arms must not differ, known effects must appear
-## make robustness | curves   the main comparisons at other learning rates | at values between the two arms
+## make robustness | curves   the primary contrasts at 1/3 and 3 times the learning rate | sweeps over one flag
 ## make report                draw figures and page from existing runs; make -n STUDY lists what would run
 ## make publish [STUDY ...]   redraw studies and copy them to results/SCALE, which git tracks
 ## make page                  HTML page of results/SCALE
@@ -12,7 +12,7 @@
 ## make data | doctor | bench | test | test-all | lint
 ##
 ## PAPERS SCALE=gpu|demo|paper SEEDS="0 1"|first DEVICE=auto DATA=data EXTRA="--flags for every train.py"
-## RUNS=runs/SCALE RESULTS=RUNS/report PAIRS="resnet56-resnet20" TASKS="4x4 lis"
+## RUNS=runs/SCALE RESULTS=RUNS/report PAIRS="resnet56-resnet20" (CoCoRD) TASKS="4x4 lis" (Seq-VCR)
 ## RESUME=elsewhere (continue unfinished runs on another GPU or torch version; args.json records it)
 ## GPUS="0 1"|"0 0 0 0" (with -j: each run takes a free slot) LAUNCH="srun ..." PYTHON=your-python
 ## MIRROR=url (make data downloads CIFAR's archives from there)

@@ -399,7 +399,7 @@ def tradeoff_figure(
                 )
             set_log_axis(axes, "x")
         legend = {arm: {"color": styles[arm]["color"], "marker": markers[arm], "linestyle": ""} for arm in runs}
-        return figures.finish(figure, legend, f"One mark per run (training seed). {caption}")
+        return figures.add_legend(figure, legend, f"One mark per run (training seed). {caption}")
 
 
 def near_alphas(alphas: Mapping[float, float]) -> list[tuple[float, str]]:
@@ -460,7 +460,7 @@ def alpha_figure(runs: results.Runs, reference: str, active: int, caption: str) 
             alpha_axes.tick_params(axis="x", length=0, labelbottom=False)
             alpha_axes.spines[["left", "bottom"]].set_visible(False)
         text = "Joined marks: means over seeds, in the order of α. Faint: runs. Below: the α of each mean. "
-        return figures.finish(figure, styles, f"{text}Thin line: active features of {reference}. {caption}")
+        return figures.add_legend(figure, styles, f"{text}Thin line: active features of {reference}. {caption}")
 
 
 # ------------------------------------------------------------------------------------------------- activations
@@ -549,7 +549,7 @@ def activation_figure(
         empty = [f"{arm} {100 * shares[0]:.1f} %" for arm, shares in rows.items() if shares[0] >= 0.0005]
         if empty:
             text += f"Rows without an active feature are not in the right panel: {', '.join(empty)}. "
-        return figures.finish(figure, styles, text + caption)
+        return figures.add_legend(figure, styles, text + caption)
 
 
 # ------------------------------------------------------------------------------------------------- main

@@ -57,8 +57,8 @@ BATCHES = {"demo": (64, 1024), "gpu": (64, 1024), "paper": (1024, 16384)}
 def mse(name: str, flags: str, alphas: tuple[str, ...]) -> list[Arm]:
     """Return arms with a squared error, one per weight. `alphas` are in units of the matched weight N/(2K).
 
-    N/(2K) matches the alignment losses. The squared reconstruction error is twice 1 - cosine near the optimum, so with
-    both distances mse the ratio of the two terms is base's at 2matched, that is at N/K.
+    At N/(2K) the squared alignment loss matches the cosine one near the optimum. The squared reconstruction error is
+    about 2 (1 - cosine) there, so with mse in both losses --alpha 2matched (N/K) gives the ratio of base's two terms.
     """
     return [Arm(f"{name}-{a}", f"{flags} --alpha {a}matched", reference="base") for a in alphas]
 

@@ -7,9 +7,9 @@ therefore optimistic. Metrics of the training come from train.jsonl: cosines and
 batches of the last epoch. Two metrics use the teacher's keys of 256 training images without augmentation:
 `key_consistency` is the cosine between the keys of the same image in consecutive epochs, averaged over all epochs, and
 `key_cosine` that between the keys of different images after the last epoch. Keys that all point in one direction are
-consistent, too. `teacher_head_shift` is the change of the weights of those linear layers of the teacher's head that
-move, relative to their initial norm. `contrastive_accuracy`, and `train_accuracy` in train.jsonl, are fractions; other
-accuracies are percent.
+consistent, too. `teacher_head_shift` is the norm of the change of the weights of the teacher head's EMA-updated linear
+layers since initialisation, divided by their initial norm. Accuracies are percent, but `contrastive_accuracy`, and
+`train_accuracy` in train.jsonl, are fractions.
 """
 
 import argparse

@@ -131,12 +131,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optimisation = optimisation_flags(parser)
     lr_factor = "multiplies --lr; used by the robustness study"
     optimisation.add_argument("--lr-factor", type=cli.float_in(0), default=1.0, help=lr_factor)
-    method = parser.add_argument_group("method (defaults: the paper's)")
+    method = parser.add_argument_group("method (defaults at --scale paper: the paper's)")
     method.add_argument("--teacher", choices=(*net.NETWORKS, "none"), help="none: no contrastive or distillation loss")
-    method.add_argument("--student", choices=tuple(net.NETWORKS))
+    method.add_argument("--student", choices=tuple(net.NETWORKS), help="student network")
     forward = "weight of the prediction loss p -> u (student predicts slow student); paper: 4"
     method.add_argument("--forward-weight", type=cli.float_in(0), help=forward)
-    method.add_argument("--swapped-weight", type=cli.float_in(0), help="the same with swapped views; paper: 4")
+    swapped = "weight of the swapped prediction loss p' -> u', with the views exchanged; paper: 4"
+    method.add_argument("--swapped-weight", type=cli.float_in(0), help=swapped)
     method.add_argument("--lambda-contrast", type=cli.float_in(0), default=1.0, help="weight of the contrastive loss")
     method.add_argument("--lambda-class", type=cli.float_in(0), default=1.0, help="weight of the cross-entropy loss")
     method.add_argument("--lambda-kd", type=cli.float_in(0), default=0.0, help="weight of plain distillation (T = 4)")

@@ -21,8 +21,8 @@ HUE = 3  # number of the hue shift among the operations of `color_jitter`
 def resized_crop(images: Tensor, boxes: Tensor, size: tuple[int, int], flip: Tensor | None = None) -> Tensor:
     """Crop the boxes and resize them to (N, 3, *size); mirror horizontally where `flip` (N,) is true.
 
-    boxes (N, 4): top, left, height, width in pixels. Bilinear interpolation within the crop, without antialiasing,
-    which would matter for crops larger than `size`: none at 32 to 32 pixels, most at 32 to 24 (SimSiam's demo).
+    boxes (N, 4): top, left, height, width in pixels. Bilinear interpolation within the crop, without antialiasing.
+    Antialiasing would change only crops larger than `size`: none at 32 to 32 pixels, most at 32 to 24 (SimSiam's demo).
     """
     top, left, height, width = upload(boxes.float(), images.device).unbind(1)
     flip = None if flip is None else upload(flip, images.device)

@@ -11,9 +11,9 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 # Exit codes.
-EXIT_USER = 2  # a wrong flag, missing or damaged data; nothing was started
+EXIT_USER = 2  # a wrong flag, missing or damaged data, out of memory, or divergence without a checkpoint
 EXIT_DISK = 4  # the disk is full or failed; finished files stay valid
-EXIT_INTERRUPTED = 75  # a signal, or a closed pipe; the same command resumes the run
+EXIT_INTERRUPTED = 75  # a signal, a closed pipe or a dead worker; the same command resumes the run
 
 RUNS_ON_THIS_GPU = "RUNS_ON_THIS_GPU"  # environment variable of common.study.slots: number of runs that share this GPU
 # Flags for paths and hardware: they do not define a run.
@@ -40,8 +40,8 @@ class Failure(SystemExit):
 def fail(message: str, code: int = EXIT_USER, record: bool = True) -> NoReturn:
     """Print `message` as one line to stderr and exit with `code`. Raises Failure, a SystemExit.
 
-    The message names the flag or file, what is wrong with it and the remedy. `run_lock` writes it into the run folder,
-    if `record`: not for a command that was refused because the folder contains another run.
+    The message names the flag or file, what is wrong and what to do. With `record`, `run_lock` writes it to failure.txt
+    in the run folder. Pass False if the command is refused and the run in the folder is not affected.
     """
     print(f"error: {message}", file=sys.stderr, flush=True)
     raise Failure(message, code, record)
@@ -78,12 +78,20 @@ def flush_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def report_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def report_exception(exception_type: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Print one line after Ctrl-C, a traceback for other exceptions. `run_lock` handles Ctrl-C in a run."""
-    if issubclass(kind, KeyboardInterrupt):
+    if issubclass(exception_type, KeyboardInterrupt):
         print("error: interrupted; run the same command again", file=sys.stderr)
     else:
-        sys.__excepthook__(kind, error, trace)
+        sys.__excepthook__(exception_type, error, trace)
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Append its default to the help of each flag, except for switches and where the default depends on --scale."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        no_default = isinstance(action.default, bool) or action.default in (None, "", [], argparse.SUPPRESS)
+        return action.help if no_default else f"{action.help} (default: %(default)s)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -91,15 +99,15 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str | None, defaults: Defaults | None = None):
         table = "\n".join(
-            f"  --{name.replace('_', '-'):20}" + "".join(f"{value!s:>14}" for value in row)
+            f"  --{name.replace('_', '-'):20}" + "".join(f"{value!s:>16}" for value in row)
             for name, row in (defaults or {}).items()
         )
         prepare_streams()
-        header = "  " + " " * 22 + "".join(f"{scale:>14}" for scale in SCALES)
+        header = "  " + " " * 22 + "".join(f"{scale:>16}" for scale in SCALES)
         super().__init__(
             description=(description or "").strip(),
             epilog=f"defaults by scale:\n{header}\n{table}" if table else None,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=HelpFormatter,
             allow_abbrev=False,
         )
 
@@ -130,8 +138,8 @@ def run_flags(parser: Parser) -> argparse._ArgumentGroup:
     run.add_argument("--rehearse", type=int_in(1), help="smoke test: two epochs of N steps on a subset", metavar="N")
     data = parser.add_argument_group("data")
     data.add_argument("--data", type=Path, default=Path("data"), help="folder of data sets and caches")
-    data.add_argument("--data-seed", type=int_in(0), default=0, metavar="N", help="determines generated data, splits "
-                      "and labelled subsets; of a given data set only splits and subsets")  # fmt: skip
+    data.add_argument("--data-seed", type=int_in(0), default=0, metavar="N", help="seed of generated data, splits and "
+                      "labelled subsets; of other data it changes only splits and subsets")  # fmt: skip
     return data
 
 

@@ -203,8 +203,9 @@ def environment(device: torch.device) -> dict[str, object]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Exit with code 2 if the device that a run at this scale needs is not available."""
     parser = Parser(main.__doc__)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--scale", default="demo", choices=SCALES)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    scale = "at gpu and paper, --device auto requires a CUDA GPU"
+    parser.add_argument("--scale", default="demo", choices=SCALES, help=scale)
     args = parser.parse_args(argv)
     select_device(args.device, args.scale)
 

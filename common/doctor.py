@@ -46,7 +46,7 @@ def findings(data: Path) -> list[tuple[str, str]]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(__doc__)
-    parser.add_argument("--data", type=Path, default=Path("data"))
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of data sets")
     for finding, remedy in findings(parser.parse_args(argv).data):
         print(f"{finding}: {remedy}" if remedy else finding)
 

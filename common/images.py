@@ -54,7 +54,7 @@ class Images(NamedTuple):
         return self._replace(train=train, train_labels=train_labels, test=test, test_labels=test_labels)
 
     def with_held_out_test(self) -> "Images":
-        """Return a copy whose test set is a held-out tenth of the training set, which loses it. The digest changes.
+        """Return a copy for tuning: a random tenth of the training set is the test set. The digest changes.
 
         Exits with code 2 if that tenth is less than two images.
         """
@@ -147,7 +147,7 @@ def load_or_stream(name: str, data: Path, size: int, device: torch.device, worke
 
 
 def warn_of_duplicates(train: Tensor, test: Tensor, data: Path) -> None:
-    """Print how many test images (N, 3, S, S) uint8 are also in the training set: they would be no test."""
+    """Warn if test images (N, 3, S, S) uint8 also occur in the training set."""
     known = {image.numpy().tobytes() for image in train}
     duplicates = sum(image.numpy().tobytes() in known for image in test)
     if duplicates:
@@ -238,13 +238,13 @@ def main(argv: list[str] | None = None) -> None:
     A download that was cut continues when the command is repeated.
     """
     parser = cli.Parser(main.__doc__)
-    parser.add_argument("names", nargs="+", choices=(*CIFAR, "mnist5k"))
-    parser.add_argument("--data", type=Path, default=Path("data"))
+    parser.add_argument("names", nargs="+", choices=(*CIFAR, "mnist5k"), help="data sets to prepare")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="output folder")
     parser.add_argument("--mirror", metavar="URL", help="download CIFAR's archives from URL/ instead of their own site")
     args = parser.parse_args(argv)
     check_data_folder(args.names[0], args.data)
     if args.mirror and "mnist5k" in args.names:
-        fail("--mirror is for cifar10 and cifar100: MNIST-5k is read from a package")
+        fail("--mirror applies to cifar10 and cifar100 only: drop it, or prepare mnist5k in a separate command")
     for name in args.names:
         if name == "mnist5k":
             mnist5k.prepare(args.data)

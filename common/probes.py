@@ -67,7 +67,7 @@ def knn_accuracy(bank: Labelled, queries: Labelled, classes: int, k: int = 200, 
 
 
 def standardise(train: Tensor, *others: Tensor) -> list[Tensor]:
-    """Standardise features (N, D) by the training set's mean and standard deviation of each feature."""
+    """Return all inputs (N, D), minus mean, divided by std (at least 1e-12) of each feature in `train`."""
     mean, std = train.float().mean(0), train.float().std(0).clamp_min(1e-12)
     return [(features.float() - mean) / std for features in (train, *others)]
 

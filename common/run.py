@@ -121,12 +121,9 @@ class Run:
             if current.get(name) == value:
                 continue
             if name not in devices.ENVIRONMENT:
-                old_value = current.get(name)
-                fail(
-                    f"{self.folder} was started with {name} {old_value}, now {value}: use {old_value} to resume, or "
-                    "another --out",
-                    record=False,
-                )
+                before, now = (str(item)[:16] for item in (current.get(name), value))  # some are sha256 digests
+                fail(f"cannot resume {self.folder}: {name} was {before}, now {now}: use the former {name}, or another "
+                     "--out", record=False)  # fmt: skip
             changes[name] = value
         if changes and not resume_elsewhere:
             described = ", ".join(f"{name} {current.get(name)} -> {value}" for name, value in changes.items())

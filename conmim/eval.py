@@ -8,11 +8,11 @@ suffix `_online` on the online weights. Arms with online keys also maintain an E
 confound comparisons between arms. Features are the mean of the patch tokens after the final norm, because the class
 token has no loss. Fine-tuning is the authors' (class `Classifier`, layer-wise learning rate decay) with the settings in
 RECIPES and the run's --labels, --finetune-epochs and --transplant. The labelled images depend on the data seed; order
-and augmentation depend on the run's seed. Linear probe and kNN have the labels of RECIPES' "bank".
-`pixel_accuracy` compares with pixels: the class of the labelled image whose normalised pixels have the largest cosine.
-The position diagnostics are those of the last epoch in train.jsonl.
-`key_linear_accuracy` is a linear probe on the mean of an image's L2-normalised keys; a pure position code is at chance
-level there.
+and augmentation depend on the run's seed. Linear probe and kNN use the labelled images of
+RECIPES' "bank" (demo: 2,000, else all). `pixel_accuracy` is a 1-nearest-neighbour classifier without a network: the
+cosine of normalised pixels to the images of --labels. The position diagnostics are those of the last epoch in
+train.jsonl. `key_linear_accuracy` is a linear probe on the mean of an image's L2-normalised keys; a pure position code
+is at chance level there.
 
 The similarities of one image are written to similarity.npz: `own` (N, N), its queries by its own keys; `other` (N, N),
 its queries by the keys of another image; `mask` (N,); and the image itself, `picture` (3, S, S).

@@ -286,7 +286,7 @@ def factorial_figure(runs: results.Runs, base: str, baselines: Sequence[str], ca
         ]
         if missing:
             text += f"Missing: {'; '.join(missing)}. "
-        return figures.finish(figure, legend, text + caption)
+        return figures.add_legend(figure, legend, text + caption)
 
 
 def curve_panels(runs: results.Runs, floor: float | None, data_set: str) -> list[figures.Curves]:
@@ -390,7 +390,7 @@ def similarity_figure(
             f"independent of the image. {seed_text}"
         )
         legend = {"masked query: only these have a loss": {"color": "black", "linewidth": 4}}
-        return figures.finish(figure, legend, text + caption), notes
+        return figures.add_legend(figure, legend, text + caption), notes
 
 
 def show_image(axis: Axes, image: np.ndarray, mask: np.ndarray | None, title: str) -> None:

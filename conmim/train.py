@@ -129,7 +129,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--compile", action="store_true", help="use torch.compile; pays off in long runs on a GPU"
     )
     optimisation.add_argument("--sync-batch-norm", action="store_true", help="batch statistics over all CUDA ranks")
-    method = parser.add_argument_group("method (defaults: the paper's)")
+    method = parser.add_argument_group("method (defaults at --scale paper: the paper's)")
     method.add_argument("--network", choices=tuple(NETWORKS), help="paper: vit_small_16, vit_base_16 (section 4)")
     method.add_argument("--layer-scale", type=cli.float_in(0), help="initial LayerScale; authors' code: 0.1")
     method.add_argument(

@@ -6,14 +6,21 @@
 Metrics are measured on test rows without dropout, but for `cross_entropy` and `train_loss` (training, last epoch),
 `clipped_fraction` (all training steps) and `steps_to_solve` (validation rows). Level l is the output of block l; level
 0 is the embeddings. Only `variance_loss`, `covariance_loss`, `projected_std` and `regulariser_loss` use the projection.
-Answers are teacher-forced, and so are the chains of --chain-of-thought. For whole answers this gives the same result as
-greedy decoding (`exact_match`); for single positions it gives a higher accuracy (`position_accuracy`). After a given
-chain the positions would be easy, so such runs have no metrics of single positions.
+Answers and chains of thought are teacher-forced.
 
-entropy        entropy of the hidden states Z (T, D) of a sequence: -sum p_i log p_i with p_i = eigenvalues of Z Z^T
-               divided by their sum (equation 2), divided by log(min(T, D)); mean over sequences, one value per level
-entropy_batch  the same over the batch at each position, with centred rows: the axis on which the loss acts
-predicted_std  standard deviation of W h at the minimum of the regulariser, given the rank (`predict_minimum`)
+exact_match           % of rows whose answer tokens are all correct, with --chain-of-thought the whole chain, too.
+                      Greedy decoding gives the same number.
+position_accuracy     % correct for each answer token, more than in greedy decoding; digit_accuracy is the mean. None
+                      with --chain-of-thought, where a given chain makes single tokens easy.
+chance_exact_match    exact match of always giving the most frequent training answer
+entropy               entropy of the hidden states Z (T, D) of a sequence: -sum p_i log p_i, p_i = eigenvalues of Z Z^T
+                      divided by their sum (equation 2), divided by log(min(T, D)); mean over sequences; one per level
+entropy_mean, _min    its mean over all levels; its minimum over the levels between the first and the last
+entropy_centred       the same with hidden states centred over the tokens and scaled to norm 1
+entropy_batch         the same over the batch at each position, with centred rows: the axis on which the loss acts
+entropy_batch_level   entropy_batch at the regularised level
+predicted_std         standard deviation of W h at the minimum of the regulariser, given the rank (`predict_minimum`)
+std_to_predicted      projected_std / predicted_std
 """
 
 import argparse
@@ -165,8 +172,8 @@ def rank_bounds(tokens: Tensor, rows: int, width: int, layer: int) -> Tensor:
 def regulariser_metrics(model: SeqVCR, rows: Tensor, answer: int, arguments: dict[str, Any]) -> dict[str, float | None]:
     """Return the terms of the regulariser on rows (n, length) and their prediction by `predict_minimum`.
 
-    All values are None if both coefficients are 0. There is no prediction for covariances over the length, nor above
-    level 0 in a run with dropout, which makes the states of equal inputs differ.
+    All values are None if both coefficients are 0 or there are fewer rows than --covariance-batch. Predictions are None
+    with --covariance-axis batch+length, and above level 0 with dropout, which makes the states of equal inputs differ.
     """
     names = ("variance_loss", "covariance_loss", "projected_std", "regulariser_loss", "predicted_std", "predicted_loss",
              "std_to_predicted")  # fmt: skip

@@ -45,6 +45,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Feed-forward layer with tanh-GELU, (B, T, width) to (B, T, width)."""
+
     def __init__(self, width: int):
         super().__init__()
         self.c_fc = nn.Linear(width, 4 * width)
@@ -55,6 +57,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Pre-LayerNorm transformer block, (B, T, width) to (B, T, width)."""
+
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)

@@ -360,7 +360,7 @@ def load(task: Task, train_size: int, data_file: Path | None, device: torch.devi
         print(f"{data_file}: {len(rows)} distinct rows, {removed} removed because they belong to the validation or "
               "test split", flush=True)  # fmt: skip
     if len(train) < train_size:
-        print(f"only {len(train)} distinct training rows exist, fewer than the {train_size} asked for", flush=True)
+        print(f"--train-size {train_size}: only {len(train)} distinct training rows are available", flush=True)
     return Splits(train[:train_size], validation[: task.eval_rows], test[: task.eval_rows])
 
 

@@ -103,7 +103,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and resolve all flags; `layer` becomes an integer. Exits with code 2 if flags contradict each other."""
     parser = cli.Parser(__doc__, SCALES)
     data = cli.run_flags(parser)
-    data.add_argument("--task", choices=TASK_NAMES)
+    data.add_argument("--task", choices=TASK_NAMES, help="task; --size sets its difficulty")
     data.add_argument("--size", type=cli.int_in(1), help="multiplication: digits per factor (default 4, demo 2); "
                       "arithmetic: operators (5, demo 3); lis: numbers (50, demo 12)")  # fmt: skip
     data.add_argument("--train-size", type=train_size, help="maximum number of distinct training rows (paper: 808,000; "
@@ -175,7 +175,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if str(args.init_from) == "none":
         args.init_from = None
     if args.chain_of_thought and args.init_from:
-        fail("--chain-of-thought has no tokens in GPT-2's vocabulary here: drop --init-from or --chain-of-thought")
+        fail("--chain-of-thought does not work with --init-from (its tokens are not mapped to GPT-2's): drop one of "
+             "the two")  # fmt: skip
     if args.init_from and args.width != GPT2_HEAD_WIDTH * args.heads:
         heads = max(1, args.width // GPT2_HEAD_WIDTH)
         fail(f"--init-from requires heads of width {GPT2_HEAD_WIDTH}, not --width {args.width} with --heads "

@@ -54,13 +54,14 @@ def describe(runs: results.Runs) -> str:
 
 
 def same_sign(summary: dict[str, Any]) -> str:
-    """Return a sentence that says whether linear accuracy has the sign of kNN accuracy in the primary contrasts."""
+    """Return a sentence: in how many primary contrasts linear and kNN accuracy change in the same direction."""
     means = {(item["arm"], item["metric"]): item["mean"] for item in summary["all_contrasts"]}
     pairs = [
         (means.get((item["arm"], "linear_accuracy")), item["mean"]) for item in summary["contrasts"] if item["primary"]
     ]
     compared = [linear * knn > 0 for linear, knn in pairs if linear is not None and knn is not None]
-    return f"Linear accuracy has the sign of kNN accuracy in {sum(compared)} of {len(compared)} primary contrasts."
+    count = f"{sum(compared)} of {len(compared)}"
+    return f"Linear and kNN accuracy change in the same direction in {count} primary contrasts."
 
 
 def curve_panels(runs: results.Runs, data_set: str) -> list[figures.Curves]:

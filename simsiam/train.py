@@ -115,7 +115,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optimisation.add_argument(
         "--compile", action="store_true", help="use torch.compile; pays off in long runs on a GPU"
     )
-    method = parser.add_argument_group("method (defaults: the paper's)")
+    method = parser.add_argument_group("method (defaults at --scale paper: the paper's)")
     method.add_argument("--network", choices=tuple(NETWORKS), help="backbone; paper: resnet50, on CIFAR resnet18")
     method.add_argument(
         "--gradient-leak",

@@ -346,8 +346,8 @@ def measure_seqvcr(device: torch.device, rounds: int) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(__doc__)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--rounds", type=cli.int_in(1), default=5)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--rounds", type=cli.int_in(1), default=5, help="timed rounds; ratios are medians over them")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     device = devices.select_device(args.device, "demo")

@@ -200,8 +200,8 @@ def run_job(
 def parse_args(argv: list[str] | None = None) -> Any:
     parser = cli.Parser(__doc__)
     parser.add_argument("--device", default="auto", help="auto, cuda or cuda:N; cpu: dry run")
-    parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS))
-    parser.add_argument("--papers", nargs="+", choices=tuple(PAPERS), default=list(PAPERS))
+    parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS), help="parts to run")
+    parser.add_argument("--papers", nargs="+", choices=tuple(PAPERS), default=list(PAPERS), help="papers to check")
     parser.add_argument("--data", type=Path, default=ROOT / "data", help="folder of data sets, if any")
     parser.add_argument("--report", type=Path, default=ROOT / "runs/gpu-check", help="folder of the report")
     jobs_help = "concurrent processes; default: 1 on a CPU, on a GPU one per two cores and 12 GiB of memory"

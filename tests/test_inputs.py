@@ -376,4 +376,4 @@ def test_weights_without_a_teacher_are_refused(tmp_path, capsys):
 def test_a_training_size_that_does_not_exist_is_reported(capsys):
     task = seqvcr.train.tasks.build_task("multiplication", 1)
     splits = seqvcr.train.tasks.load(task, 10_000, None, "cpu")
-    assert f"only {len(splits.train)} distinct training rows exist" in capsys.readouterr().out
+    assert f"only {len(splits.train)} distinct training rows are available" in capsys.readouterr().out

@@ -161,7 +161,7 @@ def rates(third, triple):
     return summary(*contrasts, all_contrasts=contrasts)
 
 
-@pytest.mark.parametrize(("triple", "shown"), [("better", "worse, depends on the rate"), ("unclear", "worse")])
+@pytest.mark.parametrize(("triple", "shown"), [("better", "worse, depends on the learning rate"), ("unclear", "worse")])
 def test_a_verdict_that_another_rate_reverses_says_so(tmp_path, triple, shown):
     parsed, _ = write(tmp_path, {"toy-a": summary(), "toy-rates": rates("worse", triple), "other-a": summary()})
     assert [word for _, word in parsed.words if "worse" in word][1] == shown  # the first is the legend's
@@ -208,10 +208,10 @@ def test_the_page_counts_false_alarms_and_known_effects(tmp_path):
     parsed, _ = write(tmp_path, {"toy-a": summary()}, extras=[*studies, "toy-gone"])
     assert f"1 study, 1 run, 1 with a finding. {sentence} Published values" in parsed.text
     assert sentence in (tmp_path / "extras.html").read_text()
-    assert page.apparatus_counts(tmp_path, list(studies)) == sentence
-    only_equal = page.apparatus_counts(tmp_path, ["other-base-again", "toy-more"])
+    assert page.calibration_sentence(tmp_path, list(studies)) == sentence
+    only_equal = page.calibration_sentence(tmp_path, ["other-base-again", "toy-more"])
     assert only_equal == "A/A tests: 1 of 1 gave a false difference."
-    assert page.apparatus_counts(tmp_path, ["toy-more", "fourth-base-again", "toy-gone"]) == ""
+    assert page.calibration_sentence(tmp_path, ["toy-more", "fourth-base-again", "toy-gone"]) == ""
     readme = page.readme(tmp_path, "index", "demo", ["toy-a"], "make {}", sentence)
     assert f"1 with a finding. {sentence} As an HTML page" in readme
     assert "A/A" not in page.readme(tmp_path, "index", "demo", ["toy-a"], "make {}")

@@ -235,7 +235,7 @@ def test_seeds_of_given_data_draw_their_split():
     paper = simsiam_design("demo", Settings())
     runs = {"base": {seed: RunFiles(None, {"arguments": {"data_seed": seed}}, []) for seed in (10, 11)}}
     for study, words in (("simsiam-predictor", "data"), ("simsiam-predictor-mnist5k", "the split of the same data")):
-        drawn = plotting.what_a_seed_draws(paper, paper.study(study), runs)
+        drawn = plotting.varies_with_seed(paper, paper.study(study), runs)
         assert drawn == f"{words}, initial weights and order"
 
 

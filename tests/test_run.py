@@ -147,7 +147,7 @@ def test_resuming_in_another_environment_requires_a_flag_and_is_recorded(change,
 
 def test_resume_elsewhere_does_not_allow_other_data(tmp_path, capsys):
     train(start(tmp_path / "run"), range(2))
-    assert "was started with data digest, now other" in error_line(
+    assert "data was digest, now other" in error_line(
         capsys, start, tmp_path / "run", environment={"data": "other"}, resume_elsewhere=True
     )
 

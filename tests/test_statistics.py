@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from common.study.statistics import Difference, holm, paired, seeds_needed, student_t_quantile, summary, verdict
+from common.study.statistics import Difference, holm, mean_interval, paired, seeds_needed, student_t_quantile, verdict
 
 RNG = np.random.default_rng(0)
 
@@ -32,7 +32,7 @@ def test_quantile_raises_outside_its_domain(p, df):
 @pytest.mark.parametrize("n", [2, 3, 5, 10])
 def test_summary_equals_scipy(n):
     values = RNG.normal(60, 3, n)
-    result = summary(values)
+    result = mean_interval(values)
     low, high = stats.t.interval(0.95, n - 1, loc=values.mean(), scale=stats.sem(values))
     assert (result.mean, result.sd, result.n) == (pytest.approx(values.mean()), pytest.approx(values.std(ddof=1)), n)
     assert (result.low, result.high) == (pytest.approx(low), pytest.approx(high))
@@ -62,7 +62,7 @@ def test_pairing_removes_what_the_seeds_share():
 
 
 def test_one_seed_has_no_interval():
-    only = summary([3.5])
+    only = mean_interval([3.5])
     assert (only.mean, only.sd, only.low, only.high) == (3.5, None, None, None)
     result = paired([3.0], [2.0])
     assert (result.mean, result.n) == (1.0, 1) and verdict(result, "higher", margin=100.0) == "one seed"
@@ -70,7 +70,7 @@ def test_one_seed_has_no_interval():
 
 
 def test_zero_variance_gives_an_interval_of_zero_width():
-    flat = summary([0.1, 0.1, 0.1])
+    flat = mean_interval([0.1, 0.1, 0.1])
     assert (flat.mean, flat.sd, flat.low, flat.high) == (0.1, 0.0, 0.1, 0.1)
     equal, apart = paired([0.1] * 3, [0.1] * 3), paired([11.0, 12.0], [1.0, 2.0])
     assert (equal.mean, equal.low, equal.high, equal.p) == (0.0, 0.0, 0.0, 1.0)
@@ -86,7 +86,7 @@ def test_tiny_variances_do_not_underflow():
 @pytest.mark.parametrize("values", [[], [1.0, float("nan")], [float("inf")]])
 def test_summary_raises_on_empty_or_non_finite_values(values):
     with pytest.raises(ValueError, match="finite values"):
-        summary(values)
+        mean_interval(values)
 
 
 @pytest.mark.parametrize(

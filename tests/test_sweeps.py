@@ -369,7 +369,7 @@ def test_a_calibration_is_a_group_and_its_expected_verdicts_are_kept():
     assert toy_design(study).study("toy-x").group == "calibration"
     design = toy_design(toy_study())
     assert [study.group for study in design.studies] == ["all", "calibration"]
-    with pytest.raises(DesignError, match="undeclared metric 'kNN'"):
+    with pytest.raises(DesignError, match="metric 'kNN' is not declared"):
         toy_design(toy_study(), chance={"kNN": {"": 10.0}})
 
 

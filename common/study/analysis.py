@@ -1,7 +1,7 @@
 """Analyse the runs of one study: contrasts over seeds, baselines and the verdict.
 
 An arm is the name of a run folder. With a second factor the name is "arm@setting", and settings are never pooled.
-A diverged run has the value of chance in the metrics that have one (see Design), and no trained value in the others.
+A diverged run counts as chance in the metrics of Design.chance, and is left out of all others of the trained network.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ from typing import Any
 
 from common.study.design import Metric, MustBeat, Study, required_baselines
 from common.study.results import Runs, notes, provenance, values
-from common.study.statistics import paired, seeds_needed, summary, verdict
+from common.study.statistics import mean_interval, paired, seeds_needed, verdict
 from common.study.tables import descriptive_remark, finding, headline, primary_contrasts
 
 FINDINGS = ("no difference", "better", "worse", "higher", "lower")  # the verdicts that count as a finding
@@ -112,7 +112,7 @@ def _contrast(runs: Runs, arm: str, reference: str, key: str, metric: Metric, ma
     arm_values, reference_values = [by_seed[seed] for seed in seeds], [reference_by_seed[seed] for seed in seeds]
     difference = paired(arm_values, reference_values)
     result |= asdict(difference)
-    result |= {"arm_mean": summary(arm_values).mean, "reference_mean": summary(reference_values).mean}
+    result |= {"arm_mean": mean_interval(arm_values).mean, "reference_mean": mean_interval(reference_values).mean}
     result["word"] = verdict(difference, metric.better, margin) if metric.judged else "not judged"
     if result["word"] == "unclear" and margin and difference.sd:
         needed = seeds_needed(difference.sd, margin)
@@ -135,8 +135,8 @@ def _baseline(runs: Runs, must_beat: MustBeat, lower_is_better: bool) -> dict[st
     if seeds:
         difference = paired([arm[seed] for seed in seeds], [baseline[seed] for seed in seeds])
         result |= {"mean": difference.mean, "low": difference.low, "high": difference.high}
-        result["arm_mean"] = summary([arm[seed] for seed in seeds]).mean
-        result["control_mean"] = summary([baseline[seed] for seed in seeds]).mean
+        result["arm_mean"] = mean_interval([arm[seed] for seed in seeds]).mean
+        result["control_mean"] = mean_interval([baseline[seed] for seed in seeds]).mean
         if difference.low is not None:
             result["passed"] = verdict(difference, "lower" if lower_is_better else "higher") == "better"
     return result
@@ -172,7 +172,7 @@ def _row(runs: Runs, arm: str, metrics: Mapping[str, Metric], remark_of: RemarkF
         "flags": next((run.flags for run in runs[arm].values() if run.flags), ""),
         "word": remark_of(finished) if remark_of and finished else None,
         "metrics": {
-            name: asdict(summary(list(by_seed.values())))
+            name: asdict(mean_interval(list(by_seed.values())))
             | {"values": {str(seed): value for seed, value in by_seed.items()}}
             for name, by_seed in by_metric.items()
             if by_seed

@@ -110,8 +110,11 @@ class Study:
     next to the verdict.
 
     The arms of primary contrasts and their baselines run `n` seeds, all other arms the first `n_other` of these (at
-    most MAX_SEEDS of the scale). `seeds` are filled in by the Design. `expected` makes the study a calibration: for
-    every primary arm the verdict that a published effect, or equal arms (A/A), should give. It needs no baseline.
+    most MAX_SEEDS of the scale). `seeds` are filled in by the Design. `extra`: not one of the main studies; `make all`
+    does not run it. `published`: the paper's result, shown on the page. `sweep`: see Sweep.
+
+    `expected` maps each primary arm to the verdict that it should get: that of a published effect, or "no difference"
+    for equal arms (A/A). Such a study is a calibration and needs no baseline.
     """
 
     name: str
@@ -282,7 +285,7 @@ class Design:
             raise DesignError(f"{study.name}: give at least one seed; seeds are distinct non-negative integers")
         for arm in study.arms:
             if arm not in self.by_name:
-                raise DesignError(f"{study.name} uses the undeclared arm '{arm}'")
+                raise DesignError(f"{study.name}: arm '{arm}' is not declared: add it to the Design's arms")
         primary_arms = sorted(arm for arm, _ in study.pairs[: study.primary])
         if study.expected and sorted(study.expected) != primary_arms:
             raise DesignError(f"{study.name}: expected must name the arms of the primary contrasts, each once")
@@ -295,14 +298,15 @@ class Design:
             metrics += study.sweep.metrics
         for metric in metrics:
             if metric not in self.metrics:
-                raise DesignError(f"{study.name} uses the undeclared metric '{metric}'")
+                raise DesignError(f"{study.name}: metric '{metric}' is not declared: add it to METRICS")
         for item in study.must_beat:
             if bool(item.baseline_metric) == bool(item.baseline_arm):
                 raise DesignError(
                     f"{study.name}: baseline of '{item.arm}': give exactly one of baseline_metric and baseline_arm"
                 )
             if item.baseline_metric and item.baseline_metric not in {*self.metrics, *self.baselines}:
-                raise DesignError(f"{study.name} uses the undeclared baseline '{item.baseline_metric}'")
+                baseline = f"baseline metric '{item.baseline_metric}'"
+                raise DesignError(f"{study.name}: {baseline} is not declared: add it to the Design's baselines")
             if not self.metrics[item.metric].better:
                 raise DesignError(f"{study.name}: metric '{item.metric}' must declare better='higher' or 'lower'")
         if not self.metrics[study.metric].judged:
@@ -344,7 +348,7 @@ class Design:
     def arm(self, name: str) -> Arm:
         """Return the arm or teacher with this name. Raises DesignError if it is not declared."""
         if name not in self.by_name:
-            raise DesignError(f"{self.paper} has no arm '{name}'")
+            raise DesignError(f"{self.paper} has no arm '{name}': run make for a list")
         return self.by_name[name]
 
     def teacher_names(self) -> set[str]:

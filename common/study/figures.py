@@ -26,7 +26,7 @@ from PIL import Image
 
 from common.files import write_bytes
 from common.study.results import Curve
-from common.study.statistics import summary as seed_statistics
+from common.study.statistics import mean_interval
 from common.study.tables import NO_VERDICT, VERDICT_COLOURS
 
 BASE, GREY = "#000000", "#777777"
@@ -246,7 +246,7 @@ def _top(text: Any) -> float:
     return float(text.get_window_extent().y1)
 
 
-def finish(figure: Figure, styles: Mapping[str, Style], caption: str, faint: Collection[str] = ()) -> Drawing:
+def add_legend(figure: Figure, styles: Mapping[str, Style], caption: str, faint: Collection[str] = ()) -> Drawing:
     """Add a legend above the panels, in as many columns as fit, and separate labels. Return figure and caption.
 
     The handles of `faint` arms are faint, their names have the arm's colour.
@@ -296,7 +296,7 @@ def curves(
         if faint:
             text += f"Faint: the mean of further arms ({HIGHLIGHTED} arms of a panel are highlighted). "
         legend = {arm: styles[arm] for arm in dict.fromkeys([*highlight, *styles]) if arm in styles}
-        return finish(figure, legend, text + caption, faint - clear)
+        return add_legend(figure, legend, text + caption, faint - clear)
 
 
 def draw_curves(
@@ -404,7 +404,7 @@ def _interval(axis: Axes, row: int, values: Sequence[float], colour: str) -> Non
     """Draw the seeds, the mean and the 95 % interval of one arm. One seed is drawn without an interval."""
     if not values:
         return
-    stats, y = seed_statistics(values), row - 0.12
+    stats, y = mean_interval(values), row - 0.12
     if stats.low is None or stats.high is None:
         axis.plot(values, [y], "o", color=colour, ms=6)
         return

@@ -4,7 +4,7 @@
 
 Reads <study>.json and <study>-*.svg, or .png if there is no .svg. A main study without a JSON file is shown as
 not run; an extra without one is omitted. Verdicts come from the JSON files. The page adds only two marks: Holm's
-dagger, and "depends on the rate" where the paper's study of learning rates resolves the opposite.
+dagger, and "depends on the learning rate" where the verdict is the opposite at another learning rate.
 A file without "version" was published under earlier rules. Its verdict is shown in grey and not judged anew.
 """
 
@@ -42,7 +42,7 @@ LEGEND = {  # verdicts -> what they mean
 BARS = "Bar: mean difference, arm − reference, 95 % interval over n seeds; vertical line: zero; band: margin; "
 BARS += "one scale per paper."
 DAGGER = "†: does not survive Holm's correction over this page"
-DEPENDS_ON_RATE = "depends on the rate"
+DEPENDS_ON_RATE = "depends on the learning rate"
 EARLIER = "published under earlier rules"
 EARLIER_LEGEND = f"{EARLIER}; lower, higher: unpaired interval excludes zero; not resolved: includes it; "
 EARLIER_LEGEND += "not informative: baseline not beaten"
@@ -191,7 +191,7 @@ def daggers(summaries: Mapping[str, Summary | str]) -> set[tuple[str, str, str]]
 
 
 def marks_of(folder: Path, summaries: Mapping[str, Summary | str]) -> Marks:
-    """Return the marks of the primary contrasts: a dagger, "depends on the rate", or both.
+    """Return the marks of the primary contrasts: a dagger, "depends on the learning rate", or both.
 
     The studies of learning rates are those of the same paper in `folder` that have the contrast at other rates.
     """
@@ -311,12 +311,12 @@ def contrasts_html(study: str, summary: Summary, marks: Marks, scale: float | No
             f'<div class="contrast">{bar}{word}<small>{escape(label + numbers(contrast, metric))}</small></div>'
         )
     parts = list(dict.fromkeys(words)) if scale is None else rows
-    if own_verdict(summary) and not earlier:
+    if has_study_verdict(summary) and not earlier:
         parts.append(f'<span class="small">{escape(summary["verdict"])}</span>')
     return " ".join([*parts, *earlier])
 
 
-def own_verdict(summary: Summary) -> bool:
+def has_study_verdict(summary: Summary) -> bool:
     """Return whether the verdict says more than the words of the contrasts, as that of a robustness study does."""
     words = {contrast["word"] for contrast in tables.primary_contrasts(summary)}
     return any(part.rpartition(": ")[2] not in words for part in summary["verdict"].split("; "))
@@ -466,7 +466,7 @@ def study_html(
     return head + "\n".join(part for part in parts if part) + "\n</section>"
 
 
-def apparatus_counts(folder: Path, extras: Sequence[str]) -> str:
+def calibration_sentence(folder: Path, extras: Sequence[str]) -> str:
     """Return one sentence on the calibrations in `folder`: false alarms of A/A tests, and known effects. "" if none."""
     equal_arms: list[str] = []
     effects: list[str] = []
@@ -497,7 +497,7 @@ def write_page(
 ) -> list[str]:
     """Write <name>.html into `folder`. Return one line per study with its verdict. `other`: page to link to.
 
-    `counts`: see `apparatus_counts`.
+    `counts`: see `calibration_sentence`.
     """
     summaries = {study: read_summary(folder, study) for study in studies}
     figures, title, marks = find_figures(folder, studies), f"{TITLES[name]}, scale {scale}", marks_of(folder, summaries)
@@ -531,7 +531,7 @@ not sizes.{link}</p>
 def write_pages(folder: Path, scale: str, studies: Sequence[str], extras: Sequence[str], command: str) -> list[str]:
     """Write index.html, and extras.html if an extra has a summary. Return one line per study with its verdict."""
     finished_extras = [study for study in extras if (folder / f"{study}.json").exists()]
-    counts = apparatus_counts(folder, finished_extras)
+    counts = calibration_sentence(folder, finished_extras)
     lines = write_page(folder, "index", scale, studies, command, "extras" if finished_extras else "", counts)
     if finished_extras:
         lines += write_page(folder, "extras", scale, finished_extras, command, "index", counts)
@@ -558,7 +558,7 @@ def overview_markdown(summaries: Mapping[str, Summary | str], marks: Marks) -> s
             verdict = "<br>".join(words if len(set(words)) > 1 else words[:1])
             if is_earlier(summary):
                 verdict = f"{summary['verdict']} ({EARLIER})"
-            elif own_verdict(summary):
+            elif has_study_verdict(summary):
                 verdict = f"{verdict}<br>{summary['verdict']}"
             published = without_brackets(summary["published"])
             rows.append([link, sentences(summary)[0], "<br>".join(differences), verdict, published])
@@ -592,7 +592,7 @@ def results_table(folder: Path, studies: Sequence[str], link: str) -> str:
 def readme(folder: Path, name: str, scale: str, studies: Sequence[str], command: str, counts: str = "") -> str:
     """Return the page as Markdown: overview, legend, then each study with its figures and folded tables.
 
-    `counts`: see `apparatus_counts`.
+    `counts`: see `calibration_sentence`.
     """
     summaries = {study: read_summary(folder, study) for study in studies}
     figures = find_figures(folder, studies)

@@ -17,7 +17,7 @@ def parse_args(description: str | None, argv: Sequence[str] | None) -> Any:
     """Parse the command line of plot.py."""
     parser = Parser(description)
     parser.add_argument("study", help="name of a study in studies.py")
-    parser.add_argument("--scale", choices=SCALES, default="demo")
+    parser.add_argument("--scale", choices=SCALES, default="demo", help="scale of the design")
     parser.add_argument("--runs", type=Path, help="folder that contains the arms (default: runs/SCALE/PAPER)")
     parser.add_argument("--seeds", type=int_in(0), nargs="+", help="default: the seeds that the study declares")
     parser.add_argument("--results", type=Path, help="output folder (default: runs/SCALE/report)")
@@ -58,7 +58,7 @@ def measured_metrics(study: Study, design: Design, runs: Runs) -> dict[str, Metr
     return {key: metric for key, metric in design.metrics.items() if key in keys or not finished}
 
 
-def what_a_seed_draws(paper: Design, study: Study, runs: Runs) -> str:
+def varies_with_seed(paper: Design, study: Study, runs: Runs) -> str:
     """Return what differs between the seeds of a study, for the captions."""
     if not data_seeds(runs) - {0}:
         return "initial weights and order"
@@ -108,7 +108,7 @@ def draw(
         "data": data,
         "reproduce": args.reproduce or f"make {study.name} SCALE={args.scale}",
         "not_run": not_run,
-        "seed_draws": what_a_seed_draws(paper, study, runs),
+        "seed_draws": varies_with_seed(paper, study, runs),
     }
     if not_run:
         summary["notes"].insert(0, f"Not run: {', '.join(not_run)}.")

@@ -140,7 +140,7 @@ def write_readmes(request: Request, folder: Path) -> None:
     """Write README.md with the main studies and, if any extra is published, extras.md."""
     main_studies, extras = _main_studies_and_extras(request, folder)
     command = f"make {{}} SCALE={request.scale}"
-    counts = page.apparatus_counts(folder, extras)
+    counts = page.calibration_sentence(folder, extras)
     write_text(folder / "README.md", page.readme(folder, "index", request.scale, main_studies, command, counts))
     if extras:
         write_text(folder / "extras.md", page.readme(folder, "extras", request.scale, extras, command, counts))

@@ -134,14 +134,14 @@ def _all_runs(runs: Runs) -> list[RunFiles]:
 def values(runs: Runs, arm: str, metric: str) -> dict[int, float]:
     """Return seed -> value of a metric for one arm. Values that are not finite numbers are excluded.
 
-    In a diverged run the metrics of the trained network are null, but for those in `chance` of `read_runs`.
+    In a diverged run the metrics of the trained network are null, except for those in `chance` of `read_runs`.
     """
     by_seed = {seed: run.metrics.get(metric) for seed, run in runs.get(arm, {}).items() if run.metrics}
     return {seed: float(value) for seed, value in by_seed.items() if value is not None and _finite(value)}
 
 
 def data_seeds(runs: Runs) -> set[int]:
-    """Return the data seeds of the runs: 0 if the data are fixed, else as many as seeds."""
+    """Return the values of --data-seed in the runs; {0} if all seeds share the data."""
     return {run.args["arguments"].get("data_seed", 0) for run in _all_runs(runs) if run.args}
 
 

@@ -43,7 +43,7 @@ def write_line(text: str, path: str) -> str:
 
 
 def run_rules(request: Request, design: Design, arm: Arm, seed: int) -> str:
-    """Return the rules of a run: training and, but for teachers, evaluation. Changed flags train a run again."""
+    """Return the rules of a run: training and, except for teachers, evaluation. Changed flags train a run again."""
     folder, paper = request.folder(design, arm.name, seed), design.paper
     new_flags = request.flags_text(design, arm)
     old_flags = read_text(folder / "flags")

@@ -65,7 +65,7 @@ def student_t_quantile(p: float, df: float) -> float:
 
 
 @dataclass(frozen=True)
-class Summary:
+class MeanInterval:
     """Mean, sample standard deviation and 95 % interval of n values. sd, low and high are None if n = 1."""
 
     mean: float
@@ -92,18 +92,18 @@ class Difference:
     correlation: float | None
 
 
-def summary(values: Sequence[float]) -> Summary:
+def mean_interval(values: Sequence[float]) -> MeanInterval:
     """Mean and 95 % Student-t interval, in the unit of the values. Raises ValueError if empty or not finite."""
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or not array.size or not np.isfinite(array).all():
-        raise ValueError(f"summary needs finite values, got {list(values)}")
+        raise ValueError(f"mean_interval needs finite values, got {list(values)}")
     shifted = array - array[0]  # makes mean and sd of equal values exact
     mean, n = float(array[0] + shifted.mean()), array.size
     if n == 1:
-        return Summary(mean, None, 1, None, None)
+        return MeanInterval(mean, None, 1, None, None)
     sd = float(shifted.std(ddof=1))
     half_width = student_t_quantile((1 + LEVEL) / 2, n - 1) * sd / math.sqrt(n)
-    return Summary(mean, sd, n, mean - half_width, mean + half_width)
+    return MeanInterval(mean, sd, n, mean - half_width, mean + half_width)
 
 
 def student_t_tail(t: float, df: float) -> float:
@@ -117,7 +117,7 @@ def paired(values: Sequence[float], reference: Sequence[float]) -> Difference:
     if len(values) != len(reference):
         raise ValueError(f"{len(values)} values cannot be paired with {len(reference)}")
     a, b = np.asarray(values, dtype=np.float64), np.asarray(reference, dtype=np.float64)
-    stats = summary((a - b).tolist())
+    stats = mean_interval((a - b).tolist())
     p = None
     if stats.sd is not None:
         if stats.sd > 0:

@@ -93,9 +93,9 @@ def onset(summary: Mapping[str, Any], swept: Mapping[str, float], metric: str) -
 
 
 def trend(summary: Mapping[str, Any], swept: Mapping[str, float], metric: str) -> str:
-    """Describe the one trend test of a metric: Spearman's rank correlation with the swept value, one per seed.
+    """Describe the trend of a metric: Spearman's rank correlation with the swept value per seed, and its t-test.
 
-    Only seeds that finished all arms count. Returns "" with fewer than three of them or three values.
+    Only seeds that finished all arms count. Returns "" with fewer than three such seeds or three values.
     """
     values = {row["arm"]: row["metrics"].get(metric, {}).get("values", {}) for row in summary["rows"]}
     seeds = [seed for seed in values[next(iter(swept))] if all(seed in values[arm] for arm in swept)] if swept else []
@@ -115,7 +115,7 @@ def rank_correlation(values: Sequence[float]) -> float:
     return float(np.corrcoef(np.arange(len(array)), ranks)[0, 1]) if np.ptp(ranks) else 0.0
 
 
-def curve_finding(summary: Mapping[str, Any], swept: Mapping[str, float], sweep: Sweep) -> str:
+def sweep_finding(summary: Mapping[str, Any], swept: Mapping[str, float], sweep: Sweep) -> str:
     """Return for each metric the means in the order of the swept values, the onset of the difference and the trend."""
     rows, sentences = {row["arm"]: row["metrics"] for row in summary["rows"]}, []
     reference = tables.primary_contrasts(summary)[0]["reference"]
@@ -135,7 +135,7 @@ def curve_finding(summary: Mapping[str, Any], swept: Mapping[str, float], sweep:
     return " ".join(sentences) or "No value yet."
 
 
-def curve(view: results.View, swept: Mapping[str, float], sweep: Sweep) -> figures.Drawing:
+def sweep_figure(view: results.View, swept: Mapping[str, float], sweep: Sweep) -> figures.Drawing:
     """Return one panel per metric: a dot per seed and a line through the means.
 
     The swept values are evenly spaced. The two arms of the first contrast are labelled by name.
@@ -174,7 +174,7 @@ def curve(view: results.View, swept: Mapping[str, float], sweep: Sweep) -> figur
         }
         markers["other values"] = {"color": figures.GREY}
         text = f"Dots: training seeds; line: means; values evenly spaced. {view.caption}"
-        return figures.finish(figure, markers, text)
+        return figures.add_legend(figure, markers, text)
 
 
 # ------------------------------------------------------------------------------------------------- robustness
@@ -274,7 +274,7 @@ def rates_figure(runs: results.Runs, summary: Mapping[str, Any], sweep: Sweep, c
         if set(words) - set(figures.VERDICT_COLOURS):
             markers["no verdict"] = {"color": figures.NO_VERDICT, "marker": "o", "linestyle": ""}
         text = "Mean paired difference with 95 % interval; faint dots: differences of the seeds. "
-        return figures.finish(figure, markers, text + caption)
+        return figures.add_legend(figure, markers, text + caption)
 
 
 def panel_title(contrast: str) -> str:
@@ -314,7 +314,7 @@ def draw(view: results.View) -> dict[str, figures.Drawing]:
     assert sweep
     if sweep.argument:
         swept = swept_values(view.runs, view.reference, sweep)
-        summary["finding"] = curve_finding(summary, swept, sweep)
-        return {"sweep": curve(view, swept, sweep)}
+        summary["finding"] = sweep_finding(summary, swept, sweep)
+        return {"sweep": sweep_figure(view, swept, sweep)}
     summary |= robustness(summary, sweep)
     return {"sweep": rates_figure(view.runs, summary, sweep, view.caption)}

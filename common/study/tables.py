@@ -71,9 +71,9 @@ def amount(value: float, metric: Mapping[str, Any]) -> str:
 
 
 def headline(summary: Mapping[str, Any]) -> str:
-    """Return one sentence by meaning: "no-stop-gradient hurts: kNN accuracy 47.9 -> 11.9 % (untrained 14.5)."
+    """Return the result as one sentence: "no-stop-gradient hurts: kNN accuracy 47.9 -> 11.9 % (untrained 14.5)."
 
-    Several primary contrasts are separated by semicolons. If base does not beat its baseline, the sentence says so
+    Several primary contrasts are separated by semicolons. If a required baseline is not beaten, the sentence says so
     instead. A setting that all contrasts share is left out.
     """
     metric = summary["metrics"][summary["primary_metric"]]
