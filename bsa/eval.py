@@ -138,14 +138,14 @@ def best_match_f1(z: Tensor, atoms: Tensor) -> float:
 def knn_overlap(x: Tensor, z: Tensor, queries: int) -> float:
     """Share of the ten nearest rows by cosine of x (n, d) that are among the ten nearest by Jaccard index of z (n, N).
 
-    The mean is over the first `queries` rows. Neighbours are searched among all other rows. Ties in the Jaccard index
-    are broken by the lower row index.
+    The mean is over the first `queries` rows. Neighbours are searched among all other rows. Jaccard indices that differ
+    by less than 1e-5 count as ties; the lower row index comes first.
     """
     unit = F.normalize(x, dim=1)
     active = z.gt(0).float()
     n_queries, k = min(queries, len(x)), min(KNN_K, len(x) - 1)
     overlap = torch.zeros((), device=x.device)
-    # Smaller than any difference between two Jaccard indices of sparse codes.
+    # In sparse codes this is smaller than any difference between two Jaccard indices.
     tie_break = torch.arange(len(x), 0, -1, device=x.device) / len(x) * 1e-5
     for rows in torch.arange(n_queries, device=x.device).split(250):
         neighbours = []

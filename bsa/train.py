@@ -141,6 +141,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         fail(f"invalid --alpha {args.alpha!r}: give a number >= 0, matched or, for example, 4matched")
     if matched:
         args.alpha *= (args.latent if args.mse_reduction == "mean" else 1) / (2 * args.active)
+    if args.target != "binary" and args.alignment == "l1":
+        fail(f"--target {args.target} has no effect with --alignment l1: drop one of them")
+    if not args.alpha and (args.alignment, args.target) != ("cosine", "binary"):
+        fail("--alpha 0 removes the alignment loss: drop --alignment and --target, or give another --alpha")
     if args.code != "round" and args.alpha:
         fail(f"--code {args.code} cannot be used with an alignment loss: give --alpha 0")
     return args

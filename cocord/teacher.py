@@ -87,7 +87,7 @@ def train(
             optimizer.step()
             loss_sum.add_(loss.detach(), alpha=len(labels))
             samples += len(labels)
-        mean_loss = (loss_sum / samples).item()  # the only host-device synchronisation of the epoch
+        mean_loss = (loss_sum / samples).item()  # the first host-device synchronisation of the epoch
         seconds = time.perf_counter() - start_time
         if run.finish_if_diverged(epoch + 1, loss_sum):
             return
@@ -100,8 +100,8 @@ def train(
             "peak_memory": devices.peak_memory(data.device),
         }
         run.end_epoch(epoch + 1, final_epoch, epoch_metrics)
-    final_accuracy = accuracy(network, data)
     log = read_log(run.folder, final_epoch)[1:]
+    final_accuracy = log[-1]["test_accuracy"]
     metrics = {
         "accuracy": final_accuracy,
         "accuracy_best_epoch": max(line["test_accuracy"] for line in log),

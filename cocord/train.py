@@ -84,6 +84,7 @@ AUGMENTATION = {
 }
 LR_MILESTONES = (150 / 240, 180 / 240, 210 / 240)  # fractions of all steps; the learning rate is divided by 10 at each
 TEACHER_HEADS = ("frozen", "partial", "adapter", "full")
+TEACHER_MOMENTUM = 0.999
 # In the order of `cocord_loss`; train.jsonl contains their means over an epoch. Both accuracies are fractions.
 TRAIN_METRICS = (
     "loss",
@@ -142,8 +143,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     method.add_argument("--lambda-class", type=cli.float_in(0), default=1.0, help="weight of the cross-entropy loss")
     method.add_argument("--lambda-kd", type=cli.float_in(0), default=0.0, help="weight of plain distillation (T = 4)")
     method.add_argument("--temperature", type=cli.float_in(1e-3), default=0.1, help="tau of the contrastive loss")
-    momentum = "EMA momentum of the teacher's head; 1: frozen"
-    method.add_argument("--teacher-momentum", type=cli.float_in(0, 1), default=0.999, help=momentum)
+    momentum = "EMA momentum of the teacher's head (default: 0.999); 1: frozen"
+    method.add_argument("--teacher-momentum", type=cli.float_in(0, 1), help=momentum)
     momentum = "EMA momentum of the slow student"
     method.add_argument("--student-momentum", type=cli.float_in(0, 1), default=0.9, help=momentum)
     method.add_argument("--teacher-head", choices=("auto", *TEACHER_HEADS), default="auto", help=(
@@ -166,7 +167,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             fail("--teacher none excludes contrastive and distillation loss: give --lambda-contrast 0 --lambda-kd 0")
         if args.weights:
             fail(f"--weights {args.weights} are not used with --teacher none: drop one of the two flags")
-        args.teacher_head = "frozen"
+        if args.teacher_head != "auto" or args.teacher_momentum is not None:
+            fail("--teacher none has no head: drop --teacher-head and --teacher-momentum")
+        args.teacher_head, args.teacher_momentum = "frozen", TEACHER_MOMENTUM
         return args
     teacher_width, student_width = net.feature_width(args.teacher), net.feature_width(args.student)
     if args.teacher_head == "full" and teacher_width != student_width:
@@ -176,6 +179,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         )
     if args.teacher_head == "auto":
         args.teacher_head = "full" if teacher_width == student_width else "frozen"
+    if args.teacher_momentum is None:
+        args.teacher_momentum = TEACHER_MOMENTUM
+    elif args.teacher_head == "frozen":
+        fail(f"--teacher-momentum {args.teacher_momentum} has no effect, because the teacher's head is frozen: give "
+             "--teacher-head partial or adapter, or drop it")  # fmt: skip
     if args.queue < args.batch:
         fail(f"--queue {args.queue} is less than --batch {args.batch}: give --queue {args.batch} or more")
     if args.weights is None:
@@ -563,7 +571,7 @@ def train(
                 model.enqueue(keys)
             totals.add_(batch_metrics, alpha=len(labels))
             samples += len(labels)
-        *means, labelled_share = (totals / samples).tolist()  # the only host-device synchronisation of the epoch
+        *means, labelled_share = (totals / samples).tolist()  # the first host-device synchronisation of the epoch
         seconds = time.perf_counter() - start_time
         if run.finish_if_diverged(epoch + 1, totals):
             return

@@ -154,7 +154,8 @@ class TransformedImages(Dataset):
 
 
 class RandomViews(Dataset):
-    """Random views of the images of an ImageFolder; item i is the list of `n_views` views, (3, S, S) uint8 each.
+    """Random views of the images of an ImageFolder; item i is the list of `n_views` outputs of the transform, uint8:
+    (3, S, S), in ConMIM with a leading axis of views.
 
     Each view is seeded from (seed, epoch, index, view), so it does not depend on the worker that computes it.
     """
@@ -233,7 +234,7 @@ class StreamedImages:
     def views(
         self, transform: Callable, n_views: int, batches: list[list[int]], seed: int, epoch: int
     ) -> Iterator[list[Tensor]]:
-        """Yield `n_views` tensors (B, 3, S, S) uint8 on the device for each list of B indices in `batches`."""
+        """Yield `n_views` batches of outputs of the transform, uint8 on the device, for each list of B indices."""
         dataset = RandomViews(self.train, transform, n_views, seed, epoch)
         for batch in load_batches(dataset, batches, self.workers, self.device):
             yield [view.to(self.device, non_blocking=True) for view in batch]

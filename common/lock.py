@@ -101,9 +101,7 @@ def exit_codes(folder: Path) -> Iterator[None]:
 
 def exit_on_signal(number: int, frame: FrameType | None) -> None:
     """Signal handler: exit with code 75. The run resumes from the state of its last epoch."""
-    signal.signal(
-        signal.SIGCHLD, signal.SIG_DFL
-    )  # the loader workers get the same signal, so their death is not an error
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # loader workers get the same signal: their death is not an error
     fail(f"interrupted by {signal.Signals(number).name}; run the same command again to resume", EXIT_INTERRUPTED)
 
 

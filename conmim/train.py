@@ -8,9 +8,9 @@ The query of a masked patch j is compared with the keys of all N patches of the 
 0.996 to 1):
 
     q = f(x^)    k = f~(x)    L = mean over masked j of -log( exp(q_j sg[k_j] / tau) / sum_i exp(q_j sg[k_i] / tau) )
-    f~ <- m f~ + (1 - m) f    after every step of the optimiser
+    f~ <- m f~ + (1 - m) f    after every step of the optimiser; q and k are L2-normalised in `similarities`
 
-    x^ basic view, masked (B, 3, S, S)      f   vision transformer, projector, L2 norm: (B, N, dim)
+    x^ basic view, masked (B, 3, S, S)      f   vision transformer, projector: (B, N, dim)
     x  strong view, full  (B, 3, S, S)      sg  stop-gradient: leak * k + (1 - leak) * k.detach(), leak 0 in the paper
 
     python conmim/train.py                                                       # demo: 1 to 2 min on one CPU core
@@ -257,7 +257,7 @@ class ConMIM(nn.Module):
             return q, torch.eye(q.shape[2], dtype=q.dtype, device=q.device)[: q.shape[1]].expand_as(q)
         network = self.ema if key_network == "ema" else self.online  # ABLATION (momentum encoder)
         with torch.set_grad_enabled(torch.is_grad_enabled() and leak > 0):
-            k = network(key_view, None)
+            k = network(key_view, None).float()  # bfloat16 would round the sum below
         return q, leak * k + (1 - leak) * k.detach()  # ABLATION (stop-gradient): 0 is the paper's sg
 
 

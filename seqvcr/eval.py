@@ -137,8 +137,9 @@ def predict_minimum(rank: Tensor, width: int, lambda1: float, lambda2: float) ->
 
     There are d = `width` features, whose covariance has rank at most r, `rank` (n,). With equal variances v, spread
     evenly over r directions, L_cov = k v^2 with k = d/r - 1. The minimum of lambda1 (1 - sqrt(v + eta)) + lambda2 k v^2
-    is at v sqrt(v + eta) = lambda1 / (4 lambda2 k), but not above v = 1 - eta. At rank 0 the variance is 0.
-    Derived here; the paper has no such equation.
+    is at v sqrt(v + eta) = lambda1 / (4 lambda2 k), but not above v = 1 - eta. At rank 0 the variance is 0. Unequal
+    variances can have a lower loss if lambda1 is below about 8 lambda2 and r/d is not small. Derived here; the paper
+    has no such equation.
     """
     rank = rank.double()
     k = (width / rank.clamp_min(1) - 1).clamp_min(0)

@@ -24,7 +24,8 @@ Differs from the authors' code:
     two layers (appendix D); its hidden width is our choice. The output layer has a (frozen) bias only in the
     three-layer projector, because the authors' checkpoints contain one.
  3. Images up to 64 pixels are stored on the device and augmented there in batches. Larger images are decoded and
-    augmented by DataLoader workers with torchvision (Gaussian kernel of 23 pixels; the authors use Pillow's blur).
+    augmented by DataLoader workers with torchvision. The blur has a Gaussian kernel of a tenth of the side on the
+    device (7 pixels at 64), and of 23 pixels in the workers; the authors use Pillow's blur.
  4. On CUDA the networks run under bfloat16 autocast; the loss and the measurements of an evaluation are float32.
     --precision float32 turns autocast off.
  5. The demo scale is ours: glyphs, a small ResNet, and its own crop, hue, grayscale and learning rate. Its views have
@@ -160,8 +161,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     width, dim = NETWORKS[args.network]
     if args.projector != "mlp" and args.dim not in (None, "backbone", str(width)):
         fail(f"--dim {args.dim} contradicts --projector {args.projector}, which has output width {width}: drop --dim")
-    if args.projector == "bn" and args.head_bn != "default":
-        fail(f"--projector bn contradicts --head-bn {args.head_bn}: drop one of them")
+    if args.head_bn != "default" and (args.projector == "bn" or (args.projector, args.head_bn) == ("none", "hidden")):
+        fail(f"--projector {args.projector} contradicts --head-bn {args.head_bn}: drop one of them")
+    if args.predictor_schedule != "constant" and args.predictor != "mlp":
+        fail(f"--predictor-schedule has no effect with --predictor {args.predictor}: drop one of them")
     if args.dim == "backbone" or args.projector != "mlp":
         dim = width
     elif args.dim is not None:
@@ -199,10 +202,8 @@ def build_projector(
     if head_bn != "default":
         return nn.Sequential(*modules, nn.Linear(hidden, dim))
     output = nn.Linear(hidden, dim, bias=layers == 3)
-    if output.bias is not None:
-        output.bias.requires_grad_(
-            False
-        )  # cancelled by the batch norm; kept because the authors' checkpoints contain it
+    if output.bias is not None:  # cancelled by the batch norm, but the authors' checkpoints contain it
+        output.bias.requires_grad_(False)
     return nn.Sequential(*modules, output, nn.BatchNorm1d(dim, affine=False))
 
 

@@ -277,6 +277,8 @@ def test_the_error_message_gives_the_indices_of_invalid_rows(damage, message, tm
         (["--active", "512"], "--active 512 must be less than --latent 512: give --active 511 or less"),
         (["--active", "0"], "less than 1"),
         (["--alpha", "matched"], "--alpha matched requires --alignment mse, not cosine"),
+        (["--alignment", "l1", "--target", "rounded"], "--target rounded has no effect with --alignment l1"),
+        (["--alignment", "mse", "--alpha", "0"], "--alpha 0 removes the alignment loss"),
         (["--alpha", "much"], "invalid --alpha 'much': give a number >= 0"),
         (["--alpha", "-1"], "invalid --alpha '-1': give a number >= 0"),
         (["--code", "topk"], "give --alpha 0"),

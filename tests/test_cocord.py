@@ -594,6 +594,8 @@ def test_all_flags_are_used_and_all_used_flags_exist():
         (["--teacher", "none"], "--lambda-contrast 0"),
         (["--queue", "16"], "less than --batch 32"),
         (["--teacher-momentum", "1.5"], "not between 0 and 1"),
+        (["--teacher-momentum", "0.5"], "has no effect, because the teacher's head is frozen"),
+        (["--teacher", "none", "--lambda-contrast", "0", "--teacher-head", "partial"], "--teacher none has no head"),
         (["--temperature", "0"], "is not between"),
         (["--teacher", "alexnet"], "invalid choice"),
         (["--weights", "nowhere"], "--weights nowhere does not exist"),

@@ -247,6 +247,8 @@ def test_every_flag_is_used():
         (["--no-stop-gradient", "--gradient-leak", "0.5"], "--gradient-leak 0.5"),
         (["--gradient-leak", "2"], "not between 0 and 1"),
         (["--projector", "none", "--dim", "128"], "drop --dim"),
+        (["--projector", "none", "--head-bn", "hidden"], "--projector none contradicts --head-bn hidden"),
+        (["--predictor", "none", "--predictor-schedule", "cosine"], "no effect with --predictor none"),
         (["--dim", "many"], "multiple of 4"),
         (["--size", "64"], "requires --data-set folder"),
         (["--predictor", "big"], "invalid choice"),

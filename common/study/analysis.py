@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from common.study.design import Metric, MustBeat, Study, required_baselines
+from common.study.design import FINDINGS, Metric, MustBeat, Study, required_baselines
 from common.study.results import Runs, notes, provenance, values
 from common.study.statistics import mean_interval, paired, seeds_needed, verdict
 from common.study.tables import descriptive_remark, finding, headline, primary_contrasts
 
-FINDINGS = ("no difference", "better", "worse", "higher", "lower")  # the verdicts that count as a finding
+NOT_TESTED = ("not run", "one seed")
+COMPARED = ("reproduced", "reversed", "not reproduced", "unclear")  # with the expected verdict, see `_as_expected`
 TOO_WEAK = "too weak to test"  # a baseline that the contrast requires was not beaten
 NO_BASELINE = "no baseline"  # that baseline has no interval
 RemarkFunction = Callable[[list[dict[str, Any]]], str | None]  # see `summarise`
@@ -79,15 +80,17 @@ def verdict_of(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _as_expected(word: str, expected: str) -> str:
-    """Compare a verdict with the expected one: "reproduced", "reversed", "unclear" or "not run".
+    """Compare a verdict with the expected one: one of COMPARED, or "not run".
 
-    "reversed" is a difference on the other side, or a difference where none was expected. "unclear" is all else.
+    "not reproduced": a difference was expected and there is none, or the reverse.
     """
     if word == expected:
         return "reproduced"
-    if word in ("not run", "one seed"):
+    if word in NOT_TESTED:
         return "not run"
-    return "reversed" if word in FINDINGS and word != "no difference" else "unclear"
+    if word not in FINDINGS:
+        return "unclear"
+    return "not reproduced" if "no difference" in (word, expected) else "reversed"
 
 
 def _contrast(runs: Runs, arm: str, reference: str, key: str, metric: Metric, margin: float | None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ RATES = {"third": "--lr-factor 0.333", "triple": "--lr-factor 3"}  # setting of 
 # At demo scale seeds 0-9 were seen while the recipes were designed, and 100-102 are pilots.
 FIRST_SEED = {"demo": 10, "gpu": 0, "paper": 0}
 MAX_SEEDS = {"demo": 10, "gpu": 5, "paper": 5}
-CALIBRATION = ("no difference", "worse", "better", "higher", "lower")  # results that a study may expect
+FINDINGS = ("no difference", "worse", "better", "higher", "lower")  # verdicts that say something
 ROBUSTNESS = "Do the primary contrasts hold at a third and at three times the learning rate?"
 
 
@@ -290,8 +290,8 @@ class Design:
         if study.expected and sorted(study.expected) != primary_arms:
             raise DesignError(f"{study.name}: expected must name the arms of the primary contrasts, each once")
         for word in study.expected.values():
-            if word not in CALIBRATION:
-                raise DesignError(f"{study.name}: invalid expected '{word}': give one of {', '.join(CALIBRATION)}")
+            if word not in FINDINGS:
+                raise DesignError(f"{study.name}: invalid expected '{word}': give one of {', '.join(FINDINGS)}")
         metrics = [study.metric, *self.chance] + [item.metric for item in study.must_beat]
         metrics += [study.second_metric] if study.second_metric else []
         if study.sweep:

@@ -18,7 +18,7 @@ from typing import Any
 
 from common.cli import Parser, fail
 from common.files import read_json, write_text
-from common.study import sweeps, tables
+from common.study import analysis, sweeps, tables
 from common.study.statistics import holm
 
 Summary = Mapping[str, Any]
@@ -32,19 +32,21 @@ GREY = "#777777"
 RESOLVED = ("worse", "better", "higher", "lower")  # verdicts that Holm's correction can put in doubt
 TESTED = (*RESOLVED, "no difference", "unclear")
 LEGEND = {  # verdicts -> what they mean
-    ("worse", "better"): "interval excludes zero",
+    ("no difference",): "interval inside the margin",
+    ("worse", "better"): "otherwise, it excludes zero",
     ("higher", "lower"): "likewise, neither side preferred",
-    ("no difference",): "inside the margin",
     ("unclear",): "none of these",
     ("too weak to test",): "reference does not beat its baseline",
     ("no baseline", "one seed", "not run"): "no test possible",
 }
-BARS = "Bar: mean difference, arm − reference, 95 % interval over n seeds; vertical line: zero; band: margin; "
+CHANGE = "a → b: reference → arm."
+BARS = f"{CHANGE} Bar: arm − reference, 95 % interval over n seeds; band: margin; "
 BARS += "one scale per paper."
+DIFFERENCES = f"{CHANGE} Difference: arm − reference, 95 % interval over n seeds."
 DAGGER = "†: does not survive Holm's correction over this page"
 DEPENDS_ON_RATE = "depends on the learning rate"
 EARLIER = "published under earlier rules"
-EARLIER_LEGEND = f"{EARLIER}; lower, higher: unpaired interval excludes zero; not resolved: includes it; "
+EARLIER_LEGEND = f"{EARLIER}; lower, higher: excludes zero; not resolved: includes it; "
 EARLIER_LEGEND += "not informative: baseline not beaten"
 EARLIER_CAPTION = "Differences with Welch's 95 % interval, as published under earlier rules."
 EARLIER_NOTE = (
@@ -64,7 +66,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var
 a { color: var(--link); } h1, h2 { line-height: 1.2; } h1 { margin: .5rem 0; } p { margin: .5rem 0; }
 h2 { margin: 0; font-size: 1.3rem; }
 section { border-top: 1px solid var(--line); margin-top: 2.5rem; padding-top: 1.5rem; }
-section > * { max-width: 56rem; }
+section > *, details > * { max-width: 56rem; } section > details, .wide { max-width: none; }
 small, .small { line-height: 1.35; font-size: .82rem; color: var(--soft); }
 code { background: var(--card); padding: .1rem .3rem; }
 .legend { font-size: .85rem; color: var(--soft); line-height: 1.9; }
@@ -85,12 +87,14 @@ table { border-collapse: collapse; } th, td { text-align: left; vertical-align: 
 .bar circle { fill: currentColor; stroke: var(--back); stroke-width: 1.5; }
 .data { font-size: .82rem; } .data th, .data td { padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line);
   overflow-wrap: normal; }
-.short { white-space: nowrap; } .wide { overflow-x: auto; max-width: 100%; }
-.card { background: #fff; border-radius: .4rem; padding: .4rem; } .card a, .card svg, .card img { display: block; }
+.short { white-space: nowrap; } .wide { overflow-x: auto; } .data td:last-child { min-width: 10rem; }
+.card { background: #fff; border-radius: .4rem; padding: .4rem; overflow-x: auto; }
+.card a, .card svg, .card img { display: block; }
 .card svg, .card img { max-width: 100%; height: auto; }
 figure { margin: 1.2rem 0; } figcaption { font-size: .82rem; color: var(--soft); margin-top: .3rem; }
 details { margin: .8rem 0; } summary { cursor: pointer; color: var(--link); }
 @media (max-width: 44rem) {
+  .card svg, .card img { max-width: none; width: 44rem; }
   body { padding: .7rem; } h1 { font-size: 1.5rem; }
   .overview, .overview tbody, .overview tr, .overview td, .overview th { display: block; width: auto !important; }
   .overview thead { display: none; } .overview td, .overview .paper th { border: 0; padding: .15rem 0; }
@@ -241,7 +245,7 @@ def legend(summaries: Mapping[str, Summary | str], markup: bool) -> str:
     parts += [DAGGER] if daggers(summaries) else []
     if earlier:
         parts.append(f"{word_html('grey', name='earlier')} {EARLIER_LEGEND}" if markup else EARLIER_LEGEND)
-    return f"{BARS if markup else 'Difference: arm − reference, 95 % interval over n seeds.'} {'; '.join(parts)}."
+    return f"{BARS if markup else DIFFERENCES} {'; '.join(parts)}."
 
 
 def contrast_label(contrast: Mapping[str, Any]) -> str:
@@ -262,7 +266,7 @@ def numbers(contrast: Mapping[str, Any], metric: Mapping[str, Any]) -> str:
         text += f" ({tables.format_interval(contrast, metric)})"
     text += f", n\u00a0=\u00a0{contrast['n']}"
     if contrast["seeds_needed"]:
-        text += f"; n\u00a0=\u00a0{contrast['seeds_needed']} would decide"
+        text += f"; half-width = margin at n\u00a0=\u00a0{contrast['seeds_needed']}"
     return text
 
 
@@ -339,12 +343,23 @@ def without_brackets(text: str) -> str:
     return re.sub(r" ?\([^()]*\)", "", text)
 
 
-def overview_html(summaries: Mapping[str, Summary | str], marks: Marks) -> str:
+def paper_link(folder: Path, study: str) -> str:
+    """Return the relative path of the README of a study's paper, which explains its arms, or "" if there is none."""
+    path = ROOT / study.partition("-")[0] / "README.md"
+    return Path(os.path.relpath(path, folder.resolve())).as_posix() if path.exists() else ""
+
+
+def overview_html(summaries: Mapping[str, Summary | str], marks: Marks, folder: Path) -> str:
     """Return the overview: a row per study, grouped by paper. Bars of one paper and metric have the same scale."""
     header = "".join(f"<th>{name}</th>" for name in ("study", "result", "difference and verdict", "paper's value"))
     parts = [f'<table class="overview"><thead><tr>{header}</tr></thead>']
     for paper, studies in paper_groups(summaries).items():
-        rows = [f'<tr class="paper"><th colspan="4" scope="rowgroup">{escape(paper)}</th></tr>']
+        title = (
+            f'<a href="{escape(link)}">{escape(paper)}</a>'
+            if (link := paper_link(folder, studies[0]))
+            else escape(paper)
+        )
+        rows = [f'<tr class="paper"><th colspan="4" scope="rowgroup">{title}</th></tr>']
         scales: dict[str, float] = {}
         for study in studies:
             if not isinstance(summary := summaries[study], str):
@@ -402,6 +417,16 @@ def study_links(folder: Path, study: str) -> dict[str, str]:
     return {label: link for label, link in links.items() if (folder.resolve() / link).exists()}
 
 
+def published_sentence(study: str, summary: Summary) -> str:
+    """Return the paper's result, or in an A/A test the expected one."""
+    return f"{'Expected' if is_equal_arms(study) else 'In the paper'}: {summary['published']}."
+
+
+def is_equal_arms(study: str) -> bool:
+    """Return whether a study is an A/A test."""
+    return study.endswith("-base-again")
+
+
 def difference_caption(summary: Summary) -> str:
     """Return the caption of the tables of differences."""
     return EARLIER_CAPTION if is_earlier(summary) else tables.DIFFERENCES_CAPTION
@@ -450,7 +475,7 @@ def study_html(
     parts = [
         f"<p>{escape(summary['question'])}</p>",
         f"<p>{contrasts_html(study, summary, marks)} <strong>{escape(headline)}</strong> {escape(second)}</p>",
-        f'<p class="small">In the paper: {escape(summary["published"])}.</p>',
+        f'<p class="small">{escape(published_sentence(study, summary))}</p>',
         *shown,
         links,
         "<details><summary>Tables, notes, provenance and further figures</summary>",
@@ -467,20 +492,28 @@ def study_html(
 
 
 def calibration_sentence(folder: Path, extras: Sequence[str]) -> str:
-    """Return one sentence on the calibrations in `folder`: false alarms of A/A tests, and known effects. "" if none."""
+    """Return one sentence each on the A/A tests and on the known effects in `folder`. "" if there are none."""
     equal_arms: list[str] = []
     effects: list[str] = []
     for name in extras:
         summary = read_summary(folder, name)
-        if not isinstance(summary, str) and summary.get("expected"):
-            words = [word for word in summary["calibration"].values() if word != "not run"]
-            (equal_arms if name.endswith("-base-again") else effects).extend(words)
+        if isinstance(summary, str):
+            continue
+        if is_equal_arms(name):
+            words = [contrast["word"] for contrast in tables.primary_contrasts(summary)]
+            equal_arms += [word for word in words if word not in analysis.NOT_TESTED]
+        else:
+            effects += [word for word in summary.get("calibration", {}).values() if word != "not run"]
     parts = []
     if equal_arms:
-        parts.append(f"A/A tests: {equal_arms.count('reversed')} of {len(equal_arms)} gave a false difference.")
+        false = sum(word in RESOLVED for word in equal_arms)
+        others = [word for word in dict.fromkeys(equal_arms) if word not in RESOLVED]
+        counts = ", ".join(f"{equal_arms.count(word)} {word}" for word in others)
+        text = f"A/A tests: {false} of {len(equal_arms)} gave a false difference"
+        parts.append(f"{text} ({counts})." if counts else f"{text}.")
     if effects:
-        counts = [f"{effects.count(word)} {word}" for word in ("reproduced", "reversed", "unclear")]
-        parts.append(f"Known effects: {', '.join(counts)}.")
+        words = [word for word in analysis.COMPARED if word in effects]
+        parts.append(f"Known effects: {', '.join(f'{effects.count(word)} {word}' for word in words)}.")
     return " ".join(parts)
 
 
@@ -519,7 +552,7 @@ def write_page(
 <p>{study_counts(summaries)} {counts} Published values come from the papers' data and training length: compare signs,
 not sizes.{link}</p>
 <p class="legend">{legend(summaries, markup=True)}</p>
-{overview_html(summaries, marks)}
+{overview_html(summaries, marks, folder)}
 {"".join(sections)}
 </body>
 </html>
@@ -538,11 +571,12 @@ def write_pages(folder: Path, scale: str, studies: Sequence[str], extras: Sequen
     return lines
 
 
-def overview_markdown(summaries: Mapping[str, Summary | str], marks: Marks) -> str:
+def overview_markdown(summaries: Mapping[str, Summary | str], marks: Marks, folder: Path) -> str:
     """Return the overview as a Markdown table with a row per study, grouped by paper."""
     rows = [["study", "result", "difference", "verdict", "paper's value"]]
     for paper, studies in paper_groups(summaries).items():
-        rows.append([f"**{paper}**", "", "", "", ""])
+        readme_link = paper_link(folder, studies[0])
+        rows.append([f"**[{paper}]({readme_link})**" if readme_link else f"**{paper}**", "", "", "", ""])
         for study in studies:
             summary, link = summaries[study], f"[{study}](#{study})"
             if isinstance(summary, str):
@@ -584,7 +618,10 @@ def results_table(folder: Path, studies: Sequence[str], link: str) -> str:
                 contrast["word"] + marks.get((study, contrast["arm"], contrast["reference"]), "")
                 for contrast in tables.primary_contrasts(summary)
             )
-            rows.append([name, sentences(summary)[0], "; ".join(words)])
+            result = sentences(summary)[0]
+            if "too weak to test" in words:  # say what else was seen
+                result = f"{result} {summary['remark'].replace(' -> ', ' → ')}".strip()
+            rows.append([name, result, "; ".join(words)])
     table = tables.markdown(rows)
     return f"{table}\n\n‡ {EARLIER_NOTE}" if "‡" in table else table
 
@@ -599,7 +636,7 @@ def readme(folder: Path, name: str, scale: str, studies: Sequence[str], command:
     parts = [
         f"# {TITLES[name]}, scale {scale}",
         f"{study_counts(summaries)} {counts}".strip() + f" As an HTML page: `make page SCALE={scale}`.",
-        overview_markdown(summaries, marks_of(folder, summaries)),
+        overview_markdown(summaries, marks_of(folder, summaries), folder),
         legend(summaries, markup=False),
     ]
     for study, summary in summaries.items():
@@ -616,7 +653,7 @@ def readme(folder: Path, name: str, scale: str, studies: Sequence[str], command:
         text = tables.as_markdown(summary).replace(tables.DIFFERENCES_CAPTION, difference_caption(summary))
         links = [f"[{label}]({link})" for label, link in study_links(folder, study).items()]
         remark = summary.get("remark", "").replace(" -> ", " → ")
-        parts += [summary["question"], f"**{headline}** {remark}".strip(), f"In the paper: {summary['published']}."]
+        parts += [summary["question"], f"**{headline}** {remark}".strip(), published_sentence(study, summary)]
         parts += shown
         parts += [" · ".join(links), "<details><summary>Tables, notes and further figures</summary>"]
         parts += [" ".join(others), text, *folded, f"Reproduce: `{summary['reproduce']}`", "</details>"]

@@ -15,8 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from common.cli import NON_METHOD_FLAGS
-from common.study import analysis, figures, results, tables
-from common.study.design import Sweep
+from common.study import figures, results, tables
+from common.study.design import FINDINGS, Sweep
 from common.study.figures import without_setting
 from common.study.statistics import paired
 
@@ -212,7 +212,7 @@ def opposite_at_another_rate(summary: Mapping[str, Any]) -> set[tuple[str, str]]
 def robustness_verdict(verdicts: Mapping[str, str]) -> str:
     """Combine the verdicts (rate -> verdict) of one contrast into its robustness verdict."""
     at_base_rate = verdicts.get("", "")
-    if at_base_rate not in analysis.FINDINGS:
+    if at_base_rate not in FINDINGS:
         return NO_FINDING
     if OPPOSITE.get(at_base_rate) in verdicts.values():
         return REVERSED
@@ -225,7 +225,7 @@ def robustness_verdict(verdicts: Mapping[str, str]) -> str:
 def robustness(summary: dict[str, Any], sweep: Sweep) -> dict[str, Any]:
     """Return the summary with the verdict and the finding over the three rates, one sentence per primary contrast."""
     names_by_verdict: dict[str, list[str]] = {}
-    sentences = []
+    sentences, headline = [], []
     for key in sweep.metrics:
         metric, primary = summary["metrics"][key], key == summary["primary_metric"]
         for name, by_rate in contrasts_by_rate(summary, key).items():
@@ -241,8 +241,11 @@ def robustness(summary: dict[str, Any], sweep: Sweep) -> dict[str, Any]:
             else:
                 phrase = "; ".join(f"{verdict} at {RATE_LABELS[rate]}" for rate, verdict in verdicts.items())
             sentences.append(f"{metric['label']}, {name}: {phrase} [{', '.join(numbers)}]")
+            if primary:
+                headline.append(sentences[-1])
     return summary | {
         "verdict": "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in names_by_verdict.items()),
+        "headline": "; ".join(headline) + ".",
         "finding": ". ".join(sentences) + ".",
         "counted": ALL_RATES in names_by_verdict,
     }
@@ -315,6 +318,7 @@ def draw(view: results.View) -> dict[str, figures.Drawing]:
     if sweep.argument:
         swept = swept_values(view.runs, view.reference, sweep)
         summary["finding"] = sweep_finding(summary, swept, sweep)
+        summary["headline"] = summary["finding"].partition(". ")[0].rstrip(".") + "."
         return {"sweep": sweep_figure(view, swept, sweep)}
     summary |= robustness(summary, sweep)
     return {"sweep": rates_figure(view.runs, summary, sweep, view.caption)}

@@ -135,7 +135,7 @@ def descriptive_remark(summary: Mapping[str, Any]) -> str:
         for contrast in summary["all_contrasts"]
         if contrast["metric"] not in (summary["primary_metric"], second)
         and (contrast["arm"], contrast["reference"]) in pairs
-        and contrast["word"] in ("worse", "better")
+        and contrast["word"] in ("worse", "better", "higher", "lower")
     ]
     effects.sort(key=lambda contrast: abs(contrast["mean"]) / max(contrast["sd"], 1e-12), reverse=True)
     if effects:
