@@ -334,8 +334,14 @@ def paper_groups(summaries: Mapping[str, Summary | str]) -> dict[str, list[str]]
     groups: dict[str, list[str]] = {}
     for folder, studies in folders.items():
         found = [summary["paper"] for study in studies if not isinstance(summary := summaries[study], str)]
-        groups.setdefault(found[0] if found else folder, []).extend(studies)
+        groups.setdefault(found[0] if found else paper_title(folder), []).extend(studies)
     return groups
+
+
+def paper_title(folder: str) -> str:
+    """Return the name of a paper from the first line of its README, "# NAME: ...", or the folder's without a README."""
+    path = ROOT / folder / "README.md"
+    return path.read_text(encoding="utf-8").partition(":")[0].removeprefix("# ") if path.exists() else folder
 
 
 def without_brackets(text: str) -> str:

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from common.cli import NON_METHOD_FLAGS
 from common.study import figures, results, tables
+from common.study.analysis import TOO_WEAK
 from common.study.design import FINDINGS, Sweep
 from common.study.figures import without_setting
 from common.study.statistics import paired
@@ -318,7 +319,8 @@ def draw(view: results.View) -> dict[str, figures.Drawing]:
     if sweep.argument:
         swept = swept_values(view.runs, view.reference, sweep)
         summary["finding"] = sweep_finding(summary, swept, sweep)
-        summary["headline"] = summary["finding"].partition(". ")[0].rstrip(".") + "."
+        if summary["verdict"] != TOO_WEAK:
+            summary["headline"] = summary["finding"].partition(". ")[0].rstrip(".") + "."
         return {"sweep": sweep_figure(view, swept, sweep)}
     summary |= robustness(summary, sweep)
     return {"sweep": rates_figure(view.runs, summary, sweep, view.caption)}

@@ -114,7 +114,8 @@ def headline(summary: Mapping[str, Any]) -> str:
 def descriptive_remark(summary: Mapping[str, Any]) -> str:
     """Return a sentence on the primary contrasts in the second metric, and one on their clearest effects on others.
 
-    At most two effects, by mean / standard deviation of the paired differences. They carry no verdict of the study.
+    These are at most two, by mean / standard deviation of the paired differences: one on a metric with a better side,
+    and one on a metric without. They carry no verdict of the study.
     """
     second = summary.get("second_metric")
     sentences = []
@@ -130,16 +131,19 @@ def descriptive_remark(summary: Mapping[str, Any]) -> str:
         ]
         sentences += [f"Second metric: {'; '.join(parts)}."] if parts else []
     pairs = {(contrast["arm"], contrast["reference"]) for contrast in primary_contrasts(summary)}
-    effects = [
-        contrast
-        for contrast in summary["all_contrasts"]
-        if contrast["metric"] not in (summary["primary_metric"], second)
-        and (contrast["arm"], contrast["reference"]) in pairs
-        and contrast["word"] in ("worse", "better", "higher", "lower")
-    ]
-    effects.sort(key=lambda contrast: abs(contrast["mean"]) / max(contrast["sd"], 1e-12), reverse=True)
-    if effects:
-        sentences.append(f"Descriptive: {'; '.join(_change(contrast, summary) for contrast in effects[:2])}.")
+    clearest = []
+    for words in (("worse", "better"), ("higher", "lower")):
+        effects = [
+            contrast
+            for contrast in summary["all_contrasts"]
+            if contrast["metric"] not in (summary["primary_metric"], second)
+            and (contrast["arm"], contrast["reference"]) in pairs
+            and contrast["word"] in words
+        ]
+        effects.sort(key=lambda contrast: abs(contrast["mean"]) / max(contrast["sd"], 1e-12), reverse=True)
+        clearest += effects[:1]
+    if clearest:
+        sentences.append(f"Descriptive: {'; '.join(_change(contrast, summary) for contrast in clearest)}.")
     return " ".join(sentences)
 
 
