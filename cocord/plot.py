@@ -53,7 +53,7 @@ def curve_panels(
                 curves = {arm: seeds if has_contrast(runs[arm]) else [] for arm, seeds in curves.items()}
             values = {without_setting(arm): seeds for arm, seeds in curves.items()}
             lines = {"chance": chance[data_set]} if key == "test_accuracy" and data_set in chance else {}
-            panels.append(figures.Curves(f"{title}, {data_set}\n{pair.replace('-', ' → ')}", values, lines))
+            panels.append(figures.Curves(f"{title}\n{pair.replace('-', ' → ')}", values, lines))
     return panels
 
 
@@ -67,16 +67,14 @@ def seed_values(runs: results.Runs, arms: Sequence[str], key: str) -> dict[str, 
     return {without_setting(arm): list(results.values(runs, arm, key).values()) for arm in arms}
 
 
-def dot_panels(
-    runs: results.Runs, groups: Mapping[str, Sequence[str]], metrics: Sequence[str], data_set: str
-) -> list[figures.Dots]:
+def dot_panels(runs: results.Runs, groups: Mapping[str, Sequence[str]], metrics: Sequence[str]) -> list[figures.Dots]:
     """Return one panel per pair and metric. Hollow marks in the accuracy panel show the slow student."""
     panels = []
     for pair, arms in groups.items():
         for key in metrics:
             values = seed_values(runs, arms, key)
             slow = seed_values(runs, arms, "accuracy_slow_student")
-            title = f"{METRICS[key].title}, {data_set}\n{pair.replace('-', ' → ')}"
+            title = f"{METRICS[key].title}\n{pair.replace('-', ' → ')}"
             limits = (0.0, 100.0) if METRICS[key].unit == "%" else (-math.inf, math.inf)
             panels.append(figures.Dots(title, values, slow if key == PRIMARY else {}, limits=limits))
     return panels
@@ -95,23 +93,20 @@ def draw(view: results.View) -> dict[str, figures.Drawing]:
         for row in view.summary["rows"]
         if row["diverged"]
     }
-    curve_metrics = {"test_accuracy": "test accuracy (%)"}
-    dot_metrics = [PRIMARY]
+    curve_metrics = {"test_accuracy": "test accuracy (%)", "contrastive_accuracy": "contrastive top-1"}
+    dot_metrics = [PRIMARY, "contrastive_accuracy"]
     if view.study.name == "cocord-teacher-momentum":
-        curve_metrics["key_consistency"] = "key consistency (cosine)"
-        dot_metrics += ["teacher_head_shift", "key_cosine"]
-    else:
-        curve_metrics["contrastive_accuracy"] = "contrastive top-1"
-        dot_metrics.append("contrastive_accuracy")
+        dot_metrics.append("teacher_head_shift")
     styles = {arm: view.styles[arm] for arm in arms}
     highlight = list(dict.fromkeys(map(without_setting, view.highlight)))
-    data_set = results.first_arguments(view.runs)["data_set"]
     panels = curve_panels(view.runs, groups, curve_metrics, view.chance[PRIMARY])
-    dots = dot_panels(view.runs, groups, dot_metrics, data_set)
+    dots = dot_panels(view.runs, groups, dot_metrics)
+    top1 = dots[1]  # of the first pair: shows more than the curves of accuracy, unless only one arm has a contrast
+    slide_panel = top1 if sum(map(bool, top1.values.values())) > 1 else panels[0]
     return {
         "curves": figures.integer_x_ticks(figures.curves(panels, styles, highlight, view.caption)),
         "metrics": figures.dots(dots, styles, remarks, "slow student", view.caption),
-        "summary": figures.summary_slide(view.summary, panels[0], styles, highlight),
+        "summary": figures.summary_slide(view.summary, slide_panel, styles, highlight),
     }
 
 

@@ -13,7 +13,7 @@ METRICS = {
     "accuracy_best_epoch": Metric("best test accuracy of all epochs (optimistic)", "%", 2, "higher", judged=False),
     "accuracy_slow_student": Metric("slow student's accuracy", "%", 2, "higher"),
     "teacher_accuracy": Metric("teacher's accuracy", "%", 2, "higher", judged=False),
-    "contrastive_accuracy": Metric("contrastive top-1 among K + 1", "", 3, "higher"),
+    "contrastive_accuracy": Metric("contrastive top-1", "", 3, "higher"),
     "positive_cosine": Metric("cosine to the positive key", "", 3),
     "negative_cosine": Metric("cosine to the queue", "", 3),
     "key_consistency": Metric("key consistency (cosine between epochs)", "", 4),

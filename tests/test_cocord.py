@@ -725,8 +725,7 @@ def test_plot_writes_figures_and_findings(study, finished, tmp_path):
     names = {path.name.removeprefix(f"{study}-") for path in tmp_path.iterdir() if path.suffix in (".png", ".svg")}
     figures = ("differences", "summary", "curves", "metrics")
     assert names == {f"{figure}.{suffix}" for figure in figures for suffix in ("png", "svg")}
-    title = "key consistency (cosine)" if study == "cocord-teacher-momentum" else "contrastive top-1"
-    assert title in (tmp_path / f"{study}-curves.svg").read_text()
+    assert "contrastive top-1" in (tmp_path / f"{study}-curves.svg").read_text()
 
 
 class Killed(BaseException):

@@ -554,7 +554,9 @@ def summary_slide(
         anchor = {"loc": "upper left", "bbox_to_anchor": (-0.05, -0.14)}
         right.set_title(panel.title)
         if isinstance(panel, Curves):
-            faint, _ = draw_curves(right, panel, styles, highlight)
+            order = [arm for arm in dict.fromkeys([*highlight, *styles]) if panel.values.get(arm)]
+            grey = {arm: {**styles[arm], "color": GREY} for arm in order[HIGHLIGHTED:]}  # as "other arms" in the legend
+            faint, _ = draw_curves(right, panel, styles | grey, highlight)
             if panel.x_scale == "linear":
                 right.locator_params(axis="x", nbins=5)
             clear = [arm for arm in styles if panel.values.get(arm) and arm not in faint]
@@ -568,7 +570,8 @@ def summary_slide(
             shown = dict(list(shown.items())[:8])
             draw_dots(right, panel, shown)
             right.set_yticklabels([textwrap.fill(name, 17) for name in short_names(shown)])
-            right.set_title(textwrap.fill(" ".join(panel.title.split()), 28), pad=18 if panel.lines else 6)
+            lines = [textwrap.fill(line, 28) for line in panel.title.split("\n")]
+            right.set_title("\n".join(lines), pad=18 if panel.lines else 6)
             for label in right.get_yticklabels():
                 label.set_fontsize(14.5)
             if panel.hollow:
