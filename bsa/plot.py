@@ -62,14 +62,16 @@ class Activations(NamedTuple):
 
 
 def describe(runs: results.Runs) -> str:
-    """Return a description of data and training settings, taken from the first run; "" without any run."""
+    """Return a description of the data, and of the settings that all arms share; "" without any run."""
     first = results.first_arguments(runs)
     if not first:
         return ""
     names = {"planted": "planted concepts", "mesh": "MeSH terms embedded by MiniLM", "file": "user-provided embeddings"}
     data = names.get(first["data_set"], first["data_set"])
-    recipe = f"N = {first['latent']}, K = {first['active']}, {first['steps']} steps of batch {first['batch']}"
-    return f"{data}, {recipe}"
+    texts = {"latent": "N = {}", "active": "K = {}", "steps": "{} steps", "batch": "batch {}"}
+    arms = results.arm_arguments(runs).values()
+    shared = [text.format(first[key]) for key, text in texts.items() if len({arm[key] for arm in arms}) == 1]
+    return ", ".join([data, *shared])
 
 
 def incomplete_arms(summary: Mapping[str, Any]) -> dict[str, str]:
@@ -274,7 +276,7 @@ def curve_panels(runs: results.Runs, active: int, data_set: str) -> list[figures
             members = {arm: runs[arm] for arm in alphas}
             losses = results.series(members, "reconstruction_loss", x="step")
             counts = results.series(members, "active_mean", x="step")
-            panels.append(figures.Curves(f"reconstruction loss, {data_set}\n{name}", losses, {}, "step"))
+            panels.append(figures.Curves(f"reconstruction loss, as trained, {data_set}\n{name}", losses, {}, "step"))
             panels.append(figures.Curves(f"active features, {data_set}\n{name}", counts, target, "step", y_scale="log"))
         return panels
     aligned = {
@@ -304,15 +306,11 @@ def dot_panels(runs: results.Runs, active: int, data_set: str) -> list[figures.D
     keys = ["reconstruction_loss", PRIMARY_METRIC, "active_mean"]
     if len(runs) <= MANY_ARMS:
         keys += ["active_std", "knn_overlap", "dead_fraction"]
-
-    def by_arm(key: str) -> dict[str, list[float]]:
-        return {arm: list(results.values(runs, arm, key).values()) for arm in runs}
-
     return [
         figures.Dots(
             f"{METRICS[key].title}, {data_set}",
-            by_arm(key),
-            by_arm(BASELINE_METRICS[key]) if key in BASELINE_METRICS else {},
+            results.values_by_arm(runs, key),
+            results.values_by_arm(runs, BASELINE_METRICS[key]) if key in BASELINE_METRICS else {},
             {f"K = {active}": float(active)} if key == "active_mean" else {},
         )
         for key in keys

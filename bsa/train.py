@@ -97,9 +97,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optimisation.add_argument("--lr", type=cli.float_in(0), help="learning rate of Adam, constant")
     optimisation.add_argument("--lr-factor", type=cli.float_in(0), default=1.0, help="multiplies --lr; "
                               "used by the robustness study")  # fmt: skip
-    precisions = ("auto", "float32", "bfloat16")
-    optimisation.add_argument("--precision", choices=precisions, default="auto", help="precision of encoder and "
-                              "decoder matmuls; auto: bfloat16 on CUDA only")  # fmt: skip
     optimisation.add_argument(
         "--compile", action="store_true", help="use torch.compile; pays off in long runs on a GPU"
     )
@@ -459,7 +456,7 @@ def main(argv: list[str] | None = None) -> None:
     usage = f"--latent {args.latent} --batch {args.batch}"
     remedy = f"use --batch {args.batch // 2} (about half the memory, different results)"
     with run_lock(args.out), devices.report_oom(device, usage, remedy, args.precision):
-        run = Run(args.out, vars(args), __file__, args.replace, args.tensorboard)
+        run = Run(vars(args), __file__)
         if run.finished:
             return
         data = load_splits(args.data_set, args.data, device, args.data_seed)
@@ -469,7 +466,6 @@ def main(argv: list[str] | None = None) -> None:
         run.write_config(
             f"{args.data_set}, code of {args.latent} features",
             devices.environment(device) | {"data": data.digest, "steps": args.steps},
-            args.resume_elsewhere,
         )
         model = build_model(args, data.train.shape[1], device)
         model.mean.copy_(data.train.mean(0))

@@ -64,7 +64,7 @@ def has_contrast(seeds: Mapping[int, results.RunFiles]) -> bool:
 
 def seed_values(runs: results.Runs, arms: Sequence[str], key: str) -> dict[str, list[float]]:
     """Return the values of a metric over seeds, by arm without its pair."""
-    return {without_setting(arm): list(results.values(runs, arm, key).values()) for arm in arms}
+    return {without_setting(arm): values for arm, values in results.values_by_arm(runs, key, arms).items()}
 
 
 def dot_panels(runs: results.Runs, groups: Mapping[str, Sequence[str]], metrics: Sequence[str]) -> list[figures.Dots]:

@@ -122,13 +122,13 @@ def main(argv: list[str] | None = None) -> None:
     device = devices.select_device(args.device, args.scale)
     remedy = f"use --batch {args.batch // 2} (about half the memory, different results)"
     with run_lock(args.out), devices.report_oom(device, f"--batch {args.batch}", remedy, args.precision):
-        run = Run(args.out, vars(args), __file__, args.replace, args.tensorboard)
+        run = Run(vars(args), __file__)
         if run.finished:
             return
         data = load_data(args.data_set, args.data, args.held_out, device, args.data_seed)
         steps = args.epochs * math.ceil(data.examples / args.batch)
         provenance = devices.environment(device) | {"data": data.digest, "steps": steps}
-        run.write_config(f"{args.data_set}, {args.network}", provenance, args.resume_elsewhere)
+        run.write_config(f"{args.data_set}, {args.network}", provenance)
         if args.rehearse:
             data = data.subset(args.rehearse * args.batch)
         with seeding.seeded_fork_rng(args.seed, "teacher"):

@@ -111,8 +111,6 @@ def optimisation_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGro
     group.add_argument("--batch", type=cli.int_in(2), help="batch size; paper: 64; the last batch may be smaller")
     group.add_argument("--lr", type=cli.float_in(0), help="default 0.05; 0.01 for MobileNetV2 and ShuffleNets")
     group.add_argument("--weight-decay", type=cli.float_in(0), default=5e-4, help="of all trained parameters")
-    precisions = ("auto", "float32", "bfloat16")
-    group.add_argument("--precision", choices=precisions, default="auto", help="auto: bfloat16 on CUDA only")
     return group
 
 
@@ -616,7 +614,7 @@ def main(argv: list[str] | None = None) -> None:
     device = devices.select_device(args.device, args.scale)
     remedy = f"use --batch {args.batch // 2} (about half the memory, different results)"
     with run_lock(args.out), devices.report_oom(device, f"--batch {args.batch}", remedy, args.precision):
-        run = Run(args.out, vars(args), __file__, args.replace, args.tensorboard)
+        run = Run(vars(args), __file__)
         if run.finished:
             return
         data = load_data(args.data_set, args.data, args.held_out, device, args.data_seed)
@@ -634,7 +632,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.teacher != "none":
             teacher = load_teacher(args, data)
         provenance |= {"teacher_weights": teacher.digest}
-        run.write_config(f"{args.data_set}, {args.teacher} -> {args.student}", provenance, args.resume_elsewhere)
+        run.write_config(f"{args.data_set}, {args.teacher} -> {args.student}", provenance)
         model = build_model(args, data.classes, device)
         optimizer = build_optimizer(args, [model.student, model.head, model.predictor])
         train(args, run, model, data, optimizer, teacher)

@@ -129,6 +129,9 @@ def run_flags(parser: Parser) -> argparse._ArgumentGroup:
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     run.add_argument("--threads", type=int_in(1, MAX_THREADS), default=1,
                      help="CPU threads; changing it changes floating-point rounding")  # fmt: skip
+    precisions = ("auto", "float32", "bfloat16")
+    run.add_argument("--precision", choices=precisions, default="auto", help="precision of the networks; losses are "
+                     "always float32. auto: bfloat16 on CUDA, else float32")  # fmt: skip
     run.add_argument("--replace", action="store_true", help="if --out contains a run with other flags, rename it to "
                      "OUT.replaced-N")  # fmt: skip
     run.add_argument("--resume-elsewhere", action="store_true", help="resume on another device, torch version, number "

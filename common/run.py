@@ -1,7 +1,7 @@
 """A run folder: arguments, log, checkpoints, and exact resume after an interruption.
 
 with run_lock(out):                              # file lock; signals and disk errors become exit codes
-    run = Run(out, arguments, __file__)          # fails if `out` contains a run with other flags
+    run = Run(arguments, __file__)               # fails if `out` contains a run with other flags
     run.write_config("glyphs10, resnet8", environment)   # args.json; prints the first line
     start_epoch = run.resume(model, optimizer)   # number of finished epochs, None in a new run
     for epoch in range(start_epoch or 0, final_epoch):
@@ -37,36 +37,28 @@ FILE_FLAGS = ("data", "data_file", "init_from")  # flags that may name a file wh
 class Run:
     """A run folder, which the caller has locked (`run_lock`). Only rank 0 writes.
 
-    `arguments` are the parsed flags, `source` is the script whose hash is recorded. Exits with code 2 if the folder
-    contains a run with other flags. With `replace` the folder of the old run is renamed instead; it is never deleted.
-    With `tensorboard` the metrics are also written to OUT/tensorboard.
+    `arguments` are the parsed flags (see `cli.run_flags`), `source` is the script whose hash is recorded. Exits with
+    code 2 if the folder --out contains a run with other flags. With --replace that folder is renamed instead; it is
+    never deleted. With --tensorboard the metrics are also written to OUT/tensorboard.
     """
 
-    def __init__(
-        self,
-        out: Path,
-        arguments: Mapping[str, Any],
-        source: str,
-        replace: bool = False,
-        tensorboard: bool = False,
-        rank: int = 0,
-    ):
-        self.folder, self.rank, self.source = Path(out), rank, Path(source)
-        self.writer_class = summary_writer() if tensorboard and rank == 0 else None
+    def __init__(self, arguments: Mapping[str, Any], source: str, rank: int = 0):
+        self.folder, self.rank, self.source = Path(arguments["out"]), rank, Path(source)
+        self.writer_class = summary_writer() if arguments["tensorboard"] and rank == 0 else None
         self.name = "/".join(self.folder.parts[-2:])
         self.arguments = json.loads(json.dumps(dict(arguments), default=str))
         self.digests = digests_of_files(self.arguments)
         self.method_arguments = method_arguments(self.arguments, self.digests)
         self.log: list[str] = []  # the lines of train.jsonl
         if rank == 0:
-            self._check_existing(replace)
+            self._check_existing()
         devices.barrier()
         self.finished = (self.folder / "model.pt").exists()
         if self.finished and rank == 0:
             self._delete_states()
             print(f"{self.folder} is finished: nothing to do", flush=True)
 
-    def _check_existing(self, replace: bool) -> None:
+    def _check_existing(self) -> None:
         for name in ("args.json", "train.jsonl", "state.pt", "state.previous.pt", "model.pt", "metrics.json"):
             if (self.folder / name).is_dir():
                 message = f"{self.folder / name} is a folder, but a run writes a file of this name: use another --out"
@@ -74,7 +66,7 @@ class Run:
         differences = self._differences()
         if not differences:
             return
-        if not replace:
+        if not self.arguments["replace"]:
             fail(
                 f"{self.folder} contains a run with other flags ({', '.join(differences)}): use another --out, or "
                 "--replace to rename that folder",
@@ -99,11 +91,11 @@ class Run:
             if old.get(name) != self.method_arguments.get(name)
         ]
 
-    def write_config(self, summary: str, environment: Mapping[str, Any], resume_elsewhere: bool = False) -> None:
+    def write_config(self, summary: str, environment: Mapping[str, Any]) -> None:
         """Write args.json. In a resumed run, check that `environment` equals that of args.json.
 
         `environment` contains the entries of `devices.environment`, digests of data and weights, and the number of
-        steps. With `resume_elsewhere` those of `devices.environment` may differ; the change is added to args.json.
+        steps. With --resume-elsewhere those of `devices.environment` may differ; the change is added to args.json.
         Prints the first line of the run: its name, `summary` (data set and network) and device.
         """
         if self.rank:
@@ -125,7 +117,7 @@ class Run:
                 fail(f"cannot resume {self.folder}: {name} was {before}, now {now}: use the former {name}, or another "
                      "--out", record=False)  # fmt: skip
             changes[name] = value
-        if changes and not resume_elsewhere:
+        if changes and not self.arguments["resume_elsewhere"]:
             described = ", ".join(f"{name} {current.get(name)} -> {value}" for name, value in changes.items())
             fail(f"{self.folder} was started in another environment ({described}): resume it there, use another --out, "
                  "or add --resume-elsewhere (make: RESUME=elsewhere)", record=False)  # fmt: skip

@@ -303,10 +303,6 @@ def dot_panels(runs: results.Runs, data_set: str, chance: Mapping[str, float]) -
 
     Lines show `chance` (in percent, by data set) and the accuracy of pixels.
     """
-
-    def values(name: str) -> dict[str, list[float]]:
-        return {arm: list(results.values(runs, arm, name).values()) for arm in runs}
-
     pixels = [value for arm in runs for value in results.values(runs, arm, "pixel_accuracy").values()]
     panels = []
     for name in (PRIMARY, "linear_accuracy", "knn_accuracy"):
@@ -315,9 +311,10 @@ def dot_panels(runs: results.Runs, data_set: str, chance: Mapping[str, float]) -
             lines["chance"] = chance[data_set]
         if name == PRIMARY and pixels:
             lines["1-NN on pixels"] = mean(pixels)
-        panels.append(figures.Dots(title, values(name), values(f"{name}_online"), lines, limits=(0, 100)))
+        ema, online = (results.values_by_arm(runs, key) for key in (name, f"{name}_online"))
+        panels.append(figures.Dots(title, ema, online, lines, limits=(0, 100)))
     title = f"{METRICS['position_r2'].title}, {data_set}"
-    panels.append(figures.Dots(title, values("position_r2"), limits=(0, 1)))
+    panels.append(figures.Dots(title, results.values_by_arm(runs, "position_r2"), limits=(0, 1.02)))
     return panels
 
 

@@ -123,8 +123,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optimisation.add_argument(
         "--lr-factor", type=cli.float_in(0), default=1.0, help="multiplies --lr; used by the robustness study"
     )
-    precisions = ("auto", "float32", "bfloat16")
-    optimisation.add_argument("--precision", choices=precisions, default="auto", help="auto: bfloat16 on CUDA only")
     optimisation.add_argument(
         "--compile", action="store_true", help="use torch.compile; pays off in long runs on a GPU"
     )
@@ -582,7 +580,7 @@ def main(argv: list[str] | None = None) -> None:
     usage = f"--batch {args.batch} on {world} processes"
     remedy = f"use --batch {args.batch // 2} (about half the memory, different results)"
     with run_lock(args.out, rank), devices.report_oom(device, usage, remedy, args.precision):
-        run = Run(args.out, vars(args), __file__, args.replace, args.tensorboard, rank)
+        run = Run(vars(args), __file__, rank)
         if run.finished:
             return
         data = images.load_or_stream(args.data_set, args.data, args.size, device, args.workers, args.data_seed)
@@ -601,7 +599,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"warning: {limit}: the learning rate never reaches --lr", file=sys.stderr)
         steps = args.epochs * (data.examples // args.batch)
         provenance = devices.environment(device) | {"data": data.digest, "steps": steps}
-        run.write_config(f"{args.data_set}, {args.network}", provenance, args.resume_elsewhere)
+        run.write_config(f"{args.data_set}, {args.network}", provenance)
         if args.rehearse:
             data = data.subset(args.rehearse * args.batch)
         model = build_model(args, device)

@@ -127,13 +127,8 @@ def position_panels(runs: results.Runs, groups: Mapping[str, Mapping[str, str]])
 
 def dots_panel(runs: results.Runs, key: str) -> figures.Dots:
     """Return the panel of a metric; for exact match hollow marks show the most frequent answer as a baseline."""
-
-    def values(name: str) -> dict[str, list[float]]:
-        return {arm: list(results.values(runs, arm, name).values()) for arm in runs}
-
-    return figures.Dots(
-        f"{METRICS[key].title}, {tasks(runs)}", values(key), values("chance_exact_match") if key == PRIMARY else {}
-    )
+    majority = results.values_by_arm(runs, "chance_exact_match") if key == PRIMARY else {}
+    return figures.Dots(f"{METRICS[key].title}, {tasks(runs)}", results.values_by_arm(runs, key), majority)
 
 
 def primary_panel(runs: results.Runs, groups: Mapping[str, Mapping[str, str]]) -> figures.Curves:
@@ -147,7 +142,7 @@ def primary_panel(runs: results.Runs, groups: Mapping[str, Mapping[str, str]]) -
 def solved_panels(runs: results.Runs) -> list[figures.Dots]:
     """Return the panels of exact match, with a line at 90 %, and of the steps until a seed was solved."""
     keys = {"exact_match": SOLVED_LINE, "steps_to_solve": {}}
-    values = {key: {arm: list(results.values(runs, arm, key).values()) for arm in runs} for key in keys}
+    values = {key: results.values_by_arm(runs, key) for key in keys}
     return [
         figures.Dots(f"{METRICS[key].title}, {tasks(runs)}", values[key], lines=lines)
         for key, lines in keys.items()
@@ -162,8 +157,8 @@ def prediction_figure(runs: results.Runs, styles: Mapping[str, figures.Style], c
     panels = [
         figures.Dots(
             f"{METRICS[key].label}, {tasks(runs)}",
-            {arm: list(results.values(runs, arm, key).values()) for arm in arms},
-            {arm: list(results.values(runs, arm, predicted).values()) for arm in arms},
+            results.values_by_arm(runs, key, arms),
+            results.values_by_arm(runs, predicted, arms),
         )
         for key, predicted in pairs.items()
     ]

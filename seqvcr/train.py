@@ -126,9 +126,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optimisation.add_argument("--lr", type=cli.float_in(0), help="peak learning rate; paper: 5e-4, small networks 1e-4")
     lr_factor = "multiplies --lr; used by the studies"
     optimisation.add_argument("--lr-factor", type=cli.float_in(0), default=1.0, help=lr_factor)
-    precisions = ("auto", "float32", "bfloat16")
-    optimisation.add_argument("--precision", choices=precisions, default="auto", help="precision of the network "
-                              "(regulariser: always float32); auto: bfloat16 on CUDA only")  # fmt: skip
     use_compile = "use torch.compile; pays off in long runs on a GPU"
     optimisation.add_argument("--compile", action="store_true", help=use_compile)
     method = parser.add_argument_group("method")
@@ -437,7 +434,7 @@ def main(argv: list[str] | None = None) -> None:
     remedy = f"use {batch} (about half the memory, different results)"
     usage = f"--width {args.width} --batch {args.batch}"
     with run_lock(args.out), devices.report_oom(device, usage, remedy, args.precision):
-        run = Run(args.out, vars(args), __file__, args.replace, args.tensorboard)
+        run = Run(vars(args), __file__)
         if run.finished:
             return
         task, row_count = tasks.build_task(args.task, args.size, args.data_seed), args.train_size
@@ -453,7 +450,7 @@ def main(argv: list[str] | None = None) -> None:
         summary = f"{args.task} of size {args.size}, GPT of {args.layers} blocks of width {args.width}"
         digest = checkpoints.sha256(*(rows.cpu() for rows in data))
         provenance = devices.environment(device) | {"data": digest, "steps": args.steps}
-        run.write_config(summary, provenance, args.resume_elsewhere)
+        run.write_config(summary, provenance)
         data = tasks.Splits(*(encode(args, task, rows) for rows in data))
         train(args, run, model, task, data, build_optimizer(args, model))
 

@@ -99,8 +99,8 @@ def dot_panels(runs: results.Runs, data_set: str) -> list[figures.Dots]:
     return [
         figures.Dots(
             f"{METRICS[key].title}, {data_set}",
-            {arm: list(results.values(runs, arm, key).values()) for arm in runs},
-            {arm: list(results.values(runs, arm, UNTRAINED[key]).values()) for arm in runs} if key in UNTRAINED else {},
+            results.values_by_arm(runs, key),
+            results.values_by_arm(runs, UNTRAINED[key]) if key in UNTRAINED else {},
             {"chance": CHANCE[data_set]} if "accuracy" in key and data_set in CHANCE else {},
         )
         for key in PLOTTED

@@ -18,6 +18,7 @@ from common.run import Run
 from common.study import figures
 
 ROOT = Path(__file__).parent.parent
+READ_BY_COMMON = {"seed_offset", "replace", "tensorboard", "resume_elsewhere"}  # flags that cli.parse and Run use
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

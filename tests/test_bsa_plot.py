@@ -145,7 +145,7 @@ def test_every_study_gets_its_figures_tables_and_summary(tmp_path, study, seeds)
     assert {control["passed"] for control in summary["controls"]} == {True if seeds > 1 else None}
     assert (summary["verdict"] == "one seed") == (seeds == 1)
     assert set(summary["metrics"]) == set(METRICS) and not summary["not_run"]
-    assert summary["data"] == "planted concepts, N = 512, K = 6, 1500 steps of batch 256"
+    assert summary["data"] == "planted concepts, N = 512, K = 6, 1500 steps, batch 256"
     assert all(word in (tmp_path / "report" / f"{study}-curves.svg").read_text() for word in ("planted", "K = 6"))
     assert "Planted concepts" in summary["captions"][f"{study}-curves"]
     matched = summary["finding"].partition("Reconstruction loss at")[2]

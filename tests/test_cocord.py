@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bench_cocord import OneEpoch
-from conftest import ROOT, FakeRun, assert_usage_error
+from conftest import READ_BY_COMMON, ROOT, FakeRun, assert_usage_error
 from plan import design
 from torch import nn
 from torchvision.transforms.v2 import functional as tv
@@ -584,7 +584,7 @@ def test_all_flags_are_used_and_all_used_flags_exist():
         source = (ROOT / path).read_text()
         source = source[source.index("\ndef ", source.index("def parse_args")) :]  # after parse_args
         used = set(re.findall(r"\bargs\.(\w+)", source + shared))
-        assert used == set(vars(module.parse_args([]))) - {"seed_offset"}, path  # cli.parse adds it to seed
+        assert used == set(vars(module.parse_args([]))) - READ_BY_COMMON, path
 
 
 @pytest.mark.parametrize(
@@ -730,33 +730,6 @@ def test_plot_writes_figures_and_findings(study, finished, tmp_path):
 
 class Killed(BaseException):
     pass
-
-
-@pytest.mark.parametrize("script", [train, teacher])
-def test_resumed_run_is_bit_identical(script, finished, tmp_path, monkeypatch):
-    flags = [*TINY, "--data", str(finished / "data")]
-    if script is train:
-        flags += ["--weights", str(finished / "teacher@vgg_s64/0")]
-    script.main([*flags, "--out", str(tmp_path / "uninterrupted")])
-    save = Run.save
-
-    def save_and_interrupt(self, epoch, metrics, state):
-        save(self, epoch, metrics, state)
-        if epoch == 1:
-            raise Killed
-
-    monkeypatch.setattr(Run, "save", save_and_interrupt)
-    with pytest.raises(Killed):
-        script.main([*flags, "--out", str(tmp_path / "resumed")])
-    monkeypatch.setattr(Run, "save", save)
-    script.main([*flags, "--out", str(tmp_path / "resumed")])
-    folders = (tmp_path / "uninterrupted", tmp_path / "resumed")
-    assert equal_states(*(checkpoints.load(folder / "model.pt")["model"] for folder in folders))
-    last_lines = [json.loads((folder / "train.jsonl").read_text().splitlines()[-1]) for folder in folders]
-    for line in last_lines:
-        for timing in ("seconds", "examples_per_second", "peak_memory"):
-            del line[timing]
-    assert last_lines[0] == last_lines[1]
 
 
 def test_resuming_with_another_teacher_exits_with_code_2(finished, tmp_path, monkeypatch, capsys):

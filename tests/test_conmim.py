@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, FakeRun, assert_usage_error
+from conftest import READ_BY_COMMON, ROOT, FakeRun, assert_usage_error
 from PIL import Image
 from plan import design
 from test_ranks import ENVIRONMENT
@@ -780,7 +780,7 @@ def test_every_flag_is_used():
     source = source[source.index("class Branch") :] + (ROOT / "conmim/eval.py").read_text()
     read = set(re.findall(r"\bargs\.(\w+)", source)) - {"folder", "held_out", "weights"}  # these are eval.py's
     flags = set(vars(train.parse_args([])))
-    assert read == flags - {"seed_offset"}  # cli.parse adds it to seed
+    assert read == flags - READ_BY_COMMON
 
 
 @pytest.mark.parametrize(
@@ -919,15 +919,6 @@ def test_a_killed_run_resumes_bit_identical(arm, finished, tmp_path, monkeypatch
     for name in ("seconds", "examples_per_second", "peak_memory"):
         del lines[0][name], lines[1][name]
     assert lines[0] == lines[1]
-
-
-def test_a_finished_run_is_not_repeated_and_other_flags_are_refused(finished, capsys):
-    flags = [*TINY, "--data", str(finished / "data"), "--out", str(finished / "base/0")]
-    train.main(flags)
-    assert "is finished" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as end:
-        train.main([*flags, "--keys", "online"])
-    assert end.value.code == 2 and "--keys ema -> online" in capsys.readouterr().err
 
 
 def test_a_diverged_run_keeps_the_last_finite_weights(finished, tmp_path):

@@ -20,18 +20,17 @@ EVAL_SCRIPT = str(ROOT / "simsiam/eval.py")
 
 
 def arguments(**changes) -> dict:
-    return {"seed": 0, "data_seed": 0, "data": "data", "lr": 0.1, "device": "cpu", "resume_elsewhere": False, **changes}
+    default = {"seed": 0, "data_seed": 0, "data": "data", "lr": 0.1, "device": "cpu"}
+    return default | {"replace": False, "tensorboard": False, "resume_elsewhere": False} | changes
 
 
-def start(
-    folder: Path, replace: bool = False, environment: dict | None = None, tensorboard: bool = False, **changes
-) -> Run:
+def start(folder: Path, environment: dict | None = None, **changes) -> Run:
     """Open a run. Writes args.json, or checks the environment of a run that resumes."""
     folder.mkdir(parents=True, exist_ok=True)
-    run = Run(folder, arguments(**changes), SCRIPT, replace, tensorboard)
+    run = Run(arguments(out=str(folder), **changes), SCRIPT)
     if not run.finished:
         recorded = devices.environment(CPU) | {"data": "digest"} | (environment or {})
-        run.write_config("data, network", recorded, run.arguments["resume_elsewhere"])
+        run.write_config("data, network", recorded)
     return run
 
 

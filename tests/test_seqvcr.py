@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, FakeGPU, FakeRun, assert_usage_error
+from conftest import READ_BY_COMMON, ROOT, FakeGPU, FakeRun, assert_usage_error
 from plan import design
 from test_concepts import write_safetensors
 
@@ -475,7 +475,7 @@ def test_the_studies_have_six_coefficient_pairs_per_setting_and_four_projection_
 def test_all_flags_are_used():
     source = (ROOT / "seqvcr/train.py").read_text()
     read = set(re.findall(r"args\.(\w+)", source[source.index("class SeqVCR") :]))  # parse_args is above it
-    assert read | {"data", "seed_offset"} >= set(vars(train.parse_args([])))  # cli.parse adds seed_offset to seed
+    assert read | {"data", *READ_BY_COMMON} >= set(vars(train.parse_args([])))
 
 
 @pytest.mark.parametrize(

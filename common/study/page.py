@@ -19,6 +19,7 @@ from typing import Any
 from common.cli import Parser, fail
 from common.files import read_json, write_text
 from common.study import analysis, sweeps, tables
+from common.study.figures import GREY
 from common.study.statistics import holm
 
 Summary = Mapping[str, Any]
@@ -28,7 +29,6 @@ TITLES = {
     "index": "Ablation studies",
     "extras": "Calibration, robustness, curves and other extras",
 }  # file name -> title
-GREY = "#777777"
 RESOLVED = ("worse", "better", "higher", "lower")  # verdicts that Holm's correction can put in doubt
 TESTED = (*RESOLVED, "no difference", "unclear")
 LEGEND = {  # verdicts -> what they mean

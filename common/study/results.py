@@ -140,6 +140,11 @@ def values(runs: Runs, arm: str, metric: str) -> dict[int, float]:
     return {seed: float(value) for seed, value in by_seed.items() if value is not None and _finite(value)}
 
 
+def values_by_arm(runs: Runs, metric: str, arms: Iterable[str] | None = None) -> dict[str, list[float]]:
+    """Return arm -> the `values` of a metric, for all arms or for `arms`."""
+    return {arm: list(values(runs, arm, metric).values()) for arm in (runs if arms is None else arms)}
+
+
 def data_seeds(runs: Runs) -> set[int]:
     """Return the values of --data-seed in the runs; {0} if all seeds share the data."""
     return {run.args["arguments"].get("data_seed", 0) for run in _all_runs(runs) if run.args}

@@ -51,8 +51,7 @@ def student_t_quantile(p: float, df: float) -> float:
         raise ValueError(f"t quantile needs 0 < p < 1 and df > 0, got p = {p}, df = {df}")
 
     def tail(t: float) -> float:
-        square = t * t
-        return 0.5 * _incomplete_beta(df / (df + square), square / (df + square), df / 2, 0.5)
+        return student_t_tail(t, df) / 2
 
     target, low, high = min(p, 1 - p), 0.0, 1.0
     while tail(high) > target:

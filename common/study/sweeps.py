@@ -149,7 +149,7 @@ def sweep_figure(view: results.View, swept: Mapping[str, float], sweep: Sweep) -
         figure, axes = figures.grid(len(sweep.metrics), max(4.4, 0.58 * len(arms)), 3.0)
         colours = {arm: view.styles[arm]["color"] if arm in named else figures.GREY for arm in arms}
         for axis, metric in zip(axes, sweep.metrics, strict=True):
-            values = {arm: list(results.values(view.runs, arm, metric).values()) for arm in arms}
+            values = results.values_by_arm(view.runs, metric, arms)
             means = [(x, float(np.mean(values[arm]))) for x, arm in enumerate(arms) if values[arm]]
             axis.plot([x for x, _ in means], [mean for _, mean in means], color=figures.GREY, zorder=2)
             for x, arm in enumerate(arms):
@@ -252,7 +252,7 @@ def robustness(summary: dict[str, Any], sweep: Sweep) -> dict[str, Any]:
     }
 
 
-def rates_figure(runs: results.Runs, summary: Mapping[str, Any], sweep: Sweep, caption: str) -> figures.Drawing:
+def rates_figure(summary: Mapping[str, Any], sweep: Sweep, caption: str) -> figures.Drawing:
     """Return the differences at the three rates: a row per metric, a column per primary contrast."""
     columns = list(contrasts_by_rate(summary, summary["primary_metric"]))
     with matplotlib.rc_context(figures.STYLE):
@@ -262,12 +262,19 @@ def rates_figure(runs: results.Runs, summary: Mapping[str, Any], sweep: Sweep, c
         for row, metric in enumerate(sweep.metrics):
             contrasts = contrasts_by_rate(summary, metric)
             for axis, name in zip(axes[row], columns, strict=True):
-                rates_panel(axis, runs, contrasts[name])
+                rates_panel(axis, summary, contrasts[name])
                 if row == 0:
                     axis.set_title(panel_title(name))
                 if row == len(axes) - 1:
                     axis.set_xlabel("times the learning rate")
-            axes[row][0].set_ylabel(tables.title(summary["metrics"][metric]))
+            label = summary["metrics"][metric]["label"]
+            unit = {"%": " (points)", "": ""}.get(summary["metrics"][metric]["unit"], "")
+            axes[row][0].set_ylabel(textwrap.fill(f"difference in {label}{unit}", 30))
+            if metric == summary["primary_metric"] and summary["margin"] is not None:
+                for axis in axes[row]:
+                    axis.axhspan(
+                        -summary["margin"], summary["margin"], color="#0072B2", alpha=0.1, linewidth=0, zorder=0
+                    )
         words = [by_rate["word"] for metric in sweep.metrics for rates in contrasts_by_rate(summary, metric).values()
                  for by_rate in rates.values()]  # fmt: skip
         markers = {
@@ -277,7 +284,7 @@ def rates_figure(runs: results.Runs, summary: Mapping[str, Any], sweep: Sweep, c
         }
         if set(words) - set(figures.VERDICT_COLOURS):
             markers["no verdict"] = {"color": figures.NO_VERDICT, "marker": "o", "linestyle": ""}
-        text = "Mean paired difference with 95 % interval; faint dots: differences of the seeds. "
+        text = "Mean paired difference with 95 % interval; faint dots: differences of the seeds; light band: margin. "
         return figures.add_legend(figure, markers, text + caption)
 
 
@@ -288,7 +295,7 @@ def panel_title(contrast: str) -> str:
     return f"{without_setting(arm)}\nminus {without_setting(reference)}" + (f"\n({setting})" if setting else "")
 
 
-def rates_panel(axis: Axes, runs: results.Runs, by_rate: Mapping[str, dict[str, Any]]) -> None:
+def rates_panel(axis: Axes, summary: Mapping[str, Any], by_rate: Mapping[str, dict[str, Any]]) -> None:
     """Draw the differences of one contrast at its rates."""
     axis.axhline(0, color=figures.BASE, linewidth=1.4)
     axis.set(xlim=(-0.5, len(RATE_LABELS) - 0.5), axisbelow=True)
@@ -299,9 +306,7 @@ def rates_panel(axis: Axes, runs: results.Runs, by_rate: Mapping[str, dict[str, 
         if contrast is None or contrast["mean"] is None:
             axis.text(x, 0.5, "no value", ha="center", transform=axis.get_xaxis_transform(), **figures.SMALL)
             continue
-        arm = results.values(runs, contrast["arm"], contrast["metric"])
-        reference = results.values(runs, contrast["reference"], contrast["metric"])
-        differences = [arm[seed] - reference[seed] for seed in sorted(arm.keys() & reference.keys())]
+        differences = figures.paired_differences(summary, contrast)
         colour = figures.verdict_colour(contrast["word"])
         axis.plot([x + 0.16] * len(differences), differences, "o", color="#333333", ms=4, alpha=0.5, mec="none")
         if contrast["low"] is not None:
@@ -323,4 +328,4 @@ def draw(view: results.View) -> dict[str, figures.Drawing]:
             summary["headline"] = summary["finding"].partition(". ")[0].rstrip(".") + "."
         return {"sweep": sweep_figure(view, swept, sweep)}
     summary |= robustness(summary, sweep)
-    return {"sweep": rates_figure(view.runs, summary, sweep, view.caption)}
+    return {"sweep": rates_figure(summary, sweep, view.caption)}
