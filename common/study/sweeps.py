@@ -137,7 +137,7 @@ def sweep_finding(summary: Mapping[str, Any], swept: Mapping[str, float], sweep:
 
 
 def sweep_figure(view: results.View, swept: Mapping[str, float], sweep: Sweep) -> figures.Drawing:
-    """Return one panel per metric: a dot per seed and a line through the means.
+    """Return one panel per metric: a dot and a thin line per seed, and a line through the means.
 
     The swept values are evenly spaced. The two arms of the first contrast are labelled by name.
     """
@@ -150,6 +150,9 @@ def sweep_figure(view: results.View, swept: Mapping[str, float], sweep: Sweep) -
         colours = {arm: view.styles[arm]["color"] if arm in named else figures.GREY for arm in arms}
         for axis, metric in zip(axes, sweep.metrics, strict=True):
             values = results.values_by_arm(view.runs, metric, arms)
+            for seed in sorted(set().union(*(view.runs[arm] for arm in arms))):
+                by_arm = [results.values(view.runs, arm, metric).get(seed, np.nan) for arm in arms]
+                axis.plot(range(len(arms)), by_arm, color=figures.GREY, linewidth=0.7, alpha=0.35, zorder=1)
             means = [(x, float(np.mean(values[arm]))) for x, arm in enumerate(arms) if values[arm]]
             axis.plot([x for x, _ in means], [mean for _, mean in means], color=figures.GREY, zorder=2)
             for x, arm in enumerate(arms):
@@ -174,7 +177,7 @@ def sweep_figure(view: results.View, swept: Mapping[str, float], sweep: Sweep) -
             for arm in named[::-1]
         }
         markers["other values"] = {"color": figures.GREY}
-        text = f"Dots: training seeds; line: means; values evenly spaced. {view.caption}"
+        text = f"Dots and thin lines: seeds; thick line: means; values evenly spaced. {view.caption}"
         return figures.add_legend(figure, markers, text)
 
 
