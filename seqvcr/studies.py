@@ -19,7 +19,7 @@ METRICS = {
     "variance_loss": Metric("variance loss", "", 3, judged=False),
     "covariance_loss": Metric("covariance loss", "", 3, judged=False),
     "projected_std": Metric("std of W h", "", 3),
-    "predicted_std": Metric("predicted std of W h", "", 3),
+    "predicted_std": Metric("predicted std of W h", "", 3, judged=False),
     "std_to_predicted": Metric("std of W h / predicted", "", 3),
     "regulariser_loss": Metric("regulariser loss", "", 3, judged=False),
     "predicted_loss": Metric("predicted regulariser loss", "", 3, judged=False),

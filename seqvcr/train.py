@@ -94,6 +94,7 @@ ETA = 0.001  # section 3.4
 EPOCHS = 20  # an epoch is about 1/20 of the steps: log, validation and checkpoint after each
 WARM_UP = 0.05  # fraction of the steps
 MAX_GRAD_NORM = 1.0
+PARTS = 16  # of the groups in SumOfSquares
 WEIGHT_DECAY = 0.01
 GPT2_VOCABULARY = 50257
 GPT2_HEAD_WIDTH = 64  # in all sizes of GPT-2
@@ -172,8 +173,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if str(args.init_from) == "none":
         args.init_from = None
     if args.chain_of_thought and args.init_from:
-        fail("--chain-of-thought does not work with --init-from (its tokens are not mapped to GPT-2's): drop one of "
-             "the two")  # fmt: skip
+        fail("--chain-of-thought does not work with --init-from (its tokens are not mapped to GPT-2's): drop "
+             "--init-from or --chain-of-thought")  # fmt: skip
     if args.init_from and args.width != GPT2_HEAD_WIDTH * args.heads:
         heads = max(1, args.width // GPT2_HEAD_WIDTH)
         fail(f"--init-from requires heads of width {GPT2_HEAD_WIDTH}, not --width {args.width} with --heads "
@@ -236,18 +237,25 @@ def build_model(args: argparse.Namespace, task: tasks.Task, device: torch.device
 
 
 class SumOfSquares(torch.autograd.Function):
-    """Sum over the rows of (h W^T)^2, (G, d), for h (G, n, D) and W (d, D). Backward recomputes h W^T (G, n, d)."""
+    """Sum over the rows of (h W^T)^2, (G, d), for h (G, n, D) and W (d, D). Backward recomputes h W^T (G, n, d).
+
+    h W^T is never stored as a whole: a part of the groups at a time fits into a CPU's cache.
+    """
 
     @staticmethod
     def forward(context: Any, h: Tensor, weight: Tensor) -> Tensor:
         context.save_for_backward(h, weight)
-        return (h @ weight.T).square_().sum(1)
+        return torch.cat([(part @ weight.T).square_().sum(1) for part in h.chunk(PARTS)])
 
     @staticmethod
     def backward(context: Any, grad_output: Tensor) -> tuple[Tensor, Tensor]:
         h, weight = context.saved_tensors
-        x = (h @ weight.T).mul_(2 * grad_output[:, None])
-        return x @ weight, x.flatten(0, 1).T @ h.flatten(0, 1)
+        grad_h, grad_weight = [], torch.zeros_like(weight)
+        for part, grad_part in zip(h.chunk(PARTS), (2 * grad_output[:, None]).chunk(PARTS), strict=True):
+            x = (part @ weight.T).mul_(grad_part)
+            grad_h.append(x @ weight)
+            grad_weight.addmm_(x.flatten(0, 1).T, part.flatten(0, 1))
+        return torch.cat(grad_h), grad_weight
 
 
 def variance_covariance(h: Tensor, weight: Tensor, rows: int, axis: str = "batch") -> tuple[Tensor, Tensor, Tensor]:
