@@ -226,53 +226,66 @@ class Design:
     by_name: dict[str, Arm] = field(init=False)
 
     def __post_init__(self) -> None:
-        declared = [*self.arms, *self.teachers]
-        declared += [arm for study in self.studies for arm in study.contrasts if isinstance(arm, Arm)]
+        arms = [*self.arms, *self.teachers]
+        arms += [arm for study in self.studies for arm in study.contrasts if isinstance(arm, Arm)]
         self.studies = [
             replace(study, contrasts=[_contrast_name(study, contrast) for contrast in study.contrasts])
             for study in self.studies
         ]
-        if again := _again(self, declared):
-            declared.append(again[0])
-            self.studies = [*self.studies, again[1]]
-        if self.robustness:
-            robustness = _robustness(self)
-            arms_at_rates = {arm for study in robustness for arm in study.arms}
-            declared += [
-                replace(arm, name=f"{arm.name}@{rate}", flags=f"{arm.flags} {flags}".strip())
-                for rate, flags in RATES.items()
-                for arm in declared
-                if arm.name in arms_at_rates and arm.name not in self.robustness.fixed
-            ]
-            main_studies = [study for study in self.studies if not study.extra]
-            extras = [study for study in self.studies if study.extra]
-            self.studies = [*main_studies, *robustness, *extras]
+        arms += self._add_base_again(arms)
+        arms += self._add_robustness(arms)
         self.studies = [self._with_seeds(study) for study in self.studies]
-        for key, metric in self.metrics.items():
-            if metric.better not in ("higher", "lower", ""):
-                raise DesignError(f"metric '{key}': set better to 'higher', 'lower' or ''")
-        names = [arm.name for arm in declared]
-        for name in names:
-            if not re.fullmatch(r"[\w+-][\w.+-]*(@[\w.+-]+)*", name):
-                raise DesignError(
-                    f"invalid arm name '{name}': use letters, digits and ._+-, optionally followed by @SETTING"
-                )
-        for name in names:
-            if names.count(name) > 1:
-                raise DesignError(f"arm '{name}' is declared twice")
-        self.by_name = dict(zip(names, declared, strict=True))
+        self._check_arms(arms)
+        self.by_name = {arm.name: arm for arm in arms}
         for study in self.studies:
-            self._check(study)
-        for arm in declared:
-            if arm.needs and arm.needs not in {teacher.name for teacher in self.teachers}:
-                raise DesignError(f"arm '{arm.name}' needs the undeclared teacher '{arm.needs}'")
+            self._check_study(study)
+
+    def _add_base_again(self, arms: Sequence[Arm]) -> list[Arm]:
+        """Add the A/A study and return its arm; add nothing if `base` is no arm of a main study with a baseline."""
+        base = next((arm for arm in arms if arm.name == self.base), None)
+        main_studies = [study for study in self.studies if not study.extra]
+        must_beat = [item for study in main_studies for item in study.must_beat if item.arm == self.base]
+        if base is None or not must_beat:
+            return []
+        arm, study = _base_again(self.paper, base, main_studies[0], must_beat)
+        self.studies = [*self.studies, study]
+        return [arm]
+
+    def _add_robustness(self, arms: Sequence[Arm]) -> list[Arm]:
+        """Add the robustness studies after the main studies. Return the arms at the other learning rates."""
+        if not self.robustness:
+            return []
+        main_studies = [study for study in self.studies if not study.extra]
+        robustness = _robustness(self.paper, main_studies, self.robustness)
+        extras = [study for study in self.studies if study.extra]
+        self.studies = [*main_studies, *robustness, *extras]
+        used = {arm for study in robustness for arm in study.arms}
+        return [
+            replace(arm, name=f"{arm.name}@{rate}", flags=f"{arm.flags} {flags}".strip())
+            for rate, flags in RATES.items()
+            for arm in arms
+            if arm.name in used and arm.name not in self.robustness.fixed
+        ]
 
     def _with_seeds(self, study: Study) -> Study:
         """Return the study with the seeds of the scale, unless it declares its own."""
         first, n = FIRST_SEED[self.scale], min(study.n, MAX_SEEDS[self.scale])
         return study if study.seeds else replace(study, seeds=tuple(range(first, first + n)))
 
-    def _check(self, study: Study) -> None:
+    def _check_arms(self, arms: Sequence[Arm]) -> None:
+        """Raise DesignError if the name of an arm is invalid or declared twice, or if its teacher is not declared."""
+        names = [arm.name for arm in arms]
+        for arm in arms:
+            if not re.fullmatch(r"[\w+-][\w.+-]*(@[\w.+-]+)*", arm.name):
+                raise DesignError(
+                    f"invalid arm name '{arm.name}': use letters, digits and ._+-, optionally followed by @SETTING"
+                )
+            if names.count(arm.name) > 1:
+                raise DesignError(f"arm '{arm.name}' is declared twice")
+            if arm.needs and arm.needs not in self.teacher_names():
+                raise DesignError(f"arm '{arm.name}' needs the undeclared teacher '{arm.needs}'")
+
+    def _check_study(self, study: Study) -> None:
         """Raise DesignError if the study uses an undeclared name, or if its verdict could never be informative."""
         names = [other.name for other in self.studies]
         if names.count(study.name) > 1:
@@ -292,6 +305,14 @@ class Design:
         for word in study.expected.values():
             if word not in FINDINGS:
                 raise DesignError(f"{study.name}: invalid expected '{word}': give one of {', '.join(FINDINGS)}")
+        self._check_metrics(study)
+        self._check_contrasts(study)
+        self._check_flags(study)
+
+    def _check_metrics(self, study: Study) -> None:
+        for key, metric in self.metrics.items():
+            if metric.better not in ("higher", "lower", ""):
+                raise DesignError(f"metric '{key}': set better to 'higher', 'lower' or ''")
         metrics = [study.metric, *self.chance] + [item.metric for item in study.must_beat]
         metrics += [study.second_metric] if study.second_metric else []
         if study.sweep:
@@ -311,6 +332,10 @@ class Design:
                 raise DesignError(f"{study.name}: metric '{item.metric}' must declare better='higher' or 'lower'")
         if not self.metrics[study.metric].judged:
             raise DesignError(f"{study.name}: its primary metric '{study.metric}' has judged=False")
+        if study.sweep and study.metric not in study.sweep.metrics:
+            raise DesignError(f"{study.name}: add its primary metric '{study.metric}' to the metrics of its sweep")
+
+    def _check_contrasts(self, study: Study) -> None:
         count = len(study.contrasts)
         if not 1 <= study.primary <= count:
             raise DesignError(
@@ -324,8 +349,8 @@ class Design:
                     f"{study.name}: primary contrast {arm}:{reference} has no baseline: "
                     f"add MustBeat({reference!r}, ...) to must_beat"
                 )
-        if study.sweep and study.metric not in study.sweep.metrics:
-            raise DesignError(f"{study.name}: add its primary metric '{study.metric}' to the metrics of its sweep")
+
+    def _check_flags(self, study: Study) -> None:
         by_flags: dict[tuple[str, ...], str] = {}
         for arm in study.arms:
             other = by_flags.setdefault(tuple(shlex.split(self.by_name[arm].flags)), arm)
@@ -365,25 +390,20 @@ def _contrast_name(study: Study, contrast: str | Arm) -> str:
     return name
 
 
-def _again(design: Design, declared: Sequence[Arm]) -> tuple[Arm, Study] | tuple[()]:
-    """Build the arm `base-again` and its A/A study, with metric, margin and baselines of the main studies.
+def _base_again(paper: str, base: Arm, main_study: Study, must_beat: Sequence[MustBeat]) -> tuple[Arm, Study]:
+    """Return the arm `base-again` and its A/A study, with metric and margin of a main study.
 
-    The arm equals `design.base`, with other initial weights and order on the same data.
+    The arm equals `base`, with other initial weights and order on the same data.
     """
-    main_studies = [study for study in design.studies if not study.extra]
-    base = next((arm for arm in declared if arm.name == design.base), None)
-    must_beat = [item for study in main_studies for item in study.must_beat if item.arm == design.base]
-    if base is None or not must_beat:
-        return ()
-    name, at, setting = design.base.partition("@")
+    name, at, setting = base.name.partition("@")
     arm = replace(base, name=f"{name}-again{at}{setting}", flags=f"{base.flags} --seed-offset 1000".strip())
     study = Study(
-        name=f"{design.paper}-base-again",
+        name=f"{paper}-base-again",
         question="A/A test: does the analysis report a difference between two equal arms?",
         contrasts=[f"{arm.name}:{base.name}"],
-        metric=main_studies[0].metric,
+        metric=main_study.metric,
         must_beat=list(dict.fromkeys(must_beat)),
-        margin=main_studies[0].margin,
+        margin=main_study.margin,
         published="no difference, since the arms are equal",
         extra=True,
         expected={arm.name: "no difference"},
@@ -391,41 +411,40 @@ def _again(design: Design, declared: Sequence[Arm]) -> tuple[Arm, Study] | tuple
     return arm, study
 
 
-def _robustness(design: Design) -> list[Study]:
-    """Build the robustness studies: the primary contrasts of all main studies at three learning rates.
+def _robustness(paper: str, main_studies: Sequence[Study], robustness: Robustness) -> list[Study]:
+    """Return the robustness studies: the primary contrasts of the main studies at three learning rates.
 
-    There is one study for each primary metric of the main studies. Contrasts of arms with their baseline arms follow,
-    at the same rates.
+    There is one study for each primary metric. The first one has the shortest name.
     """
-    main_studies = [study for study in design.studies if not study.extra]
-    metrics = list(dict.fromkeys(study.metric for study in main_studies))
-    return [
-        _robustness_on(design, [study for study in main_studies if study.metric == metric], number)
-        for number, metric in enumerate(metrics)
-    ]
+    studies = []
+    for metric in dict.fromkeys(study.metric for study in main_studies):
+        name = "-".join([paper, "robustness", *([metric.replace("_", "-")] if studies else [])])
+        same_metric = [study for study in main_studies if study.metric == metric]
+        studies.append(_robustness_on(name, same_metric, robustness))
+    return studies
 
 
-def _robustness_on(design: Design, main_studies: Sequence[Study], number: int) -> Study:
-    """Build the robustness study of main studies with the same metric. The first one has the shortest name."""
-    assert design.robustness
+def _robustness_on(name: str, main_studies: Sequence[Study], robustness: Robustness) -> Study:
+    """Return the robustness study of main studies with the same metric.
+
+    Contrasts of arms with their baseline arms follow the primary ones, at the same rates.
+    """
     primary = list(dict.fromkeys(pair for study in main_studies for pair in study.pairs[: study.primary]))
-    fixed = design.robustness.fixed
     must_beat = list(dict.fromkeys(item for study in main_studies for item in study.primary_baselines))
     baselines = [(item.arm, item.baseline_arm) for item in must_beat if item.baseline_arm]
     baselines = [pair for pair in baselines if pair not in primary]
 
     def at(rate: str, name: str) -> str:
-        return f"{name}@{rate}" if rate and name and name not in fixed else name
+        return f"{name}@{rate}" if rate and name and name not in robustness.fixed else name
 
     rates = ["", *RATES]
     contrasts = [f"{at(rate, arm)}:{at(rate, reference)}" for rate in rates for arm, reference in primary]
     contrasts += [f"{at(rate, arm)}:{at(rate, reference)}" for rate in rates for arm, reference in baselines]
-    metric = main_studies[0].metric
     return Study(
-        name="-".join([design.paper, "robustness", *([metric.replace("_", "-")] if number else [])]),
+        name=name,
         question=ROBUSTNESS,
         contrasts=contrasts,
-        metric=metric,
+        metric=main_studies[0].metric,
         primary=len(primary),
         must_beat=[
             replace(item, arm=at(rate, item.arm), baseline_arm=at(rate, item.baseline_arm))
@@ -433,10 +452,10 @@ def _robustness_on(design: Design, main_studies: Sequence[Study], number: int) -
             for item in must_beat
         ],
         margin=main_studies[0].margin,
-        published=design.robustness.published,
+        published=robustness.published,
         n=5,
         extra=True,
-        sweep=Sweep(design.robustness.metrics),
+        sweep=Sweep(robustness.metrics),
     )
 
 
