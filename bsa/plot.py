@@ -568,7 +568,7 @@ def overlap_remark(summary: dict[str, Any]) -> str:
 def draw(view: results.View) -> dict[str, figures.Drawing]:
     """Return the figures of a study. Adds notes on runs not converged and on unreadable files to the summary."""
     runs, study, reference, summary = view.runs, view.study, view.reference, view.summary
-    by_arm, unread = read_activations(view.args.runs, runs)
+    by_arm, unread = read_activations(view.folder, runs)
     summary["notes"] += not_converged_notes(runs) + unread
     if study.name == "bsa-distance":
         summary["remark"] = overlap_remark(summary)
@@ -599,7 +599,7 @@ def draw(view: results.View) -> dict[str, figures.Drawing]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    plotting.draw(argv, __doc__, design, describe, draw)
+    plotting.main(argv, __doc__, design, describe, draw)
 
 
 if __name__ == "__main__":

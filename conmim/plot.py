@@ -428,7 +428,7 @@ def all_arms(folder: Path, study_arms: Sequence[str]) -> list[str]:
 
 def draw(view: results.View) -> dict[str, figures.Drawing]:
     """Return the figures of a study by name, and apply the rules of this paper to its summary."""
-    runs, seeds = view.runs, view.args.seeds
+    runs, seeds = view.runs, view.seeds
     _, at, setting = view.reference.partition("@")
     base = f"base{at}{setting}"
     baselines = list(dict.fromkeys(item.baseline_arm for item in view.study.must_beat))
@@ -438,8 +438,8 @@ def draw(view: results.View) -> dict[str, figures.Drawing]:
         for row in view.summary["rows"]
     }
     caption = view.caption + "".join(f"{arm}: {text}. " for arm, text in remarks.items() if text)
-    seeds_by_arm = dict.fromkeys(all_arms(view.args.runs, view.study.arms), seeds)
-    runs_of_all_studies = results.read_runs(view.args.runs, seeds_by_arm, view.chance)
+    seeds_by_arm = dict.fromkeys(all_arms(view.folder, view.study.arms), seeds)
+    runs_of_all_studies = results.read_runs(view.folder, seeds_by_arm, view.chance)
     floors = [value for arm in runs for value in results.values(runs, arm, "loss_floor").values()]
     pretrained = {arm: by_seed for arm, by_seed in runs.items() if arm not in baselines}
     data_set = results.first_arguments(runs)["data_set"]
@@ -459,7 +459,7 @@ def draw(view: results.View) -> dict[str, figures.Drawing]:
     if not view.study.extra and runs_of_all_studies.get(base):
         drawn = {"factorial": factorial_figure(runs_of_all_studies, base, baselines, caption), **drawn}
     arms = [arm for arm in dict.fromkeys([base, view.reference, view.study.pairs[0][0]]) if arm in runs_of_all_studies]
-    similarity, unreadable = similarity_figure(view.args.runs, arms, seeds, view.caption)
+    similarity, unreadable = similarity_figure(view.folder, arms, seeds, view.caption)
     if similarity:
         drawn["similarity"] = similarity
     view.summary["notes"] += unreadable
@@ -467,7 +467,7 @@ def draw(view: results.View) -> dict[str, figures.Drawing]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    plotting.draw(argv, __doc__, design, describe, draw, position_code)
+    plotting.main(argv, __doc__, design, describe, draw, position_code)
 
 
 if __name__ == "__main__":

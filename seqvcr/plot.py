@@ -249,7 +249,7 @@ def draw(view: results.View) -> dict[str, figures.Drawing]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    plotting.draw(argv, __doc__, design, describe, draw, count_solved)
+    plotting.main(argv, __doc__, design, describe, draw, count_solved)
 
 
 if __name__ == "__main__":

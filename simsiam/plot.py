@@ -122,7 +122,7 @@ def draw(view: results.View) -> dict[str, figures.Drawing]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    plotting.draw(argv, __doc__, design, describe, draw, collapsed)
+    plotting.main(argv, __doc__, design, describe, draw, collapsed)
 
 
 if __name__ == "__main__":

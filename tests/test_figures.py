@@ -234,7 +234,7 @@ def test_captions_are_in_the_summary_and_not_in_the_figures(tmp_path):
         return {"metrics": figures.dots(dots, view.styles, caption="A sentence about the data.")}
 
     argv = ["toy-x", "--runs", str(tmp_path / "runs"), "--seeds", "0", "1", "2", "--results", str(tmp_path / "report")]
-    plotting.draw(argv, None, lambda scale, settings: design, lambda runs: "ten pictures", draw)
+    plotting.main(argv, None, lambda scale, settings: design, lambda runs: "ten pictures", draw)
     summary = json.loads((tmp_path / "report/toy-x.json").read_text())
     assert list(summary["captions"]) == ["toy-x-differences", "toy-x-metrics"]
     assert summary["captions"]["toy-x-metrics"].endswith("A sentence about the data.")

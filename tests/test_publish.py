@@ -34,7 +34,7 @@ from toy.studies import design
 def draw(view):
     return {{"metrics": figures.dots([figures.Dots("knn", {{"base": [1.0]}})], view.styles)}}
 if __name__ == "__main__":
-    plotting.draw(None, None, design, lambda runs: "pictures", draw)
+    plotting.main(None, None, design, lambda runs: "pictures", draw)
 """
 VARIABLES = ["PAPERS=toy", "SCALE=demo"]
 

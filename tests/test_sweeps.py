@@ -47,13 +47,13 @@ def untrained(name):
 
 
 def draw(root, contrasts, tested, sweep, primary=1):
-    """Draw a study of these contrasts with plotting.draw and return its summary. `tested`: arms with a baseline."""
+    """Draw a study of these contrasts with plotting.main and return its summary. `tested`: arms with a baseline."""
     study = Study("toy-x", ROBUSTNESS if sweep is ROBUST else "How much?", contrasts, "knn", primary,
                   [untrained(name) for name in tested], extra=True, sweep=sweep)  # fmt: skip
     arms = [Arm(name, f"--name {name} --leak 0") for name in study.arms]
     design = Design("toy", "toy", "demo", METRICS, [study], arms, baselines=["untrained"])
     argv = ["toy-x", "--runs", str(root), "--seeds", "0", "1", "2", "--results", str(root / "results")]
-    plotting.draw(argv, None, lambda scale, settings: design, describe, no_figures)
+    plotting.main(argv, None, lambda scale, settings: design, describe, no_figures)
     return json.loads((root / "results" / "toy-x.json").read_text())
 
 
@@ -386,7 +386,7 @@ def test_plot_reads_the_declared_seeds_of_every_arm(tmp_path):
 
     for seeds in ([], ["--seeds", "11", "12"]):
         argv = ["toy-x", "--runs", str(tmp_path), "--results", str(tmp_path / "results"), *seeds]
-        plotting.draw(argv, None, lambda scale, settings: design, describe, draw_nothing)
+        plotting.main(argv, None, lambda scale, settings: design, describe, draw_nothing)
     declared, given = views
     assert [list(by_seed) for by_seed in declared.runs.values()] == [[10, 11, 12], [10, 11, 12], [10, 11]]
     assert [list(by_seed) for by_seed in given.runs.values()] == [[11, 12]] * 3

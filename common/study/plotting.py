@@ -66,18 +66,19 @@ def varies_with_seed(paper: Design, study: Study, runs: Runs) -> str:
     return f"{'the split of the same data' if given else 'data'}, initial weights and order"
 
 
-def draw(
+def main(
     argv: Sequence[str] | None,
     description: str | None,
     design: Callable[[str, Settings], Design],
     describe: Callable[[Runs], str],
-    draw_figures: Callable[[View], Mapping[str, figures.Drawing]],
+    draw: Callable[[View], Mapping[str, figures.Drawing]],
     remark_of: RemarkFunction | None = None,
 ) -> None:
     """Run a paper's plot.py: write figures and tables of one study from its existing runs and print its finding.
 
-    `describe` returns data and training setup in words, or "" if there are no runs. `draw_figures` may change the
-    summary of its View. `remark_of`: see `summarise`. Exits with code 2 if the design does not declare the study.
+    `describe` returns data and training setup in words, or "" if there are no runs. `draw` returns the figures by name
+    and may change the summary of its View. `remark_of`: see `summarise`. Exits with code 2 if the design does not
+    declare the study.
     """
     args = parse_args(description, argv)
     try:
@@ -85,23 +86,21 @@ def draw(
         study = paper.study(args.study)
     except DesignError as error:
         fail(str(error))
-    args.runs = args.runs or Path("runs", args.scale, paper.paper)
-    seeds = {arm: args.seeds or study.seeds_of(arm) for arm in study.arms}
-    args.seeds = args.seeds or list(study.seeds)
-    args.results = args.results or Path("runs", args.scale, "report")
-    runs = read_runs(args.runs, seeds, paper.chance)
+    folder = args.runs or Path("runs", args.scale, paper.paper)
+    report = args.results or Path("runs", args.scale, "report")
+    runs = read_runs(folder, {arm: args.seeds or study.seeds_of(arm) for arm in study.arms}, paper.chance)
     study, not_run = drop_arms_without_runs(study, runs)
     runs = {arm: runs[arm] for arm in study.arms}
     data = describe(runs)
     if not data:
-        print(f"{study.name}: no runs in {args.runs}: run make {study.name} SCALE={args.scale} first")
+        print(f"{study.name}: no runs in {folder}: run make {study.name} SCALE={args.scale} first")
         for note in (note for by_seed in runs.values() for run in by_seed.values() for note in run.notes):
             print(note)
         return
     try:
-        args.results.mkdir(parents=True, exist_ok=True)
+        report.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        fail(f"--results {args.results} cannot be written ({error.strerror}): give another folder")
+        fail(f"--results {report} cannot be written ({error.strerror}): give another folder")
     summary = summarise(study, runs, measured_metrics(study, paper, runs), remark_of) | {
         "paper": paper.title,
         "scale": args.scale,
@@ -113,17 +112,23 @@ def draw(
     if not_run:
         summary["notes"].insert(0, f"Not run: {', '.join(not_run)}.")
     styles = figures.arm_styles(list(paper.by_name), [other.arms for other in paper.studies if not other.sweep])
-    view = View(args, study, runs, summary, f"{data[0].upper()}{data[1:]}. ", styles, paper.chance)
-    drawn = dict(sweeps.draw(view) if study.sweep else draw_figures(view))
+    caption = f"{data[0].upper()}{data[1:]}. "
+    view = View(folder, args.seeds or study.seeds, study, runs, summary, caption, styles, paper.chance)
+    drawn = sweeps.draw(view) if study.sweep else draw(view)
     if not study.sweep:
-        drawn = {"differences": figures.differences(view.summary), **drawn}
-    view.summary["captions"] = {f"{study.name}-{name}": caption for name, (_, caption) in drawn.items()}
-    with exit_codes(args.results):
-        for old in page.find_figures(args.results, [study.name])[study.name]:
-            if old.stem.removeprefix(f"{study.name}-") not in drawn:  # outdated, from other runs
-                for suffix in (".png", ".svg"):
-                    old.with_suffix(suffix).unlink(missing_ok=True)
-        for name, drawing in drawn.items():
-            figures.save(drawing.figure, args.results, f"{study.name}-{name}")
-        tables.write_tables(view.summary, args.results)
-    print(f"{study.name}: {view.summary['finding']}")
+        drawn = {"differences": figures.differences(summary), **drawn}
+    summary["captions"] = {f"{study.name}-{name}": caption for name, (_, caption) in drawn.items()}
+    with exit_codes(report):
+        write_report(report, study.name, summary, drawn)
+    print(f"{study.name}: {summary['finding']}")
+
+
+def write_report(folder: Path, study: str, summary: Mapping[str, Any], drawn: Mapping[str, figures.Drawing]) -> None:
+    """Write the figures and tables of a study and delete its outdated figures."""
+    for old in page.find_figures(folder, [study])[study]:
+        if old.stem.removeprefix(f"{study}-") not in drawn:  # from other runs
+            for suffix in (".png", ".svg"):
+                old.with_suffix(suffix).unlink(missing_ok=True)
+    for name, drawing in drawn.items():
+        figures.save(drawing.figure, folder, f"{study}-{name}")
+    tables.write_tables(summary, folder)

@@ -39,13 +39,14 @@ Curve = tuple[list[float], list[float]]
 
 @dataclass
 class View:
-    """Input of a paper's plot.draw: arguments of plot.py, study, runs and the summary of `analysis.summarise`.
+    """Input of a paper's plot.draw: the study, its runs and the summary of `analysis.summarise`.
 
-    `caption` describes data and training setup in a sentence. `styles`: see `figures.arm_styles`. `chance`: see
-    `Design`.
+    `folder` contains the arms. `caption` describes data and training setup in a sentence. `styles`: see
+    `figures.arm_styles`. `chance`: see `Design`.
     """
 
-    args: Any
+    folder: Path
+    seeds: Sequence[int]
     study: Study
     runs: Runs
     summary: dict[str, Any]
