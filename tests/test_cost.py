@@ -79,10 +79,11 @@ def test_only_the_arms_of_primary_contrasts_are_counted_with_all_seeds(tmp_path)
     def counts(*words):
         request = parse_request(tmp_path, *words)
         design = request.designs["bsa"]
-        return cost.count_runs(request, design, [design.study("bsa-distance")])
+        seeds = cost.seeds_of_arms(request, design, [design.study("bsa-distance")])
+        return {arm: len(arm_seeds) for (_, arm), arm_seeds in seeds.items()}
 
     demo, gpu, given = counts(), counts("SCALE=gpu"), counts("SEEDS=3 4")
-    assert {arm: demo[f"bsa/{arm}"] for arm in ("base", "mse", "mse-alignment")} == {
+    assert {arm: demo[arm] for arm in ("base", "mse", "mse-alignment")} == {
         "base": 10, "mse": 10, "mse-alignment": 5
     }  # fmt: skip
     assert set(gpu.values()) == {5} and set(given.values()) == {2}
@@ -94,9 +95,9 @@ def test_teachers_are_counted_once_per_data_seed(tmp_path):
         request = Request.parse(["PAPERS=cocord", f"SCALE={scale}", f"RUNS={tmp_path / 'runs'}"])
         design = request.designs["cocord"]
         studies = [study for study in design.studies if not study.extra]
-        counts = cost.count_runs(request, design, studies)
+        seeds = cost.seeds_of_arms(request, design, studies)
         name = design.arm(studies[0].arms[0]).needs
-        assert name.startswith("teacher@") and counts[f"cocord/{name}"] == teachers
+        assert name.startswith("teacher@") and len(seeds["cocord", name]) == teachers
 
 
 def test_the_rehearsal_of_a_teacher_is_found(tmp_path, capsys):

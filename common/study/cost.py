@@ -8,18 +8,17 @@ teachers that several studies share are counted once. --unknown prints only the 
 Needs only the standard library.
 """
 
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
 from common import files
-from common.cli import fail, prepare_streams
+from common.cli import Parser, fail
 from common.study.design import Design, DesignError, Study
 from common.study.request import Request, read_text
 
-ArmRuns = dict[str, int]  # "paper/arm" -> number of runs
+Arm = tuple[str, str]  # paper, name
 
 
 class Cost(NamedTuple):
@@ -76,20 +75,38 @@ def _read_object(path: Path) -> dict[str, Any]:
         return {}
 
 
-def count_runs(request: Request, design: Design, studies: Sequence[Study]) -> ArmRuns:
-    """Number of runs of all arms of the studies, and of their teachers. Shared runs are counted once."""
-    seeds: dict[str, set[int]] = {}
+def seeds_of_arms(request: Request, design: Design, studies: Sequence[Study]) -> dict[Arm, set[int]]:
+    """Return the seeds of all runs of the studies, and of their teachers. Shared runs are counted once."""
+    seeds: dict[Arm, set[int]] = {}
     for study in studies:
-        for arm in study.arms:
-            arm_seeds = request.seeds_of(study, arm)
-            seeds.setdefault(f"{design.paper}/{arm}", set()).update(arm_seeds)
-            if teacher := design.arm(arm).needs:
-                seeds.setdefault(f"{design.paper}/{teacher}", set()).update(map(request.data_seed, arm_seeds))
-    return {arm: len(arm_seeds) for arm, arm_seeds in seeds.items()}
+        for name in study.arms:
+            arm_seeds = request.seeds_of(study, name)
+            seeds.setdefault((design.paper, name), set()).update(arm_seeds)
+            if teacher := design.arm(name).needs:
+                seeds.setdefault((design.paper, teacher), set()).update(map(request.data_seed, arm_seeds))
+    return seeds
 
 
-def cost_tables(studies: dict[str, ArmRuns], total: ArmRuns, costs: dict[str, Cost]) -> str:
-    """Return two text tables: one row per arm, and one row per study."""
+def rehearsal_target(request: Request, folder: Path, design: Design, arm: str) -> Path:
+    """Return the file that a rehearsal of an arm or teacher must create. It runs the first declared seed."""
+    is_teacher = arm in design.teacher_names()
+    studies = [
+        study
+        for study in design.studies
+        if arm in (design.arm(name).needs if is_teacher else name for name in study.arms)
+    ]
+    seed = studies[0].seeds[0]
+    # A teacher has no evaluation: teacher.py itself writes metrics.json.
+    name = "model.pt" if is_teacher else "metrics.json"
+    return folder / design.paper / arm / str(request.data_seed(seed) if is_teacher else seed) / name
+
+
+def cost_tables(studies: Mapping[str, Mapping[Arm, set[int]]], costs: Mapping[Arm, Cost]) -> str:
+    """Return two text tables: one row per arm, and one row per study (name -> arm -> seeds)."""
+    total: dict[Arm, set[int]] = {}
+    for arms in studies.values():
+        for arm, seeds in arms.items():
+            total[arm] = total.get(arm, set()) | seeds
     arm_rows = [["arm", "examples/s", "peak GiB", "per run", "source"]]
     for arm in total:
         cost = costs.get(arm)
@@ -97,12 +114,12 @@ def cost_tables(studies: dict[str, ArmRuns], total: ArmRuns, costs: dict[str, Co
         if cost:
             memory = f"{cost.peak_memory / 2**30:.2f}"
             cells = [f"{cost.examples_per_second:.4g}", memory, duration(cost.hours), cost.source]
-        arm_rows.append([arm, *cells])
+        arm_rows.append(["/".join(arm), *cells])
     study_rows = [["study", "runs", "total"]]
     for study, arms in [*studies.items(), ("all, shared arms counted once", total)]:
         unknown = " + unknown arms" if any(arm not in costs for arm in arms) else ""
-        hours = sum(count * costs[arm].hours for arm, count in arms.items() if arm in costs)
-        study_rows.append([study, str(sum(arms.values())), duration(hours) + unknown])
+        hours = sum(len(seeds) * costs[arm].hours for arm, seeds in arms.items() if arm in costs)
+        study_rows.append([study, str(sum(map(len, arms.values()))), duration(hours) + unknown])
     note = (
         "Runs one after the other. Source `rehearsal`: training only, without the per-epoch kNN evaluation and eval.py."
     )
@@ -123,43 +140,33 @@ def align(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def main(words: Sequence[str]) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Command line: see the module docstring. Exits with code 2 if a variable or a design is invalid."""
-    prepare_streams()
-    words = list(words)
-    rehearsals = Path("runs/rehearsal")
-    if "--rehearsals" in words:
-        index = words.index("--rehearsals")
-        rehearsals = Path(words[index + 1])
-        del words[index : index + 2]
-    only_unknown = "--unknown" in words
+    parser = Parser(__doc__)
+    parser.add_argument("variables", nargs="*", metavar="VARIABLE=VALUE", help="make's variables")
+    parser.add_argument("--rehearsals", type=Path, default=Path("runs/rehearsal"), help="folder of rehearsals")
+    parser.add_argument("--unknown", action="store_true", help="print only the files that a rehearsal must create")
+    args = parser.parse_args(argv)
     try:
-        request = Request.parse(word for word in words if word != "--unknown")
+        request = Request.parse(args.variables)
     except DesignError as error:
         fail(str(error))
-    studies: dict[str, ArmRuns] = {}
-    total: ArmRuns = {}
-    costs: dict[str, Cost] = {}
+    studies: dict[str, dict[Arm, set[int]]] = {}
+    costs: dict[Arm, Cost] = {}
     unknown = []
     for design in request.designs.values():
-        first_seed = {arm: study.seeds[0] for study in reversed(design.studies) for arm in study.arms}
-        first_seed |= {design.arm(arm).needs: request.data_seed(seed) for arm, seed in first_seed.items()}
         main_studies = [study for study in design.studies if not study.extra]
-        studies |= {study.name: count_runs(request, design, [study]) for study in main_studies}
-        arms = count_runs(request, design, main_studies)
-        total |= arms
-        for name in arms:
-            arm = name.partition("/")[2]
-            if finished := finished_metrics(request, design, arm):
-                costs[name] = cost_of_runs(finished)
+        studies |= {study.name: seeds_of_arms(request, design, [study]) for study in main_studies}
+        for paper, name in seeds_of_arms(request, design, main_studies):
+            if finished := finished_metrics(request, design, name):
+                costs[paper, name] = cost_of_runs(finished)
                 continue
-            folder = rehearsals / name / str(first_seed[arm])  # a rehearsal runs the first seed of a study
-            # A teacher has no evaluation: teacher.py itself writes metrics.json.
-            unknown.append(folder / ("model.pt" if arm in design.teacher_names() else "metrics.json"))
-            if cost := cost_of_rehearsal(folder):
-                costs[name] = cost
-    print(" ".join(map(str, unknown)) if only_unknown else cost_tables(studies, total, costs))
+            target = rehearsal_target(request, args.rehearsals, design, name)
+            unknown.append(target)
+            if cost := cost_of_rehearsal(target.parent):
+                costs[paper, name] = cost
+    print(" ".join(map(str, unknown)) if args.unknown else cost_tables(studies, costs))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
