@@ -77,26 +77,36 @@ def run_rules(request: Request, design: Design, arm: Arm, seed: int) -> str:
     return "\n".join(lines)
 
 
+def plot_command(request: Request, design: Design, study: Study) -> list[object]:
+    """Return the command that draws a study from the runs that exist."""
+    command: list[object] = [f"{design.paper}/plot.py", study.name, "--scale", request.scale]
+    command += ["--runs", request.runs / design.paper, "--results", request.results]
+    if request.seeds or request.first_seed_only:
+        command += ["--seeds", *request.seeds_of(study)]
+    command += ["--reproduce", request.command(study.name)]
+    for name in ("PAIRS", "TASKS"):
+        if request.variables.get(name, "").strip():
+            command += [f"--{name.lower()}", *request.variables[name].split()]
+    return command
+
+
 def study_rules(request: Request, design: Design, study: Study) -> str:
     """Return the rules that draw a study: after each seed, with the runs that exist, and for `make report`.
 
-    The file .drawn/STUDY records what the report shows. It is outdated if a run of the sub-make's seed is newer, or
-    if the report was drawn from other contrasts, seeds or runs.
+        REPORT/.drawn/STUDY:                           # plot.py; the file says what the report shows
+        STUDY@10: REPORT/.drawn/STUDY                  # the goal of the sub-make of seed 10, and only there:
+        REPORT/.drawn/STUDY: ARM/10/metrics.json ...   # the runs of seed 10 come first
+        STUDY@report:                                  # plot.py again
+
+    So a report is drawn again if a run of the sub-make's seed is newer, or if it was drawn from other contrasts, seeds
+    or runs.
     """
     seeds = request.seeds_of(study)
-    plot: list[object] = [f"{design.paper}/plot.py", study.name, "--scale", request.scale]
-    plot += ["--runs", request.runs / design.paper, "--results", request.results]
-    if request.seeds or request.first_seed_only:
-        plot += ["--seeds", *seeds]
-    plot += ["--reproduce", request.command(study.name)]
-    for name in ("PAIRS", "TASKS"):
-        if request.variables.get(name, "").strip():
-            plot += [f"--{name.lower()}", *request.variables[name].split()]
     drawn = " ".join([*map(str, study.contrasts), "seeds", *map(str, seeds), "runs", str(request.runs)])
     stamp = request.results / ".drawn" / study.name
     current = (request.results / f"{study.name}.json").exists() and read_text(stamp) == drawn
     recipe = [
-        f"\t$(python) {shell(plot)}",
+        f"\t$(python) {shell(plot_command(request, design, study))}",
         f"\t@mkdir -p {shell([stamp.parent])}",
         f"\t{write_line(drawn, shell([stamp]))}",
     ]
