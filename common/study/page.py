@@ -178,6 +178,12 @@ def sentences(summary: Summary) -> list[str]:
     return [text.replace(" -> ", " → ") for text in (headline, *added)]
 
 
+def result_sentence(summary: Summary) -> str:
+    """Return the headline, and if the study is too weak to test also what else was seen."""
+    remark = summary.get("remark", "") if summary["verdict"] == analysis.TOO_WEAK else ""
+    return f"{sentences(summary)[0]} {remark.replace(' -> ', ' → ')}".strip()
+
+
 def daggers(summaries: Mapping[str, Summary | str]) -> set[tuple[str, str, str]]:
     """Return (study, arm, reference) of the resolved primary contrasts that do not survive Holm's correction.
 
@@ -377,7 +383,7 @@ def overview_html(summaries: Mapping[str, Summary | str], marks: Marks, folder: 
                 cells = [escape(f"{summary}."), word_html("not run"), tables.DASH]
             else:
                 verdict = contrasts_html(study, summary, marks, scales[summary["primary_metric"]])
-                cells = [escape(sentences(summary)[0]), verdict, escape(without_brackets(summary["published"]))]
+                cells = [escape(result_sentence(summary)), verdict, escape(without_brackets(summary["published"]))]
             name = escape(study)
             cells.insert(0, f'<a href="#{name}">{name}</a>')
             rows.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
@@ -601,7 +607,7 @@ def overview_markdown(summaries: Mapping[str, Summary | str], marks: Marks, fold
             elif has_study_verdict(summary):
                 verdict = f"{verdict}<br>{summary['verdict']}"
             published = without_brackets(summary["published"])
-            rows.append([link, sentences(summary)[0], "<br>".join(differences), verdict, published])
+            rows.append([link, result_sentence(summary), "<br>".join(differences), verdict, published])
     return tables.markdown(rows)
 
 
@@ -624,10 +630,7 @@ def results_table(folder: Path, studies: Sequence[str], link: str) -> str:
                 contrast["word"] + marks.get((study, contrast["arm"], contrast["reference"]), "")
                 for contrast in tables.primary_contrasts(summary)
             )
-            result = sentences(summary)[0]
-            if "too weak to test" in words:  # say what else was seen
-                result = f"{result} {summary['remark'].replace(' -> ', ' → ')}".strip()
-            rows.append([name, result, "; ".join(words)])
+            rows.append([name, result_sentence(summary), "; ".join(words)])
     table = tables.markdown(rows)
     return f"{table}\n\n‡ {EARLIER_NOTE}" if "‡" in table else table
 
