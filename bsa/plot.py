@@ -178,7 +178,7 @@ def matched_activity_finding(runs: results.Runs, reference: str) -> list[str]:
         if not losses:
             parts.append(f"{name}: outside its range")
             continue
-        summary = statistics.summary(list(losses.values()))
+        summary = statistics.mean_interval(list(losses.values()))
         details = [f"95 % interval {tables.format_interval(vars(summary), metric)}"] if summary.low is not None else []
         outside = len(by_seed) - summary.n if name != reference_family else 0
         details.append(f"n = {summary.n}" + (f", {outside} more outside its range" if outside else ""))

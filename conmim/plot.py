@@ -116,7 +116,7 @@ def cells(runs: results.Runs, base: str) -> dict[Cell, str]:
 
 def seed_summary(
     runs: results.Runs, arms: Sequence[str], weights: Sequence[float], metric: str
-) -> statistics.Summary | None:
+) -> statistics.MeanInterval | None:
     """Return mean and 95 % interval, over seeds, of the weighted sum of a metric over `arms`.
 
     The sum is taken seed by seed, over the seeds that all arms have; None if there is no such seed.
@@ -124,7 +124,7 @@ def seed_summary(
     values = [results.values(runs, arm, metric) for arm in arms]
     seeds = sorted(set.intersection(*map(set, values)))
     sums = [sum(weight * of_arm[seed] for weight, of_arm in zip(weights, values, strict=True)) for seed in seeds]
-    return statistics.summary(sums) if sums else None
+    return statistics.mean_interval(sums) if sums else None
 
 
 # ------------------------------------------------------------------------------------------------- verdict
@@ -178,7 +178,7 @@ def apply_paper_rules(summary: dict[str, Any]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------- figures
 
 
-def draw_interval(axis: Axes, position: float, result: statistics.Summary, horizontal: bool, **style: Any) -> None:
+def draw_interval(axis: Axes, position: float, result: statistics.MeanInterval, horizontal: bool, **style: Any) -> None:
     """Draw the mean as a dot and the interval as a line, at `position` on the other axis."""
     bounds, fixed = [result.low, result.high], [position, position]
     if result.low is not None:

@@ -230,9 +230,15 @@ def test_an_a_a_test_is_published_and_counted_in_both_readmes(clone):
     summary = json.loads((clone / "results/demo/toy-base-again.json").read_text())
     assert summary["seeds"] == list(range(10, 20)) and summary["calibration"] == {"base-again": "reproduced"}
     for name in ("README.md", "extras.md"):
-        assert "A/A tests: 0 of 1 gave a false difference (1 no difference)." in (clone / "results/demo" / name).read_text()
+        assert (
+            "A/A tests: 0 of 1 gave a false difference (1 no difference)."
+            in (clone / "results/demo" / name).read_text()
+        )
     publish.main(["page", *VARIABLES])
-    assert "A/A tests: 0 of 1 gave a false difference (1 no difference)." in (clone / "results/demo/index.html").read_text()
+    assert (
+        "A/A tests: 0 of 1 gave a false difference (1 no difference)."
+        in (clone / "results/demo/index.html").read_text()
+    )
 
 
 def test_uncommitted_changes_are_refused(clone, capsys):

@@ -390,7 +390,7 @@ def test_plot_reads_the_declared_seeds_of_every_arm(tmp_path):
     declared, given = views
     assert [list(by_seed) for by_seed in declared.runs.values()] == [[10, 11, 12], [10, 11, 12], [10, 11]]
     assert [list(by_seed) for by_seed in given.runs.values()] == [[11, 12]] * 3
-    assert (declared.args.seeds, given.args.seeds) == ([10, 11, 12], [11, 12])
+    assert (list(declared.seeds), list(given.seeds)) == ([10, 11, 12], [11, 12])
     assert declared.chance == {"knn": {"": 1.0}} and not declared.summary["notes"]
     assert {view.summary["seed_draws"] for view in views} == {"data, initial weights and order"}
 
