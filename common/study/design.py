@@ -310,9 +310,9 @@ class Design:
         self._check_flags(study)
 
     def _check_metrics(self, study: Study) -> None:
-        for key, metric in self.metrics.items():
-            if metric.better not in ("higher", "lower", ""):
-                raise DesignError(f"metric '{key}': set better to 'higher', 'lower' or ''")
+        for name, declared in self.metrics.items():
+            if declared.better not in ("higher", "lower", ""):
+                raise DesignError(f"metric '{name}': set better to 'higher', 'lower' or ''")
         metrics = [study.metric, *self.chance] + [item.metric for item in study.must_beat]
         metrics += [study.second_metric] if study.second_metric else []
         if study.sweep:
@@ -416,7 +416,7 @@ def _robustness(paper: str, main_studies: Sequence[Study], robustness: Robustnes
 
     There is one study for each primary metric. The first one has the shortest name.
     """
-    studies = []
+    studies: list[Study] = []
     for metric in dict.fromkeys(study.metric for study in main_studies):
         name = "-".join([paper, "robustness", *([metric.replace("_", "-")] if studies else [])])
         same_metric = [study for study in main_studies if study.metric == metric]

@@ -556,7 +556,7 @@ def summary_slide(
         if isinstance(panel, Curves):
             order = [arm for arm in dict.fromkeys([*highlight, *styles]) if panel.values.get(arm)]
             grey = {arm: {**styles[arm], "color": GREY} for arm in order[HIGHLIGHTED:]}  # as "other arms" in the legend
-            faint, _ = draw_curves(right, panel, styles | grey, highlight)
+            faint, _ = draw_curves(right, panel, {**styles, **grey}, highlight)
             if panel.x_scale == "linear":
                 right.locator_params(axis="x", nbins=5)
             clear = [arm for arm in styles if panel.values.get(arm) and arm not in faint]
