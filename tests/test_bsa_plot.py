@@ -194,6 +194,7 @@ def test_missing_and_diverged_runs_are_named_in_figures_and_notes(tmp_path):
     assert rows["mse"]["metrics"]["fixed_topk_reconstruction_loss"]["values"]["1"] == 1.0  # chance
 
 
+@pytest.mark.slow
 def test_studies_are_drawn_although_all_runs_diverged(tmp_path):
     for study in ("bsa-baselines", "bsa-alpha"):
         for arm in STUDIES[study].arms:

@@ -330,6 +330,7 @@ def test_cells_are_identified_by_arguments(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_equal_runs_give_identical_files(tmp_path):
     write_runs(tmp_path / "runs", 2)
     for name in ("a", "b"):

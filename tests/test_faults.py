@@ -400,6 +400,7 @@ def test_killed_plotting_leaves_only_complete_files(uninterrupted, tmp_path, mon
     assert {path.name: path.read_bytes() for path in results.glob("[!.]*")} == complete
 
 
+@pytest.mark.slow
 def test_runs_without_home_network_or_data_folder(tmp_path):
     """Train, evaluate and plot with spaces and umlauts in paths, few open files, no network and no data folder."""
     code = """

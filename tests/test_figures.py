@@ -1,5 +1,6 @@
 """Figures: differences, the slide, colours, faint curves, captions, and labels that do not overlap."""
 
+import io
 import itertools
 import json
 
@@ -9,6 +10,7 @@ from PIL import Image
 from common.study import figures, plotting
 from common.study.design import Arm, Design, Metric, MustBeat, Study
 
+quantise_png = figures.quantise_png  # the fixture of conftest.py replaces it
 METRICS = {"knn": Metric("kNN accuracy", "%", 1, "higher"), "loss": Metric("loss", "", 2, "lower")}
 
 
@@ -258,3 +260,13 @@ def test_figures_whose_coordinates_differ_in_the_last_digit_are_written_equally(
     second = b'<path clip-path="url(#pabcdef0123)" d="M 175.152802 438.646703"/>'
     expected = b'<path clip-path="url(#clip0)" d="M 175.152 438.646"/>'
     assert figures.normalise_svg(first) == figures.normalise_svg(second) == expected
+
+
+def test_quantised_png_has_a_palette_and_the_same_colours():
+    image = Image.new("RGB", (64, 64), "white")
+    image.paste((213, 94, 0), (8, 8, 40, 40))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    quantised = Image.open(io.BytesIO(quantise_png(buffer.getvalue())))
+    assert quantised.mode == "P" and quantised.size == (64, 64)
+    assert quantised.convert("RGB").tobytes() == image.tobytes()

@@ -353,7 +353,7 @@ def test_a_complete_data_set_is_not_downloaded_and_a_mirror_without_use_is_refus
     images.main(["cifar10", "--data", str(tmp_path)])
     with pytest.raises(SystemExit) as end:
         images.main(["mnist5k", "--mirror", "http://x", "--data", str(tmp_path)])
-    assert end.value.code == 2 and "--mirror is for cifar10" in capsys.readouterr().err
+    assert end.value.code == 2 and "--mirror applies to cifar10" in capsys.readouterr().err
 
 
 def test_workers_with_a_long_temporary_folder_are_refused(pictures, tmp_path, monkeypatch, capsys):

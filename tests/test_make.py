@@ -282,6 +282,7 @@ def test_a_dry_run_lists_exactly_what_would_run(repo):
     assert repo.make("simsiam-predictor", "SEEDS=0")[:2] == (0, [])
 
 
+@pytest.mark.slow
 def test_only_publish_writes_to_results(repo):
     for words in (["simsiam-predictor", "SEEDS=0"], ["report"], ["primary", "PAPERS=bsa"], ["rehearsal", "PAPERS=bsa"]):
         _, calls, _ = repo.make(*words)
@@ -713,6 +714,7 @@ def test_primary_runs_the_primary_contrasts_and_their_baselines(repo):
     assert runs(calls) == ["frozen-predictor/0"] and calls[-2].startswith("simsiam/plot.py simsiam-predictor ")
 
 
+@pytest.mark.slow
 def test_another_data_matrix_retrains_the_runs(repo):
     """A matrix file is identified by its content: a moved file keeps the runs, a changed file does not."""
     study, count = "bsa-alignment-loss", 4
@@ -750,6 +752,7 @@ def test_demo_accepts_other_seeds_and_another_device(repo):
     assert {call.split("--seed ")[1].split()[0] for call in trained} == {"3", "4"}
 
 
+@pytest.mark.slow
 def test_robustness_and_curves_run_five_seeds(repo):
     code, calls, printed = repo.make("robustness", "PAPERS=bsa cocord", "-j2")
     assert code == 0, printed

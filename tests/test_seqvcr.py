@@ -658,6 +658,7 @@ def test_the_rank_at_the_last_level_is_below_the_width():
         assert metrics["predicted_loss"] == pytest.approx(expected) and metrics["regulariser_loss"] >= expected
 
 
+@pytest.mark.slow
 def test_streamed_rows_are_new_at_each_step(tmp_path, monkeypatch):
     batches = []
 

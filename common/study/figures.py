@@ -599,11 +599,12 @@ def _headline(text: str) -> tuple[int, str]:
 
 def save(figure: Figure, folder: Path, name: str) -> None:
     """Write <name>.svg and <name>.png (256 colours) atomically. Equal figures give identical bytes."""
-    removed_metadata = {"svg": ("Date", "Creator", "Format", "Type"), "png": ("Software",)}
+    removed_metadata = {"png": ("Software",), "svg": ("Date", "Creator", "Format", "Type")}
     for extension, keys in removed_metadata.items():
         buffer = io.BytesIO()
         with matplotlib.rc_context(STYLE):
             figure.savefig(buffer, format=extension, dpi=figure.dpi, metadata=dict.fromkeys(keys))
+        figure.set_layout_engine("none")  # the first file has computed the layout
         data = normalise_svg(buffer.getvalue()) if extension == "svg" else quantise_png(buffer.getvalue())
         write_bytes(Path(folder) / f"{name}.{extension}", data)
 

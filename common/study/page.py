@@ -50,9 +50,9 @@ EARLIER_LEGEND = f"{EARLIER}; lower, higher: excludes zero; not resolved: includ
 EARLIER_LEGEND += "not informative: baseline not beaten"
 EARLIER_CAPTION = "Differences with Welch's 95 % interval, as published under earlier rules."
 EARLIER_NOTE = (
-    "An earlier version: seeds 0 to 4, other settings, unpaired intervals. Lower, higher: the interval excludes "
+    "An earlier recipe (seeds 0 to 4, unpaired intervals), not yet repeated. Not resolved: the interval includes zero; "
+    "not informative: too weak to test."
 )
-EARLIER_NOTE += "zero; not resolved: it does not; not informative: too weak to test. Not yet repeated."
 FIRST_FIGURES = ("differences", "summary", "curves")  # shown in this order; the others are folded
 FALLBACK_FIGURES = ("sweep", "metrics", "")  # the first that exists is shown if there is none of FIRST_FIGURES
 STYLE = """
