@@ -19,7 +19,7 @@ the regulariser only and is not used at inference.
 Level l is the output of block l; level 0 is the embeddings. --layer selects the regularised level. An epoch here is
 about 1/20 of --steps (log and checkpoint interval), not a pass over the data.
 
-    python seqvcr/train.py                                              # demo: 2x2 digits, 1 to 3 min of one core
+    python seqvcr/train.py                                              # demo: 2x2 digits, 4 min of one core
     python seqvcr/train.py --lambda1 0 --lambda2 0 --out runs/scratch2  # an ablation: only pause tokens
     python seqvcr/train.py --layer last --covariance-axis batch+length --out runs/scratch3
     python seqvcr/train.py --scale gpu --task arithmetic                # 5 operators modulo 11
