@@ -127,6 +127,7 @@ def texts(figure):
     return [artist.get_text() for artist in artists if artist.get_text()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("study", "seeds"), list(zip(STUDIES, (2, 1, 2, 1), strict=True)))
 def test_every_study_gets_its_figures_tables_and_summary(tmp_path, study, seeds):
     declared = STUDIES[study]

@@ -549,6 +549,7 @@ def test_recipes_of_larger_scales_run(scale, pictures, tmp_path, monkeypatch, ca
         assert end.value.code == 2 and "--held-out requires images of at most 64 pixels" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_fine_tuning_on_two_ranks_equals_one(pictures, tmp_path):
     """The classifier has no batch norm, so two ranks with half a batch each compute the gradient of the whole batch."""
     out = tmp_path / "run"

@@ -129,7 +129,10 @@ def test_other_papers_killed_during_writes_resume_bit_identically(module, tmp_pa
     assert logs[0] == logs[1] and len(logs[0]) == 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(other, marks=pytest.mark.slow) for other in (signal.SIGINT, signal.SIGUSR1))],
+)
 def test_signal_exits_with_code_75(number, pictures, tmp_path):
     command = [sys.executable, str(ROOT / "simsiam/train.py"), *tiny(tmp_path / "run", pictures, "--epochs", "500")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,

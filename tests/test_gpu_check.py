@@ -122,6 +122,7 @@ def test_an_error_in_the_list_of_cases_and_the_time_limit_are_reported(tmp_path,
     assert code == 1 and report["counts"] == {"not run": 2}
 
 
+@pytest.mark.slow
 def test_concurrent_jobs_are_merged_into_one_report(tmp_path, monkeypatch):
     """The process of the first part crashes without a report."""
     real_run = subprocess.run

@@ -148,6 +148,7 @@ def test_a_study_runs_seed_by_seed_and_then_is_up_to_date(repo):
     assert runs(repo.make("simsiam-predictor", "SEEDS=0 1 2")[1]) == [f"{arm}/2" for arm in arms]
 
 
+@pytest.mark.slow
 def test_other_seeds_redraw_the_study_without_new_runs(repo):
     repo.make("simsiam-predictor", "SEEDS=0 1 2")
     code, calls, _ = repo.make("simsiam-predictor", "SEEDS=0 1")
@@ -162,6 +163,7 @@ def test_two_studies_in_one_command_share_their_runs(repo):
     assert code == 0 and sorted(runs(calls)) == sorted(set(runs(calls))) and len(runs(calls)) == 4
 
 
+@pytest.mark.slow
 def test_making_one_study_does_not_touch_the_others(repo):
     """This also holds if another study has changed flags, a deleted run or other seeds, or if DATA differs."""
     repo.make("simsiam", "SEEDS=0 1")
@@ -193,6 +195,7 @@ def test_resuming_elsewhere_is_a_variable_and_not_part_of_the_flags(repo):
     assert "set RESUME=elsewhere instead" in repo.make(*goal, "EXTRA=--resume-elsewhere")[2]
 
 
+@pytest.mark.slow
 def test_the_report_shows_the_seeds_of_the_last_command(repo):
     """A figure is redrawn if it shows other seeds, not only if a run is newer."""
     for seeds in ("0", "1", "0"):
@@ -219,6 +222,7 @@ def test_a_rehearsal_with_invalid_variables_deletes_nothing(repo):
     assert (repo.folder / "runs/rehearsal/demo").exists() and (repo.folder / "runs/gpu").exists()
 
 
+@pytest.mark.slow
 def test_teachers_are_trained_in_parallel(repo):
     code, calls, printed = repo.make("cocord-teachers", "-j4", "GPUS=0 1 2 3")
     assert code == 0 and len({call.split("gpu=")[1] for call in calls}) > 1, printed
@@ -527,6 +531,7 @@ def test_after_an_interrupt_a_parallel_make_repeats_nothing(repo):
     assert repo.make("simsiam-predictor", "SEEDS=0 1", "-j4")[:2] == (0, [])
 
 
+@pytest.mark.slow
 def test_report_draws_unfinished_studies_and_runs_nothing(repo):
     repo.make("simsiam-predictor", "SEEDS=0")
     code, calls, _ = repo.make("report", "SEEDS=0 1 2")
@@ -817,6 +822,7 @@ def test_teachers_are_trained_first_and_once_per_block_and_ignore_extra(repo):
     assert repo.make("cocord-teacher-momentum", "SEEDS=0 1", "EXTRA=--queue 64")[:2] == (0, [])
 
 
+@pytest.mark.slow
 def test_teacher_target_other_pairs_and_rehearsed_teachers(repo):
     calls = repo.make("cocord-teachers")[1]
     assert len(calls) == 4 * 10 and all(call.startswith("cocord/teacher.py") for call in calls)

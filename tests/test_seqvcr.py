@@ -608,6 +608,7 @@ def test_metrics_equal_a_naive_evaluation_of_model_pt(finished):
     assert metrics["test_cross_entropy"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--dropout", "0.2"], ["--train-size", "stream"]])
 def test_a_resumed_run_is_bit_identical_and_another_seed_gives_other_weights(flags, tmp_path, monkeypatch):
     train.main(tiny(tmp_path / "uninterrupted", *flags))
@@ -834,6 +835,7 @@ def test_entropies_stay_on_a_fake_gpu(fake_gpu: FakeGPU):
 # ---------------------------------------------------------------------------------------------- figures
 
 
+@pytest.mark.slow
 def test_plot_writes_figures_and_summary_of_each_study(finished, tmp_path, capsys):
     for study in ("seqvcr-coefficients", "seqvcr-projection-width", "seqvcr-level"):
         plot.main([study, "--runs", str(finished), "--seeds", "0", "1", "--results", str(tmp_path)])
