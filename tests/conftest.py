@@ -19,8 +19,6 @@ from common.study import figures
 
 ROOT = Path(__file__).parent.parent
 READ_BY_COMMON = {"seed_offset", "replace", "tensorboard", "resume_elsewhere"}  # flags that cli.parse and Run use
-
-
 LONG_FILES = ("gpu_check", "seqvcr", "make", "conmim", "simsiam", "faults", "cocord", "bsa_plot", "conmim_plot", "bsa")
 
 

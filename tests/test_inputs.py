@@ -377,3 +377,12 @@ def test_a_training_size_that_does_not_exist_is_reported(capsys):
     task = seqvcr.train.tasks.build_task("multiplication", 1)
     splits = seqvcr.train.tasks.load(task, 10_000, None, "cpu")
     assert f"only {len(splits.train)} distinct training rows are available" in capsys.readouterr().out
+
+
+def test_help_shows_the_defaults_of_flags_but_not_of_switches():
+    parser = cli.Parser(None)
+    parser.add_argument("--seed", type=int, default=0, help="seed")
+    parser.add_argument("--replace", action="store_true", help="replace")
+    parser.add_argument("--lr", type=float, help="rate")
+    text = " ".join(parser.format_help().split())
+    assert "seed (default: 0)" in text and text.count("(default:") == 1

@@ -386,3 +386,11 @@ def test_the_page_fits_on_a_phone(tmp_path):
     parsed, _ = write(tmp_path, studies)
     assert overflow(tmp_path, parsed.text) == 0
     assert overflow(tmp_path, parsed.text.replace(page.STYLE, "")) > 0  # the measurement can fail
+
+
+def test_only_a_study_that_is_too_weak_to_test_shows_its_remark_in_the_overviews(tmp_path):
+    remark = {"remark": "Descriptive: loss of arm: 0.5 -> 0.1."}
+    studies = {"toy-a": summary(contrast("too weak to test"), **remark), "toy-b": summary(**remark)}
+    parsed, _ = write(tmp_path, studies)
+    texts = (parsed.overview, page.results_table(tmp_path, list(studies), "README.md"))
+    assert [text.count("loss of arm: 0.5 → 0.1.") for text in texts] == [1, 1]

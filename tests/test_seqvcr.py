@@ -634,7 +634,7 @@ def test_a_resumed_run_is_bit_identical_and_another_seed_gives_other_weights(fla
 
 
 def test_a_run_with_the_covariance_loss_only_is_evaluated(tmp_path):
-    """Its predicted standard deviation is 0. The share of clipped steps is that of the whole training."""
+    """The predicted standard deviation is 0 then. The share of clipped steps is that of the whole training."""
     out = tmp_path / "run"
     train.main(tiny(out, "--steps", "30", "--lambda1", "0", "--lambda2", "0.004", "--covariance-batch", "32"))
     lines = files.read_lines(out / "train.jsonl")
