@@ -202,7 +202,8 @@ def reference_lines(axis: Axes, lines: Mapping[str, float], vertical: bool) -> N
 
 def separate_labels(figure: Figure) -> None:
     """Break titles to the width of their panels, and move labels of `reference_lines` up until none overlap."""
-    figure.draw_without_rendering()
+    lay_out(figure)
+    broken = False
     for axis in figure.axes:
         left = axis.get_window_extent().x0
         starts = [other.get_window_extent().x0 for other in figure.axes]  # a title may end where the next panel starts
@@ -213,7 +214,9 @@ def separate_labels(figure: Figure) -> None:
         if title_width > width:
             characters = max(12, int(max(map(len, lines)) * width / title_width))
             axis.set_title("\n".join(textwrap.fill(line, characters) for line in lines))
-    figure.draw_without_rendering()
+            broken = True
+    if broken:
+        lay_out(figure)
     points = 72 / figure.dpi
     for axis in figure.axes:
         beside = sorted(line_labels(axis, "beside"), key=_bottom)
@@ -229,6 +232,13 @@ def separate_labels(figure: Figure) -> None:
         if placed:
             height = max(box.y1 for box in placed) - axis.get_window_extent().y1
             axis.set_title(axis.get_title("left"), pad=height * points + 4)
+
+
+def lay_out(figure: Figure) -> None:
+    """Compute the positions of the panels. It takes half the time of a drawing, which does the same."""
+    engine = figure.get_layout_engine()
+    if engine:
+        engine.execute(figure)
 
 
 def line_labels(axis: Axes, place: str) -> list[Annotation]:
@@ -424,7 +434,6 @@ def differences(summary: Mapping[str, Any]) -> Drawing:
         height = 1.1 + 0.42 * max(2, len(labels)) + 0.1 * "".join(labels).count("\n")
         figure = Figure(figsize=(7.8, height), layout="constrained")
         draw_differences(figure.subplots(), summary, contrasts)
-        figure.draw_without_rendering()
     text = "Dots: paired differences, one per seed; stroke: mean; bar: 95 % Student-t interval over the seeds. "
     if all(contrast["low"] is None for contrast in contrasts):
         text = "Dots: paired differences. One seed: no interval. "
