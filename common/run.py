@@ -13,6 +13,7 @@ with run_lock(out):                              # file lock; signals and disk e
 """
 
 import ast
+import functools
 import hashlib
 import json
 import os
@@ -406,6 +407,7 @@ def imported_files(source: Path) -> list[Path]:
     return sorted(seen)
 
 
+@functools.cache  # a process imports each file once
 def source_digest(source: Path) -> str:
     """Return the sha256 of a script and of all modules of this project that it imports."""
     return hashlib.sha256(b"".join(path.read_bytes() for path in imported_files(source))).hexdigest()

@@ -616,7 +616,7 @@ def test_unreadable_authors_checkpoints_are_reported(content, words, tmp_path, c
     assert end.value.code == 2 and words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("scale", [0, 2])
+@pytest.mark.parametrize("scale", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_evaluation_stays_on_the_gpu(scale, fake_gpu: FakeGPU, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "evaluation_identity", lambda *_: "")
     monkeypatch.setattr(checkpoints, "save", lambda *_: None)

@@ -98,7 +98,10 @@ DRAWS: dict[str, tuple[Any, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", DRAWS)
+SLOW = pytest.mark.slow  # 65,536 rows in each draw of these tasks
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=SLOW) if n in ("arithmetic", "lis") else n for n in DRAWS])
 def test_data_seed_0_gives_the_known_draws_and_other_seeds_give_others(name):
     draw, known = DRAWS[name]
     drawn, first, second = draw(0), draw(1), draw(2)
