@@ -357,9 +357,9 @@ def test_source_hash_covers_the_script_and_its_imports(tmp_path):
     paths = {path.relative_to(ROOT).as_posix() for path in imported_files(ROOT / "simsiam/train.py")}
     assert {"simsiam/train.py", "simsiam/net.py", "common/run.py", "common/seeding.py", "common/files.py"} <= paths
     assert not any(path.startswith(("common/study", "simsiam/eval", "bsa")) for path in paths)
-    script = new(tmp_path, "x/train.py")
-    script.write_text("from common import part")
-    new(tmp_path, "common/part.py")
-    before = script_provenance(script)["source"]
-    (tmp_path / "common/part.py").write_text("changed = 1")
-    assert script_provenance(script)["source"] != before
+    digests = []
+    for clone, content in (("a", ""), ("b", ""), ("c", "changed = 1")):
+        new(tmp_path, f"{clone}/x/train.py").write_text("from common import part")
+        new(tmp_path, f"{clone}/common/part.py").write_text(content)
+        digests.append(script_provenance(tmp_path / clone / "x/train.py")["source"])
+    assert digests[0] == digests[1] != digests[2]
