@@ -131,12 +131,15 @@ def dots_panel(runs: results.Runs, key: str) -> figures.Dots:
     return figures.Dots(f"{METRICS[key].title}, {tasks(runs)}", results.values_by_arm(runs, key), majority)
 
 
-def primary_panel(runs: results.Runs, groups: Mapping[str, Mapping[str, str]]) -> figures.Curves:
-    """Return the panel of exact match over the steps, for the first setting."""
-    setting, arms = next(iter(groups.items()))
-    curves = results.series(runs, PRIMARY, x="step")
-    title = panel_title(METRICS[PRIMARY].title, setting)
-    return figures.Curves(title, {label: curves[arm] for arm, label in arms.items()}, SOLVED_LINE, "step")
+def curve_panels(runs: results.Runs, groups: Mapping[str, Mapping[str, str]]) -> list[figures.Curves]:
+    """Return two panels per setting: exact match on validation rows and training cross entropy over the steps."""
+    panels = []
+    for setting, arms in groups.items():
+        for key in (PRIMARY, "cross_entropy"):
+            curves = results.series(runs, key, x="step")
+            title = panel_title(METRICS[key].title, setting)
+            panels.append(figures.Curves(title, {label: curves[arm] for arm, label in arms.items()}, x_label="step"))
+    return panels
 
 
 def solved_panels(runs: results.Runs) -> list[figures.Dots]:
@@ -213,7 +216,7 @@ def width_figure(runs: results.Runs, arguments: Mapping[str, Mapping[str, Any]],
 
 
 def draw(view: results.View) -> dict[str, figures.Drawing]:
-    """Return the figures of a study by name: "entropy", "metrics", "solved", "summary", and others if they apply."""
+    """Return the figures of a study by name. "positions" needs a validated run, "width" a study of widths."""
     runs, study, caption = view.runs, view.study, view.caption
     arguments = results.arm_arguments(runs)
     groups = by_setting(view.summary, study.name, arguments)
@@ -222,12 +225,16 @@ def draw(view: results.View) -> dict[str, figures.Drawing]:
     for arm, label in names.items():
         label_styles.setdefault(label, view.styles[arm])
     highlight = list(dict.fromkeys(names[arm] for arm in view.highlight if arm in names))
+    tested = [arm for item in study.must_beat for arm in (item.arm, item.baseline_arm)]
+    tested = list(dict.fromkeys([*(names[arm] for arm in tested if arm in names), *highlight]))
+    training = curve_panels(runs, groups)
     remarks = {row["arm"]: f"{len(row['diverged'])} diverged" for row in view.summary["rows"] if row["diverged"]}
     solved = {row["arm"]: row["word"] or "" for row in view.summary["rows"]}
     arms = list(dict.fromkeys([*(arm for group in groups.values() for arm in group), *study.arms]))
     styles = {arm: label_styles[names[arm]] if arm in names else view.styles[arm] for arm in arms}
     entropy = figures.curves(entropy_panels(runs, groups), label_styles, highlight, caption)
     drawn = {
+        "curves": figures.curves(training, label_styles, tested, caption),
         "entropy": figures.integer_x_ticks(entropy),
         "metrics": figures.dots(
             [dots_panel(runs, key) for key in PLOTTED], styles, remarks, "the most frequent answer", caption
@@ -236,7 +243,7 @@ def draw(view: results.View) -> dict[str, figures.Drawing]:
         "solved": figures.dots(solved_panels(runs), styles, solved, caption=caption),
     }
     if study.metric == PRIMARY:
-        slide = figures.summary_slide(view.summary, primary_panel(runs, groups), label_styles, highlight)
+        slide = figures.summary_slide(view.summary, training[0], label_styles, tested)
     else:
         slide = figures.summary_slide(view.summary, dots_panel(runs, study.metric), styles)
     drawn["summary"] = slide

@@ -841,7 +841,7 @@ def test_plot_writes_figures_and_summary_of_each_study(finished, tmp_path, capsy
         plot.main([study, "--runs", str(finished), "--seeds", "0", "1", "--results", str(tmp_path)])
         summary = json.loads((tmp_path / f"{study}.json").read_text())
         figures = {path.stem.removeprefix(f"{study}-") for path in tmp_path.glob(f"{study}-*.png")}
-        expected = {"differences", "summary", "entropy", "metrics", "positions", "prediction", "solved"}
+        expected = {"differences", "summary", "curves", "entropy", "metrics", "positions", "prediction", "solved"}
         if "width" in study:
             expected.add("width")
         assert figures == expected and all(row["word"] == "0 of 1 solved" for row in summary["rows"])
