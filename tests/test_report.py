@@ -368,6 +368,14 @@ def test_the_clearest_effect_on_another_metric_is_said_as_descriptive(tmp_path):
     assert summarise(tmp_path)["remark"] == ""  # std ratio has no better side, training loss is not judged
 
 
+def test_the_headline_of_a_metric_without_a_better_side_names_the_direction(tmp_path):
+    for seed in range(3):
+        run(tmp_path, "base", seed, 60.0 + seed)
+        run(tmp_path, "arm", seed, 60.0 + seed, spread=0.1 + seed / 10)
+    summary = summarise(tmp_path, seeds=3, metric="spread")
+    assert summary["verdict"] == "lower" and summary["headline"] == "arm lowers std ratio 0.60 -> 0.20."
+
+
 def test_no_difference_requires_a_margin(tmp_path):
     grid(tmp_path, base=BASE, arm=[value + noise for value, noise in zip(BASE, (0.1, -0.2, 0.3, 0, -0.1), strict=True)])
     assert summarise(tmp_path)["verdict"] == "unclear"

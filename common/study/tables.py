@@ -34,15 +34,15 @@ VERDICT_COLOURS = {  # on the page and in figures
     "not run": NO_VERDICT,
 }
 PHRASES = {  # verdict -> what the arm does, compared with its reference
-    "worse": "{arm} hurts",
-    "better": "{arm} helps",
-    "no difference": "{arm} makes no difference",
-    "higher": "{arm} is higher",
-    "lower": "{arm} is lower",
-    "unclear": "{arm} has an unclear effect",
-    "too weak to test": "{arm} cannot be tested",
-    "no baseline": "{arm} cannot be judged",
-    "one seed": "{arm}, one seed",
+    "worse": "{arm} hurts:",
+    "better": "{arm} helps:",
+    "no difference": "{arm} makes no difference:",
+    "higher": "{arm} raises",
+    "lower": "{arm} lowers",
+    "unclear": "{arm} has an unclear effect:",
+    "too weak to test": "{arm} cannot be tested:",
+    "no baseline": "{arm} cannot be judged:",
+    "one seed": "{arm}, one seed:",
 }
 
 
@@ -99,9 +99,9 @@ def headline(summary: Mapping[str, Any]) -> str:
         if contrast["mean"] is None:
             parts.append(f"{name}: {contrast['word']}")
             continue
-        phrase = PHRASES.get(contrast["word"], f"{{arm}}: no verdict ({contrast['word']})").format(arm=name)
+        phrase = PHRASES.get(contrast["word"], f"{{arm}}: no verdict ({contrast['word']}):").format(arm=name)
         before, after = (format_number(contrast[key], metric) for key in ("reference_mean", "arm_mean"))
-        parts.append(f"{phrase}: {metric['label']} {before} -> {after} {metric['unit']}".strip())
+        parts.append(f"{phrase} {metric['label']} {before} -> {after} {metric['unit']}".strip())
     shown = {
         f"{baseline['name'].removeprefix('the ')} {format_number(baseline['control_mean'], metric)}"
         for baseline in baselines
