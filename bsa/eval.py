@@ -32,7 +32,7 @@ from bsa.train import BSA, Splits, build_model, encode, load_splits, reconstruct
 from common import checkpoints, cli, devices, files
 from common.cli import fail
 from common.lock import run_lock
-from common.run import check_data, load_finished, read_log
+from common.run import check_data, load_finished, read_log, write_metrics
 
 N_QUERIES = 1000  # test rows whose nearest neighbours are compared
 KNN_K = 10
@@ -402,9 +402,7 @@ def main(argv: list[str] | None = None) -> None:
             "peak_memory": epochs[-1]["peak_memory"] if epochs else None,
             "seconds": sum(line["seconds"] for line in epochs) + time.perf_counter() - started,
         }
-        files.write_json(args.folder / ("held_out.json" if args.held_out else "metrics.json"), metrics)
-        shown = (f"{name} {metrics[name]:.4g}" for name in METRICS_IF_FINITE if metrics.get(name) is not None)
-        print(f"{args.folder}: {'  '.join(shown)}")
+        write_metrics(args.folder / ("held_out.json" if args.held_out else "metrics.json"), metrics, METRICS_IF_FINITE)
 
 
 if __name__ == "__main__":

@@ -25,9 +25,9 @@ if not __package__:  # run as a script: import from this clone, not from an inst
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cocord.train import accuracy, build_model, load_data, student_weights
-from common import checkpoints, cli, devices, files
+from common import checkpoints, cli, devices
 from common.lock import run_lock
-from common.run import check_data, load_finished, read_log
+from common.run import check_data, load_finished, read_log, write_metrics
 
 METRICS_IF_FINITE = (  # null in metrics.json of a diverged run
     "accuracy",
@@ -95,9 +95,7 @@ def main(argv: list[str] | None = None) -> None:
                 "accuracy_slow_student": accuracy(model.slow_student, data) if has_slow_student else None,
             }
         metrics["seconds"] = from_log["train_seconds"] + time.perf_counter() - start_time
-        files.write_json(args.folder / "metrics.json", metrics)
-        shown = (f"{name} {metrics[name]:.4g}" for name in METRICS_IF_FINITE if metrics.get(name) is not None)
-        print(f"{args.folder}: {'  '.join(shown)}")
+        write_metrics(args.folder / "metrics.json", metrics, METRICS_IF_FINITE)
 
 
 if __name__ == "__main__":

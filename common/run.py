@@ -20,7 +20,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -383,6 +383,13 @@ def check_data(digest: str, expected: str | None, data: Path, folder: Path) -> N
     if expected and digest != expected:
         digests = f"digest {digest[:12]}, not {expected[:12]}"
         fail(f"--data {data} differs from the training data of {folder} ({digests}): give the data used in training")
+
+
+def write_metrics(path: Path, metrics: Mapping[str, Any], printed: Iterable[str]) -> None:
+    """Write the metrics of an evaluation as JSON, and print those of `printed` that are numbers."""
+    files.write_json(path, metrics)
+    numbers = (f"{name} {metrics[name]:.4g}" for name in printed if isinstance(metrics.get(name), float))
+    print(f"{path.parent}: {'  '.join(numbers)}")
 
 
 def imported_files(source: Path) -> list[Path]:

@@ -39,7 +39,7 @@ from common import augment, checkpoints, cli, devices, files, image_folder, imag
 from common.cli import fail
 from common.images import Data
 from common.lock import run_lock
-from common.run import check_data, load_finished, read_log
+from common.run import check_data, load_finished, read_log, write_metrics
 from common.weights import read_weights
 from conmim import net, train
 from conmim.net import NETWORKS, Classifier, ViT
@@ -556,10 +556,9 @@ def main(argv: list[str] | None = None) -> None:
             metrics["loss_floor"] = train.loss_floor(train.patch_count(run_args), run_args.temperature)
         metrics["seconds"] = recorded.get("train_seconds", 0.0) + time.perf_counter() - start_time
         if rank == 0:
-            files.write_json(args.folder / ("held_out.json" if args.held_out else "metrics.json"), metrics)
+            file = args.folder / ("held_out.json" if args.held_out else "metrics.json")
+            write_metrics(file, metrics, METRICS_IF_FINITE)
             (args.folder / "eval_state.pt").unlink(missing_ok=True)
-            shown = (f"{name} {metrics[name]:.4g}" for name in METRICS_IF_FINITE if metrics.get(name) is not None)
-            print(f"{args.folder}: {'  '.join(shown)}")
 
 
 if __name__ == "__main__":

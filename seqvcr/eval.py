@@ -39,10 +39,10 @@ from torch import Tensor
 if not __package__:  # run as a script: import from this clone, not from an installed copy
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import checkpoints, cli, devices, files
+from common import checkpoints, cli, devices
 from common.cli import fail
 from common.lock import run_lock
-from common.run import load_finished, read_log
+from common.run import load_finished, read_log, write_metrics
 from seqvcr import tasks
 from seqvcr.net import GPT
 from seqvcr.train import (
@@ -308,9 +308,7 @@ def main(argv: list[str] | None = None) -> None:
         name = "held_out" if args.held_out else "metrics"
         if args.alpha != 1:  # do not overwrite metrics.json, which the studies read
             name += f"-alpha-{args.alpha:g}"
-        files.write_json(args.folder / f"{name}.json", metrics)
-        printed = (f"{name} {metrics[name]:.4g}" for name in METRICS_IF_FINITE if isinstance(metrics.get(name), float))
-        print(f"{args.folder}: {'  '.join(printed)}")
+        write_metrics(args.folder / f"{name}.json", metrics, METRICS_IF_FINITE)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from common import checkpoints, cli, devices, files, image_folder, images, probe
 from common.cli import fail
 from common.images import Data
 from common.lock import run_lock
-from common.run import check_data, load_finished, read_log
+from common.run import check_data, load_finished, read_log, write_metrics
 from common.weights import read_weights
 from simsiam import train
 from simsiam.train import SimSiam, build_model, extract_features, representation_metrics
@@ -272,10 +272,9 @@ def main(argv: list[str] | None = None) -> None:
             metrics["weights"] = f"{args.weights.name}, backbone sha256 {digest(model.backbone)}"
         metrics["seconds"] = recorded.get("train_seconds", 0.0) + time.perf_counter() - start_time
         if rank == 0:
-            files.write_json(args.folder / ("held_out.json" if args.held_out else "metrics.json"), metrics)
+            file = args.folder / ("held_out.json" if args.held_out else "metrics.json")
+            write_metrics(file, metrics, METRICS_IF_FINITE)
             (args.folder / "eval_state.pt").unlink(missing_ok=True)
-            shown = (f"{name} {metrics[name]:.4g}" for name in METRICS_IF_FINITE if metrics.get(name) is not None)
-            print(f"{args.folder}: {'  '.join(shown)}")
 
 
 if __name__ == "__main__":
