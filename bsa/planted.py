@@ -5,6 +5,7 @@ the length of this path is its depth. 64 further atoms are modifiers, which may 
 of its concept's atoms, 1 to 5 modifiers and Gaussian noise.
 """
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -20,8 +21,12 @@ class PlantedConcepts(NamedTuple):
     depth: np.ndarray
 
 
+@functools.lru_cache(maxsize=1)  # an evaluation needs them twice
 def planted_concepts(count: int = 20_000, seed: int = 0) -> PlantedConcepts:
-    """Return `count` rows, which depend on `seed` only. Atoms have norm 1; the noise has std 0.05 in each channel."""
+    """Return `count` rows, which depend on `seed` only. Atoms have norm 1; the noise has std 0.05 in each channel.
+
+    Calls with equal arguments return the same arrays: do not change them.
+    """
     rng = np.random.default_rng(np.random.Philox(key=seed))
     directions = rng.standard_normal((TREE + MODIFIERS, WIDTH))
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)

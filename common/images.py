@@ -208,14 +208,13 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
 
     A constant channel has a standard deviation of exactly 0.
     """
-    count = images.numel() // 3
-    sums = torch.zeros(2, 3, dtype=torch.float64, device=images.device)
+    counts = torch.zeros(3, 256, dtype=torch.int64, device=images.device)  # how often each value occurs in a channel
     for block in images.split(4096):
-        scaled = block.double() / 255
-        sums += torch.stack([scaled.sum((0, 2, 3)), scaled.square().sum((0, 2, 3))])
-    mean, mean_square = sums / count
+        counts += torch.stack([block[:, channel].flatten().bincount(minlength=256) for channel in range(3)])
+    values, count = torch.arange(256, dtype=torch.float64, device=images.device) / 255, images.numel() // 3
+    mean, mean_square = ((counts * powers).sum(1) / count for powers in (values, values.square()))
     std = (mean_square - mean**2).clamp_min(0).sqrt()
-    constant = images.amin((0, 2, 3)) == images.amax((0, 2, 3))  # with rounding errors, their variance may be above 0
+    constant = (counts > 0).sum(1) == 1  # with rounding errors, their variance may be above 0
     return mean.float().view(3, 1, 1), std.masked_fill(constant, 0).float().view(3, 1, 1)
 
 
