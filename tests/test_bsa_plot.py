@@ -220,6 +220,7 @@ def test_metrics_that_no_finished_run_has_are_left_out(tmp_path, no_figure_files
     assert not [note for note in summary["notes"] if any(name in note for name in absent)]
 
 
+@pytest.mark.slow
 def test_unfinished_runs_count_as_missing(tmp_path):
     for arm in ("base", "mse"):
         (run(tmp_path / "runs", arm, 0) / "metrics.json").unlink()

@@ -714,6 +714,7 @@ def test_diagnostic_images_are_evenly_spaced_in_the_test_set():
     assert len(train.diagnostic_batch(parse_args(), random_images(20))[0]) == 20
 
 
+@pytest.mark.slow
 def test_online_keys_become_a_position_code_without_stop_gradient():
     """A few hundred small steps reach this optimum, which ignores the image. EMA keys keep encoding content."""
     generator = torch.Generator().manual_seed(0)

@@ -89,7 +89,9 @@ def draw(root, study, seeds, report):
     return json.loads(path.read_text()) if path.exists() else None
 
 
-@pytest.mark.parametrize(("study", "seeds"), list(zip(STUDIES, (3, 1), strict=True)))
+@pytest.mark.parametrize(
+    ("study", "seeds"), [("conmim-stop-gradient", 3), pytest.param("conmim-asymmetry", 1, marks=pytest.mark.slow)]
+)
 def test_figures_and_tables_of_every_study(tmp_path, study, seeds):
     declared = STUDIES[study]
     write_runs(tmp_path / "runs", seeds)

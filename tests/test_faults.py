@@ -73,6 +73,7 @@ def killed(uninterrupted, pictures, tmp_path) -> Path:
 # ---------------------------------------------------------------------------------------------- kills
 
 
+@pytest.mark.slow
 def test_run_killed_during_writes_resumes_bit_identically(uninterrupted, pictures, tmp_path):
     out, rng, deaths = tmp_path / "a folder with späces" / "0", random.Random(0), 0
     while deaths < 50:

@@ -216,6 +216,7 @@ def test_knn_on_pixels_or_an_untrained_network_is_poor(data: tuple[str, Tensor, 
     assert 100 / glyphs.classes(preset) < untrained_accuracy < untrained_high
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", ["glyphs10"], indirect=True)
 def test_a_trained_network_classifies_glyphs(data: tuple[str, Tensor, Tensor, Tensor, Tensor]) -> None:
     _, train, train_labels, test, test_labels = data

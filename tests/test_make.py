@@ -672,6 +672,7 @@ def test_only_a_changed_arm_is_trained_with_replace(repo):
     assert changed == {"no-predictor"}
 
 
+@pytest.mark.slow
 def test_a_rehearsal_runs_every_arm_in_a_separate_folder(repo):
     code, calls, printed = repo.make("rehearsal", "PAPERS=simsiam bsa", "EXTRA=--batch 8", "-j2")
     assert code == 0 and len(runs(calls)) == len(runs(calls, "eval")) == 9
