@@ -166,6 +166,15 @@ def test_16_bit_and_constant_images_are_an_error(size, pictures, tmp_path, capsy
     assert end.value.code == 2 and "are equal: give images that are not constant" in capsys.readouterr().err
 
 
+def test_channel_statistics_equal_mean_and_std_of_the_scaled_pixels():
+    pixels = torch.randint(0, 256, (5000, 3, 4, 4), generator=torch.Generator().manual_seed(0)).byte()
+    pixels[:, 1] //= 7
+    mean, std = images.channel_statistics(pixels)
+    scaled = pixels.double() / 255
+    torch.testing.assert_close(mean.flatten(), scaled.mean((0, 2, 3)).float())
+    torch.testing.assert_close(std.flatten(), scaled.std((0, 2, 3), correction=0).float())
+
+
 def test_a_constant_channel_has_a_standard_deviation_of_exactly_zero():
     """Rounding leaves many constants a tiny variance, by which pixels would be divided."""
     for value in range(256):
