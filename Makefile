@@ -6,7 +6,7 @@
 ## make report                draw figures and page from existing runs; make -n STUDY lists what would run
 ## make publish [STUDY ...]   redraw studies and copy them to results/SCALE, which git tracks
 ## make page                  HTML page of results/SCALE
-## make rehearsal | cost      smoke test: a few steps of every arm | estimated hours of every arm and study
+## make rehearsal | cost      of the main studies: a few steps of every arm | estimated hours per arm and study
 ## make cocord-teachers       train CoCoRD's teachers
 ## make gpu-check             test on a GPU: correctness, agreement with the CPU, speed
 ## make data | doctor | bench | test | test-all | lint
@@ -98,7 +98,7 @@ demo:
 	$(if $(filter-out demo,$(call given,SCALE)),$(error invalid SCALE=$(SCALE): make demo has SCALE=demo, use make primary))
 	@+$(MAKE) --no-print-directory primary SCALE=demo $(if $(call given,SEEDS),,SEEDS=first) \
 		$(if $(call given,DEVICE),,DEVICE=cpu) \
-		$(if $(findstring -j,$(MAKEFLAGS)),,-j$(shell getconf _NPROCESSORS_ONLN))
+		$(if $(filter -j%,$(MAKEFLAGS)),,-j$(shell getconf _NPROCESSORS_ONLN))
 
 # In make publish STUDY the names are arguments, not goals. publish and page always cover all papers.
 ifneq ($(filter publish,$(MAKECMDGOALS)),)
@@ -114,7 +114,7 @@ page: | $(venv)
 		remove PAPERS, RUNS and RESULTS))
 	@$(python) -m common.study.publish page $(request)
 
-# Train every arm for a few steps, evaluate and draw it, in a separate folder that is deleted first.
+# Train every arm of the main studies for a few steps, evaluate and draw it, in a folder that is deleted first.
 REHEARSAL := runs/rehearsal/$(SCALE)
 rehearse = $(MAKE) --no-print-directory SEEDS=first RUNS=$(REHEARSAL) RESULTS=$(REHEARSAL)/report \
 	EXTRA='--rehearse 20 '$(call quote,$(value EXTRA))

@@ -145,15 +145,20 @@ def apply_paper_rules(summary: dict[str, Any]) -> dict[str, Any]:
     The verdicts "worse" and "better" require that EMA and online weights agree in sign.
     """
     notes, added = [], []
-    for primary in tables.primary_contrasts(summary):
-        arm, reference = primary["arm"], primary["reference"]
+    for compared in summary["contrasts"]:
+        arm, reference = compared["arm"], compared["reference"]
         contrasts = [
             contrast
             for contrast in summary["all_contrasts"]
             if contrast["arm"] == arm and contrast["reference"] == reference
         ]
         online = next(contrast for contrast in contrasts if contrast["metric"] == ONLINE)
-        if None not in (primary["mean"], online["mean"]) and primary["mean"] * online["mean"] < 0:
+        disagree = None not in (compared["mean"], online["mean"]) and compared["mean"] * online["mean"] < 0
+        if disagree and compared["word"] in ("worse", "better"):
+            compared["word"] = DISAGREE
+        if not compared["primary"]:
+            continue
+        if disagree:
             sentence = (
                 f"{arm}:{reference}: {difference_text(contrasts, PRIMARY)} with EMA weights and "
                 f"{difference_text(contrasts, ONLINE).removeprefix(METRICS[ONLINE].label + ' ')} with online weights "
@@ -161,12 +166,10 @@ def apply_paper_rules(summary: dict[str, Any]) -> dict[str, Any]:
             )
             notes.append(sentence)
             added.append(sentence)
-            if primary["word"] in ("worse", "better"):
-                primary["word"] = DISAGREE
         diagnostics = "; ".join(difference_text(contrasts, name) for name in ("own_top1", "cross_top1", "position_r2"))
         sentence = f"Position diagnostics (they need no labels), {arm} minus {reference}: {diagnostics}."
         notes.append(sentence)
-        if primary["word"] in (TOO_WEAK, DISAGREE):
+        if compared["word"] in (TOO_WEAK, DISAGREE):
             added.append(sentence)
     remarks = [f"{row['arm']} {row['word']}" for row in summary["rows"] if row["word"]]
     if remarks:
@@ -427,12 +430,11 @@ def all_arms(folder: Path, study_arms: Sequence[str]) -> list[str]:
 
 
 def draw(view: results.View) -> dict[str, figures.Drawing]:
-    """Return the figures of a study by name, and apply the rules of this paper to its summary."""
+    """Return the figures of a study by name."""
     runs, seeds = view.runs, view.seeds
     _, at, setting = view.reference.partition("@")
     base = f"base{at}{setting}"
     baselines = list(dict.fromkeys(item.baseline_arm for item in view.study.must_beat))
-    view.summary |= apply_paper_rules(view.summary)
     remarks = {
         row["arm"]: ", ".join(f"{len(row[name])} {name}" for name in ("diverged", "missing") if row[name])
         for row in view.summary["rows"]
@@ -467,7 +469,7 @@ def draw(view: results.View) -> dict[str, figures.Drawing]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    plotting.main(argv, __doc__, design, describe, draw, position_code)
+    plotting.main(argv, __doc__, design, describe, draw, position_code, apply_paper_rules)
 
 
 if __name__ == "__main__":

@@ -193,7 +193,7 @@ def design(scale: str, settings: Settings) -> Design:
                 metric="entropy_batch_level",
                 margin=None,
                 second_metric="exact_match",
-                must_beat=[beats_off(f"base@{setting}")],
+                must_beat=[beats_off(f"{arm}@{setting}") for arm in ("width-512", "base")],
             ),
             *([calibration] if expected else []),
             extra(
@@ -228,7 +228,7 @@ def design(scale: str, settings: Settings) -> Design:
                 metric="entropy_batch_level",
                 margin=None,
                 n=5,
-                must_beat=[beats_off(f"level-{other}@{setting}")],
+                must_beat=[beats_off(f"level-{other}{arm}@{setting}") for arm in ("-width-512", "")],
             ),
             extra(
                 "seqvcr-pause",

@@ -145,6 +145,8 @@ def test_a_study_runs_seed_by_seed_and_then_is_up_to_date(repo):
     assert len(drawn) == 2 and calls[-1].startswith("-m common.study.page")
     assert drawn[0] < next(index for index, call in enumerate(calls) if "base/1" in call)
     assert repo.make("simsiam-predictor", "SEEDS=0 1")[:2] == (0, [])
+    (repo.folder / "common/study/statistics.py").touch()  # the analysis has changed, the runs have not
+    assert [call.split()[0] for call in repo.make("simsiam-predictor", "SEEDS=0 1")[1]] == ["simsiam/plot.py", "-m"]
     assert runs(repo.make("simsiam-predictor", "SEEDS=0 1 2")[1]) == [f"{arm}/2" for arm in arms]
 
 
@@ -161,6 +163,14 @@ def test_other_seeds_redraw_the_study_without_new_runs(repo):
 def test_two_studies_in_one_command_share_their_runs(repo):
     code, calls, _ = repo.make("simsiam-predictor", "simsiam-stop-gradient", "SEEDS=0", "-j2")
     assert code == 0 and sorted(runs(calls)) == sorted(set(runs(calls))) and len(runs(calls)) == 4
+
+
+def test_the_flags_of_an_arm_win_over_extra():
+    """Otherwise EXTRA would turn an arm into another one, for example "no pre-training" into base."""
+    request = Request.parse(["PAPERS=conmim", "SCALE=demo", "EXTRA=--epochs 3"])
+    design = request.designs["conmim"]
+    flags = {name: request.flags(design, design.arm(name)) for name in ("base", "no-pretraining")}
+    assert flags == {"base": ["--epochs", "3"], "no-pretraining": ["--epochs", "3", "--epochs", "0"]}
 
 
 @pytest.mark.slow
@@ -542,6 +552,8 @@ def test_report_draws_unfinished_studies_and_runs_nothing(repo):
     assert [call.split()[0] for call in calls] == ["simsiam/plot.py", "-m"] and "--seeds 0 --" in calls[0]
     repo.make("runs/demo/simsiam/leak-0.1/10/model.pt")  # an extra is drawn if it has a run that no main study shares
     assert [call.split()[1] for call in repo.make("report")[1]][12:] == ["simsiam-gradient-leak", "common.study.page"]
+    (repo.folder / "runs/demo/report/conmim-calibration.json").write_text("{}")  # its arms are shared
+    assert "conmim-calibration" in [call.split()[1] for call in repo.make("report")[1]]
 
 
 def test_if_drawing_a_study_fails_the_others_and_the_page_are_drawn(repo):
@@ -570,6 +582,8 @@ def test_if_drawing_a_study_fails_the_others_and_the_page_are_drawn(repo):
         ("page RUNS=x", "make page shows results/demo: remove PAPERS"),
         ("simsiam SEEDS=0\\ 00", "give each seed once"),
         ("simsiam EXTRA=--seed=7", "set SEEDS instead of --seed"),
+        ("seqvcr EXTRA=--size=3", "*** invalid EXTRA=--size=3: every arm of seqvcr sets its own --size: remove it"),
+        ("cocord EXTRA=--student=vgg8", "every arm of cocord sets its own --student: remove it"),
         ("simsiam EXTRA=--data-seed=3", "set SEEDS instead of --data-seed"),
         ("simsiam EXTRA=--data-seed\\ 3", "set SEEDS instead of --data-seed"),
         ("simsiam RUNS=a=b", "give a path without ="),
@@ -736,6 +750,13 @@ def test_another_data_matrix_retrains_the_runs(repo):
     for name, value, paper in (("PAIRS", "vgg13-vgg8", "cocord"), ("TASKS", "2x2", "seqvcr")):
         drawn = [call for call in repo.make(paper, "SEEDS=0", f"{name}={value}")[1] if "plot.py" in call]
         assert drawn and all(f"{name}={value}" in call and f"--{name.lower()} {value}" in call for call in drawn)
+
+
+@pytest.mark.slow
+def test_demo_runs_in_parallel_also_if_a_variable_contains_j(repo):
+    for words, parallel in ((["RUNS=my-jobs"], True), (["-j1"], False)):
+        text = subprocess.run(["make", "-n", "demo", *words], cwd=repo.folder, capture_output=True, text=True).stdout
+        assert bool(re.search(r"primary SCALE=demo .* -j\d+$", text, re.MULTILINE)) == parallel
 
 
 def test_demo_runs_the_primary_contrasts_with_one_seed_on_the_cpu(repo):

@@ -105,7 +105,7 @@ class Page(HTMLParser):
 EVERY_WORD = {f"toy-{index}": summary(contrast(word)) for index, word in enumerate(tables.VERDICT_COLOURS)}
 
 
-def test_each_verdict_has_its_colour_and_the_legend_names_it_in_at_most_90_words(tmp_path):
+def test_each_verdict_has_its_colour_and_the_legend_names_it_in_at_most_105_words(tmp_path):
     weak = contrast("higher", p=0.9, arm="weak")
     parsed, _ = write(tmp_path, EVERY_WORD | {"toy-weak": summary(weak), "toy-old": earlier(), "toy-gone": None})
     assert {word for _, word in parsed.words} >= {*tables.VERDICT_COLOURS, "higher†", "lower"}
@@ -115,7 +115,7 @@ def test_each_verdict_has_its_colour_and_the_legend_names_it_in_at_most_90_words
             assert f".word.{name} {{ background: {tables.VERDICT_COLOURS[word.rstrip('†')]};" in parsed.text
         assert word.rstrip("†") in parsed.legend
     assert "†" in parsed.legend and page.EARLIER in parsed.legend
-    assert len(parsed.legend.split()) <= 90
+    assert len(parsed.legend.split()) <= 105
     few, _ = write(tmp_path / "few", {"toy-arm": summary()})
     assert "worse" in few.legend and not any(text in few.legend for text in ("better", "unclear", "†", "grey"))
 
@@ -386,6 +386,16 @@ def test_the_page_fits_on_a_phone(tmp_path):
     parsed, _ = write(tmp_path, studies)
     assert overflow(tmp_path, parsed.text) == 0
     assert overflow(tmp_path, parsed.text.replace(page.STYLE, "")) > 0  # the measurement can fail
+
+
+def test_the_table_of_the_readme_names_the_contrast_of_each_verdict_if_they_differ(tmp_path):
+    studies = {
+        "toy-a": summary(contrast("worse", arm="x"), contrast("no difference", arm="y")),
+        "toy-b": summary(contrast("worse", arm="x"), contrast("worse", arm="y")),
+    }
+    write(tmp_path, studies)
+    cells = [line.split(" | ")[-1] for line in page.results_table(tmp_path, list(studies), "README.md").split("\n")[2:]]
+    assert cells == ["x − base: worse; y − base: no difference |", "worse |"]
 
 
 def test_only_a_study_that_is_too_weak_to_test_shows_its_remark_in_the_overviews(tmp_path):

@@ -5,12 +5,14 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
 from common.study import publish
+from common.study.design import Arm
 from common.study.request import Request
 
 STUDIES = """
@@ -190,6 +192,23 @@ def test_blocks_may_have_different_data_and_the_arms_of_a_block_may_not(clone, c
     assert "runs used different data" in reason
     run("arm", 1, 21.0, "--leak 1", data="d", data_seed=1)
     assert "toy-arm: runs used different data" in errors(capsys)
+
+
+def test_runs_with_other_weights_of_one_teacher_are_refused(clone):
+    """A teacher that was trained again has other weights; its finished students are not trained again."""
+    request = Request.parse(VARIABLES)
+    design = request.designs["toy"]
+    design.teachers, study = [Arm("teacher")], design.study("toy-arm")
+    for name in ("base", "arm"):
+        design.by_name[name] = replace(design.by_name[name], needs="teacher")
+    design.by_name["teacher"] = design.teachers[0]
+    for arm, flags in (("base", ""), ("arm", "--leak 1"), ("teacher", "")):
+        for seed in (0, 1):
+            run(arm, seed, 60.0, flags, data_seed=seed, data=str(seed), teacher_weights=f"weights {seed}")
+    assert publish.problems(request, design, study) == []
+    run("arm", 1, 60.0, "--leak 1", data_seed=1, data="1", teacher_weights="other weights")
+    (reason,) = publish.problems(request, design, study)
+    assert "runs used different weights of the teacher (teacher, seed 1)" in reason
 
 
 def test_every_arm_needs_only_its_own_seeds(clone):

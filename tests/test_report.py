@@ -338,6 +338,38 @@ def test_baselines_by_arm_direction_and_setting(tmp_path):
     assert both["verdict"] == "arm@a: worse; arm@b: too weak to test" and both["counted"]
 
 
+def test_a_contrast_with_a_baseline_arm_or_without_a_tested_arm_requires_no_baseline(tmp_path):
+    """The method against its baseline has a verdict of its own, also if another arm of the study fails."""
+    grid(tmp_path, base=BASE, arm=ARM, weak=UNTRAINED, scratch=UNTRAINED, other=BASE)
+    must_beat = [MustBeat(name, "no pretraining", "knn", baseline_arm="scratch") for name in ("base", "weak")]
+    contrasts = ["arm:base", "base:scratch", "weak:scratch", "arm:weak", "weak:other", "arm:other"]
+    summary = summarise(tmp_path, contrasts=contrasts, must_beat=must_beat)
+    words = {f"{contrast['arm']}:{contrast['reference']}": contrast["word"] for contrast in summary["contrasts"]}
+    assert words == {
+        "arm:base": "worse",
+        "base:scratch": "better",
+        "weak:scratch": "unclear",
+        "arm:weak": "too weak to test",
+        "weak:other": "too weak to test",
+        "arm:other": "worse",
+    }
+
+
+def test_a_failed_baseline_does_not_hide_the_other_primary_contrasts(tmp_path):
+    grid(tmp_path, base=BASE, arm=ARM, weak=[value - 5 for value in UNTRAINED])
+    must_beat = [MustBeat(name, "the untrained network", "knn", "untrained_knn") for name in ("base", "weak")]
+    summary = summarise(tmp_path, contrasts=["arm:base", "arm:weak"], primary=2, must_beat=must_beat)
+    assert summary["verdict"] == "arm:base: worse; arm:weak: too weak to test"
+    parts = summary["headline"].split("; ")
+    assert parts[0].startswith("arm hurts: kNN accuracy 62.6 -> ") and len(parts) == 3
+    assert parts[1].startswith("arm (instead of weak) cannot be tested:")
+    assert parts[2] == "kNN accuracy of weak (15.1) is below that of the untrained network (20.1)."
+    both = summarise(tmp_path, contrasts=["arm:weak"], must_beat=must_beat[1:])
+    assert both["headline"] == (
+        "Too weak to test: kNN accuracy of weak (15.1) is below that of the untrained network (20.1)."
+    )
+
+
 def test_there_is_no_finding_if_the_baseline_was_not_run(tmp_path):
     grid(tmp_path, base=BASE, arm=ARM)
     missing = summarise(tmp_path, must_beat=[MustBeat("base", "no pretraining", "knn", baseline_arm="scratch")])

@@ -147,21 +147,18 @@ def _baseline(runs: Runs, must_beat: MustBeat, lower_is_better: bool) -> dict[st
 
 def _required_baselines(contrast: dict[str, Any], baselines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the baselines that a contrast requires: if one is not beaten, the contrast is not informative."""
-    indices = required_baselines(contrast["arm"], contrast["reference"], [baseline["arm"] for baseline in baselines])
-    return [baselines[index] for index in indices]
+    tested = [(baseline["arm"], baseline["baseline_arm"]) for baseline in baselines]
+    return [baselines[index] for index in required_baselines(contrast["arm"], contrast["reference"], tested)]
 
 
 def verdict_with_baselines(contrast: dict[str, Any], baselines: list[dict[str, Any]]) -> str:
-    """Return the verdict of a contrast, or TOO_WEAK or NO_BASELINE if a baseline that it requires was not beaten.
-
-    Only a calibration has no baselines at all.
-    """
-    if contrast["low"] is None or contrast["word"] == "not judged" or not baselines:
+    """Return the verdict of a contrast, or TOO_WEAK or NO_BASELINE if a baseline that it requires was not beaten."""
+    if contrast["low"] is None or contrast["word"] == "not judged":
         return contrast["word"]
     passed = [baseline["passed"] for baseline in _required_baselines(contrast, baselines)]
     if False in passed:
         return TOO_WEAK
-    return NO_BASELINE if not passed or None in passed else contrast["word"]
+    return NO_BASELINE if None in passed else contrast["word"]
 
 
 def _row(runs: Runs, arm: str, metrics: Mapping[str, Metric], remark_of: RemarkFunction | None) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""Estimate the hours of every arm and study from finished runs or rehearsals: `make rehearsal`, `make cost`.
+"""Estimate the hours of the main studies and their arms from finished runs or rehearsals: `make cost`.
 
     python -m common.study.cost PAPERS="simsiam bsa" SCALE=gpu --rehearsals runs/rehearsal/gpu
 
-The hours of an arm are the mean of its finished runs with the requested flags. Without such runs, the speed of the
-last epoch of its rehearsal gives the training time, without the per-epoch kNN evaluation and eval.py. Arms and
+The hours of an arm are the mean of its finished runs with the requested flags: training and eval.py, without the kNN
+evaluation after each epoch. Without such runs, the speed of the last epoch of its rehearsal gives the training time
+alone. Arms and
 teachers that several studies share are counted once. --unknown prints only the files that a rehearsal must create.
 Needs only the standard library.
 """
@@ -18,7 +19,7 @@ from common.cli import Parser, fail
 from common.study.design import Design, DesignError, Study
 from common.study.request import Request, read_text
 
-Arm = tuple[str, str]  # paper, name
+ArmKey = tuple[str, str]  # paper, name
 
 
 class Cost(NamedTuple):
@@ -75,9 +76,9 @@ def _read_object(path: Path) -> dict[str, Any]:
         return {}
 
 
-def seeds_of_arms(request: Request, design: Design, studies: Sequence[Study]) -> dict[Arm, set[int]]:
+def seeds_of_arms(request: Request, design: Design, studies: Sequence[Study]) -> dict[ArmKey, set[int]]:
     """Return the seeds of all runs of the studies, and of their teachers. Shared runs are counted once."""
-    seeds: dict[Arm, set[int]] = {}
+    seeds: dict[ArmKey, set[int]] = {}
     for study in studies:
         for name in study.arms:
             arm_seeds = request.seeds_of(study, name)
@@ -101,9 +102,9 @@ def rehearsal_target(request: Request, folder: Path, design: Design, arm: str) -
     return folder / design.paper / arm / str(request.data_seed(seed) if is_teacher else seed) / name
 
 
-def cost_tables(studies: Mapping[str, Mapping[Arm, set[int]]], costs: Mapping[Arm, Cost]) -> str:
+def cost_tables(studies: Mapping[str, Mapping[ArmKey, set[int]]], costs: Mapping[ArmKey, Cost]) -> str:
     """Return two text tables: one row per arm, and one row per study (name -> arm -> seeds)."""
-    total: dict[Arm, set[int]] = {}
+    total: dict[ArmKey, set[int]] = {}
     for arms in studies.values():
         for arm, seeds in arms.items():
             total[arm] = total.get(arm, set()) | seeds
@@ -120,9 +121,7 @@ def cost_tables(studies: Mapping[str, Mapping[Arm, set[int]]], costs: Mapping[Ar
         unknown = " + unknown arms" if any(arm not in costs for arm in arms) else ""
         hours = sum(len(seeds) * costs[arm].hours for arm, seeds in arms.items() if arm in costs)
         study_rows.append([study, str(sum(map(len, arms.values()))), duration(hours) + unknown])
-    note = (
-        "Runs one after the other. Source `rehearsal`: training only, without the per-epoch kNN evaluation and eval.py."
-    )
+    note = "Runs one after the other, without the kNN evaluation after each epoch. Source `rehearsal`: training only."
     return "\n\n".join([align(arm_rows), align(study_rows), note])
 
 
@@ -151,8 +150,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         request = Request.parse(args.variables)
     except DesignError as error:
         fail(str(error))
-    studies: dict[str, dict[Arm, set[int]]] = {}
-    costs: dict[Arm, Cost] = {}
+    studies: dict[str, dict[ArmKey, set[int]]] = {}
+    costs: dict[ArmKey, Cost] = {}
     unknown = []
     for design in request.designs.values():
         main_studies = [study for study in design.studies if not study.extra]

@@ -545,13 +545,15 @@ def summary_slide(
     """Return a slide (16:9): the headline, at most five differences on the left, and one panel of curves or dots."""
     contrasts = _ordered_contrasts(summary)
     left_out = len(contrasts) - SLIDE_CONTRASTS
-    contrasts, n = contrasts[:SLIDE_CONTRASTS], max(contrast["n"] for contrast in contrasts)
+    contrasts = contrasts[:SLIDE_CONTRASTS]
+    counts = sorted({contrast["n"] for contrast in contrasts})
+    seeds = f"{' or '.join(map(str, counts))} seed{'' if counts == [1] else 's'}"
     with matplotlib.rc_context(SLIDE):
         figure = Figure(figsize=(12.8, 7.2))
         size, title = _headline(summary["headline"])
         figure.text(0.02, 0.965, title, fontsize=size, fontweight="bold", va="top", linespacing=1.15)
         top = 0.955 - (title.count("\n") + 1) * size * 1.25 / (7.2 * 72)
-        subtitle = f"{summary['paper']}: {summary['data']}; {n} seed{'' if n == 1 else 's'}"
+        subtitle = f"{summary['paper']}: {summary['data']}; {seeds}"
         subtitle = textwrap.fill(subtitle, 108)
         figure.text(0.02, top, subtitle, fontsize=14, color="#555555", va="top")
         top -= (subtitle.count("\n") + 1) * 14 * 1.25 / (7.2 * 72)
@@ -594,8 +596,8 @@ def summary_slide(
 
 
 def _headline(text: str) -> tuple[int, str]:
-    """Return the largest font size at which the headline fits on one or two lines, and its lines without settings."""
-    text = re.sub(r"@[\w.+-]*\w", "", text).replace("->", "→")
+    """Return the largest font size at which the headline fits on one or two lines, and its lines."""
+    text = text.replace("->", "→")
     for size, characters, most in ((25, 59, 1), (22, 67, 1), (20, 73, 1), (22, 67, 2), (19, 78, 2), (16, 92, 3)):
         lines = textwrap.wrap(text, characters)
         if len(lines) <= most:

@@ -33,15 +33,16 @@ RESOLVED = ("worse", "better", "higher", "lower")  # verdicts that Holm's correc
 TESTED = (*RESOLVED, "no difference", "unclear")
 LEGEND = {  # verdicts -> what they mean
     ("no difference",): "interval inside the margin",
-    ("worse", "better"): "otherwise, it excludes zero",
-    ("higher", "lower"): "likewise, neither side preferred",
+    ("worse", "better"): "interval excludes zero, not inside the margin",
+    ("higher", "lower"): "the same, no better side",
+    ("signs differ",): "between EMA and online weights",
     ("unclear",): "none of these",
-    ("too weak to test",): "reference does not beat its baseline",
+    ("too weak to test",): "reference does not clearly beat its baseline",
     ("no baseline", "one seed", "not run"): "no test possible",
 }
 CHANGE = "a → b: reference → arm."
 BARS = f"{CHANGE} Bar: arm − reference, 95 % interval over n seeds; band: margin; "
-BARS += "one scale per paper."
+BARS += "one scale per paper and metric."
 DIFFERENCES = f"{CHANGE} Difference: arm − reference, 95 % interval over n seeds."
 DAGGER = "†: does not survive Holm's correction over this page"
 DEPENDS_ON_RATE = "depends on the learning rate"
@@ -626,11 +627,13 @@ def results_table(folder: Path, studies: Sequence[str], link: str) -> str:
             ]
             rows.append([name, f"{metric['label']}: {'; '.join(contrasts)}", f"{summary['verdict']} ‡"])
         else:
-            words = dict.fromkeys(
-                contrast["word"] + marks.get((study, contrast["arm"], contrast["reference"]), "")
-                for contrast in tables.primary_contrasts(summary)
-            )
-            rows.append([name, result_sentence(summary), "; ".join(words)])
+            words = {}
+            for contrast in tables.primary_contrasts(summary):
+                mark = marks.get((study, contrast["arm"], contrast["reference"]), "")
+                words[contrast_label(contrast)] = contrast["word"] + mark
+            same = len(set(words.values())) == 1
+            verdicts = [word if same else f"{label}: {word}" for label, word in words.items()]
+            rows.append([name, result_sentence(summary), "; ".join(dict.fromkeys(verdicts))])
     table = tables.markdown(rows)
     return f"{table}\n\n‡ {EARLIER_NOTE}" if "‡" in table else table
 

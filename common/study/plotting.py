@@ -73,12 +73,13 @@ def main(
     describe: Callable[[Runs], str],
     draw: Callable[[View], Mapping[str, figures.Drawing]],
     remark_of: RemarkFunction | None = None,
+    rule: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> None:
     """Run a paper's plot.py: write figures and tables of one study from its existing runs and print its finding.
 
     `describe` returns data and training setup in words, or "" if there are no runs. `draw` returns the figures by name
-    and may change the summary of its View. `remark_of`: see `summarise`. Exits with code 2 if the design does not
-    declare the study.
+    and may change the summary of its View. `remark_of`: see `summarise`. `rule` returns the summary after a rule of the
+    paper. Exits with code 2 if the design does not declare the study.
     """
     args = parse_args(description, argv)
     try:
@@ -101,7 +102,7 @@ def main(
         report.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"--results {report} cannot be written ({error.strerror}): give another folder")
-    summary = summarise(study, runs, measured_metrics(study, paper, runs), remark_of) | {
+    summary = rule(summarise(study, runs, measured_metrics(study, paper, runs), remark_of)) | {
         "paper": paper.title,
         "scale": args.scale,
         "data": data,

@@ -49,6 +49,7 @@ def problems(request: Request, design: Design, study: Study) -> list[str]:
             dirty.append(folder)
     sources: dict[str, set[Any]] = {}
     data: dict[tuple[str, int], set[Any]] = {}
+    teachers: dict[tuple[str, int], set[Any]] = {}
     for folder, provenance in finished.items():
         script = provenance.get("script", "")
         sources.setdefault(script, set()).add(provenance.get("source"))
@@ -56,6 +57,8 @@ def problems(request: Request, design: Design, study: Study) -> list[str]:
             sources.setdefault(f"{design.paper}/eval.py", set()).add(provenance["eval_source"])
         setting, block = folders[folder].partition("@")[2], request.data_seed(int(folder.name))
         data.setdefault((setting, block), set()).add(provenance.get("data"))
+        if teacher := design.arm(folders[folder]).needs:
+            teachers.setdefault((teacher, block), set()).add(provenance.get("teacher_weights"))
     mixed = [script for script, versions in sources.items() if len(versions) > 1]
     remedy = f"run make {study.name} SCALE={request.scale}"
     reasons = []
@@ -73,6 +76,9 @@ def problems(request: Request, design: Design, study: Study) -> list[str]:
         )
     if any(len(digests) > 1 for digests in data.values()):
         reasons.append(f"runs used different data; move those with other data away and {remedy}")
+    mixed = [f"{teacher}, seed {block}" for (teacher, block), digests in teachers.items() if len(digests) > 1]
+    if mixed:
+        reasons.append(f"runs used different weights of the teacher ({_shortened(mixed)}); move them away and {remedy}")
     return [f"{study.name}: {reason}" for reason in reasons]
 
 

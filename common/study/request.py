@@ -28,6 +28,11 @@ def is_matrix(data: str) -> bool:
     return data.lower().endswith(MATRIX_SUFFIXES) and not Path(data).is_dir()
 
 
+def _flags(words: Iterable[str]) -> set[str]:
+    """Return the names of the flags among the words of a command line."""
+    return {word.partition("=")[0] for word in words if word.startswith("--")}
+
+
 @dataclass(frozen=True)
 class Request:
     """The validated variables of one make command, and the designs of its papers."""
@@ -63,10 +68,8 @@ class Request:
             extra = tuple(shlex.split(variables.get("EXTRA", "")))
         except ValueError as error:
             raise DesignError(f"invalid EXTRA={variables['EXTRA']}: {error}") from None
-        for word in extra:
-            flag = word.split("=")[0]
-            if flag in VARIABLE_OF_FLAG:
-                raise DesignError(f"invalid EXTRA={variables['EXTRA']}: set {VARIABLE_OF_FLAG[flag]} instead of {flag}")
+        for flag in sorted(_flags(extra) & VARIABLE_OF_FLAG.keys()):
+            raise DesignError(f"invalid EXTRA={variables['EXTRA']}: set {VARIABLE_OF_FLAG[flag]} instead of {flag}")
         if (Path(data).is_file() and not is_matrix(data)) or (Path(data).suffix and not Path(data).exists()):
             formats = ", ".join(MATRIX_SUFFIXES)
             raise DesignError(f"invalid DATA={data}: give a folder, or for BSA an existing matrix ending in {formats}")
@@ -89,8 +92,16 @@ class Request:
         settings = Settings(
             pairs=tuple(variables.get("PAIRS", "").split()),
             tasks=tuple(variables.get("TASKS", "").split()),
-            own_data=is_matrix(data) or any(word.split("=")[0] == "--data-set" for word in extra),
+            own_data=is_matrix(data) or "--data-set" in _flags(extra),
         )
+        designs = {paper: load(paper, scale, settings) for paper in dict.fromkeys(papers)}
+        for paper, design in designs.items():
+            arms = [arm for name, arm in design.by_name.items() if name not in design.teacher_names()]
+            of_every_arm = set.intersection(*(_flags(shlex.split(arm.flags)) for arm in arms))
+            if useless := sorted(_flags(extra) & of_every_arm):
+                raise DesignError(
+                    f"invalid EXTRA={variables['EXTRA']}: every arm of {paper} sets its own {useless[0]}: remove it"
+                )
         runs = Path(variables.get("RUNS") or f"runs/{scale}")
         return cls(
             variables=variables,
@@ -103,7 +114,7 @@ class Request:
             extra=extra,
             runs=runs,
             results=Path(variables.get("RESULTS") or runs / "report"),
-            designs={paper: load(paper, scale, settings) for paper in dict.fromkeys(papers)},
+            designs=designs,
             own_data=settings.own_data,
         )
 
@@ -135,14 +146,14 @@ class Request:
         return seed if self.seed_draws_data else 0
 
     def flags(self, design: Design, arm: Arm) -> list[str]:
-        """Return the flags of an arm's runs, EXTRA included. From EXTRA a teacher gets only what selects its data."""
+        """Return EXTRA and the flags of an arm, which win. From EXTRA a teacher gets only what selects its data."""
         extra = list(self.extra)
         if arm.name in design.teacher_names():
             text = " ".join(extra)
             given = {name: re.findall(rf"--{name}[ =](\S+)", text) for name in ("rehearse", "data-set")}
             held_out = ["--held-out"] if "--held-out" in extra else []
             extra = [f"--{name}={found[-1]}" for name, found in given.items() if found] + held_out
-        return [*shlex.split(arm.flags), *extra]
+        return [*extra, *shlex.split(arm.flags)]
 
     def flags_text(self, design: Design, arm: Arm) -> str:
         """Return the content that the file `flags` of an up-to-date run has."""

@@ -98,8 +98,8 @@ def study_rules(request: Request, design: Design, study: Study) -> str:
         REPORT/.drawn/STUDY: ARM/10/metrics.json ...   # the runs of seed 10 come first
         STUDY@report:                                  # plot.py again
 
-    So a report is drawn again if a run of the sub-make's seed is newer, or if it was drawn from other contrasts, seeds
-    or runs.
+    So a report is drawn again if a run of the sub-make's seed or the code of the analysis is newer, or if it was drawn
+    from other contrasts, seeds or runs.
     """
     seeds = request.seeds_of(study)
     drawn = " ".join([*map(str, study.contrasts), "seeds", *map(str, seeds), "runs", str(request.runs)])
@@ -110,7 +110,8 @@ def study_rules(request: Request, design: Design, study: Study) -> str:
         f"\t@mkdir -p {shell([stamp.parent])}",
         f"\t{write_line(drawn, shell([stamp]))}",
     ]
-    prerequisites = f"{design.paper}/plot.py {design.paper}/studies.py{'' if current else ' FORCE'}"
+    sources = f"{design.paper}/plot.py {design.paper}/studies.py $(wildcard common/study/*.py)"
+    prerequisites = f"{sources}{'' if current else ' FORCE'}"
     lines = [f"# {' '.join(study.question.split())}", f"{target(stamp)}: {prerequisites}", *recipe]
     for goal, arms in ((study.name, study.arms), (f"{study.name}-primary", study.primary_only.arms)):
         for seed in seeds:
@@ -184,17 +185,18 @@ def goal_rules(request: Request) -> str:
 def page_rules(request: Request) -> str:
     """Return the rules of the HTML page and of `report`, which draws all studies from the runs that exist.
 
-    `report` includes an extra study only if a run exists that no main study shares.
+    `report` includes an extra study only if it was drawn before or if a run exists that no main study shares.
     """
     main_studies = [(design, study) for design, study in request.studies if not study.extra]
     shared = {(design.paper, arm) for design, study in main_studies for arm in study.arms}
     reported = []
     for design, study in request.studies:
         unshared = [arm for arm in study.arms if (design.paper, arm) not in shared]
-        if not study.extra or any((request.runs / design.paper / arm).is_dir() for arm in unshared):
+        drawn = (request.results / f"{study.name}.json").exists()
+        if not study.extra or drawn or any((request.runs / design.paper / arm).is_dir() for arm in unshared):
             reported.append(study.name)
     page = request.results / "index.html"
-    sources = [Path("common/study/page.py"), *request.results.glob("*.json")]
+    sources = [*Path("common/study").glob("*.py"), *request.results.glob("*.json")]
     current = page.exists() and all(file.stat().st_mtime <= page.stat().st_mtime for file in sources)
     extras = [study.name for _, study in request.studies if study.extra]
     draw: list[object] = ["-m", "common.study.page", "--results", request.results, "--scale", request.scale]

@@ -6,7 +6,7 @@ arm@third:reference@third and arm@triple:reference@triple.
 """
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import matplotlib
@@ -16,10 +16,9 @@ from matplotlib.figure import Figure
 
 from common.cli import NON_METHOD_FLAGS
 from common.study import figures, results, tables
-from common.study.analysis import TOO_WEAK
+from common.study.analysis import NOT_TESTED, TOO_WEAK
 from common.study.design import FINDINGS, Sweep
 from common.study.figures import without_setting
-from common.study.statistics import paired
 
 RATE_LABELS = {"third": "a third", "": "base's rate", "triple": "three times"}  # text after an arm's last "@" -> label
 OPPOSITE = {"worse": "better", "better": "worse", "higher": "lower", "lower": "higher"}
@@ -27,6 +26,7 @@ OPPOSITE = {"worse": "better", "better": "worse", "higher": "lower", "lower": "h
 ALL_RATES = "holds at all three rates"
 TWO_RATES = "holds at base's rate and one other"
 BASE_RATE_ONLY = "only at base's rate"
+INCOMPLETE = "other rates are not run"
 NO_FINDING = "no finding at base's rate"
 REVERSED = "is reversed at another rate"
 
@@ -56,83 +56,29 @@ def swept_values(runs: results.Runs, reference: str, sweep: Sweep) -> dict[str, 
     return dict(sorted(swept.items(), key=lambda item: item[1]))
 
 
-def direction(contrast: Mapping[str, Any]) -> str | None:
-    """Return "higher" or "lower" if the interval of a difference excludes zero, "" if not, None without an interval."""
-    if contrast["low"] is None:
-        return None
-    if contrast["low"] <= 0 <= contrast["high"]:
-        return ""
-    return "higher" if contrast["mean"] > 0 else "lower"
-
-
-def onset(summary: Mapping[str, Any], swept: Mapping[str, float], metric: str) -> str:
-    """Describe from which value on, seen from the reference, all arms differ in the same direction.
-
-    Returns "" if there are no intervals or the reference has no run.
-    """
-    reference = tables.primary_contrasts(summary)[0]["reference"]
-    directions = {}
-    for contrast in summary["all_contrasts"]:
-        if contrast["metric"] == metric and contrast["reference"] == reference:
-            directions[contrast["arm"]] = direction(contrast)
-    order, phrases = list(swept), []
-    if reference not in order:
-        return ""
-    index = order.index(reference)
-    for way, arms in (("up", order[index + 1 :]), ("down", order[:index][::-1])):
-        side = [directions.get(arm) for arm in arms]
-        if not side or None in side:
-            continue
-        outermost = side[-1]
-        first = next(i for i in range(len(side)) if set(side[i:]) == {outermost})
-        if outermost in ("lower", "higher"):
-            phrases.append(f"{outermost} from {swept[arms[first]]:g} {way}")
-        else:
-            size = "larger" if way == "up" else "smaller"
-            phrases.append(f"no consistent difference for {size} values, tested to {swept[arms[-1]]:g}")
-    return "; ".join(phrases)
-
-
-def trend(summary: Mapping[str, Any], swept: Mapping[str, float], metric: str) -> str:
-    """Describe the trend of a metric: Spearman's rank correlation with the swept value per seed, and its t-test.
-
-    Only seeds that finished all arms count. Returns "" with fewer than three such seeds or three values.
-    """
-    values = {row["arm"]: row["metrics"].get(metric, {}).get("values", {}) for row in summary["rows"]}
-    seeds = [seed for seed in values[next(iter(swept))] if all(seed in values[arm] for arm in swept)] if swept else []
-    if len(swept) < 3 or len(seeds) < 3:
-        return ""
-    correlations = [rank_correlation([values[arm][seed] for arm in swept]) for seed in seeds]
-    if len(set(correlations)) == 1:  # no spread, so no test
-        return f"trend: rank correlation {correlations[0]:.2f} in all {len(seeds)} seeds"
-    difference = paired(correlations, [0.0] * len(seeds))
-    return f"trend: rank correlation {difference.mean:.2f}, p = {difference.p:.2g}, n = {len(seeds)}"
-
-
-def rank_correlation(values: Sequence[float]) -> float:
-    """Return Spearman's correlation of the values with their order, 0 if all are equal. Ties get their mean rank."""
-    array = np.asarray(values)
-    ranks = (array[:, None] > array).sum(1) + (array[:, None] == array).sum(1) / 2
-    return float(np.corrcoef(np.arange(len(array)), ranks)[0, 1]) if np.ptp(ranks) else 0.0
-
-
 def sweep_finding(summary: Mapping[str, Any], swept: Mapping[str, float], sweep: Sweep) -> str:
-    """Return for each metric the means in the order of the swept values, the onset of the difference and the trend."""
+    """Return a sentence per metric: the means in the order of the swept values, with verdicts against the reference."""
     rows, sentences = {row["arm"]: row["metrics"] for row in summary["rows"]}, []
     reference = tables.primary_contrasts(summary)[0]["reference"]
     for name in sweep.metrics:
         metric = summary["metrics"][name]
-        points = [
-            f"{tables.format_number(rows[arm][name]['mean'], metric)} at {value:g}"
-            for arm, value in swept.items()
-            if name in rows[arm]
-        ]
-        if not points:
-            continue
-        phrase = onset(summary, swept, name) if metric["judged"] else ""
-        against = f"; against {reference}: {phrase}" if phrase else ""
-        parts = [f"{metric['label']}: {', '.join(points)}{against}", trend(summary, swept, name)]
-        sentences.append("; ".join(filter(None, parts)) + ".")
+        contrasts = summary["contrasts" if name == summary["primary_metric"] else "all_contrasts"]
+        words = {
+            contrast["arm"]: contrast["word"]
+            for contrast in contrasts
+            if contrast["metric"] == name and contrast["reference"] == reference and contrast["arm"] in swept
+        }
+        words = words if metric["judged"] else {}
+        same = len(words) > 1 and len(set(words.values())) == 1
+        points = []
+        for arm, value in swept.items():
+            if name in rows[arm]:
+                word = f" ({words[arm]})" if arm in words and not same else ""
+                points.append(f"{tables.format_number(rows[arm][name]['mean'], metric)} at {value:g}{word}")
+        if points:
+            against = f", against {without_setting(reference)}" if words else ""
+            common = f" (all {next(iter(words.values()))})" if same else ""
+            sentences.append(f"{metric['label']}{against}: {', '.join(points)}{common}.")
     return " ".join(sentences) or "No value yet."
 
 
@@ -175,6 +121,7 @@ def sweep_figure(view: results.View, swept: Mapping[str, float], sweep: Sweep) -
                 "markersize": 8,
             }
             for arm in named[::-1]
+            if arm in arms
         }
         markers["other values"] = {"color": figures.GREY}
         text = f"Dots and thin lines: seeds; thick line: means; values evenly spaced. {view.caption}"
@@ -220,6 +167,8 @@ def robustness_verdict(verdicts: Mapping[str, str]) -> str:
         return NO_FINDING
     if OPPOSITE.get(at_base_rate) in verdicts.values():
         return REVERSED
+    if any(verdicts.get(rate, "not run") in NOT_TESTED for rate in RATE_LABELS):
+        return INCOMPLETE
     same = sum(verdict == at_base_rate for verdict in verdicts.values())
     if same == len(RATE_LABELS):
         return ALL_RATES

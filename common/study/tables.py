@@ -15,8 +15,8 @@ from common.files import write_json, write_text
 DASH = "–"
 DIFFERENCES_CAPTION = (
     "Paired differences over seeds with 95 % Student-t interval. Verdicts count for the primary contrasts; the others "
-    "are descriptive and not adjusted for multiple comparisons. seeds: the number of seeds at which the half-width of "
-    "an unclear interval would equal the margin, from the spread."
+    "are descriptive and not adjusted for multiple comparisons. seeds needed: the number of seeds at which the "
+    "half-width of an interval that includes zero would equal the margin, from the spread."
 )
 CSV_COLUMNS = ["kind", "arm", "reference", "metric", "seed", "value", "mean", "sd", "n", "low", "high", "p"]
 CSV_COLUMNS += ["correlation", "arm_mean", "reference_mean", "seeds_needed", "word"]
@@ -28,6 +28,7 @@ VERDICT_COLOURS = {  # on the page and in figures
     "higher": "#7B4FA3",
     "lower": "#7B4FA3",
     "unclear": "#777777",
+    "signs differ": "#777777",
     "too weak to test": NO_VERDICT,
     "no baseline": NO_VERDICT,
     "one seed": NO_VERDICT,
@@ -73,8 +74,8 @@ def amount(value: float, metric: Mapping[str, Any]) -> str:
 def headline(summary: Mapping[str, Any]) -> str:
     """Return the result as one sentence: "no-stop-gradient hurts: kNN accuracy 47.9 -> 11.9 % (untrained 14.5)."
 
-    Several primary contrasts are separated by semicolons. If a required baseline is not beaten, the sentence says so
-    instead. A setting that all contrasts share is left out.
+    Several primary contrasts are separated by semicolons. If a required baseline is not beaten, the sentence names it.
+    A setting that all contrasts share is left out.
     """
     metric = summary["metrics"][summary["primary_metric"]]
     primary = primary_contrasts(summary)
@@ -84,13 +85,15 @@ def headline(summary: Mapping[str, Any]) -> str:
     def short(arm: str) -> str:
         return arm.partition("@")[0] if one_setting else arm
 
+    failed = []
     for baseline in baselines:
         if baseline["passed"] is False:
             baseline_metric = summary["metrics"][baseline["metric"]]
             own, other = (format_number(baseline[key], baseline_metric) for key in ("arm_mean", "control_mean"))
-            side = "below" if baseline["lower_wins"] else "above"
             arm = f"{baseline_metric['label']} of {short(baseline['arm'])} ({own})"
-            return f"Too weak to test: {arm} is not clearly {side} that of {baseline['name']} ({other})."
+            failed.append(f"{arm} {relation(baseline)} that of {baseline['name']} ({other})")
+    if failed and {contrast["word"] for contrast in primary} == {"too weak to test"}:
+        return f"Too weak to test: {failed[0]}."
     parts = []
     for contrast in primary:
         name, reference = short(contrast["arm"]), short(contrast["reference"])
@@ -107,8 +110,15 @@ def headline(summary: Mapping[str, Any]) -> str:
         for baseline in baselines
         if baseline["metric"] == summary["primary_metric"]
     }
-    context = f" ({shown.pop()})" if len(shown) == 1 else ""
-    return "; ".join(parts) + context + "."
+    context = f" ({shown.pop()})" if len(shown) == 1 and not failed else ""
+    return "; ".join([*parts, *failed]) + context + "."
+
+
+def relation(baseline: Mapping[str, Any]) -> str:
+    """Describe how an arm that does not beat its baseline compares with it: "is not clearly above" or "is below"."""
+    better, worse = ("below", "above") if baseline["lower_wins"] else ("above", "below")
+    beaten = baseline["low"] > 0 if baseline["lower_wins"] else baseline["high"] < 0
+    return f"is {worse}" if beaten else f"is not clearly {better}"
 
 
 def descriptive_remark(summary: Mapping[str, Any]) -> str:
@@ -204,9 +214,8 @@ def _failed_baseline(baseline: Mapping[str, Any], summary: Mapping[str, Any]) ->
     arm_mean = format_number(baseline["arm_mean"], metric)
     baseline_mean = format_number(baseline["control_mean"], metric)
     difference = format_number(baseline["mean"], metric)
-    side = "below" if baseline["lower_wins"] else "above"
     return (
-        f"{metric['label']} of {baseline['arm']} ({arm_mean}) is not clearly {side} its baseline, {baseline['name']} "
+        f"{metric['label']} of {baseline['arm']} ({arm_mean}) {relation(baseline)} its baseline, {baseline['name']} "
         f"({baseline_mean}; difference {difference}, 95 % interval {format_interval(baseline, metric)})"
     )
 
@@ -270,7 +279,7 @@ def arms_table(summary: Mapping[str, Any], arms: Collection[str] | None = None) 
 def differences_table(summary: Mapping[str, Any], arms: Collection[str] | None = None) -> list[list[str]]:
     """Return a header and one row per contrast on the primary metric. `arms`: only contrasts between these."""
     metric = summary["metrics"][summary["primary_metric"]]
-    table = [["contrast", f"difference in {title(metric)}", "95 % interval", "n", "seeds", "result"]]
+    table = [["contrast", f"difference in {title(metric)}", "95 % interval", "n", "seeds needed", "result"]]
     for contrast in summary["contrasts"]:
         arm, reference = contrast["arm"], contrast["reference"]
         if arms is not None and not {arm, reference} <= set(arms):
