@@ -633,7 +633,8 @@ def results_table(folder: Path, studies: Sequence[str], link: str) -> str:
                 words[contrast_label(contrast)] = contrast["word"] + mark
             same = len(set(words.values())) == 1
             verdicts = [word if same else f"{label}: {word}" for label, word in words.items()]
-            rows.append([name, result_sentence(summary), "; ".join(dict.fromkeys(verdicts))])
+            sentence = result_sentence(summary).removeprefix("Too weak to test: ")
+            rows.append([name, sentence, "; ".join(dict.fromkeys(verdicts))])
     table = tables.markdown(rows)
     return f"{table}\n\n‡ {EARLIER_NOTE}" if "‡" in table else table
 
