@@ -51,6 +51,20 @@ def test_the_cost_of_a_full_run_is_extrapolated_from_a_rehearsal(tmp_path):
     assert cost.cost_of_rehearsal(tmp_path / "base/0") is None
 
 
+def test_a_run_of_zero_epochs_has_hours_but_no_speed(tmp_path):
+    """For example ConMIM without pre-training: its evaluation takes time."""
+    request = parse_request(tmp_path)
+    finished_run(tmp_path / "runs/bsa/base/0", 1800.0, examples_per_second=None)
+    finished = cost.cost_of_runs(cost.finished_metrics(request, request.designs["bsa"], "base"))
+    assert finished == (0.5, None, 2**30, "1 finished")
+    table = cost.cost_tables({"study": {("bsa", "base"): {0, 1}}}, {("bsa", "base"): finished})
+    assert "bsa/base" in table and "1.00      30.0 min  1 finished" in table
+    rehearsal(tmp_path / "none/0", rate=50.0)
+    (tmp_path / "none/0/args.json").write_text(json.dumps({"arguments": {"batch": 9}, "provenance": {"steps": 0}}))
+    (tmp_path / "none/0/train.jsonl").write_text(json.dumps({"epoch": 0, "peak_memory": 5}) + "\n")
+    assert cost.cost_of_rehearsal(tmp_path / "none/0") == (0.0, None, 5, "rehearsal")
+
+
 def test_cost_tables_count_shared_arms_once_and_mark_unknown_arms(tmp_path, capsys):
     rehearsals = tmp_path / "rehearsals"
     rehearsal(rehearsals / "bsa/base/10", rate=50.0)

@@ -23,10 +23,13 @@ ArmKey = tuple[str, str]  # paper, name
 
 
 class Cost(NamedTuple):
-    """Cost of one run: hours on the devices that it was launched with, peak memory in bytes, and the source."""
+    """Cost of one run: hours on the devices that it was launched with, peak memory in bytes, and the source.
+
+    A run of zero epochs has no speed.
+    """
 
     hours: float
-    examples_per_second: float
+    examples_per_second: float | None
     peak_memory: int
     source: str
 
@@ -51,9 +54,9 @@ def finished_metrics(request: Request, design: Design, arm: str) -> list[dict[st
 def cost_of_runs(finished: Sequence[dict[str, Any]]) -> Cost:
     """Mean hours and speed, and the largest peak memory, of finished runs."""
     hours = mean(metrics["seconds"] for metrics in finished) / 3600
-    rate = mean(metrics["examples_per_second"] for metrics in finished)
+    rates = [rate for metrics in finished if (rate := metrics["examples_per_second"]) is not None]
     peak_memory = max(metrics["peak_memory"] for metrics in finished)
-    return Cost(hours, rate, peak_memory, f"{len(finished)} finished")
+    return Cost(hours, mean(rates) if rates else None, peak_memory, f"{len(finished)} finished")
 
 
 def cost_of_rehearsal(folder: Path) -> Cost | None:
@@ -62,8 +65,8 @@ def cost_of_rehearsal(folder: Path) -> Cost | None:
     try:
         last_epoch = files.read_lines(folder / "train.jsonl")[-1]
         examples = saved["provenance"]["steps"] * saved["arguments"]["batch"]
-        rate = last_epoch["examples_per_second"]
-        return Cost(examples / rate / 3600, rate, last_epoch["peak_memory"], "rehearsal")
+        rate = last_epoch["examples_per_second"] if examples else None
+        return Cost(examples / rate / 3600 if rate else 0.0, rate, last_epoch["peak_memory"], "rehearsal")
     except (files.DamagedFile, KeyError, IndexError, TypeError, ZeroDivisionError):
         return None
 
@@ -114,7 +117,8 @@ def cost_tables(studies: Mapping[str, Mapping[ArmKey, set[int]]], costs: Mapping
         cells = ["", "", "", "no run, no rehearsal"]
         if cost:
             memory = f"{cost.peak_memory / 2**30:.2f}"
-            cells = [f"{cost.examples_per_second:.4g}", memory, duration(cost.hours), cost.source]
+            speed = "" if cost.examples_per_second is None else f"{cost.examples_per_second:.4g}"
+            cells = [speed, memory, duration(cost.hours), cost.source]
         arm_rows.append(["/".join(arm), *cells])
     study_rows = [["study", "runs", "total"]]
     for study, arms in [*studies.items(), ("all, shared arms counted once", total)]:
