@@ -29,16 +29,19 @@ from common import checkpoints, cli, devices
 from common.lock import run_lock
 from common.run import check_data, load_finished, read_log, write_metrics
 
-METRICS_IF_FINITE = (  # null in metrics.json of a diverged run
-    "accuracy",
-    "accuracy_best_epoch",
-    "accuracy_slow_student",
+KEY_METRICS = (  # need a contrastive loss
     "contrastive_accuracy",
     "positive_cosine",
     "negative_cosine",
     "key_consistency",
     "key_cosine",
     "teacher_head_shift",
+)
+METRICS_IF_FINITE = (  # null in metrics.json of a diverged run
+    "accuracy",
+    "accuracy_best_epoch",
+    "accuracy_slow_student",
+    *KEY_METRICS,
     "train_loss",
     "train_accuracy",
 )
@@ -51,8 +54,7 @@ def training_metrics(log: list[dict[str, Any]], arguments: dict[str, Any]) -> di
     """
     start, epochs = log[0], log[1:]
     last = epochs[-1] if epochs else {}
-    names = "contrastive_accuracy positive_cosine negative_cosine key_cosine teacher_head_shift key_consistency"
-    key_metrics: dict[str, Any] = dict.fromkeys(names.split())
+    key_metrics: dict[str, Any] = dict.fromkeys(KEY_METRICS)
     if arguments["lambda_contrast"] and epochs:
         key_metrics = {name: last.get(name) for name in key_metrics}
         key_metrics["key_consistency"] = mean(line["key_consistency"] for line in epochs)

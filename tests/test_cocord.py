@@ -133,12 +133,12 @@ def test_class_loss_is_the_mean_over_labelled_rows(unlabelled):
     kept = [row for row in range(5) if row not in unlabelled]
     accuracy = [float(logits[row].argmax() == labels[row]) for row in kept]
     labels[unlabelled] = train.UNLABELLED
-    nothing = torch.empty(0)
     weights = dict.fromkeys(("forward_weight", "swapped_weight", "lambda_contrast", "lambda_kd"), 0.0)
+    unused = dict.fromkeys(("z", "keys", "queue", "p", "u", "swapped_p", "swapped_u", "teacher_logits"), torch.empty(0))
     loss, metrics = train.cocord_loss(
-        (logits, nothing, nothing, nothing),
-        (labels, *[nothing] * 4),
-        nothing,
+        logits=logits,
+        labels=labels,
+        **unused,
         **weights,
         lambda_class=1.0,
         temperature=0.1,
