@@ -87,7 +87,8 @@ AUGMENTATION = {
 LR_MILESTONES = (150 / 240, 180 / 240, 210 / 240)  # fractions of all steps; the learning rate is divided by 10 at each
 TEACHER_HEADS = ("frozen", "partial", "adapter", "full")
 TEACHER_MOMENTUM = 0.999
-# In the order of `cocord_loss`; train.jsonl contains their means over an epoch. Both accuracies are fractions.
+# In the order of `cocord_loss`; train.jsonl contains their means over an epoch, except those of terms of weight 0. Both
+# accuracies are fractions.
 TRAIN_METRICS = (
     "loss",
     "contrastive_loss",
@@ -499,11 +500,16 @@ def train(
     steps_per_epoch = math.ceil(data.examples / args.batch)
     totals = torch.zeros(len(TRAIN_METRICS) + 1, device=data.device)
     unused = torch.empty(0, device=data.device)  # replaces tensors of terms with weight 0
+    not_measured = [name for name, weight in {
+        "contrastive_loss": args.lambda_contrast, "contrastive_accuracy": args.lambda_contrast,
+        "positive_cosine": args.lambda_contrast, "negative_cosine": args.lambda_contrast,
+        "forward_loss": args.forward_weight, "swapped_loss": args.swapped_weight, "distillation_loss": args.lambda_kd,
+    }.items() if not weight]  # fmt: skip
 
     def make_probe_keys() -> Tensor:
         """Return the keys of `probe_images` under the precision of training."""
-        if args.teacher == "none":
-            return torch.zeros(1, 1, device=data.device)
+        if not args.lambda_contrast:
+            return unused
         with devices.autocast(args.precision, data.device):
             return make_keys(model, teacher.network, probe_images)
 
@@ -577,11 +583,15 @@ def train(
         previous_keys, probe_keys = probe_keys, make_probe_keys()
         metrics = dict(zip(TRAIN_METRICS, means, strict=True))
         metrics |= {name: metrics[name] / labelled_share for name in ("class_loss", "train_accuracy")}
+        metrics = {name: value for name, value in metrics.items() if name not in not_measured}
+        if args.lambda_contrast:
+            metrics |= {
+                "key_consistency": (previous_keys * probe_keys).sum(1).mean().item(),
+                "key_cosine": probes.mean_cosine(probe_keys),
+                "teacher_head_shift": relative_change(ema_matrices, initial),
+            }
         metrics |= {
             "test_accuracy": accuracy(model.student, data),
-            "key_consistency": (previous_keys * probe_keys).sum(1).mean().item(),
-            "key_cosine": probes.mean_cosine(probe_keys) if len(probe_keys) > 1 else 0.0,
-            "teacher_head_shift": relative_change(ema_matrices, initial),
             "lr": optimizer.param_groups[0]["lr"],
             "examples_per_second": samples / seconds,
             "seconds": seconds,

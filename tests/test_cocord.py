@@ -697,6 +697,18 @@ def test_metrics_json_has_the_expected_keys(finished):
     assert moved["teacher_head_shift"] > 0 and moved["key_consistency"] < 1
 
 
+def test_the_log_contains_only_what_was_measured(finished):
+    terms = {
+        "forward_loss": "forward_weight", "swapped_loss": "swapped_weight", "distillation_loss": "lambda_kd",
+        **dict.fromkeys(("contrastive_loss", *evaluate.KEY_METRICS), "lambda_contrast"),
+    }  # fmt: skip
+    for arm in ARMS:
+        arguments = json.loads((finished / arm / "0/args.json").read_text())["arguments"]
+        last = json.loads((finished / arm / "0/train.jsonl").read_text().splitlines()[-1])
+        assert {name: name in last for name in terms} == {name: arguments[term] > 0 for name, term in terms.items()}
+        assert {"loss", "class_loss", "train_accuracy", "test_accuracy"} < set(last)
+
+
 def test_relative_change_by_hand():
     initial = [torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0], [4.0]])]  # norm 5
     moved = [initial[0] + torch.tensor([[0.0, 1.0]]), initial[1] * 1.5]  # changes of norm 1 and 2
