@@ -59,7 +59,7 @@ from cocord import net
 from common import checkpoints, cli, devices, images, probes, seeding
 from common.cli import fail
 from common.lock import run_lock
-from common.run import Run
+from common.run import Run, load_finished
 
 # ------------------------------------------------------------------------------------------------- arguments
 
@@ -449,7 +449,7 @@ def load_teacher(args: argparse.Namespace, data: images.Images) -> Teacher:
     CIFAR-100.
     """
     name, path = args.teacher, args.weights
-    network, expected = net.load(name, data.classes, path, data.digest)
+    network, expected = net.load(name, data.classes, path, data.digest, args.held_out)
     if expected is None and args.data_set == "cifar100":
         expected = net.EXPECTED_ACCURACY.get(name)
     digest = checkpoints.sha256(*network.state_dict().values())
@@ -466,6 +466,18 @@ def load_teacher(args: argparse.Namespace, data: images.Images) -> Teacher:
     if devices.uses_bfloat16(args.precision, data.device):
         net.weights_to_bfloat16(network)
     return Teacher(network, digest, measured)
+
+
+def check_teacher(args: argparse.Namespace) -> None:
+    """Exit with code 2 if --weights exist, but are not those of the teacher of the finished run in --out."""
+    if args.teacher == "none" or not (args.weights / "model.pt" if args.weights.is_dir() else args.weights).exists():
+        return
+    _, provenance, saved = load_finished(args.out, __file__)
+    last_bias = [weight for name, weight in saved["model"].items() if name.startswith("student.")][-1]
+    network, _ = net.load(args.teacher, len(last_bias), args.weights)
+    if checkpoints.sha256(*network.state_dict().values()) != provenance["teacher_weights"]:
+        fail(f"{args.out} was trained with another teacher than --weights {args.weights}: give the former --weights, "
+             "or another --out", record=False)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------- train
@@ -627,6 +639,7 @@ def main(argv: list[str] | None = None) -> None:
     with run_lock(args.out), devices.report_oom(device, f"--batch {args.batch}", remedy, args.precision):
         run = Run(vars(args), __file__)
         if run.finished:
+            check_teacher(args)
             return
         data = load_data(args.data_set, args.data, args.held_out, device, args.data_seed)
         if args.labels and args.labels > data.examples:
