@@ -7,9 +7,10 @@ therefore optimistic. Metrics of the training come from train.jsonl: cosines and
 batches of the last epoch. Two metrics use the teacher's keys of 256 training images without augmentation:
 `key_consistency` is the cosine between the keys of the same image in consecutive epochs, averaged over all epochs, and
 `key_cosine` that between the keys of different images after the last epoch. Keys that all point in one direction are
-consistent, too. `teacher_head_shift` is the norm of the change of the weights of the teacher head's EMA-updated linear
-layers since initialisation, divided by their initial norm. Accuracies are percent, but `contrastive_accuracy`, and
-`train_accuracy` in train.jsonl, are fractions.
+consistent, too. `teacher_head_shift` is the norm of the change of the teacher head's weight matrices since
+initialisation, divided by their initial norm. Only matrices that are an EMA count: both, or with --teacher-head partial
+at unequal feature widths only the second; if the head is frozen, the change is 0. Accuracies are percent, but
+`contrastive_accuracy`, and `train_accuracy` in train.jsonl, are fractions.
 """
 
 import argparse

@@ -25,16 +25,18 @@ targets; loss; optimiser step; the keys enter the queue. After training only the
     python cocord/train.py --scale gpu --teacher vgg13 --student MobileNetV2 --weights vgg13_vanilla/ckpt_epoch_240.pth
 
 Differs from the authors' code:
- 1. Their code fails for pairs of unequal feature widths. Here the teacher's head is then frozen, as the paper is said
-    to do (--teacher-head auto). With partial and adapter it is updated.
+ 1. Their code fails for pairs of unequal feature widths. Here the teacher's head is then frozen, as a secondary summary
+    of the paper describes it (--teacher-head auto). With partial and adapter it is updated.
  2. Keys enter the queue after the backward pass instead of before it. The loss is the same, and no copy of the queue
     is needed. On CUDA the networks run under bfloat16 autocast.
- 3. Terms of weight 0 are not computed. Without the swapped term, for example, the student sees only x.
+ 3. Terms of weight 0 are not computed, except for the cross-entropy. Without the swapped term, for example, the student
+    sees only x.
  4. The teacher's batch norms are folded into its convolutions. A last batch of a single image is dropped.
  5. We report the last epoch; their code keeps the epoch with the best test accuracy.
  6. The distillation term is in their tables, but not in their code. Ours compares the logits of the same view x.
  7. The demo scale is ours: glyphs, small networks, heads and queue, epochs, batch size, and the weights of the
-    prediction terms. Its default pair has unequal feature widths, so the teacher's head of base is frozen.
+    prediction terms. The default demo networks have unequal feature widths, so in the arm `base` the teacher's head is
+    frozen.
  8. MobileNetV2 and the ShuffleNets train at learning rate 0.01, as in RepDistiller; the authors' file has 0.05 for all.
 """
 
@@ -543,7 +545,7 @@ def train(
             progress = (epoch + step / steps_per_epoch) / args.epochs
             optimizer.param_groups[0]["lr"] = args.lr * lr_multiplier(progress)
 
-            # Student. Terms of weight 0 are not computed.
+            # Student. What only terms of weight 0 need is not computed.
             with devices.autocast(args.precision, data.device):
                 feature, logits = model.student(x)
                 z = model.head(feature) if args.forward_weight or args.lambda_contrast else unused
