@@ -6,8 +6,12 @@
     python bsa/eval.py runs/mesh --features 10                     # top concepts of the most active features
 
 Losses are means over test rows. `reconstruction_loss` is 1 - cos(decoder(z), x). `fixed_topk_reconstruction_loss` is
-1 - cos(decoder(zK), x), where zK has exactly K active features in every arm. `open_fraction` is the share of s in
-(0.1, 0.9). The shares of dead, rare and always-on features are computed over all training rows.
+1 - cos(decoder(zK), x), where zK has exactly K ones. With --code topk-values zK is the code itself: at most K positive
+values, which neighbours and exports ignore; they use only which features are active. `open_fraction` is the share of s
+in (0.1, 0.9). The shares of dead, rare and always-on features are computed over all training rows.
+
+Two metrics depend on the order of the matrix. The kNN overlap compares the first 1,000 test rows with all test rows.
+The decoder of the untrained code is fitted to the first 20,000 training rows. So shuffle a matrix sorted by topic.
 """
 
 import argparse
@@ -70,7 +74,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 class Codes(NamedTuple):
-    """Pre-rounding code s, code z and top-K code zK (see train.py), (n, N) float32 each."""
+    """Pre-rounding code s, code z and top-K code zK (see train.py), (n, N) float32 each. topk-values: zK is z."""
 
     s: Tensor
     z: Tensor
@@ -127,29 +131,29 @@ def spearman(a: Tensor, b: Tensor) -> float:
 def best_match_f1(z: Tensor, atoms: Tensor) -> float:
     """Mean over the true atoms (n, A) of the highest F1 score of any feature of codes z (n, N) for that atom.
 
-    Atoms in fewer than ten rows are left out.
+    Atoms in fewer than ten rows are left out: about a fifth of the planted atoms, all of them nodes of the tree.
     """
     atoms = atoms[:, atoms.sum(0) >= 10].float()
-    active = z.gt(0).float()
-    f1 = 2 * (atoms.T @ active) / (atoms.sum(0)[:, None] + active.sum(0)).clamp_min(1)
+    is_active = z.gt(0).float()
+    f1 = 2 * (atoms.T @ is_active) / (atoms.sum(0)[:, None] + is_active.sum(0)).clamp_min(1)
     return float(f1.max(1).values.mean())
 
 
 def knn_overlap(x: Tensor, z: Tensor, queries: int) -> float:
     """Share of the ten nearest rows by cosine of x (n, d) that are among the ten nearest by Jaccard index of z (n, N).
 
-    The mean is over the first `queries` rows. Neighbours are searched among all other rows. Jaccard indices that differ
-    by less than 1e-5 count as ties; the lower row index comes first.
+    The mean is over the first `queries` rows, so it depends on the order of the rows. Neighbours are searched among all
+    other rows of x. Jaccard indices that differ by less than 1e-5 count as ties; the lower row index comes first.
     """
     unit = F.normalize(x, dim=1)
-    active = z.gt(0).float()
+    is_active = z.gt(0).float()
     n_queries, k = min(queries, len(x)), min(KNN_K, len(x) - 1)
     overlap = torch.zeros((), device=x.device)
     # In sparse codes this is smaller than any difference between two Jaccard indices.
     tie_break = torch.arange(len(x), 0, -1, device=x.device) / len(x) * 1e-5
     for rows in torch.arange(n_queries, device=x.device).split(250):
         neighbours = []
-        for scores in (unit[rows] @ unit.T, jaccard(active[rows], active).double() + tie_break):
+        for scores in (unit[rows] @ unit.T, jaccard(is_active[rows], is_active).double() + tie_break):
             scores[torch.arange(len(rows), device=x.device), rows] = -2  # a row is not its own neighbour
             neighbours.append(scores.topk(k, dim=1).indices)
         dense, sparse = neighbours
@@ -231,9 +235,9 @@ def evaluate(
 def baselines(model: BSA, data: Splits, split: str, active: int) -> dict[str, float]:
     """Return the metrics of two codes without training, on `split`: test or held_out. `model` must be untrained.
 
-    `untrained_*`: zK of the untrained encoder, with the linear decoder that fits it best (ridge regression on at most
-    20,000 training rows). `sign_*`: the sign of every channel, one bit per channel; the reconstruction is the signs
-    themselves, without a decoder.
+    `untrained_*`: zK of the untrained encoder, with the linear decoder that fits it best (ridge regression on the first
+    20,000 training rows, in the order of the matrix). `sign_*`: the sign of every channel, one bit per channel; the
+    reconstruction is the signs themselves, without a decoder.
     """
     train = model.normalise(data.train)[:20_000]
     x = model.normalise(getattr(data, split))
@@ -328,7 +332,8 @@ def export(path: Path, z: Tensor, names: list[str]) -> None:
         files.write_bytes(path, buffer.getvalue())
     except OSError as error:
         fail(f"--export {path} cannot be written ({error.strerror}): give another file")
-    print(f"{path}: {len(z)} codes of {z.shape[1]} features, with names; unpack with numpy.unpackbits(codes, axis=1)")
+    unpack = "numpy.unpackbits(codes, axis=1, count=latent)"
+    print(f"{path}: {len(z)} codes of {z.shape[1]} features, with names; unpack with {unpack}")
 
 
 def print_neighbours(name: str, x: Tensor, z: Tensor, names: list[str]) -> None:
@@ -376,7 +381,7 @@ def main(argv: list[str] | None = None) -> None:
 
         if codes_only:
             indices = torch.cat(data.indices)
-            names = read_names(args.names, arguments["data_set"], data_path, int(indices.max()) + 1)
+            names = read_names(args.names, arguments["data_set"], data_path, data.source_rows)
             # Names are in the order of the source; removed duplicates have no code.
             order = indices.argsort()
             rows = torch.cat([data.train, data.held_out, data.test])[order.to(device)]

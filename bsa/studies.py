@@ -58,7 +58,8 @@ def mse(name: str, flags: str, alphas: tuple[str, ...]) -> list[Arm]:
     """Return arms with a squared error, one per weight. `alphas` are in units of the matched weight N/(2K).
 
     At N/(2K) the squared alignment loss matches the cosine one near the optimum. The squared reconstruction error is
-    about 2 (1 - cosine) there, so with mse in both losses --alpha 2matched (N/K) gives the ratio of base's two terms.
+    about 2 (1 - cosine) there, so with mse in both losses --alpha 2matched (N/K) would give the ratio of base's two
+    terms. No arm has this weight: in `mse-matched` the alignment loss counts half as much as in `base`.
     """
     return [Arm(f"{name}-{a}", f"{flags} --alpha {a}matched", reference="base") for a in alphas]
 

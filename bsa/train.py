@@ -119,25 +119,30 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         "features at the first step; torch: nn.Linear's default")  # fmt: skip
     codes = ("round", "topk", "topk-values")
     method.add_argument("--code", choices=codes, default="round", help="round: the method. Baselines (need --alpha 0): "
-                        "topk: K largest features set to 1; topk-values: K largest keep their values (TopK "
-                        "autoencoder)")  # fmt: skip
+                        "topk: K largest features set to 1, gradient to all; topk-values: K largest keep their values "
+                        "if positive (similar to a TopK autoencoder)")  # fmt: skip
+    given_data_set = parser.parse_known_args(argv)[0].data_set  # before the defaults of --scale are set
     args = cli.parse(parser, SCALES, argv)
 
     cli.apply_lr_factor(args)
     args.data_set = choose_data_set(args.data_set, args.data)
+    if given_data_set not in (None, args.data_set):
+        fail(f"--data-set {given_data_set} does not read --data {args.data}: drop --data-set, or give a folder")
     if args.active >= args.latent:
         fail(
             f"--active {args.active} must be less than --latent {args.latent}: give --active {args.latent - 1} or less"
         )
-    factor, matched, rest = args.alpha.partition("matched")
+    matched, factor = args.alpha.endswith("matched"), args.alpha.removesuffix("matched")
     if matched and args.alignment != "mse":
         fail(f"--alpha {args.alpha} requires --alignment mse, not {args.alignment}: give a number")
     try:
-        args.alpha = 1.0 if matched and not factor else cli.float_in(0)(factor + rest)
+        args.alpha = 1.0 if matched and not factor else cli.float_in(0)(factor)
     except (ValueError, argparse.ArgumentTypeError):
         fail(f"invalid --alpha {args.alpha!r}: give a number >= 0, matched or, for example, 4matched")
     if matched:
         args.alpha *= (args.latent if args.mse_reduction == "mean" else 1) / (2 * args.active)
+    if args.mse_reduction == "sum" and "mse" not in (args.reconstruction, args.alignment):
+        fail("--mse-reduction sum has no effect without mse: drop it, or give --reconstruction mse or --alignment mse")
     if args.target != "binary" and args.alignment == "l1":
         fail(f"--target {args.target} has no effect with --alignment l1: drop one of them")
     if not args.alpha and (args.alignment, args.target) != ("cosine", "binary"):
@@ -196,11 +201,16 @@ class BSA(nn.Module):
     def normalise(self, rows: Tensor) -> Tensor:
         """Centre rows (n, d) by `mean` and scale each to norm sqrt(d)."""
         centred = rows - self.mean
-        return centred * (rows.shape[1] ** 0.5 / centred.norm(dim=1, keepdim=True).clamp_min(1e-12))
+        return centred * (rows.shape[1] ** 0.5 / centred.norm(dim=1, keepdim=True).clamp_min(MIN_ABS_VALUE))
 
 
 def encode(h: Tensor, active: int, code: str) -> tuple[Tensor, Tensor]:
-    """Return (s, z) for logits h (B, N): the pre-rounding code and the code, both (B, N) float32."""
+    """Return (s, z) for logits h (B, N): the pre-rounding code and the code, both (B, N) float32.
+
+    `topk` passes the gradient of z to all features (straight-through). `topk-values` keeps the positive ones of the K
+    largest logits, at most K values. It shares the cosine loss and the initialisation with the method and has no
+    pre-bias and no auxiliary loss, so it is not the TopK autoencoder of the literature in every detail.
+    """
     s = h.float().sigmoid()
     if code == "round":
         return s, round_ste(s)
@@ -288,16 +298,17 @@ def bsa_loss(
 
 
 class Splits(NamedTuple):
-    """The distinct embeddings, not normalised, float32 on the device, in three splits.
+    """The distinct embeddings, not normalised, float32 on the device, in three splits. Each keeps the source's order.
 
     `held_out` is for choosing hyper-parameters. `indices` are the row numbers in the source, (train, held_out, test).
-    `digest` is the SHA-256 of the whole matrix.
+    `source_rows` is the number of its rows, with duplicates. `digest` is the SHA-256 of the whole matrix.
     """
 
     train: Tensor
     held_out: Tensor
     test: Tensor
     indices: tuple[Tensor, Tensor, Tensor]
+    source_rows: int
     digest: str
 
 
@@ -335,24 +346,24 @@ def read_matrix(path: Path) -> np.ndarray:
 def load_splits(data_set: str, data: Path, device: torch.device, data_seed: int) -> Splits:
     """Return a data set without duplicate rows, split 8 : 1 : 1. The split and planted concepts depend on `data_seed`.
 
-    Exits with code 2 if rows are not finite or (nearly) zero. The message lists their first indices, counted from 0.
+    Exits with code 2 if rows are not finite, (nearly) zero or equal to the mean of the training rows, which leaves
+    nothing to reconstruct. The message lists their first indices, counted from 0.
     """
+
+    def refuse(rows: np.ndarray, problem: str) -> None:
+        if len(rows):
+            fail(
+                f"--data {path}: {len(rows)} of {len(matrix)} rows {problem} (first row indices, from 0: "
+                f"{', '.join(map(str, rows[:5]))}): remove these rows"
+            )
+
     path = data if data_set == "file" else data / "mesh-minilm.npy"
     if data_set == "mesh" and not path.exists():
         fail(f"--data {data}: {path} does not exist: run `python -m bsa.concepts --data {data}`")
     matrix = planted_concepts(seed=data_seed).rows if data_set == "planted" else read_matrix(path)
+    refuse(np.flatnonzero(~np.isfinite(matrix).all(1)), "contain NaN or infinity")
     near_zero = (np.abs(matrix) < MIN_ABS_VALUE).all(1)
-    checks = {
-        "contain NaN or infinity": ~np.isfinite(matrix).all(1),
-        f"contain no absolute value above {MIN_ABS_VALUE:g}": near_zero,
-    }
-    for problem, invalid in checks.items():
-        if invalid.any():
-            indices = ", ".join(map(str, np.flatnonzero(invalid)[:5]))
-            fail(
-                f"--data {path}: {invalid.sum()} of {len(matrix)} rows {problem} (first row indices, from 0: "
-                f"{indices}): remove these rows"
-            )
+    refuse(np.flatnonzero(near_zero), f"contain no absolute value above {MIN_ABS_VALUE:g}")
     _, distinct = np.unique(matrix, axis=0, return_index=True)
     if duplicates := len(matrix) - len(distinct):
         print(f"{data_set}: {duplicates} duplicate rows dropped", flush=True)
@@ -363,13 +374,19 @@ def load_splits(data_set: str, data: Path, device: torch.device, data_seed: int)
     tenth = len(order) // 10
     test, held_out, train = (x.sort().values for x in order.tensor_split([tenth, 2 * tenth]))
     rows = torch.from_numpy(matrix)
-    return Splits(
+    splits = Splits(
         train=rows[train].to(device),
         held_out=rows[held_out].to(device),
         test=rows[test].to(device),
         indices=(train, held_out, test),
+        source_rows=len(rows),
         digest=checkpoints.sha256(rows),
     )
+    mean = splits.train.mean(0)
+    for split, indices in zip(splits[:3], splits.indices, strict=True):
+        equal = ((split - mean).abs() < MIN_ABS_VALUE).all(1).cpu()
+        refuse(indices[equal].numpy(), "equal the mean of the training rows")
+    return splits
 
 
 def epoch_steps(args: argparse.Namespace) -> list[range]:

@@ -7,9 +7,10 @@ therefore optimistic. Metrics of the training come from train.jsonl: cosines and
 batches of the last epoch. Two metrics use the teacher's keys of 256 training images without augmentation:
 `key_consistency` is the cosine between the keys of the same image in consecutive epochs, averaged over all epochs, and
 `key_cosine` that between the keys of different images after the last epoch. Keys that all point in one direction are
-consistent, too. `teacher_head_shift` is the norm of the change of the weights of the teacher head's EMA-updated linear
-layers since initialisation, divided by their initial norm. Accuracies are percent, but `contrastive_accuracy`, and
-`train_accuracy` in train.jsonl, are fractions.
+consistent, too. `teacher_head_shift` is the norm of the change of the teacher head's weight matrices since
+initialisation, divided by their initial norm. Only matrices that are an EMA count: both, or with --teacher-head partial
+at unequal feature widths only the second; if the head is frozen, the change is 0. Accuracies are percent, but
+`contrastive_accuracy`, and `train_accuracy` in train.jsonl, are fractions.
 """
 
 import argparse
@@ -29,16 +30,19 @@ from common import checkpoints, cli, devices
 from common.lock import run_lock
 from common.run import check_data, load_finished, read_log, write_metrics
 
-METRICS_IF_FINITE = (  # null in metrics.json of a diverged run
-    "accuracy",
-    "accuracy_best_epoch",
-    "accuracy_slow_student",
+KEY_METRICS = (  # need a contrastive loss
     "contrastive_accuracy",
     "positive_cosine",
     "negative_cosine",
     "key_consistency",
     "key_cosine",
     "teacher_head_shift",
+)
+METRICS_IF_FINITE = (  # null in metrics.json of a diverged run
+    "accuracy",
+    "accuracy_best_epoch",
+    "accuracy_slow_student",
+    *KEY_METRICS,
     "train_loss",
     "train_accuracy",
 )
@@ -51,8 +55,7 @@ def training_metrics(log: list[dict[str, Any]], arguments: dict[str, Any]) -> di
     """
     start, epochs = log[0], log[1:]
     last = epochs[-1] if epochs else {}
-    names = "contrastive_accuracy positive_cosine negative_cosine key_cosine teacher_head_shift key_consistency"
-    key_metrics: dict[str, Any] = dict.fromkeys(names.split())
+    key_metrics: dict[str, Any] = dict.fromkeys(KEY_METRICS)
     if arguments["lambda_contrast"] and epochs:
         key_metrics = {name: last.get(name) for name in key_metrics}
         key_metrics["key_consistency"] = mean(line["key_consistency"] for line in epochs)

@@ -7,6 +7,7 @@ larger multiple of 4.
 """
 
 import itertools
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -506,12 +507,15 @@ def weights_to_bfloat16(network: nn.Module) -> None:
 # ------------------------------------------------------------------------------------------------- teacher weights
 
 
-def load(name: str, classes: int, path: Path, data_digest: str | None = None) -> tuple[nn.Module, float | None]:
+def load(
+    name: str, classes: int, path: Path, data_digest: str | None = None, held_out: bool = False
+) -> tuple[nn.Module, float | None]:
     """Return the network `name` with the weights from `path`, and the accuracy recorded there in percent or None.
 
     `path` is the folder of a run of teacher.py, or a checkpoint file of RepDistiller or of the authors' code. Exits
     with code 2 if the file does not exist, cannot be read, comes from a diverged run or does not fit the network, or if
-    teacher.py trained it on data with another digest than `data_digest`.
+    teacher.py trained it on data with another digest than `data_digest`. With `held_out`, warns if the file does not
+    say on which data the teacher was trained.
     """
     path = path / "model.pt" if path.is_dir() else path
     if not path.exists():
@@ -529,6 +533,9 @@ def load(name: str, classes: int, path: Path, data_digest: str | None = None) ->
             f"--data-seed {trained_with.get('data_seed')}{' --held-out' * bool(trained_with.get('held_out'))}): train "
             "one with the --data-set, --data-seed, --held-out and --data of this run"
         )
+    if held_out and not isinstance(trained_with, Mapping):
+        teacher = f"the teacher of --weights {path} may have been trained on the held-out images"
+        print(f"warning: --held-out: {teacher}, which makes the accuracies too high", file=sys.stderr)
     state, accuracy = weights.tensors, recorded_accuracy(weights, "--weights", path)
     network = build(name, classes)
     initial = network.state_dict()

@@ -50,7 +50,7 @@ CONTROL_PAIRS = {  # same architecture with unequal feature widths; different ar
 SWEPT_MOMENTA = (0.9, 0.97, 0.997)
 NO_COCORD_LOSS = "--lambda-contrast 0 --forward-weight 0 --swapped-weight 0"
 
-# Margin in accuracy points: about the difference that five seeds resolve at the published standard deviation.
+# Margin in accuracy points, chosen by us before the runs.
 study = partial(Study, metric="accuracy", margin=1.0)
 sweep = partial(study, extra=True, n=5)
 # Demo only, arms NAME@PAIR@few: the student has labels for 1,000 of 5,000 images, its teacher for all. Cross-entropy

@@ -25,20 +25,23 @@ targets; loss; optimiser step; the keys enter the queue. After training only the
     python cocord/train.py --scale gpu --teacher vgg13 --student MobileNetV2 --weights vgg13_vanilla/ckpt_epoch_240.pth
 
 Differs from the authors' code:
- 1. Their code fails for pairs of unequal feature widths. Here the teacher's head is then frozen, as the paper is said
-    to do (--teacher-head auto). With partial and adapter it is updated.
+ 1. Their code fails for pairs of unequal feature widths. Here the teacher's head is then frozen, as a secondary summary
+    of the paper describes it (--teacher-head auto). With partial and adapter it is updated.
  2. Keys enter the queue after the backward pass instead of before it. The loss is the same, and no copy of the queue
     is needed. On CUDA the networks run under bfloat16 autocast.
- 3. Terms of weight 0 are not computed. Without the swapped term, for example, the student sees only x.
+ 3. Terms of weight 0 are not computed, except for the cross-entropy. Without the swapped term, for example, the student
+    sees only x.
  4. The teacher's batch norms are folded into its convolutions. A last batch of a single image is dropped.
  5. We report the last epoch; their code keeps the epoch with the best test accuracy.
  6. The distillation term is in their tables, but not in their code. Ours compares the logits of the same view x.
  7. The demo scale is ours: glyphs, small networks, heads and queue, epochs, batch size, and the weights of the
-    prediction terms. Its default pair has unequal feature widths, so the teacher's head of base is frozen.
+    prediction terms. The default demo networks have unequal feature widths, so in the arm `base` the teacher's head is
+    frozen.
  8. MobileNetV2 and the ShuffleNets train at learning rate 0.01, as in RepDistiller; the authors' file has 0.05 for all.
 """
 
 import argparse
+import copy
 import math
 import sys
 import time
@@ -58,7 +61,7 @@ from cocord import net
 from common import checkpoints, cli, devices, images, probes, seeding
 from common.cli import fail
 from common.lock import run_lock
-from common.run import Run
+from common.run import Run, load_finished
 
 # ------------------------------------------------------------------------------------------------- arguments
 
@@ -75,7 +78,8 @@ SCALES = {  #          demo              gpu         paper
     "bottleneck":      (64,              512,        512),
     "queue":           (512,             2048,       2048),
 }  # fmt: skip
-# Random crop of the padded image and horizontal flip. Flipping would change the class of a glyph or digit.
+# By prefix of --data-set: random crop of the padded image and horizontal flip. Flipping would change the class of a
+# glyph or digit.
 AUGMENTATION = {
     "glyphs": {"pad": 2, "flip": 0.0},
     "mnist5k": {"pad": 2, "flip": 0.0},
@@ -85,7 +89,8 @@ AUGMENTATION = {
 LR_MILESTONES = (150 / 240, 180 / 240, 210 / 240)  # fractions of all steps; the learning rate is divided by 10 at each
 TEACHER_HEADS = ("frozen", "partial", "adapter", "full")
 TEACHER_MOMENTUM = 0.999
-# In the order of `cocord_loss`; train.jsonl contains their means over an epoch. Both accuracies are fractions.
+# In the order of `cocord_loss`; train.jsonl contains their means over an epoch, except those of terms of weight 0. Both
+# accuracies are fractions.
 TRAIN_METRICS = (
     "loss",
     "contrastive_loss",
@@ -202,7 +207,7 @@ def build_head(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 class CoCoRD(nn.Module):
     """Trained modules (student, head, predictor), their EMAs, the teacher's head and the queue; not the teacher.
 
-    Each module has its own seed. An EMA is built from the seed of its online module, so both start from equal weights.
+    Each module has its own seed. An EMA starts as a copy of its online module.
     """
 
     queue: Tensor
@@ -228,15 +233,16 @@ class CoCoRD(nn.Module):
             self.head = build_head(width, hidden, dim)
         with seeding.seeded_fork_rng(seed, "predictor"):
             self.predictor = build_head(dim, bottleneck, dim)
-        with seeding.seeded_fork_rng(seed, "student"):
-            self.slow_student = net.build(student, classes)
-        with seeding.seeded_fork_rng(seed, "head"):
-            self.slow_head = build_head(width, hidden, dim)
-        # ABLATION (teacher momentum): a head of the student's shape starts as a copy of the student's head.
+        self.slow_student = copy.deepcopy(self.student)
+        self.slow_head = copy.deepcopy(self.head)
+        # ABLATION (teacher momentum): a head of the student's shape starts as a copy of the student's head, also if it
+        # is frozen. At unequal feature widths without the adapter it is an independent random head.
         use_adapter = teacher_head == "adapter"
-        same_shape = use_adapter or teacher_width == width
-        with seeding.seeded_fork_rng(seed, "head" if same_shape else "teacher head"):
-            self.teacher_head = build_head(width if use_adapter else teacher_width, hidden, dim)
+        if use_adapter or teacher_width == width:
+            self.teacher_head = copy.deepcopy(self.head)
+        else:
+            with seeding.seeded_fork_rng(seed, "teacher head"):
+                self.teacher_head = build_head(teacher_width, hidden, dim)
         with seeding.seeded_fork_rng(seed, "adapter"):
             self.adapter = nn.Linear(teacher_width, width, bias=False) if use_adapter else nn.Identity()
         for module in (self.slow_student, self.slow_head, self.teacher_head, self.adapter):
@@ -251,15 +257,15 @@ class CoCoRD(nn.Module):
 
         Tensors of the teacher's head whose shape differs from the student's are left out; all if it is frozen.
         """
-        slow_student: list[Tensor] = [*self.slow_student.parameters(), *self.slow_head.parameters()]
-        student: list[Tensor] = [*self.student.parameters(), *self.head.parameters()]
-        teacher_head: list[Tensor] = []
-        student_head: list[Tensor] = []
+        slow_weights: list[Tensor] = [*self.slow_student.parameters(), *self.slow_head.parameters()]
+        online_weights: list[Tensor] = [*self.student.parameters(), *self.head.parameters()]
+        teacher_head_weights: list[Tensor] = []
+        head_weights: list[Tensor] = []
         for ema, online in zip(self.teacher_head.parameters(), self.head.parameters(), strict=True):
             if self.update_teacher_head and ema.shape == online.shape:
-                teacher_head.append(ema)
-                student_head.append(online)
-        return [slow_student, student], [teacher_head, student_head]
+                teacher_head_weights.append(ema)
+                head_weights.append(online)
+        return [slow_weights, online_weights], [teacher_head_weights, head_weights]
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
@@ -325,25 +331,16 @@ def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperatur
 
 
 def cocord_loss(
-    outputs: tuple[Tensor, ...],
-    targets: tuple[Tensor, ...],
-    queue: Tensor,
-    *,
-    forward_weight: float,
-    swapped_weight: float,
-    lambda_contrast: float,
-    lambda_class: float,
-    lambda_kd: float,
-    temperature: float,
-) -> tuple[Tensor, Tensor]:
+    *, logits: Tensor, labels: Tensor, z: Tensor, keys: Tensor, queue: Tensor, p: Tensor, u: Tensor, swapped_p: Tensor,
+    swapped_u: Tensor, teacher_logits: Tensor, forward_weight: float, swapped_weight: float, lambda_contrast: float,
+    lambda_class: float, lambda_kd: float, temperature: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the loss of a batch, and its TRAIN_METRICS followed by the share of labelled rows, (11,).
 
-    `outputs` of the student: logits (B, classes), z, p, p'. `targets`: labels (B,), k, u, u' and the teacher's
-    logits. The cross-entropy is the mean over the rows with a label other than UNLABELLED. The tensors of a term of
-    weight 0 are not used; its metrics are 0.
+    Logits are (B, classes), labels (B,), the queue (K, dim), the other tensors (B, dim). The cross-entropy is the mean
+    over the rows with a label other than UNLABELLED; it is computed at weight 0, too. The tensors of another term of
+    weight 0 are not used, and its metrics are 0.
     """
-    logits, z, p, swapped_p = outputs
-    labels, keys, u, swapped_u, teacher_logits = targets
     zero = torch.zeros((), device=labels.device)
     forward_loss = prediction_loss(p, u) if forward_weight else zero
     swapped_loss = prediction_loss(swapped_p, swapped_u) if swapped_weight else zero
@@ -411,15 +408,15 @@ def batches(
     Order and views depend only on (seed, epoch). The last batch may be smaller; a last batch of a single image is
     dropped, because batch norm needs at least two.
     """
-    aug = next(aug for name, aug in AUGMENTATION.items() if args.data_set.startswith(name))
+    aug = next(aug for prefix, aug in AUGMENTATION.items() if args.data_set.startswith(prefix))
     pad, size = int(aug["pad"]), data.train.shape[-1]
     padded = F.pad(data.train, (pad, pad, pad, pad)).permute(0, 2, 3, 1).contiguous()
     order = seeding.permutation(args.seed, "order", epoch, data.examples, data.device)
     row_batches = [rows for rows in order.split(args.batch) if len(rows) > 1]
     for step, rows in enumerate(row_batches, epoch * len(row_batches)):
         # Always draw numbers for three views, so that the first view does not depend on `n_views`.
-        rng = seeding.SampleRNG(args.seed, "views", step, 3 * args.batch, slice(0, 3 * len(rows)))
-        random = devices.upload(rng.uniform(shape=(3,))[: n_views * len(rows)], data.device)
+        rng = seeding.SampleRNG(args.seed, "views", step, 3 * args.batch, slice(0, n_views * len(rows)))
+        random = devices.upload(rng.uniform(shape=(3,)), data.device)
         offsets = (random[:, :2] * (2 * pad + 1)).long()
         windows = crop_and_flip(padded, rows.repeat(n_views), offsets, random[:, 2] < aug["flip"], size)
         yield list(data.normalise(windows).split(len(rows))), data.train_labels[rows]
@@ -454,7 +451,7 @@ def load_teacher(args: argparse.Namespace, data: images.Images) -> Teacher:
     CIFAR-100.
     """
     name, path = args.teacher, args.weights
-    network, expected = net.load(name, data.classes, path, data.digest)
+    network, expected = net.load(name, data.classes, path, data.digest, args.held_out)
     if expected is None and args.data_set == "cifar100":
         expected = net.EXPECTED_ACCURACY.get(name)
     digest = checkpoints.sha256(*network.state_dict().values())
@@ -471,6 +468,18 @@ def load_teacher(args: argparse.Namespace, data: images.Images) -> Teacher:
     if devices.uses_bfloat16(args.precision, data.device):
         net.weights_to_bfloat16(network)
     return Teacher(network, digest, measured)
+
+
+def check_teacher(args: argparse.Namespace) -> None:
+    """Exit with code 2 if --weights exist, but are not those of the teacher of the finished run in --out."""
+    if args.teacher == "none" or not (args.weights / "model.pt" if args.weights.is_dir() else args.weights).exists():
+        return
+    _, provenance, saved = load_finished(args.out, __file__)
+    last_bias = [weight for name, weight in saved["model"].items() if name.startswith("student.")][-1]
+    network, _ = net.load(args.teacher, len(last_bias), args.weights)
+    if checkpoints.sha256(*network.state_dict().values()) != provenance["teacher_weights"]:
+        fail(f"{args.out} was trained with another teacher than --weights {args.weights}: give the former --weights, "
+             "or another --out", record=False)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------- train
@@ -498,18 +507,23 @@ def train(
     """Train to the last epoch. Saves the state after each epoch, and resumes from it."""
     probe = seeding.permutation(args.data_seed, "probe images", 0, data.examples, data.device)[:N_PROBE]
     probe_images = data.normalise(data.train[probe]).contiguous(memory_format=torch.channels_last)
-    (slow_student, student), (teacher_head, student_head) = model.ema_pairs()
-    moving = [weight for weight in teacher_head if weight.ndim == 2]  # of linear layers
-    initial = [weight.clone() for weight in moving]  # before `resume` changes them
+    (slow_weights, online_weights), (teacher_head_weights, head_weights) = model.ema_pairs()
+    ema_matrices = [weight for weight in teacher_head_weights if weight.ndim == 2]  # without biases and batch norm
+    initial = [weight.clone() for weight in ema_matrices]  # before `resume` changes them
     final_epoch = min(2, args.epochs) if args.rehearse else args.epochs
     steps_per_epoch = math.ceil(data.examples / args.batch)
     totals = torch.zeros(len(TRAIN_METRICS) + 1, device=data.device)
     unused = torch.empty(0, device=data.device)  # replaces tensors of terms with weight 0
+    not_measured = [name for name, weight in {
+        "contrastive_loss": args.lambda_contrast, "contrastive_accuracy": args.lambda_contrast,
+        "positive_cosine": args.lambda_contrast, "negative_cosine": args.lambda_contrast,
+        "forward_loss": args.forward_weight, "swapped_loss": args.swapped_weight, "distillation_loss": args.lambda_kd,
+    }.items() if not weight]  # fmt: skip
 
     def make_probe_keys() -> Tensor:
         """Return the keys of `probe_images` under the precision of training."""
-        if args.teacher == "none":
-            return torch.zeros(1, 1, device=data.device)
+        if not args.lambda_contrast:
+            return unused
         with devices.autocast(args.precision, data.device):
             return make_keys(model, teacher.network, probe_images)
 
@@ -531,7 +545,7 @@ def train(
             progress = (epoch + step / steps_per_epoch) / args.epochs
             optimizer.param_groups[0]["lr"] = args.lr * lr_multiplier(progress)
 
-            # Student. Terms of weight 0 are not computed.
+            # Student. What only terms of weight 0 need is not computed.
             with devices.autocast(args.precision, data.device):
                 feature, logits = model.student(x)
                 z = model.head(feature) if args.forward_weight or args.lambda_contrast else unused
@@ -540,9 +554,9 @@ def train(
 
             # EMA updates: after the student's forward pass, before the targets (the authors' order).
             if args.forward_weight or args.swapped_weight:
-                ema_update(slow_student, student, args.student_momentum)
+                ema_update(slow_weights, online_weights, args.student_momentum)
             # ABLATION (teacher momentum): EMA momentum of the teacher's head
-            ema_update(teacher_head, student_head, args.teacher_momentum)
+            ema_update(teacher_head_weights, head_weights, args.teacher_momentum)
 
             # Targets. The slow student sees the other view.
             with torch.no_grad(), devices.autocast(args.precision, data.device):
@@ -552,9 +566,16 @@ def train(
                 teacher_logits = teacher.network(x)[1] if args.lambda_kd else unused
 
             loss, batch_metrics = cocord_loss(
-                (logits, z, p, swapped_p),
-                (labels, keys, u, swapped_u, teacher_logits),
-                model.queue,
+                logits=logits,
+                labels=labels,
+                z=z,
+                keys=keys,
+                queue=model.queue,
+                p=p,
+                u=u,
+                swapped_p=swapped_p,
+                swapped_u=swapped_u,
+                teacher_logits=teacher_logits,
                 forward_weight=args.forward_weight,
                 swapped_weight=args.swapped_weight,
                 lambda_contrast=args.lambda_contrast,
@@ -576,11 +597,15 @@ def train(
         previous_keys, probe_keys = probe_keys, make_probe_keys()
         metrics = dict(zip(TRAIN_METRICS, means, strict=True))
         metrics |= {name: metrics[name] / labelled_share for name in ("class_loss", "train_accuracy")}
+        metrics = {name: value for name, value in metrics.items() if name not in not_measured}
+        if args.lambda_contrast:
+            metrics |= {
+                "key_consistency": (previous_keys * probe_keys).sum(1).mean().item(),
+                "key_cosine": probes.mean_cosine(probe_keys),
+                "teacher_head_shift": relative_change(ema_matrices, initial),
+            }
         metrics |= {
             "test_accuracy": accuracy(model.student, data),
-            "key_consistency": (previous_keys * probe_keys).sum(1).mean().item(),
-            "key_cosine": probes.mean_cosine(probe_keys) if len(probe_keys) > 1 else 0.0,
-            "teacher_head_shift": relative_change(moving, initial),
             "lr": optimizer.param_groups[0]["lr"],
             "examples_per_second": samples / seconds,
             "seconds": seconds,
@@ -616,6 +641,7 @@ def main(argv: list[str] | None = None) -> None:
     with run_lock(args.out), devices.report_oom(device, f"--batch {args.batch}", remedy, args.precision):
         run = Run(vars(args), __file__)
         if run.finished:
+            check_teacher(args)
             return
         data = load_data(args.data_set, args.data, args.held_out, device, args.data_seed)
         if args.labels and args.labels > data.examples:

@@ -98,7 +98,7 @@ def cocord_problem(scale: str, rows: int, device: torch.device) -> Problem:
     teacher = net.fold_batch_norms(teacher.to(memory_format=torch.channels_last).to(device))
     model = cocord.train.build_model(args, 36, device)
     optimizer = cocord.train.build_optimizer(args, [model.student, model.head, model.predictor])
-    (slow_student, student), (teacher_head, student_head) = model.ema_pairs()
+    (slow_weights, online_weights), (teacher_head_weights, head_weights) = model.ema_pairs()
 
     def loss(precision: str) -> Tensor:
         """Return the loss. The EMA updates come between the student's forward pass and the targets."""
@@ -106,13 +106,14 @@ def cocord_problem(scale: str, rows: int, device: torch.device) -> Problem:
             feature, logits = model.student(x)
             z = model.head(feature)
             p, swapped_p = model.predictor(z), model.predictor(model.head(model.student(swapped_x)[0]))
-        cocord.train.ema_update(slow_student, student, args.student_momentum)
-        cocord.train.ema_update(teacher_head, student_head, args.teacher_momentum)
+        cocord.train.ema_update(slow_weights, online_weights, args.student_momentum)
+        cocord.train.ema_update(teacher_head_weights, head_weights, args.teacher_momentum)
         with torch.no_grad(), devices.autocast(precision, device):
             u, swapped_u = (model.slow_head(model.slow_student(view)[0]) for view in (swapped_x, x))
             keys = cocord.train.make_keys(model, teacher, teacher_x)
         return cocord.train.cocord_loss(
-            (logits, z, p, swapped_p), (labels, keys, u, swapped_u, torch.empty(0)), model.queue,
+            logits=logits, labels=labels, z=z, keys=keys, queue=model.queue, p=p, u=u, swapped_p=swapped_p,
+            swapped_u=swapped_u, teacher_logits=torch.empty(0),
             forward_weight=args.forward_weight, swapped_weight=args.swapped_weight,
             lambda_contrast=args.lambda_contrast, lambda_class=args.lambda_class, lambda_kd=0.0,
             temperature=args.temperature,

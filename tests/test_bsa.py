@@ -138,9 +138,10 @@ def test_sparse_init_starts_with_about_k_active_features_and_torch_init_with_hal
 
 def test_normalise_centres_rows_and_scales_them_to_norm_sqrt_d():
     model = BSA(6, 8, 2, "torch", 0)
-    model.mean.copy_(torch.arange(6.0))
-    rows = model.normalise(torch.randn(5, 6) + torch.arange(6.0))
-    torch.testing.assert_close(rows.norm(dim=1), torch.full((5,), math.sqrt(6)))
+    for scale in (1.0, 1e-13, 1e13):  # from the smallest to the largest values that are accepted
+        model.mean.copy_(scale * torch.arange(6.0))
+        rows = model.normalise(scale * (torch.randn(5, 6) + torch.arange(6.0)))
+        torch.testing.assert_close(rows.norm(dim=1), torch.full((5,), math.sqrt(6)))
 
 
 # ---------------------------------------------------------------------------------------------- metrics
@@ -270,6 +271,18 @@ def test_the_error_message_gives_the_indices_of_invalid_rows(damage, message, tm
     assert end.value.code == 2 and message in printed and not (tmp_path / "run/args.json").exists()
 
 
+def test_a_row_that_equals_the_mean_of_the_training_rows_is_refused(tmp_path, capsys):
+    """Centred it is zero, which has no direction. The split depends on the number of rows only."""
+    values = matrix()
+    splits = train.load_splits("file", save(tmp_path / "mine.npy", values), torch.device("cpu"), 0)
+    row = int(splits.indices[2][1])
+    values[row] = splits.train.mean(0)
+    with pytest.raises(SystemExit) as end:
+        train.main(["--data", str(save(tmp_path / "mine.npy", values)), "--out", str(tmp_path / "run"), "--batch", "8"])
+    message = f"1 of 60 rows equal the mean of the training rows (first row indices, from 0: {row}): remove these rows"
+    assert end.value.code == 2 and message in capsys.readouterr().err and not (tmp_path / "run/args.json").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -278,6 +291,12 @@ def test_the_error_message_gives_the_indices_of_invalid_rows(damage, message, tm
         (["--alpha", "matched"], "--alpha matched requires --alignment mse, not cosine"),
         (["--alignment", "l1", "--target", "rounded"], "--target rounded has no effect with --alignment l1"),
         (["--alignment", "mse", "--alpha", "0"], "--alpha 0 removes the alignment loss"),
+        *(
+            (["--alignment", "mse", "--alpha", alpha], f"invalid --alpha '{alpha}': give a number >= 0, matched or")
+            for alpha in ("matched4", "matchedx", "4matched2")
+        ),
+        (["--mse-reduction", "sum"], "--mse-reduction sum has no effect without mse"),
+        (["--data-set", "mesh", "--data", "my.npy"], "--data-set mesh does not read --data my.npy: drop --data-set"),
         (["--alpha", "much"], "invalid --alpha 'much': give a number >= 0"),
         (["--alpha", "-1"], "invalid --alpha '-1': give a number >= 0"),
         (["--code", "topk"], "give --alpha 0"),
@@ -441,7 +460,7 @@ def test_the_decoder_of_the_untrained_code_is_ridge_regression_in_primal_and_dua
     values = torch.from_numpy(matrix(300, 16))
     losses = []
     for count in (200, 30):
-        data = train.Splits(values[:count], values[:0], values[250:], (), "")
+        data = train.Splits(values[:count], values[:0], values[250:], (), 300, "")
         losses.append(evaluate.baselines(model, data, "test", 4)["untrained_fixed_topk_reconstruction_loss"])
         x_train, x = model.normalise(values[:count]), model.normalise(values[250:])
         train_codes, codes = (
@@ -476,10 +495,11 @@ def test_a_run_on_one_matrix_is_not_accepted_for_another_matrix(tmp_path, capsys
 
 def test_codes_are_exported_and_neighbours_and_features_are_printed(finished, tmp_path, capsys):
     values = matrix()
-    path = save(tmp_path / "mine.npy", values)
-    (tmp_path / "mine.txt").write_text("\n".join(f"concept {n}" for n in range(60)) + "\n")
+    path = save(tmp_path / "mine.npy", np.concatenate([values, values[3:4]]))  # the last row is a duplicate
+    (tmp_path / "mine.txt").write_text("\n".join(f"concept {n}" for n in range(61)) + "\n")
     train.main(["--data", str(path), "--batch", "8", *tiny(tmp_path / "run")])
     evaluate.main([str(tmp_path / "run"), "--export", str(tmp_path / "codes.npz")])
+    assert "numpy.unpackbits(codes, axis=1, count=latent)" in capsys.readouterr().out
     exported = np.load(tmp_path / "codes.npz")
     bits = np.unpackbits(exported["codes"], axis=1, count=int(exported["latent"]))
     assert bits.shape == (60, 64) and exported["names"][3] == "concept 3"
@@ -498,7 +518,7 @@ def test_codes_are_exported_and_neighbours_and_features_are_printed(finished, tm
     (tmp_path / "short.txt").write_text("one\n")
     with pytest.raises(SystemExit):
         evaluate.main([str(tmp_path / "run"), "--names", str(tmp_path / "short.txt"), "--features", "1"])
-    assert "1 lines for 60 rows" in capsys.readouterr().err
+    assert "1 lines for 61 rows" in capsys.readouterr().err
     (tmp_path / "short.txt").write_bytes("Ärger\n".encode("latin-1"))
     with pytest.raises(SystemExit) as end:
         evaluate.main([str(tmp_path / "run"), "--names", str(tmp_path / "short.txt"), "--features", "1"])

@@ -133,12 +133,12 @@ def test_class_loss_is_the_mean_over_labelled_rows(unlabelled):
     kept = [row for row in range(5) if row not in unlabelled]
     accuracy = [float(logits[row].argmax() == labels[row]) for row in kept]
     labels[unlabelled] = train.UNLABELLED
-    nothing = torch.empty(0)
     weights = dict.fromkeys(("forward_weight", "swapped_weight", "lambda_contrast", "lambda_kd"), 0.0)
+    unused = dict.fromkeys(("z", "keys", "queue", "p", "u", "swapped_p", "swapped_u", "teacher_logits"), torch.empty(0))
     loss, metrics = train.cocord_loss(
-        (logits, nothing, nothing, nothing),
-        (labels, *[nothing] * 4),
-        nothing,
+        logits=logits,
+        labels=labels,
+        **unused,
         **weights,
         lambda_class=1.0,
         temperature=0.1,
@@ -475,7 +475,7 @@ def test_invalid_checkpoints_exit_with_code_2(tmp_path, capsys):
 
 
 def teacher_args(name: str, path: Path, **changes) -> argparse.Namespace:
-    settings = {"data_set": "glyphs36-hard", "precision": "float32", "rehearse": None, **changes}
+    settings = {"data_set": "glyphs36-hard", "precision": "float32", "rehearse": None, "held_out": False, **changes}
     return argparse.Namespace(teacher=name, weights=path, **settings)
 
 
@@ -493,6 +493,17 @@ def test_teacher_accuracy_is_measured_and_a_low_accuracy_exits_with_code_2(tmp_p
         torch.save(net.build("resnet20", 100).state_dict(), tmp_path / "bare")
         train.load_teacher(teacher_args("resnet20", tmp_path / "bare", data_set="cifar100"), data._replace(classes=100))
     assert "expected 69.06 %: give" in capsys.readouterr().err
+
+
+def test_a_teacher_of_unknown_data_gives_a_warning_with_held_out(tmp_path, capsys):
+    """Its training images may contain the held-out ones. Teachers of teacher.py are refused if they do."""
+    data = random_images(40)
+    for name, content in {"external": {}, "ours": {"arguments": {}, "data": data.digest}}.items():
+        torch.save({"model": frozen_teacher().state_dict(), **content}, tmp_path / name)
+        for held_out in (False, True):
+            train.load_teacher(teacher_args("vgg_s32", tmp_path / name, held_out=held_out), data)
+            expected = int(name == "external" and held_out)
+            assert capsys.readouterr().err.count("may have been trained on the held-out images") == expected
 
 
 # ---------------------------------------------------------------------------------------------- data
@@ -697,6 +708,18 @@ def test_metrics_json_has_the_expected_keys(finished):
     assert moved["teacher_head_shift"] > 0 and moved["key_consistency"] < 1
 
 
+def test_the_log_contains_only_what_was_measured(finished):
+    terms = {
+        "forward_loss": "forward_weight", "swapped_loss": "swapped_weight", "distillation_loss": "lambda_kd",
+        **dict.fromkeys(("contrastive_loss", *evaluate.KEY_METRICS), "lambda_contrast"),
+    }  # fmt: skip
+    for arm in ARMS:
+        arguments = json.loads((finished / arm / "0/args.json").read_text())["arguments"]
+        last = json.loads((finished / arm / "0/train.jsonl").read_text().splitlines()[-1])
+        assert {name: name in last for name in terms} == {name: arguments[term] > 0 for name, term in terms.items()}
+        assert {"loss", "class_loss", "train_accuracy", "test_accuracy"} < set(last)
+
+
 def test_relative_change_by_hand():
     initial = [torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0], [4.0]])]  # norm 5
     moved = [initial[0] + torch.tensor([[0.0, 1.0]]), initial[1] * 1.5]  # changes of norm 1 and 2
@@ -748,6 +771,22 @@ def test_resuming_with_another_teacher_exits_with_code_2(finished, tmp_path, mon
     with pytest.raises(SystemExit) as end:
         train.main([*flags, "--weights", str(tmp_path / "other")])
     assert end.value.code == 2 and "teacher_weights" in capsys.readouterr().err
+
+
+def test_a_finished_run_accepts_its_teacher_or_none_but_not_another(finished, tmp_path, capsys):
+    out, data = finished / "base@vgg_s64-vgg_s/0", str(finished / "data")
+    teacher.main([*TINY, "--data", data, "--seed", "1", "--out", str(tmp_path / "other")])
+    for weights, code in (("other", 2), ("deleted", None), (finished / "teacher@vgg_s64/0", None)):
+        flags = [*TINY, *ARMS["base@vgg_s64-vgg_s"], "--out", str(out), "--weights", str(tmp_path / weights)]
+        if code is None:
+            train.main(flags)
+            assert "is finished" in capsys.readouterr().out
+            continue
+        with pytest.raises(SystemExit) as end:
+            train.main(flags)
+        printed = capsys.readouterr().err
+        assert end.value.code == code and "was trained with another teacher" in printed and printed.count("\n") == 1
+        assert not (out / "failure.txt").exists()
 
 
 def test_a_run_with_few_labels_differs_only_in_the_class_loss(finished, tmp_path):
