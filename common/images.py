@@ -17,6 +17,7 @@ from common.download import download
 GLYPH_COUNTS = {"train": 5000, "test": 5000}  # images per split of each glyphs preset
 CIFAR = ("cifar10", "cifar100")
 DATA_SETS = (*glyphs.PRESETS, "mnist5k", *CIFAR, "folder")
+BLOCK = 500  # images per batch in evaluation
 MAX_IN_MEMORY_PIXELS = 64  # side length: larger images of a folder are streamed instead of kept on the device
 
 
@@ -76,7 +77,7 @@ class Images(NamedTuple):
         """
         images, labels = (self.train, self.train_labels) if split == "train" else (self.test, self.test_labels)
         rows = slice(rank, None, world)
-        for x, y in zip(images[rows].split(500), labels[rows].split(500), strict=True):
+        for x, y in zip(images[rows].split(BLOCK), labels[rows].split(BLOCK), strict=True):
             yield self.normalise(x), y
 
     def normalise(self, images: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from common.lock import run_lock
 from common.run import check_data, load_finished, read_log, write_metrics
 from common.weights import read_weights
 from simsiam import train
-from simsiam.train import SimSiam, build_model, extract_features, representation_metrics
+from simsiam.train import Features, SimSiam, build_model, extract_features, representation_metrics
 
 PREFIXES = ("encoder.", "backbone.")  # of parameter names in checkpoints
 METRICS_IF_FINITE = (  # null if the run diverged
@@ -147,8 +147,9 @@ def linear_probe_lars(
         order = seeding.permutation(seed, "linear probe order", epoch, data.examples, "cpu")
         order = order[: steps_per_epoch * batch].view(steps_per_epoch, batch)[:, rows]
         for indices, (x,) in zip(order, data.views(transform, 1, order.tolist(), seed, epoch), strict=True):
-            with torch.no_grad():
-                features = model.backbone(data.normalise(x))
+            with torch.no_grad():  # in parts: the whole batch through ResNet-50 would take 43 GB
+                parts = x.split(image_folder.BLOCK)
+                features = torch.cat([model.backbone(data.normalise(part)) for part in parts])
             loss = F.cross_entropy(head(features), devices.upload(labels[indices], device))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -159,28 +160,28 @@ def linear_probe_lars(
         if rank == 0:
             state = {"head": head.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}
             checkpoints.save(path, {**state, "identity": identity})
-    features, _, labels = extract_features(model, data, "test")
-    return 100.0 * (head(features).argmax(1) == labels).float().mean().item()
+    test = extract_features(model, data, "test")
+    return 100.0 * (head(test.backbone).argmax(1) == test.labels).float().mean().item()
 
 
-def features_of_splits(model: SimSiam, data: Data, held_out: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the features, projections and labels of the training and the test set (see `extract_features`).
+def features_of_splits(model: SimSiam, data: Data, held_out: bool) -> tuple[Features, Features]:
+    """Return the features of the training and the test set.
 
     With `held_out` the test set is a held-out tenth of the training set, and the rest is the training set.
     """
     bank = extract_features(model, data, "train")
     if not held_out:
         return bank, extract_features(model, data, "test")
-    if len(bank[0]) < 20:
-        fail(f"--held-out needs at least 20 training images, not {len(bank[0])}: evaluate without it")
-    rest, tenth = seeding.held_out_split(len(bank[0]), data.device, data.data_seed)
-    return [rows[rest] for rows in bank], [rows[tenth] for rows in bank]
+    if len(bank.labels) < 20:
+        fail(f"--held-out needs at least 20 training images, not {len(bank.labels)}: evaluate without it")
+    rest, tenth = seeding.held_out_split(len(bank.labels), data.device, data.data_seed)
+    return Features(*(rows[rest] for rows in bank)), Features(*(rows[tenth] for rows in bank))
 
 
-def linear_accuracy(bank: list[Tensor], queries: list[Tensor], data: Data, seed: int) -> float:
+def linear_accuracy(bank: Features, queries: Features, data: Data, seed: int) -> float:
     """Return the accuracy in percent of a linear probe on backbone features, trained on `bank`, tested on `queries`."""
-    selection_indices = seeding.held_out_split(len(bank[0]), data.device, data.data_seed)
-    train_set, test_set = (probes.Labelled(features, labels) for features, _, labels in (bank, queries))
+    selection_indices = seeding.held_out_split(len(bank.labels), data.device, data.data_seed)
+    train_set, test_set = (probes.Labelled(split.backbone, split.labels) for split in (bank, queries))
     return probes.linear_accuracy(train_set, test_set, data.classes, selection_indices, seed)
 
 
@@ -194,6 +195,7 @@ def evaluate(args: argparse.Namespace, model: SimSiam, data: Data, held_out: boo
     bank, queries = features_of_splits(model, data, held_out)
     metrics = representation_metrics(bank, queries, data.classes, args.neighbours)
     if isinstance(data, image_folder.StreamedImages):
+        del bank, queries  # of ImageNet 21 GB, which the probe does not need
         probe = PROBE | ({"epochs": 1} if args.rehearse else {})
         return {"linear_accuracy": linear_probe_lars(model, data, folder, args.seed, probe), **metrics}
     metrics = {"linear_accuracy": linear_accuracy(bank, queries, data, args.seed), **metrics}
@@ -239,8 +241,10 @@ def main(argv: list[str] | None = None) -> None:
     rank, _ = devices.init_process_group(device_name, device)
     start_time = time.perf_counter()
     data_folder = args.data or Path(arguments["data"])
+    streamed = arguments["size"] > images.MAX_IN_MEMORY_PIXELS
+    usage = f"batches of {image_folder.BLOCK if streamed else images.BLOCK} images"
     remedy = "use a --device with more memory, or --device cpu (same metrics)"
-    with run_lock(args.folder, rank), devices.report_oom(device, "batches of 500 images", remedy):
+    with run_lock(args.folder, rank), devices.report_oom(device, usage, remedy):
         data = images.load_or_stream(
             arguments["data_set"],
             data_folder,

@@ -37,9 +37,9 @@ import copy
 import itertools
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -357,31 +357,29 @@ def batches(args: argparse.Namespace, data: Data, epoch: int, rows: slice) -> It
 # ------------------------------------------------------------------------------------------------- train
 
 
-def extract_features(model: SimSiam, data: Data, split: str) -> list[Tensor]:
-    """Return backbone features (N, width), projections z (N, dim) and labels (N,) of a split, in eval mode.
+class Features(NamedTuple):
+    """Backbone features (N, width), projections z (N, dim) and labels (N,) of a split, in eval mode."""
 
-    `split` is "train" or "test".
-    """
-    return probes.extract_features([model.backbone, model.projector], data, split)
+    backbone: Tensor
+    z: Tensor
+    labels: Tensor
 
 
-def representation_metrics(bank: Sequence[Tensor], queries: Sequence[Tensor], classes: int, k: int) -> dict[str, float]:
-    """Return collapse metrics of the queries' z, and the kNN accuracy of features and of z in percent.
+def extract_features(model: SimSiam, data: Data, split: str) -> Features:
+    """Return the features of a split, "train" or "test"."""
+    return Features(*probes.extract_features([model.backbone, model.projector], data, split))
 
-    `bank` and `queries` are results of `extract_features`.
-    """
-    bank_features, bank_z, bank_labels = bank
-    features, z, labels = queries
+
+def representation_metrics(bank: Features, queries: Features, classes: int, k: int) -> dict[str, float]:
+    """Return collapse metrics of the queries' z, and the kNN accuracy of features and of z in percent."""
+    bank_features, features = (probes.Labelled(split.backbone, split.labels) for split in (bank, queries))
+    bank_z, z = (probes.Labelled(split.z, split.labels) for split in (bank, queries))
     return {
-        "std_ratio": probes.std_ratio(z),
-        "mean_cosine": probes.mean_cosine(z),
-        "effective_rank": probes.effective_rank(z),
-        "knn_accuracy": probes.knn_accuracy(
-            probes.Labelled(bank_features, bank_labels), probes.Labelled(features, labels), classes, k
-        ),
-        "knn_accuracy_z": probes.knn_accuracy(
-            probes.Labelled(bank_z, bank_labels), probes.Labelled(z, labels), classes, k
-        ),
+        "std_ratio": probes.std_ratio(queries.z),
+        "mean_cosine": probes.mean_cosine(queries.z),
+        "effective_rank": probes.effective_rank(queries.z),
+        "knn_accuracy": probes.knn_accuracy(bank_features, features, classes, k),
+        "knn_accuracy_z": probes.knn_accuracy(bank_z, z, classes, k),
     }
 
 
