@@ -3,11 +3,11 @@
     python simsiam/eval.py runs/scratch                                # a finished run of train.py
     python simsiam/eval.py runs/official --weights checkpoint.pth.tar --data ImageNet   # the authors' checkpoint
 
-Features are the output of the backbone (section 3.1 of the paper: before the projector). No choice is made on the
-test split. Up to 64 pixels the linear probe is trained on precomputed, standardised features and selects its learning
-rate on a held-out tenth of the training set. Above 64 pixels it is the paper's linear evaluation: LARS,
-batch size 4096, 90 epochs, random crops and flips, base learning rate 0.1 as in the authors' code (the paper gives
-0.02, with which PyTorch users report about two points less).
+Features are the output of the backbone (pool5, appendix A). No hyper-parameter is selected on the test set. Up to 64
+pixels the linear probe is trained on precomputed, standardised features and selects its learning rate on a held-out
+tenth of the training set. Above 64 pixels it is the paper's linear evaluation: LARS, batch size 4096, 90 epochs, random
+crops and flips, base learning rate 0.1 as in the authors' code (the paper gives 0.02, with which PyTorch users report
+about two points less).
 """
 
 import argparse
@@ -56,16 +56,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         "folder is for the output")  # fmt: skip
     parser.add_argument("--workers", type=cli.int_in(0, cli.MAX_WORKERS), help="DataLoader workers for image folders; "
                         "default: as in training")  # fmt: skip
-    parser.add_argument("--held-out", action="store_true", help="evaluate on the validation split (a held-out tenth of "
-                        "the training set), for tuning")  # fmt: skip
+    parser.add_argument("--held-out", action="store_true", help="evaluate on a tenth of the training set, for tuning; "
+                        "pre-training used these images, without labels")  # fmt: skip
     return parser.parse_args(argv)
 
 
 def read_authors_checkpoint(path: Path) -> dict[str, dict[str, Tensor]]:
     """Return the state dicts {"backbone": ..., "projector": ...} of the authors' checkpoint in `path`.
 
-    Names begin with one of PREFIXES; the projector is called `fc`. Linear classifiers and predictors are ignored. Exits
-    with code 2 if the file cannot be read, or no name begins with a known prefix.
+    Names begin with one of PREFIXES; the projector is called `fc`. Names without a prefix, such as the predictor's, are
+    ignored. Exits with code 2 if the file cannot be read, or if no name has a prefix, as in a linear-probe checkpoint
+    of the authors.
     """
     state = read_weights(path, "--weights", "the authors' checkpoint (ResNet-50)").tensors
     backbone: dict[str, Tensor] = {}
@@ -167,7 +168,8 @@ def linear_probe_lars(
 def features_of_splits(model: SimSiam, data: Data, held_out: bool) -> tuple[Features, Features]:
     """Return the features of the training and the test set.
 
-    With `held_out` the test set is a held-out tenth of the training set, and the rest is the training set.
+    With `held_out` the test set is a held-out tenth of the training set, and the rest is the training set. Pre-training
+    used the images of both, without labels.
     """
     bank = extract_features(model, data, "train")
     if not held_out:
@@ -204,9 +206,10 @@ def evaluate(args: argparse.Namespace, model: SimSiam, data: Data, held_out: boo
 
 
 def std_ratio_at_collapse(args: argparse.Namespace) -> float | None:
-    """Return the train-mode std ratio of a collapsed batch, which is not 0 because the last batch norm has no affine.
+    """Return the train-mode std ratio if all rows of z but one are equal: 2 sqrt((1/B)(1 - 1/B)) in a batch of B.
 
-    With one outlier in a batch of B it is 2 sqrt((1/B)(1 - 1/B)). None if z does not come from this batch norm.
+    It is not 0, because a batch norm without affine parameters gives each channel variance 1. None if z does not come
+    from this batch norm.
     """
     share = 1 / args.batch
     affine_free = args.projector != "none" and args.head_bn == "default"
@@ -214,7 +217,10 @@ def std_ratio_at_collapse(args: argparse.Namespace) -> float | None:
 
 
 def training_metrics(log: list[dict[str, Any]]) -> dict[str, float | None]:
-    """Return metrics from train.jsonl: those of the last epoch, and of the untrained network (epoch 0)."""
+    """Return metrics from train.jsonl: those of the last epoch, and of the untrained network (epoch 0).
+
+    `train_seconds` does not include the evaluations between epochs (kNN, collapse).
+    """
     first, *epochs = log
     last = epochs[-1] if epochs else {}
     return {

@@ -30,6 +30,8 @@ Differs from the authors' code:
     --precision float32 turns autocast off.
  5. The demo scale is ours: glyphs, a small ResNet, and its own crop, hue, grayscale and learning rate. Its views have
     24 pixels (no antialiasing); it is evaluated at 32.
+ 6. On several CPU ranks each rank has its own batch statistics, because SyncBatchNorm requires CUDA. The value of the
+    std at collapse (eval.py) assumes those of the global batch.
 """
 
 import argparse
@@ -134,7 +136,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="batch norms of the heads: hidden: not at the projector's output; none: none at all (table 3)",
     )
     method.add_argument("--projector-layers", type=int, choices=(2, 3), help="3 on ImageNet, 2 on CIFAR")
-    method.add_argument("--dim", help="output width: an integer, or `backbone` for the backbone's width (appendix B)")
+    method.add_argument(
+        "--dim",
+        help="output width (appendix B): an integer, or `backbone` for the backbone's width; default: 256 for resnet8, "
+        "else 2048",
+    )
     method.add_argument(
         "--loss", choices=tuple(PAIRS), default="symmetric", help="asymmetric-2x: four views per image (section 4.6)"
     )
@@ -156,7 +162,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     del args.no_stop_gradient
     if args.data_set != "folder" and args.size != 32:
         fail(f"--size {args.size} requires --data-set folder ({args.data_set} images have 32 x 32 pixels): drop --size")
-    width, dim = NETWORKS[args.network]
+    width, _, dim = NETWORKS[args.network]
     if args.projector != "mlp" and args.dim not in (None, "backbone", str(width)):
         fail(f"--dim {args.dim} contradicts --projector {args.projector}, which has output width {width}: drop --dim")
     if args.head_bn != "default" and (args.projector == "bn" or (args.projector, args.head_bn) == ("none", "hidden")):
@@ -235,7 +241,7 @@ class SimSiam(nn.Module):
         head_bn: str = "default",
     ):
         super().__init__()
-        self.width, hidden = NETWORKS[network]
+        self.width, hidden, _ = NETWORKS[network]
         with seeding.seeded_fork_rng(seed, "backbone"):
             self.backbone = build_backbone(network, size)
         with seeding.seeded_fork_rng(seed, "projector"):
@@ -334,10 +340,10 @@ def augmentation(args: argparse.Namespace) -> Augmentation:
 
 
 def batches(args: argparse.Namespace, data: Data, epoch: int, rows: slice) -> Iterator[list[Tensor]]:
-    """Yield the batches of one epoch: lists of normalised views, (B, 3, S, S) each, for the `rows` of this rank.
+    """Yield the batches of one epoch: lists of normalised views for the `rows` of this rank.
 
-    `rows` index the global batch. The order of the images and their views depend only on (seed, epoch). The last
-    incomplete batch is dropped.
+    Views are (B, 3, pixels, pixels); see AUGMENTATION. `rows` index the global batch. The order of the images and their
+    views depend only on (seed, epoch). The last incomplete batch is dropped.
     """
     aug = augmentation(args)
     n_views = 1 + max(view for pair in PAIRS[args.loss] for view in pair)
@@ -393,7 +399,10 @@ def evaluate_epoch(model: SimSiam, data: Data, k: int) -> dict[str, float]:
 
 @torch.no_grad()
 def untrained_metrics(args: argparse.Namespace, model: SimSiam, data: Data, rows: slice) -> dict[str, float]:
-    """Return the metrics of epoch 0. A copy of the model first runs 20 batches to estimate its running statistics."""
+    """Return the metrics of epoch 0. A copy of the model first runs 20 batches to estimate its running statistics.
+
+    At momentum 0.1 these still contain 12 % (0.9^20) of their initial values, mean 0 and variance 1.
+    """
     untrained = copy.deepcopy(model)
     for views in itertools.islice(batches(args, data, 0, rows), 20):
         z = untrained.projector(untrained.backbone(views[0]))
@@ -438,7 +447,7 @@ def train(args: argparse.Namespace, run: Run, model: SimSiam, data: Data, optimi
         # Cosine decay of the encoder's learning rate, once per epoch; the predictor's is constant by default.
         for group in optimizer.param_groups:
             factor = schedules.cosine(epoch / args.epochs) if group["schedule"] == "cosine" else 1.0
-            group["lr"] = args.lr * args.batch / 256 * factor
+            group["lr"] = optimizer.defaults["lr"] * factor
 
         for views in batches(args, data, epoch, rows):
             # One forward pass per view, not one for all views: each view needs its own batch statistics.
