@@ -553,7 +553,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             metrics |= evaluate_run(run_args, recipe, saved["model"], data, args.folder, args.held_out)
         if saved:
-            metrics["loss_floor"] = train.loss_floor(train.patch_count(run_args), run_args.temperature)
+            metrics["loss_minimum"] = train.loss_minimum(train.patch_count(run_args), run_args.temperature)
         metrics["seconds"] = recorded.get("train_seconds", 0.0) + time.perf_counter() - start_time
         if rank == 0:
             file = args.folder / ("held_out.json" if args.held_out else "metrics.json")

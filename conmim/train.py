@@ -298,9 +298,13 @@ def denoising_contrast(q: Tensor, k: Tensor, mask: Tensor, temperature: float) -
     return (losses * mask).sum() / mask.sum()
 
 
-def loss_floor(n: int, temperature: float) -> float:
-    """Return the loss if the n keys are orthogonal and each query equals its key: ln(1 + (n - 1) exp(-1 / tau))."""
-    return math.log1p((n - 1) * math.exp(-1 / temperature))
+def loss_minimum(n: int, temperature: float) -> float:
+    """Return the minimum of the loss: each of the n queries equals its key, and the keys form a simplex.
+
+    Then the cosine of two keys is -1 / (n - 1). This requires --dim of at least n - 1, and every patch masked equally
+    often. Orthonormal keys (--keys position) only reach ln(1 + (n - 1) exp(-sqrt(n / (n - 1)) / tau)).
+    """
+    return math.log1p((n - 1) * math.exp(-n / (max(1, n - 1) * temperature)))
 
 
 # ------------------------------------------------------------------------------------------------- data

@@ -26,7 +26,7 @@ from common import augment, checkpoints, images, seeding
 from common.run import Run
 from conmim import net, train
 from conmim.eval import RECIPES
-from conmim.train import ConMIM, denoising_contrast, loss_floor
+from conmim.train import ConMIM, denoising_contrast, loss_minimum
 
 ALL_ARMS, STUDIES = design("conmim")
 # These arms differ from base and no-pretraining in fine-tuning only.
@@ -250,14 +250,35 @@ def test_loss_gradient_reaches_masked_queries_and_all_keys():
     assert torch.equal(q_gradient.abs().sum(2) > 0, mask) and (k_gradient.abs().sum(2) > 0).all()
 
 
-@pytest.mark.parametrize(("count", "floor", "chance"), [(196, 0.0088, 5.278), (64, 0.0029, 4.159)])
-def test_loss_of_perfect_and_of_uniform_similarities(count, floor, chance):
-    mask, orthogonal = torch.ones(1, count, dtype=torch.bool), torch.eye(count)[None]
-    loss = denoising_contrast(orthogonal, orthogonal, mask, 0.1).item()
-    assert loss == pytest.approx(loss_floor(count, 0.1), rel=1e-3)
-    assert loss_floor(count, 0.1) == pytest.approx(floor, abs=1e-4)
+@pytest.mark.parametrize(("count", "orthogonal", "chance"), [(196, 0.0088, 5.278), (64, 0.0029, 4.159)])
+def test_loss_of_orthogonal_and_of_equal_keys(count, orthogonal, chance):
+    mask, unit = torch.ones(1, count, dtype=torch.bool), torch.eye(count)[None]
+    assert denoising_contrast(unit, unit, mask, 0.1).item() == pytest.approx(orthogonal, abs=1e-4)
     constant = torch.ones(1, count, 4)
     assert denoising_contrast(constant, constant, mask, 0.1).item() == pytest.approx(chance, abs=1e-3)
+
+
+@pytest.mark.parametrize("trained_keys", [True, False])
+def test_loss_minimum_is_reached_by_freely_optimised_unit_vectors(trained_keys):
+    """With trained keys the minimum is a simplex. With fixed orthonormal keys it is the value in the docstring."""
+    count, temperature, mask = 5, 0.2, torch.ones(1, 5, dtype=torch.bool)
+    q, k = torch.randn(2, 1, count, 8, generator=torch.Generator().manual_seed(0))
+    k = k if trained_keys else torch.eye(8)[None, :count]
+    free = [vectors.requires_grad_() for vectors in ([q, k] if trained_keys else [q])]
+    optimizer = torch.optim.LBFGS(free, max_iter=300, tolerance_change=0.0, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = denoising_contrast(q, k, mask, temperature)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    expected = loss_minimum(count, temperature)
+    assert loss_minimum(1, temperature) == 0
+    if not trained_keys:
+        expected = math.log1p((count - 1) * math.exp(-math.sqrt(count / (count - 1)) / temperature))
+    assert closure().item() == pytest.approx(expected, rel=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------- gradients

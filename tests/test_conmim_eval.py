@@ -354,7 +354,7 @@ def read_metrics(folder) -> dict:
 
 def test_metrics_json_keys(finished):
     keys = "finetune_accuracy linear_accuracy knn_accuracy finetune_accuracy_online linear_accuracy_online "
-    keys += "knn_accuracy_online own_top1 cross_top1 position_r2 key_effective_rank loss_floor key_linear_accuracy "
+    keys += "knn_accuracy_online own_top1 cross_top1 position_r2 key_effective_rank loss_minimum key_linear_accuracy "
     keys += "untrained_linear_accuracy train_seconds seconds examples_per_second peak_memory"
     training_keys = ["train_loss", "clipped_fraction"]
     for arm in ARMS:
@@ -362,7 +362,7 @@ def test_metrics_json_keys(finished):
         expected = keys.split() + (training_keys if arm != "no-pretraining" else [])
         assert all(isinstance(metrics[key], float | int) for key in expected), arm
         assert metrics["diverged"] is False and len(metrics["data"]) == 64
-        assert metrics["loss_floor"] == pytest.approx(math.log(1 + 63 * math.exp(-10)))
+        assert metrics["loss_minimum"] == pytest.approx(math.log(1 + 63 * math.exp(-640 / 63)))
         assert not (finished / arm / "eval_state.pt").exists() and (finished / arm / "similarity.npz").exists()
     untrained = read_metrics(finished / "no-pretraining")
     assert all(untrained[name] is None for name in training_keys)
