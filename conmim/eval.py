@@ -537,7 +537,15 @@ def main(argv: list[str] | None = None) -> None:
     usage = f"batches of 500 images, {recipe['batch']} in fine-tuning"
     with run_lock(args.folder, rank), devices.report_oom(device, usage, "use a --device with more memory"):
         workers = run_args.workers if args.workers is None else args.workers
-        data = images.load_or_stream(run_args.data_set, data_folder, run_args.size, device, workers, run_args.data_seed)
+        data = images.load_or_stream(
+            run_args.data_set,
+            data_folder,
+            run_args.size,
+            device,
+            workers,
+            run_args.data_seed,
+            train.TEST_INTERPOLATION,
+        )
         check_data(data.digest, recorded.get("data"), data_folder, args.folder)
         if args.held_out and isinstance(data, image_folder.StreamedImages):
             fail("--held-out requires images of at most 64 pixels: evaluate without it")

@@ -68,6 +68,7 @@ Range = tuple[float, float]
 WEIGHT_DECAY, BETAS, FINAL_LR = 0.05, (0.9, 0.98), 1e-5
 CLIP = 3.0  # maximum gradient norm
 N_DIAGNOSTIC = 256  # test images for the diagnostics
+TEST_INTERPOLATION = "bicubic"  # of test images above 64 pixels, as in the authors' fine-tuning
 
 # ------------------------------------------------------------------------------------------------- arguments
 
@@ -425,7 +426,7 @@ def diagnostic_batch(args: argparse.Namespace, data: Data) -> tuple[Tensor, Tens
     The images are evenly spaced in the test set and not augmented. A smaller test set is taken whole.
     """
     spacing = max(1, len(data.test) // N_DIAGNOSTIC)
-    x, _ = next(data.batches("test", 0, spacing))  # every `spacing`-th image, as for one of `spacing` ranks
+    x, _ = next(data.batches("test", 0, spacing))
     x = x[:N_DIAGNOSTIC]
     rng = seeding.SampleRNG(data.data_seed, "diagnosed mask", 0, len(x))
     mask = random_masks(rng, patch_count(args), args.mask_ratio, args.mask_square)
@@ -587,7 +588,9 @@ def main(argv: list[str] | None = None) -> None:
         run = Run(vars(args), __file__, rank)
         if run.finished:
             return
-        data = images.load_or_stream(args.data_set, args.data, args.size, device, args.workers, args.data_seed)
+        data = images.load_or_stream(
+            args.data_set, args.data, args.size, device, args.workers, args.data_seed, TEST_INTERPOLATION
+        )
         if args.labels and args.labels < world:
             fail(f"--labels {args.labels} is less than one image for each of {world} processes: give at least {world}")
         if args.labels and args.labels > data.examples and rank == 0:

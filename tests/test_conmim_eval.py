@@ -15,7 +15,7 @@ from conftest import FakeGPU
 from torch import nn
 from torch.nn.functional import normalize
 
-from common import checkpoints, devices, images, probes, seeding
+from common import checkpoints, devices, image_folder, images, probes, seeding
 from conmim import eval as evaluate
 from conmim import net, train
 from conmim.net import Classifier, Shape, ViT
@@ -549,6 +549,20 @@ def test_recipes_of_larger_scales_run(scale, pictures, tmp_path, monkeypatch, ca
         assert end.value.code == 2 and "--held-out requires images of at most 64 pixels" in capsys.readouterr().err
 
 
+def test_streamed_test_images_are_resized_bicubically(pictures, tmp_path, monkeypatch):
+    interpolations, batches = [], image_folder.StreamedImages.batches
+
+    def recording_batches(data, *rest):
+        interpolations.append(data.interpolation)
+        return batches(data, *rest)
+
+    monkeypatch.setattr(image_folder.StreamedImages, "batches", recording_batches)
+    train.main(run_flags(tmp_path, pictures, "--size", "72", "--epochs", "0", "--rehearse", "1"))
+    assert interpolations == ["bicubic"]
+    evaluate.main([str(tmp_path)])
+    assert len(interpolations) > 2 and set(interpolations) == {"bicubic"}
+
+
 @pytest.mark.slow
 def test_fine_tuning_on_two_ranks_equals_one(pictures, tmp_path):
     """The classifier has no batch norm, so two ranks with half a batch each compute the gradient of the whole batch."""
@@ -589,7 +603,7 @@ def test_authors_checkpoints_are_evaluated(fine_tuned, pictures, tmp_path, monke
     monkeypatch.setitem(train.SCALES, "workers", (0, 0, 0))
     evaluate.main([str(out), *flags])
     metrics = read_metrics(out)
-    data = images.load_or_stream("folder", pictures, 96, CPU, 0)
+    data = images.load_or_stream("folder", pictures, 96, CPU, 0, interpolation="bicubic")
     if fine_tuned:
         hits = [(model.eval()(x).argmax(1) == y).float() for x, y in data.batches("test")]
         assert metrics["finetune_accuracy"] == pytest.approx(100 * torch.cat(hits).mean().item())

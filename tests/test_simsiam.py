@@ -327,7 +327,7 @@ class FakeStreamedImages:
         for rows in order:
             yield [torch.zeros(len(rows), 3, 32, 32, dtype=torch.uint8, device="cuda") for _ in range(n_views)]
 
-    def batches(self, split, rank=0, world=1):
+    def batches(self, split, start=0, step=1):
         yield torch.zeros(8, 3, 32, 32, device="cuda"), torch.zeros(8, dtype=torch.int64, device="cuda")
 
 
