@@ -57,7 +57,7 @@ RECIPES = {  #            demo         gpu          paper
     "drop_path":       (0.0,         0.1,         0.1),
     "label_smoothing": (0.1,         0.1,         0.1),
     "crop":            ((0.8, 1.0),  (0.5, 1.0),  (0.08, 1.0)),
-    "rand_augment":    (0,           27,          27),  # magnitude of two operations, of 30; timm's 9 of 10; 0: off
+    "rand_augment":    (0,           27,          27),  # torchvision's magnitude (27 of 30 = timm's 9 of 10); 0: off
     "mixup":           (0.0,         0.8,         0.8),  # alpha; each batch uses mixup or cutmix; 0: off
     "cutmix":          (0.0,         1.0,         1.0),
     "random_erasing":  (0.0,         0.0,         0.25),  # probability
@@ -196,12 +196,12 @@ def fine_tuning_batches(
 
 
 def build_rand_augment(magnitude: int) -> list[Callable[[Tensor], Tensor]]:
-    """Return a list with RandAugment of two operations; an empty list at magnitude 0."""
+    """Return RandAugment: two operations, each with probability 0.5 as in timm. An empty list at magnitude 0."""
     if not magnitude:
         return []
     from torchvision.transforms import v2  # imported here: it takes 2 s, and the demo does not need it
 
-    return [v2.RandAugment(2, magnitude)]
+    return [v2.RandomApply([v2.RandAugment(1, magnitude)], 0.5) for _ in range(2)]
 
 
 def build_mixup(recipe: Recipe, classes: int) -> Callable[..., Any] | None:

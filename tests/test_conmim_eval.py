@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from conftest import FakeGPU
 from torch import nn
 from torch.nn.functional import normalize
+from torchvision.transforms import v2
 
 from common import checkpoints, devices, image_folder, images, probes, seeding
 from conmim import eval as evaluate
@@ -231,6 +232,15 @@ def test_every_setting_of_the_recipe_changes_the_result(name, monkeypatch):
     fine_tuned_accuracy(epochs=2, **plain)
     fine_tuned_accuracy(epochs=2, **plain | {name: changed})
     assert not torch.equal(*states)
+
+
+def test_two_operations_of_rand_augment_are_each_applied_with_probability_one_half(monkeypatch):
+    applied = []
+    monkeypatch.setattr(v2.RandAugment, "forward", lambda operation, x: applied.append(operation.num_ops) or x)
+    with seeding.seeded_fork_rng(0, "RandAugment"):
+        for operation in 400 * evaluate.build_rand_augment(27):
+            operation(torch.zeros(1, 3, 4, 4))
+    assert 340 < sum(applied) < 460
 
 
 def test_mixup_labels_are_convex_combinations(monkeypatch):
