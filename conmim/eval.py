@@ -463,14 +463,17 @@ def evaluate_run(
 
 
 def training_metrics(log: list[dict[str, Any]]) -> dict[str, float | None]:
-    """Return the metrics of train.jsonl. A run of zero epochs has only the line of epoch 0."""
+    """Return the metrics of train.jsonl. A run of zero epochs has only the line of epoch 0.
+
+    `train_seconds` does not include the diagnostics between epochs.
+    """
     first, *epochs = log
     last = epochs[-1] if epochs else first
     return {
         **{name: last[name] for name in DIAGNOSTICS},
         "train_loss": last.get("loss"),
         "clipped_fraction": last.get("clipped_fraction"),
-        "examples_per_second": median(line["examples_per_second"] for line in epochs or [first]),
+        "examples_per_second": median(line["examples_per_second"] for line in epochs) if epochs else None,
         "train_seconds": sum(line["seconds"] for line in epochs or [first]),
         "peak_memory": last["peak_memory"],
     }

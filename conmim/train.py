@@ -525,9 +525,9 @@ def train(args: argparse.Namespace, run: Run, model: ConMIM, data: Data, optimiz
     if start_epoch is None:
         start_epoch, started = 0, time.perf_counter()
         metrics = diagnose(model, args.keys, x, x_mask)
-        seconds = time.perf_counter() - started  # time of the diagnostics, the only work of a run with --epochs 0
-        metrics |= {"examples_per_second": len(x) / seconds, "seconds": seconds}
-        run.end_epoch(0, final_epoch, metrics | {"peak_memory": devices.peak_memory(data.device)})
+        # The diagnostics are the only work of a run with --epochs 0.
+        metrics |= {"seconds": time.perf_counter() - started, "peak_memory": devices.peak_memory(data.device)}
+        run.end_epoch(0, final_epoch, metrics)
     if args.compile:
         forward.compile()
 

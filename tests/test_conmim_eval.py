@@ -365,8 +365,8 @@ def read_metrics(folder) -> dict:
 def test_metrics_json_keys(finished):
     keys = "finetune_accuracy linear_accuracy knn_accuracy finetune_accuracy_online linear_accuracy_online "
     keys += "knn_accuracy_online own_top1 cross_top1 position_r2 key_effective_rank loss_minimum key_linear_accuracy "
-    keys += "untrained_linear_accuracy train_seconds seconds examples_per_second peak_memory"
-    training_keys = ["train_loss", "clipped_fraction"]
+    keys += "untrained_linear_accuracy train_seconds seconds peak_memory"
+    training_keys = ["train_loss", "clipped_fraction", "examples_per_second"]
     for arm in ARMS:
         metrics = read_metrics(finished / arm)
         expected = keys.split() + (training_keys if arm != "no-pretraining" else [])
