@@ -31,6 +31,7 @@ NETWORKS = {
     "vit_small_8": Shape(8, 384, 12, 6),
     "vit_small_16": Shape(16, 384, 12, 6),
     "vit_base_16": Shape(16, 768, 12, 12),
+    "vit_large_16": Shape(16, 1024, 24, 16),
 }
 
 

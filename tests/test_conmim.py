@@ -201,16 +201,18 @@ def test_schedules_equal_those_of_the_authors_code():
 
 
 def test_parameter_counts():
-    small16, base16 = net.NETWORKS["vit_small_16"], net.NETWORKS["vit_base_16"]
+    small16, base16, large16 = (net.NETWORKS[f"vit_{size}_16"] for size in ("small", "base", "large"))
     with torch.device("meta"):
         modules = {
             "small": net.ViT(224, *small16, 0.1, "relative"),
             "base": net.ViT(224, *base16, 0.1, "relative"),
+            "large": net.ViT(224, *large16, 1e-5, "relative"),
             "projector": net.Projector(768, 4096, 256),
             "classifier": net.Classifier(224, *base16, 0.1, "relative", 1000),
         }
     counts = {name: sum(weight.numel() for weight in module.parameters()) for name, module in modules.items()}
-    assert counts == {"small": 21_599_400, "base": 85_666_128, "projector": 20_987_904, "classifier": 86_530_984}
+    expected = {"small": 21_599_400, "base": 85_666_128, "large": 303_137_216}
+    assert counts == expected | {"projector": 20_987_904, "classifier": 86_530_984}
 
 
 # ---------------------------------------------------------------------------------------------- loss
@@ -410,7 +412,7 @@ def test_ema_copies_online_at_momentum_0_and_is_unchanged_at_1():
 def test_gradient_is_clipped_and_clipped_steps_are_counted(monkeypatch):
     clipped = {}
     for limit in (1e-3, 1e6):
-        monkeypatch.setattr(train, "CLIP", limit)
+        monkeypatch.setitem(ARMS, "base", ["--clip", str(limit)])
         model = small_model()
         clipped[limit] = train_one_step(model, random_batch())["clipped_fraction"]
         assert gradient_norm({name: weight.grad for name, weight in model.online.named_parameters()}) <= limit * 1.001
