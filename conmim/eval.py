@@ -537,7 +537,9 @@ def main(argv: list[str] | None = None) -> None:
     if recipe["warm_up"] >= run_args.finetune_epochs > 1:
         limit = f"the warm-up of {recipe['warm_up']} epochs is as long as --finetune-epochs {run_args.finetune_epochs}"
         print(f"warning: {limit}: the learning rate never reaches its peak", file=sys.stderr)
-    usage = f"batches of 500 images, {recipe['batch']} in fine-tuning"
+    streamed = run_args.size > images.MAX_IN_MEMORY_PIXELS
+    batch = image_folder.BLOCK if streamed else images.BLOCK
+    usage = f"batches of {batch} images, {recipe['batch']} in fine-tuning"
     with run_lock(args.folder, rank), devices.report_oom(device, usage, "use a --device with more memory"):
         workers = run_args.workers if args.workers is None else args.workers
         data = images.load_or_stream(

@@ -499,6 +499,18 @@ def test_metrics_of_a_diverged_run_are_null(finished, tmp_path):
     assert metrics["diverged"] is True and all(metrics[name] is None for name in evaluate.METRICS_IF_FINITE)
 
 
+@pytest.mark.parametrize(("size", "batch"), [(32, 500), (72, 256)])
+def test_out_of_memory_names_the_batch_of_the_evaluation(size, batch, pictures, tmp_path, monkeypatch, capsys):
+    def out_of_memory(*_):
+        raise MemoryError
+
+    train.main(run_flags(tmp_path, pictures, "--size", str(size), "--epochs", "0"))
+    monkeypatch.setattr(evaluate, "evaluate_run", out_of_memory)
+    with pytest.raises(SystemExit):
+        evaluate.main([str(tmp_path)])
+    assert f"with batches of {batch} images, 8 in fine-tuning" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("content", ["", "{\n{}\n", '{"loss": 1}\n'])
 def test_a_damaged_log_is_reported_in_one_line(content, finished, tmp_path, capsys):
     shutil.copytree(finished / "base", tmp_path / "run")
