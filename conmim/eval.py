@@ -8,11 +8,13 @@ suffix `_online` on the online weights. Arms with online keys also maintain an E
 confound comparisons between arms. Features are the mean of the patch tokens after the final norm, because the class
 token has no loss. Fine-tuning is the authors' (class `Classifier`, layer-wise learning rate decay) with the settings in
 RECIPES and the run's --labels, --finetune-epochs and --transplant. The labelled images depend on the data seed; order
-and augmentation depend on the run's seed. Linear probe and kNN use the labelled images of
-RECIPES' "bank" (demo: 2,000, else all). `pixel_accuracy` is a 1-nearest-neighbour classifier without a network: the
-cosine of normalised pixels to the images of --labels. The position diagnostics are those of the last epoch in
-train.jsonl. `key_linear_accuracy` is a linear probe on the mean of an image's L2-normalised keys; a pure position code
-is at chance level there.
+and augmentation depend on the run's seed. Linear probe and kNN use RECIPES' "bank" labelled images (demo: 2,000, else
+all); of image folders above 64 pixels they always use all. `pixel_accuracy` is the accuracy of a 1-nearest-neighbour
+classifier on normalised pixels (cosine similarity); its training set is the --labels images. The position diagnostics
+are those of the last epoch in train.jsonl. `key_linear_accuracy` is a linear probe on the mean of an image's
+L2-normalised keys; a pure position code is at chance level there. It is not strictly comparable between arms: the
+projector's batch norms run in eval mode, and their running statistics come from full strong views (EMA keys), from
+masked and full views (online keys), or are the initial ones (no pre-training).
 
 The similarities of one image are written to similarity.npz: `own` (N, N), its queries by its own keys; `other` (N, N),
 its queries by the keys of another image; `mask` (N,); and the image itself, `picture` (3, S, S).
@@ -90,8 +92,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--network", choices=tuple(NETWORKS), help="network of --weights; default: vit_base_16")
     parser.add_argument("--workers", type=cli.int_in(0, cli.MAX_WORKERS), help="DataLoader workers for image folders; "
                         "default: as in training")  # fmt: skip
-    parser.add_argument("--held-out", action="store_true", help="evaluate on the validation split (a held-out tenth of "
-                        "the training set), for tuning")  # fmt: skip
+    parser.add_argument("--held-out", action="store_true", help="evaluate on a tenth of the training set, for tuning; "
+                        "pre-training used these images, without labels")  # fmt: skip
     args = parser.parse_args(argv)
     if args.network and not args.weights:
         fail("--network is the network of --weights: give --weights, or drop --network")
@@ -298,10 +300,10 @@ class Features(nn.Module):
 def frozen_accuracies(args: argparse.Namespace, network: Features, data: Data, indices: Tensor) -> dict[str, float]:
     """Return linear and kNN accuracy in percent, trained on the images `indices` of the training set.
 
-    With a projector, `key_linear_accuracy` is the linear accuracy on the keys.
+    Streamed data use the whole training set. With a projector, `key_linear_accuracy` is that of the keys.
     """
     bank_data = data
-    if not isinstance(data, image_folder.StreamedImages):  # streamed data always use the whole training set
+    if not isinstance(data, image_folder.StreamedImages):
         rows = indices.to(data.device)
         bank_data = data._replace(train=data.train[rows], train_labels=data.train_labels[rows])
     train_features, train_labels = probes.extract_features([network], bank_data, "train")
@@ -405,7 +407,7 @@ def evaluate(
     """Return the accuracies in percent of `networks`, whose keys are the suffixes of their metrics.
 
     The network UNTRAINED gets linear accuracy only. Resumes from eval_state.pt in `folder`. With `held_out` the test
-    set is a held-out tenth of the training set.
+    set is a held-out tenth of the training set; pre-training used these images, without labels.
     """
     if held_out:
         data = data.with_held_out_test()

@@ -91,8 +91,8 @@ SCALES = {  #          demo              gpu           paper
     "finetune_epochs": (150,              100,          100),
 }  # fmt: skip
 
-# Crop, flip and blur of the authors' code. Glyphs and digits are not flipped, because a mirrored one may
-# be another character. Small images are cropped less.
+# `folder`: the authors' crop, flip and blur. Glyphs and digits are not flipped, because a mirrored one may be another
+# character. Small images are cropped less and not blurred.
 AUGMENTATION: dict[str, dict[str, Any]] = {
     "glyphs": {"crop": (0.4, 1.0), "flip": 0.0, "blur": 0.0},
     "mnist5k": {"crop": (0.4, 1.0), "flip": 0.0, "blur": 0.0},
