@@ -220,9 +220,16 @@ def build_mixup(recipe: Recipe, classes: int) -> Callable[..., Any] | None:
 
 def build_classifier(args: argparse.Namespace, recipe: Recipe, state: dict[str, Tensor], data: Data) -> Classifier:
     """Return a Classifier on the device of the data, initialised from the `state` of a pre-trained ViT."""
-    settings = (args.layer_scale, args.positions, data.classes, recipe["drop_path"], recipe["head_scale"])
     with seeding.seeded_fork_rng(args.seed, "classifier"):
-        model = Classifier(args.size, *NETWORKS[args.network], *settings)
+        model = Classifier(
+            args.size,
+            *NETWORKS[args.network],
+            layer_scale=args.layer_scale,
+            positions=args.positions,
+            classes=data.classes,
+            drop_path=recipe["drop_path"],
+            head_scale=recipe["head_scale"],
+        )
     weights = net.to_classifier(state)
     if args.transplant == "positions":  # ABLATION (everything but positions)
         weights = {name: weights[name] for name in weights if name.endswith(net.POSITION_PARAMETERS)}
@@ -511,10 +518,10 @@ def evaluate_authors_checkpoint(path: Path, network: str, data: Data, recipe: Re
     shape = NETWORKS[network]
     if "head.weight" in state and "mask_token" not in state:
         weights = {name: tensor for name, tensor in state.items() if not name.endswith("relative_position_index")}
-        model = Classifier(args.size, *shape, 0.1, positions, data.classes).to(data.device)
+        model = Classifier(args.size, *shape, args.layer_scale, positions, data.classes).to(data.device)
         checkpoints.load_weights(model, weights, f"--weights {path}", f"a fine-tuned {network}")
         return {"finetune_accuracy": accuracy(model, data)}
-    vit = ViT(args.size, *shape, 0.1, positions).to(data.device)
+    vit = ViT(args.size, *shape, args.layer_scale, positions).to(data.device)
     renamed = net.from_authors_names(state)
     weights = {name.removeprefix("vit."): renamed[name] for name in renamed if name.startswith("vit.")}
     checkpoints.load_weights(vit, weights, f"--weights {path}", network)

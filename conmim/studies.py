@@ -32,10 +32,10 @@ MNIST = "--data-set mnist5k --labels 100 --finetune-epochs"
 
 def beats_scratch(arm: str) -> list[MustBeat]:
     """Require that `arm` beats no pre-training, with equal fine-tuning and with the steps of pre-training added."""
-    setting = arm.removeprefix(arm.partition("@")[0])
+    _, at, setting = arm.partition("@")
     baselines = {"no pre-training": "no-pretraining", "no pre-training, steps added": "no-pretraining-long"}
     return [
-        MustBeat(arm, label, "finetune_accuracy", baseline_arm=f"{baseline}{setting}")
+        MustBeat(arm, label, "finetune_accuracy", baseline_arm=f"{baseline}{at}{setting}")
         for label, baseline in baselines.items()
     ]
 

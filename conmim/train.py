@@ -246,20 +246,20 @@ class ConMIM(nn.Module):
         self.ema = Branch(**settings).requires_grad_(False)
 
     def forward(
-        self, query_view: Tensor, key_view: Tensor, mask: Tensor, key_network: str, leak: float
+        self, query_view: Tensor, key_view: Tensor, mask: Tensor, keys: str, leak: float
     ) -> tuple[Tensor, Tensor]:
         """Return queries q and keys k, (B, N, dim) each, from two views (B, 3, S, S).
 
-        mask (B, N) bool: the masked patches of `query_view`. `key_network`: "ema" or "online", the network that encodes
+        mask (B, N) bool: the masked patches of `query_view`. `keys`: "ema" or "online", the network that encodes
         `key_view`; "position": the keys are orthonormal constants, one per position. `leak` is the fraction of the
         gradient that reaches the keys. Each view has its own forward pass and therefore its own batch statistics.
         """
         # Run the queries first: otherwise autocast reuses weight casts cached under no_grad, and the queries get no
         # gradient.
         q = self.online(query_view, mask)
-        if key_network == "position":  # ABLATION (explicit position classification)
+        if keys == "position":  # ABLATION (explicit position classification)
             return q, torch.eye(q.shape[2], dtype=q.dtype, device=q.device)[: q.shape[1]].expand_as(q)
-        network = self.ema if key_network == "ema" else self.online  # ABLATION (momentum encoder)
+        network = self.ema if keys == "ema" else self.online  # ABLATION (momentum encoder)
         with torch.set_grad_enabled(torch.is_grad_enabled() and leak > 0):
             k = network(key_view, None).float()  # bfloat16 would round the sum below
         return q, leak * k + (1 - leak) * k.detach()  # ABLATION (stop-gradient): 0 is the paper's sg
@@ -464,11 +464,11 @@ def position_r2(k: Tensor) -> float:
 
 
 @torch.no_grad()
-def diagnose(model: ConMIM, key_network: str, x: Tensor, mask: Tensor) -> dict[str, float]:
+def diagnose(model: ConMIM, keys: str, x: Tensor, mask: Tensor) -> dict[str, float]:
     """Measure whether the model solves the task by position alone.
 
-    Queries and keys see the same view x (B, 3, S, S); mask (B, N) bool. `key_network`: see ConMIM.forward. Runs in
-    train mode and float32.
+    Queries and keys see the same view x (B, 3, S, S); mask (B, N) bool. `keys`: see ConMIM.forward. Runs in train mode
+    and float32.
 
     own_top1            share of masked queries whose nearest key in their own image is their own
     cross_top1          share whose nearest key in another image has their position; near own_top1 if content is ignored
@@ -476,7 +476,7 @@ def diagnose(model: ConMIM, key_network: str, x: Tensor, mask: Tensor) -> dict[s
     key_effective_rank  exp of the entropy of the keys' singular values, 1 to dim
     """
     with frozen_running_statistics(model):
-        q, k = model(x, x, mask, key_network, 0.0)
+        q, k = model(x, x, mask, keys, 0.0)
     position = torch.arange(mask.shape[1], device=x.device)
 
     def top1(candidates: Tensor) -> float:
