@@ -201,11 +201,23 @@ def ignore_sigint(worker: int) -> None:
 
 
 class StreamedImages:
-    """An image folder with images above 64 pixels, decoded batch by batch in DataLoader workers."""
+    """An image folder with images above 64 pixels, decoded batch by batch in DataLoader workers.
 
-    def __init__(self, data: Path, size: int, workers: int, device: torch.device, data_seed: int = 0):
+    `interpolation` (of torchvision) is that of the test views.
+    """
+
+    def __init__(
+        self,
+        data: Path,
+        size: int,
+        workers: int,
+        device: torch.device,
+        data_seed: int = 0,
+        interpolation: str = "bilinear",
+    ):
         self.train, self.test = open_splits(data)
         self.size, self.workers, self.device, self.data_seed = size, workers, device, data_seed
+        self.interpolation = interpolation
         self.examples, self.classes = len(self.train), len(self.train.classes)
         self.digest = content_digest(data, (self.train, self.test))
         check_contrast(self.train)
@@ -239,18 +251,19 @@ class StreamedImages:
         for batch in load_batches(dataset, batches, self.workers, self.device):
             yield [view.to(self.device, non_blocking=True) for view in batch]
 
-    def batches(self, split: str, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield normalised images (B, 3, S, S) and labels (B,) of `split` ("train", "test").
+    def batches(self, split: str, start: int = 0, step: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield normalised images (B, 3, S, S) and labels (B,) of `split` ("train", "test"): every `step`-th image.
 
-        With several ranks, each gets the rows rank, rank + world, rank + 2 world, ... The images are the paper's test
-        views: the shorter side resized to 8/7 of the size (256 for 224), then a centre crop.
+        The images are test views: the shorter side is resized to 8/7 of the size (256 for 224) with the folder's
+        interpolation, then the centre is cropped.
         """
         from torchvision.transforms import v2
 
         folder = self.train if split == "train" else self.test
-        transform = v2.Compose([v2.Resize(round(self.size * 8 / 7)), v2.CenterCrop(self.size), v2.PILToTensor()])
-        rows = list(range(len(folder)))[rank::world]
-        batches = [rows[start : start + BLOCK] for start in range(0, len(rows), BLOCK)]
+        resize = v2.Resize(round(self.size * 8 / 7), v2.InterpolationMode(self.interpolation))
+        transform = v2.Compose([resize, v2.CenterCrop(self.size), v2.PILToTensor()])
+        rows = list(range(start, len(folder), step))
+        batches = [rows[first : first + BLOCK] for first in range(0, len(rows), BLOCK)]
         for x, y in load_batches(TransformedImages(folder, transform), batches, self.workers, self.device):
             yield self.normalise(x.to(self.device, non_blocking=True)), y.to(self.device, non_blocking=True)
 

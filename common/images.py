@@ -17,6 +17,7 @@ from common.download import download
 GLYPH_COUNTS = {"train": 5000, "test": 5000}  # images per split of each glyphs preset
 CIFAR = ("cifar10", "cifar100")
 DATA_SETS = (*glyphs.PRESETS, "mnist5k", *CIFAR, "folder")
+BLOCK = 500  # images per batch in evaluation
 MAX_IN_MEMORY_PIXELS = 64  # side length: larger images of a folder are streamed instead of kept on the device
 
 
@@ -69,14 +70,11 @@ class Images(NamedTuple):
             digest=f"{self.digest}, a tenth held out",
         )
 
-    def batches(self, split: str, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield normalised images (B, 3, S, S) and labels (B,) of `split` ("train", "test").
-
-        With several ranks, each gets the rows rank, rank + world, rank + 2 world, ...
-        """
+    def batches(self, split: str, start: int = 0, step: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield normalised images (B, 3, S, S) and labels (B,) of `split` ("train", "test"): every `step`-th image."""
         images, labels = (self.train, self.train_labels) if split == "train" else (self.test, self.test_labels)
-        rows = slice(rank, None, world)
-        for x, y in zip(images[rows].split(500), labels[rows].split(500), strict=True):
+        rows = slice(start, None, step)
+        for x, y in zip(images[rows].split(BLOCK), labels[rows].split(BLOCK), strict=True):
             yield self.normalise(x), y
 
     def normalise(self, images: Tensor) -> Tensor:
@@ -138,11 +136,22 @@ def load(name: str, data: Path, size: int, device: torch.device, workers: int = 
     return Images(train, train_labels.to(device), test, test_labels.to(device), classes, mean, std, digest, data_seed)
 
 
-def load_or_stream(name: str, data: Path, size: int, device: torch.device, workers: int, data_seed: int = 0) -> Data:
-    """Like `load`, but image folders with --size above 64 pixels are streamed by DataLoader workers."""
+def load_or_stream(
+    name: str,
+    data: Path,
+    size: int,
+    device: torch.device,
+    workers: int,
+    data_seed: int = 0,
+    interpolation: str = "bilinear",
+) -> Data:
+    """Like `load`, but image folders with --size above 64 pixels are streamed by DataLoader workers.
+
+    `interpolation`: see `StreamedImages`.
+    """
     check_data_folder(name, data)
     if name == "folder" and size > MAX_IN_MEMORY_PIXELS:
-        return image_folder.StreamedImages(data, size, workers, device, data_seed)
+        return image_folder.StreamedImages(data, size, workers, device, data_seed, interpolation)
     return load(name, data, size, device, workers, data_seed)
 
 

@@ -8,11 +8,13 @@ suffix `_online` on the online weights. Arms with online keys also maintain an E
 confound comparisons between arms. Features are the mean of the patch tokens after the final norm, because the class
 token has no loss. Fine-tuning is the authors' (class `Classifier`, layer-wise learning rate decay) with the settings in
 RECIPES and the run's --labels, --finetune-epochs and --transplant. The labelled images depend on the data seed; order
-and augmentation depend on the run's seed. Linear probe and kNN use the labelled images of
-RECIPES' "bank" (demo: 2,000, else all). `pixel_accuracy` is a 1-nearest-neighbour classifier without a network: the
-cosine of normalised pixels to the images of --labels. The position diagnostics are those of the last epoch in
-train.jsonl. `key_linear_accuracy` is a linear probe on the mean of an image's L2-normalised keys; a pure position code
-is at chance level there.
+and augmentation depend on the run's seed. Linear probe and kNN use RECIPES' "bank" labelled images (demo: 2,000, else
+all); of image folders above 64 pixels they always use all. `pixel_accuracy` is the accuracy of a 1-nearest-neighbour
+classifier on normalised pixels (cosine similarity); its training set is the --labels images. The position diagnostics
+are those of the last epoch in train.jsonl. `key_linear_accuracy` is a linear probe on the mean of an image's
+L2-normalised keys; a pure position code is at chance level there. It is not strictly comparable between arms: the
+projector's batch norms run in eval mode, and their running statistics come from full strong views (EMA keys), from
+masked and full views (online keys), or are the initial ones (no pre-training).
 
 The similarities of one image are written to similarity.npz: `own` (N, N), its queries by its own keys; `other` (N, N),
 its queries by the keys of another image; `mask` (N,); and the image itself, `picture` (3, S, S).
@@ -57,7 +59,7 @@ RECIPES = {  #            demo         gpu          paper
     "drop_path":       (0.0,         0.1,         0.1),
     "label_smoothing": (0.1,         0.1,         0.1),
     "crop":            ((0.8, 1.0),  (0.5, 1.0),  (0.08, 1.0)),
-    "rand_augment":    (0,           27,          27),  # magnitude of two operations, of 30; timm's 9 of 10; 0: off
+    "rand_augment":    (0,           27,          27),  # torchvision's magnitude (27 of 30 = timm's 9 of 10); 0: off
     "mixup":           (0.0,         0.8,         0.8),  # alpha; each batch uses mixup or cutmix; 0: off
     "cutmix":          (0.0,         1.0,         1.0),
     "random_erasing":  (0.0,         0.0,         0.25),  # probability
@@ -90,8 +92,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--network", choices=tuple(NETWORKS), help="network of --weights; default: vit_base_16")
     parser.add_argument("--workers", type=cli.int_in(0, cli.MAX_WORKERS), help="DataLoader workers for image folders; "
                         "default: as in training")  # fmt: skip
-    parser.add_argument("--held-out", action="store_true", help="evaluate on the validation split (a held-out tenth of "
-                        "the training set), for tuning")  # fmt: skip
+    parser.add_argument("--held-out", action="store_true", help="evaluate on a tenth of the training set, for tuning; "
+                        "pre-training used these images, without labels")  # fmt: skip
     args = parser.parse_args(argv)
     if args.network and not args.weights:
         fail("--network is the network of --weights: give --weights, or drop --network")
@@ -196,12 +198,12 @@ def fine_tuning_batches(
 
 
 def build_rand_augment(magnitude: int) -> list[Callable[[Tensor], Tensor]]:
-    """Return a list with RandAugment of two operations; an empty list at magnitude 0."""
+    """Return RandAugment: two operations, each with probability 0.5 as in timm. An empty list at magnitude 0."""
     if not magnitude:
         return []
     from torchvision.transforms import v2  # imported here: it takes 2 s, and the demo does not need it
 
-    return [v2.RandAugment(2, magnitude)]
+    return [v2.RandomApply([v2.RandAugment(1, magnitude)], 0.5) for _ in range(2)]
 
 
 def build_mixup(recipe: Recipe, classes: int) -> Callable[..., Any] | None:
@@ -218,9 +220,16 @@ def build_mixup(recipe: Recipe, classes: int) -> Callable[..., Any] | None:
 
 def build_classifier(args: argparse.Namespace, recipe: Recipe, state: dict[str, Tensor], data: Data) -> Classifier:
     """Return a Classifier on the device of the data, initialised from the `state` of a pre-trained ViT."""
-    settings = (args.layer_scale, args.positions, data.classes, recipe["drop_path"], recipe["head_scale"])
     with seeding.seeded_fork_rng(args.seed, "classifier"):
-        model = Classifier(args.size, *NETWORKS[args.network], *settings)
+        model = Classifier(
+            args.size,
+            *NETWORKS[args.network],
+            layer_scale=args.layer_scale,
+            positions=args.positions,
+            classes=data.classes,
+            drop_path=recipe["drop_path"],
+            head_scale=recipe["head_scale"],
+        )
     weights = net.to_classifier(state)
     if args.transplant == "positions":  # ABLATION (everything but positions)
         weights = {name: weights[name] for name in weights if name.endswith(net.POSITION_PARAMETERS)}
@@ -298,10 +307,10 @@ class Features(nn.Module):
 def frozen_accuracies(args: argparse.Namespace, network: Features, data: Data, indices: Tensor) -> dict[str, float]:
     """Return linear and kNN accuracy in percent, trained on the images `indices` of the training set.
 
-    With a projector, `key_linear_accuracy` is the linear accuracy on the keys.
+    Streamed data use the whole training set. With a projector, `key_linear_accuracy` is that of the keys.
     """
     bank_data = data
-    if not isinstance(data, image_folder.StreamedImages):  # streamed data always use the whole training set
+    if not isinstance(data, image_folder.StreamedImages):
         rows = indices.to(data.device)
         bank_data = data._replace(train=data.train[rows], train_labels=data.train_labels[rows])
     train_features, train_labels = probes.extract_features([network], bank_data, "train")
@@ -405,7 +414,7 @@ def evaluate(
     """Return the accuracies in percent of `networks`, whose keys are the suffixes of their metrics.
 
     The network UNTRAINED gets linear accuracy only. Resumes from eval_state.pt in `folder`. With `held_out` the test
-    set is a held-out tenth of the training set.
+    set is a held-out tenth of the training set; pre-training used these images, without labels.
     """
     if held_out:
         data = data.with_held_out_test()
@@ -463,14 +472,17 @@ def evaluate_run(
 
 
 def training_metrics(log: list[dict[str, Any]]) -> dict[str, float | None]:
-    """Return the metrics of train.jsonl. A run of zero epochs has only the line of epoch 0."""
+    """Return the metrics of train.jsonl. A run of zero epochs has only the line of epoch 0.
+
+    `train_seconds` does not include the diagnostics between epochs.
+    """
     first, *epochs = log
     last = epochs[-1] if epochs else first
     return {
         **{name: last[name] for name in DIAGNOSTICS},
         "train_loss": last.get("loss"),
         "clipped_fraction": last.get("clipped_fraction"),
-        "examples_per_second": median(line["examples_per_second"] for line in epochs or [first]),
+        "examples_per_second": median(line["examples_per_second"] for line in epochs) if epochs else None,
         "train_seconds": sum(line["seconds"] for line in epochs or [first]),
         "peak_memory": last["peak_memory"],
     }
@@ -506,10 +518,10 @@ def evaluate_authors_checkpoint(path: Path, network: str, data: Data, recipe: Re
     shape = NETWORKS[network]
     if "head.weight" in state and "mask_token" not in state:
         weights = {name: tensor for name, tensor in state.items() if not name.endswith("relative_position_index")}
-        model = Classifier(args.size, *shape, 0.1, positions, data.classes).to(data.device)
+        model = Classifier(args.size, *shape, args.layer_scale, positions, data.classes).to(data.device)
         checkpoints.load_weights(model, weights, f"--weights {path}", f"a fine-tuned {network}")
         return {"finetune_accuracy": accuracy(model, data)}
-    vit = ViT(args.size, *shape, 0.1, positions).to(data.device)
+    vit = ViT(args.size, *shape, args.layer_scale, positions).to(data.device)
     renamed = net.from_authors_names(state)
     weights = {name.removeprefix("vit."): renamed[name] for name in renamed if name.startswith("vit.")}
     checkpoints.load_weights(vit, weights, f"--weights {path}", network)
@@ -534,10 +546,20 @@ def main(argv: list[str] | None = None) -> None:
     if recipe["warm_up"] >= run_args.finetune_epochs > 1:
         limit = f"the warm-up of {recipe['warm_up']} epochs is as long as --finetune-epochs {run_args.finetune_epochs}"
         print(f"warning: {limit}: the learning rate never reaches its peak", file=sys.stderr)
-    usage = f"batches of 500 images, {recipe['batch']} in fine-tuning"
+    streamed = run_args.size > images.MAX_IN_MEMORY_PIXELS
+    batch = image_folder.BLOCK if streamed else images.BLOCK
+    usage = f"batches of {batch} images, {recipe['batch']} in fine-tuning"
     with run_lock(args.folder, rank), devices.report_oom(device, usage, "use a --device with more memory"):
         workers = run_args.workers if args.workers is None else args.workers
-        data = images.load_or_stream(run_args.data_set, data_folder, run_args.size, device, workers, run_args.data_seed)
+        data = images.load_or_stream(
+            run_args.data_set,
+            data_folder,
+            run_args.size,
+            device,
+            workers,
+            run_args.data_seed,
+            train.TEST_INTERPOLATION,
+        )
         check_data(data.digest, recorded.get("data"), data_folder, args.folder)
         if args.held_out and isinstance(data, image_folder.StreamedImages):
             fail("--held-out requires images of at most 64 pixels: evaluate without it")
@@ -553,7 +575,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             metrics |= evaluate_run(run_args, recipe, saved["model"], data, args.folder, args.held_out)
         if saved:
-            metrics["loss_floor"] = train.loss_floor(train.patch_count(run_args), run_args.temperature)
+            metrics["loss_minimum"] = train.loss_minimum(train.patch_count(run_args), run_args.temperature)
         metrics["seconds"] = recorded.get("train_seconds", 0.0) + time.perf_counter() - start_time
         if rank == 0:
             file = args.folder / ("held_out.json" if args.held_out else "metrics.json")

@@ -31,6 +31,7 @@ NETWORKS = {
     "vit_small_8": Shape(8, 384, 12, 6),
     "vit_small_16": Shape(16, 384, 12, 6),
     "vit_base_16": Shape(16, 768, 12, 12),
+    "vit_large_16": Shape(16, 1024, 24, 16),
 }
 
 
@@ -155,12 +156,15 @@ class PatchEmbed(nn.Module):
 
 class Transformer(nn.Module):
     """Base class for pre-training and fine-tuning: patch embedding, class token and blocks, with the authors'
-    initialisation.
+    initialisation. A subclass may call `add_positions`.
     """
 
-    def __init__(self, size: int, patch: int, width: int, absolute: bool, blocks: list[Block]):
+    pos_embed: nn.Parameter | None
+
+    def __init__(self, patch: int, width: int, blocks: list[Block]):
         super().__init__()
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.register_parameter("pos_embed", None)
         self.patch_embed = PatchEmbed(patch, width)
         self.blocks = nn.ModuleList(blocks)
         init_weight(self.cls_token)
@@ -173,7 +177,11 @@ class Transformer(nn.Module):
             for depth, block in enumerate(blocks, 1):
                 block.attn.proj.weight.div_((2 * depth) ** 0.5)
                 block.mlp.fc2.weight.div_((2 * depth) ** 0.5)
-        self.pos_embed = nn.Parameter(torch.empty(1, 1 + (size // patch) ** 2, width)) if absolute else None
+
+    def add_positions(self, patches: int) -> None:
+        """Add absolute positions. Call last: then the other initial weights do not depend on the positions."""
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + patches, self.cls_token.shape[2]))
+        init_weight(self.pos_embed)
 
     def embed(self, patches: Tensor) -> Tensor:
         """Prepend the class token and add absolute positions, if any: (B, N, width) -> (B, 1 + N, width)."""
@@ -186,14 +194,13 @@ class ViT(Transformer):
 
     def __init__(self, size: int, patch: int, width: int, depth: int, heads: int, layer_scale: float, positions: str):
         blocks = [Block(width, heads, layer_scale) for _ in range(depth)]
-        super().__init__(size, patch, width, positions != "relative", blocks)
+        super().__init__(patch, width, blocks)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.rel_pos_bias = None if positions == "absolute" else RelativePositionBias(size // patch, heads)
         init_weight(self.mask_token)
-        # Drawn last, so that the other weights do not depend on whether there are absolute positions.
-        if self.pos_embed is not None:
-            init_weight(self.pos_embed)
+        if positions != "relative":
+            self.add_positions((size // patch) ** 2)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the tokens after the final norm, (B, 1 + N, width), class token first, for images (B, 3, S, S).
@@ -255,14 +262,14 @@ class Classifier(Transformer):
         grid = None if positions == "absolute" else size // patch
         rates = [drop_path * block / max(1, depth - 1) for block in range(depth)]
         blocks = [Block(width, heads, layer_scale, grid, rate) for rate in rates]
-        super().__init__(size, patch, width, positions != "relative", blocks)
+        super().__init__(patch, width, blocks)
         self.fc_norm, self.head = nn.LayerNorm(width, eps=1e-6), nn.Linear(width, classes)
         init_weight(self.head.weight)
         nn.init.zeros_(self.head.bias)
         with torch.no_grad():
             self.head.weight.mul_(head_scale)
-        if self.pos_embed is not None:
-            init_weight(self.pos_embed)
+        if positions != "relative":
+            self.add_positions((size // patch) ** 2)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits (B, classes) of images (B, 3, S, S)."""

@@ -292,10 +292,10 @@ def factorial_figure(runs: results.Runs, base: str, baselines: Sequence[str], ca
         return figures.add_legend(figure, legend, text + caption)
 
 
-def curve_panels(runs: results.Runs, floor: float | None, data_set: str) -> list[figures.Curves]:
+def curve_panels(runs: results.Runs, minimum: float | None, data_set: str) -> list[figures.Curves]:
     """Return the panels of loss and position diagnostics over the epochs."""
-    floor_line = {} if floor is None else {"floor": floor}
-    panels = [figures.Curves(f"{METRICS['train_loss'].title}, {data_set}", results.series(runs, "loss"), floor_line)]
+    line = {} if minimum is None else {"minimum": minimum}
+    panels = [figures.Curves(f"{METRICS['train_loss'].title}, {data_set}", results.series(runs, "loss"), line)]
     for name in ("position_r2", "own_top1", "cross_top1"):
         panels.append(figures.Curves(f"{METRICS[name].title}, {data_set}", results.series(runs, name)))
     return panels
@@ -442,12 +442,12 @@ def draw(view: results.View) -> dict[str, figures.Drawing]:
     caption = view.caption + "".join(f"{arm}: {text}. " for arm, text in remarks.items() if text)
     seeds_by_arm = dict.fromkeys(all_arms(view.folder, view.study.arms), seeds)
     runs_of_all_studies = results.read_runs(view.folder, seeds_by_arm, view.chance)
-    floors = [value for arm in runs for value in results.values(runs, arm, "loss_floor").values()]
+    minima = [value for arm in runs for value in results.values(runs, arm, "loss_minimum").values()]
     pretrained = {arm: by_seed for arm, by_seed in runs.items() if arm not in baselines}
     data_set = results.first_arguments(runs)["data_set"]
     styles = {arm: view.styles[arm] for arm in view.study.arms}
     curves = figures.curves(
-        curve_panels(pretrained, min(floors, default=None), data_set),
+        curve_panels(pretrained, min(minima, default=None), data_set),
         {arm: styles[arm] for arm in pretrained},
         view.highlight,
         caption,

@@ -32,10 +32,10 @@ MNIST = "--data-set mnist5k --labels 100 --finetune-epochs"
 
 def beats_scratch(arm: str) -> list[MustBeat]:
     """Require that `arm` beats no pre-training, with equal fine-tuning and with the steps of pre-training added."""
-    setting = arm.removeprefix(arm.partition("@")[0])
+    _, at, setting = arm.partition("@")
     baselines = {"no pre-training": "no-pretraining", "no pre-training, steps added": "no-pretraining-long"}
     return [
-        MustBeat(arm, label, "finetune_accuracy", baseline_arm=f"{baseline}{setting}")
+        MustBeat(arm, label, "finetune_accuracy", baseline_arm=f"{baseline}{at}{setting}")
         for label, baseline in baselines.items()
     ]
 
@@ -121,7 +121,7 @@ def design(scale: str, settings: Settings) -> Design:
     extras = [
         study(
             "conmim-calibration",
-            "Do keys of the trained network hurt, and more than symmetric views, as published?",
+            "Do online keys lower accuracy, and by more than basic views do, as published?",
             ["online-keys:base", "basic-views:online-keys"],
             primary=2,
             must_beat=beats_scratch("base"),
@@ -132,7 +132,7 @@ def design(scale: str, settings: Settings) -> Design:
         ),
         study(
             "conmim-positions",
-            "Does pre-training teach more than positions, and do keys without stop-gradient?",
+            "Does pre-training teach more than positions? Does it also without the stop-gradient?",
             ["positions-only:base", "position-classification:online-no-stop-gradient"],
             primary=2,
             must_beat=[*beats_scratch("base"), *beats_scratch("online-no-stop-gradient")],
@@ -149,7 +149,10 @@ def design(scale: str, settings: Settings) -> Design:
         ]
         extras += [
             gradient_leak(
-                "conmim-gradient-leak-short", "What share is it with a quarter of the steps?", "@short", short
+                "conmim-gradient-leak-short",
+                "What share of the keys' gradient turns the keys into a position code after a quarter of the steps?",
+                "@short",
+                short,
             ),
             study(
                 "conmim-stop-gradient-mnist5k",

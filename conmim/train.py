@@ -27,8 +27,9 @@ Differs from the authors' code:
  2. Masks are random squares of 2 x 2 patches (demo: single patches), the same number in every image (the authors'
     recipe). Block masks and the unused 8192-way head are left out.
  3. CUDA training uses bfloat16 autocast (authors: float16 with loss scaling). Similarities and softmax are float32.
- 4. Peak learning rate, gradient clipping (3.0), batch and warm-up of ViT-S and ViT-B are those of BEiT and mc-BEiT. The
-    authors give a command for ViT-L only (learning rate 7.5e-4, LayerScale 1e-5, clipping 1.0).
+ 4. The authors give a command for ViT-L only: --network vit_large_16 --layer-scale 1e-5 --lr 7.5e-4 --clip 1 --epochs
+    1600. Peak learning rate, gradient clipping (3.0) and batch of ViT-S and ViT-B are those of BEiT and mc-BEiT; their
+    warm-up is that of ViT-L. All networks are fine-tuned with the authors' settings for ViT-B.
  5. Images of up to 64 pixels stay on the device and are augmented there in batches (bilinear crops, no flips of
     glyphs, no blur on CIFAR). Larger images are augmented in DataLoader workers by torchvision, whose 23-pixel Gaussian
     kernel replaces Pillow's blur. The second crop, which the authors compute and never use, is left out.
@@ -66,8 +67,8 @@ Batch = tuple[Tensor, Tensor, Tensor]  # query view, key view, mask
 Range = tuple[float, float]
 
 WEIGHT_DECAY, BETAS, FINAL_LR = 0.05, (0.9, 0.98), 1e-5
-CLIP = 3.0  # maximum gradient norm
 N_DIAGNOSTIC = 256  # test images for the diagnostics
+TEST_INTERPOLATION = "bicubic"  # of test images above 64 pixels, as in the authors' fine-tuning
 
 # ------------------------------------------------------------------------------------------------- arguments
 
@@ -75,7 +76,7 @@ SCALES = {  #          demo              gpu           paper
     "data_set":        ("glyphs10-light", "cifar10",    "folder"),
     "size":            (32,               32,           224),  # pixels
     "network":         ("vit_demo",       "vit_tiny_4", "vit_base_16"),
-    "layer_scale":     (1.0,              0.1,          0.1),  # authors, ViT-L: 1e-5
+    "layer_scale":     (1.0,              0.1,          0.1),
     "positions":       ("both",           "relative",   "relative"),
     "hidden":          (128,              2048,         4096),  # width of the projector
     "dim":             (64,               256,          256),  # of queries and keys
@@ -90,8 +91,8 @@ SCALES = {  #          demo              gpu           paper
     "finetune_epochs": (150,              100,          100),
 }  # fmt: skip
 
-# Crop, flip and blur of the authors' code. Glyphs and digits are not flipped, because a mirrored one may
-# be another character. Small images are cropped less.
+# `folder`: the authors' crop, flip and blur. Glyphs and digits are not flipped, because a mirrored one may be another
+# character. Small images are cropped less and not blurred.
 AUGMENTATION: dict[str, dict[str, Any]] = {
     "glyphs": {"crop": (0.4, 1.0), "flip": 0.0, "blur": 0.0},
     "mnist5k": {"crop": (0.4, 1.0), "flip": 0.0, "blur": 0.0},
@@ -117,19 +118,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optimisation.add_argument(
         "--epochs", type=cli.int_in(0), help="0: keep the initial weights; paper: 300, 800 (table 1)"
     )
-    optimisation.add_argument("--warm-up", type=cli.float_in(0), help="epochs of linear warm-up; authors' code: 10")
-    optimisation.add_argument("--batch", type=cli.int_in(2), help="global batch size; authors' code: 2048")
+    optimisation.add_argument(
+        "--warm-up", type=cli.float_in(0), help="epochs of linear warm-up; authors' ViT-L command: 10"
+    )
+    optimisation.add_argument("--batch", type=cli.int_in(2), help="global batch size; authors' ViT-L command: 2048")
     optimisation.add_argument("--lr", type=cli.float_in(0), help="peak learning rate, not scaled by --batch")
     optimisation.add_argument(
         "--lr-factor", type=cli.float_in(0), default=1.0, help="multiplies --lr; used by the robustness study"
+    )
+    optimisation.add_argument(
+        "--clip", type=cli.float_in(1e-3), default=3.0, help="maximum gradient norm; authors' ViT-L command: 1"
     )
     optimisation.add_argument(
         "--compile", action="store_true", help="use torch.compile; pays off in long runs on a GPU"
     )
     optimisation.add_argument("--sync-batch-norm", action="store_true", help="batch statistics over all CUDA ranks")
     method = parser.add_argument_group("method (defaults at --scale paper: the paper's)")
-    method.add_argument("--network", choices=tuple(NETWORKS), help="paper: vit_small_16, vit_base_16 (section 4)")
-    method.add_argument("--layer-scale", type=cli.float_in(0), help="initial LayerScale; authors' code: 0.1")
+    method.add_argument("--network", choices=tuple(NETWORKS), help="paper: vit_small_16, vit_base_16, vit_large_16")
+    method.add_argument("--layer-scale", type=cli.float_in(0), help="initial LayerScale; authors: 0.1, ViT-L 1e-5")
     method.add_argument(
         "--positions",
         choices=POSITIONS,
@@ -240,20 +246,20 @@ class ConMIM(nn.Module):
         self.ema = Branch(**settings).requires_grad_(False)
 
     def forward(
-        self, query_view: Tensor, key_view: Tensor, mask: Tensor, key_network: str, leak: float
+        self, query_view: Tensor, key_view: Tensor, mask: Tensor, keys: str, leak: float
     ) -> tuple[Tensor, Tensor]:
         """Return queries q and keys k, (B, N, dim) each, from two views (B, 3, S, S).
 
-        mask (B, N) bool: the masked patches of `query_view`. `key_network`: "ema" or "online", the network that encodes
+        mask (B, N) bool: the masked patches of `query_view`. `keys`: "ema" or "online", the network that encodes
         `key_view`; "position": the keys are orthonormal constants, one per position. `leak` is the fraction of the
         gradient that reaches the keys. Each view has its own forward pass and therefore its own batch statistics.
         """
         # Run the queries first: otherwise autocast reuses weight casts cached under no_grad, and the queries get no
         # gradient.
         q = self.online(query_view, mask)
-        if key_network == "position":  # ABLATION (explicit position classification)
+        if keys == "position":  # ABLATION (explicit position classification)
             return q, torch.eye(q.shape[2], dtype=q.dtype, device=q.device)[: q.shape[1]].expand_as(q)
-        network = self.ema if key_network == "ema" else self.online  # ABLATION (momentum encoder)
+        network = self.ema if keys == "ema" else self.online  # ABLATION (momentum encoder)
         with torch.set_grad_enabled(torch.is_grad_enabled() and leak > 0):
             k = network(key_view, None).float()  # bfloat16 would round the sum below
         return q, leak * k + (1 - leak) * k.detach()  # ABLATION (stop-gradient): 0 is the paper's sg
@@ -298,9 +304,13 @@ def denoising_contrast(q: Tensor, k: Tensor, mask: Tensor, temperature: float) -
     return (losses * mask).sum() / mask.sum()
 
 
-def loss_floor(n: int, temperature: float) -> float:
-    """Return the loss if the n keys are orthogonal and each query equals its key: ln(1 + (n - 1) exp(-1 / tau))."""
-    return math.log1p((n - 1) * math.exp(-1 / temperature))
+def loss_minimum(n: int, temperature: float) -> float:
+    """Return the minimum of the loss: each of the n queries equals its key, and the keys form a simplex.
+
+    Then the cosine of two keys is -1 / (n - 1). This requires --dim of at least n - 1, and every patch masked equally
+    often. Orthonormal keys (--keys position) only reach ln(1 + (n - 1) exp(-sqrt(n / (n - 1)) / tau)).
+    """
+    return math.log1p((n - 1) * math.exp(-n / (max(1, n - 1) * temperature)))
 
 
 # ------------------------------------------------------------------------------------------------- data
@@ -421,7 +431,7 @@ def diagnostic_batch(args: argparse.Namespace, data: Data) -> tuple[Tensor, Tens
     The images are evenly spaced in the test set and not augmented. A smaller test set is taken whole.
     """
     spacing = max(1, len(data.test) // N_DIAGNOSTIC)
-    x, _ = next(data.batches("test", 0, spacing))  # every `spacing`-th image, as for one of `spacing` ranks
+    x, _ = next(data.batches("test", 0, spacing))
     x = x[:N_DIAGNOSTIC]
     rng = seeding.SampleRNG(data.data_seed, "diagnosed mask", 0, len(x))
     mask = random_masks(rng, patch_count(args), args.mask_ratio, args.mask_square)
@@ -454,11 +464,11 @@ def position_r2(k: Tensor) -> float:
 
 
 @torch.no_grad()
-def diagnose(model: ConMIM, key_network: str, x: Tensor, mask: Tensor) -> dict[str, float]:
+def diagnose(model: ConMIM, keys: str, x: Tensor, mask: Tensor) -> dict[str, float]:
     """Measure whether the model solves the task by position alone.
 
-    Queries and keys see the same view x (B, 3, S, S); mask (B, N) bool. `key_network`: see ConMIM.forward. Runs in
-    train mode and float32.
+    Queries and keys see the same view x (B, 3, S, S); mask (B, N) bool. `keys`: see ConMIM.forward. Runs in train mode
+    and float32.
 
     own_top1            share of masked queries whose nearest key in their own image is their own
     cross_top1          share whose nearest key in another image has their position; near own_top1 if content is ignored
@@ -466,7 +476,7 @@ def diagnose(model: ConMIM, key_network: str, x: Tensor, mask: Tensor) -> dict[s
     key_effective_rank  exp of the entropy of the keys' singular values, 1 to dim
     """
     with frozen_running_statistics(model):
-        q, k = model(x, x, mask, key_network, 0.0)
+        q, k = model(x, x, mask, keys, 0.0)
     position = torch.arange(mask.shape[1], device=x.device)
 
     def top1(candidates: Tensor) -> float:
@@ -520,9 +530,9 @@ def train(args: argparse.Namespace, run: Run, model: ConMIM, data: Data, optimiz
     if start_epoch is None:
         start_epoch, started = 0, time.perf_counter()
         metrics = diagnose(model, args.keys, x, x_mask)
-        seconds = time.perf_counter() - started  # time of the diagnostics, the only work of a run with --epochs 0
-        metrics |= {"examples_per_second": len(x) / seconds, "seconds": seconds}
-        run.end_epoch(0, final_epoch, metrics | {"peak_memory": devices.peak_memory(data.device)})
+        # The diagnostics are the only work of a run with --epochs 0.
+        metrics |= {"seconds": time.perf_counter() - started, "peak_memory": devices.peak_memory(data.device)}
+        run.end_epoch(0, final_epoch, metrics)
     if args.compile:
         forward.compile()
 
@@ -543,11 +553,11 @@ def train(args: argparse.Namespace, run: Run, model: ConMIM, data: Data, optimiz
 
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            norm = nn.utils.clip_grad_norm_(online, CLIP, foreach=True)  # the norm before clipping
+            norm = nn.utils.clip_grad_norm_(online, args.clip, foreach=True)  # the norm before clipping
             optimizer.step()
             ema_update(ema, online, momentum)
             # .item() here would force a host-device synchronisation.
-            totals += torch.stack([loss.detach(), (norm > CLIP).float()])
+            totals += torch.stack([loss.detach(), (norm > args.clip).float()])
 
         mean_loss, clipped_fraction = devices.mean_over_ranks(totals / steps_per_epoch).tolist()
         seconds = time.perf_counter() - started
@@ -583,7 +593,9 @@ def main(argv: list[str] | None = None) -> None:
         run = Run(vars(args), __file__, rank)
         if run.finished:
             return
-        data = images.load_or_stream(args.data_set, args.data, args.size, device, args.workers, args.data_seed)
+        data = images.load_or_stream(
+            args.data_set, args.data, args.size, device, args.workers, args.data_seed, TEST_INTERPOLATION
+        )
         if args.labels and args.labels < world:
             fail(f"--labels {args.labels} is less than one image for each of {world} processes: give at least {world}")
         if args.labels and args.labels > data.examples and rank == 0:

@@ -3,11 +3,11 @@
     python simsiam/eval.py runs/scratch                                # a finished run of train.py
     python simsiam/eval.py runs/official --weights checkpoint.pth.tar --data ImageNet   # the authors' checkpoint
 
-Features are the output of the backbone (section 3.1 of the paper: before the projector). No choice is made on the
-test split. Up to 64 pixels the linear probe is trained on precomputed, standardised features and selects its learning
-rate on a held-out tenth of the training set. Above 64 pixels it is the paper's linear evaluation: LARS,
-batch size 4096, 90 epochs, random crops and flips, base learning rate 0.1 as in the authors' code (the paper gives
-0.02, with which PyTorch users report about two points less).
+Features are the output of the backbone (pool5, appendix A). No hyper-parameter is selected on the test set. Up to 64
+pixels the linear probe is trained on precomputed, standardised features and selects its learning rate on a held-out
+tenth of the training set. Above 64 pixels it is the paper's linear evaluation: LARS, batch size 4096, 90 epochs, random
+crops and flips, base learning rate 0.1 as in the authors' code (the paper gives 0.02, with which PyTorch users report
+about two points less).
 """
 
 import argparse
@@ -32,7 +32,7 @@ from common.lock import run_lock
 from common.run import check_data, load_finished, read_log, write_metrics
 from common.weights import read_weights
 from simsiam import train
-from simsiam.train import SimSiam, build_model, extract_features, representation_metrics
+from simsiam.train import Features, SimSiam, build_model, extract_features, representation_metrics
 
 PREFIXES = ("encoder.", "backbone.")  # of parameter names in checkpoints
 METRICS_IF_FINITE = (  # null if the run diverged
@@ -56,16 +56,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         "folder is for the output")  # fmt: skip
     parser.add_argument("--workers", type=cli.int_in(0, cli.MAX_WORKERS), help="DataLoader workers for image folders; "
                         "default: as in training")  # fmt: skip
-    parser.add_argument("--held-out", action="store_true", help="evaluate on the validation split (a held-out tenth of "
-                        "the training set), for tuning")  # fmt: skip
+    parser.add_argument("--held-out", action="store_true", help="evaluate on a tenth of the training set, for tuning; "
+                        "pre-training used these images, without labels")  # fmt: skip
     return parser.parse_args(argv)
 
 
 def read_authors_checkpoint(path: Path) -> dict[str, dict[str, Tensor]]:
     """Return the state dicts {"backbone": ..., "projector": ...} of the authors' checkpoint in `path`.
 
-    Names begin with one of PREFIXES; the projector is called `fc`. Linear classifiers and predictors are ignored. Exits
-    with code 2 if the file cannot be read, or no name begins with a known prefix.
+    Names begin with one of PREFIXES; the projector is called `fc`. Names without a prefix, such as the predictor's, are
+    ignored. Exits with code 2 if the file cannot be read, or if no name has a prefix, as in a linear-probe checkpoint
+    of the authors.
     """
     state = read_weights(path, "--weights", "the authors' checkpoint (ResNet-50)").tensors
     backbone: dict[str, Tensor] = {}
@@ -147,8 +148,9 @@ def linear_probe_lars(
         order = seeding.permutation(seed, "linear probe order", epoch, data.examples, "cpu")
         order = order[: steps_per_epoch * batch].view(steps_per_epoch, batch)[:, rows]
         for indices, (x,) in zip(order, data.views(transform, 1, order.tolist(), seed, epoch), strict=True):
-            with torch.no_grad():
-                features = model.backbone(data.normalise(x))
+            with torch.no_grad():  # in parts: the whole batch through ResNet-50 would take 43 GB
+                parts = x.split(image_folder.BLOCK)
+                features = torch.cat([model.backbone(data.normalise(part)) for part in parts])
             loss = F.cross_entropy(head(features), devices.upload(labels[indices], device))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -159,28 +161,29 @@ def linear_probe_lars(
         if rank == 0:
             state = {"head": head.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}
             checkpoints.save(path, {**state, "identity": identity})
-    features, _, labels = extract_features(model, data, "test")
-    return 100.0 * (head(features).argmax(1) == labels).float().mean().item()
+    test = extract_features(model, data, "test")
+    return 100.0 * (head(test.backbone).argmax(1) == test.labels).float().mean().item()
 
 
-def features_of_splits(model: SimSiam, data: Data, held_out: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the features, projections and labels of the training and the test set (see `extract_features`).
+def features_of_splits(model: SimSiam, data: Data, held_out: bool) -> tuple[Features, Features]:
+    """Return the features of the training and the test set.
 
-    With `held_out` the test set is a held-out tenth of the training set, and the rest is the training set.
+    With `held_out` the test set is a held-out tenth of the training set, and the rest is the training set. Pre-training
+    used the images of both, without labels.
     """
     bank = extract_features(model, data, "train")
     if not held_out:
         return bank, extract_features(model, data, "test")
-    if len(bank[0]) < 20:
-        fail(f"--held-out needs at least 20 training images, not {len(bank[0])}: evaluate without it")
-    rest, tenth = seeding.held_out_split(len(bank[0]), data.device, data.data_seed)
-    return [rows[rest] for rows in bank], [rows[tenth] for rows in bank]
+    if len(bank.labels) < 20:
+        fail(f"--held-out needs at least 20 training images, not {len(bank.labels)}: evaluate without it")
+    rest, tenth = seeding.held_out_split(len(bank.labels), data.device, data.data_seed)
+    return Features(*(rows[rest] for rows in bank)), Features(*(rows[tenth] for rows in bank))
 
 
-def linear_accuracy(bank: list[Tensor], queries: list[Tensor], data: Data, seed: int) -> float:
+def linear_accuracy(bank: Features, queries: Features, data: Data, seed: int) -> float:
     """Return the accuracy in percent of a linear probe on backbone features, trained on `bank`, tested on `queries`."""
-    selection_indices = seeding.held_out_split(len(bank[0]), data.device, data.data_seed)
-    train_set, test_set = (probes.Labelled(features, labels) for features, _, labels in (bank, queries))
+    selection_indices = seeding.held_out_split(len(bank.labels), data.device, data.data_seed)
+    train_set, test_set = (probes.Labelled(split.backbone, split.labels) for split in (bank, queries))
     return probes.linear_accuracy(train_set, test_set, data.classes, selection_indices, seed)
 
 
@@ -194,6 +197,7 @@ def evaluate(args: argparse.Namespace, model: SimSiam, data: Data, held_out: boo
     bank, queries = features_of_splits(model, data, held_out)
     metrics = representation_metrics(bank, queries, data.classes, args.neighbours)
     if isinstance(data, image_folder.StreamedImages):
+        del bank, queries  # of ImageNet 21 GB, which the probe does not need
         probe = PROBE | ({"epochs": 1} if args.rehearse else {})
         return {"linear_accuracy": linear_probe_lars(model, data, folder, args.seed, probe), **metrics}
     metrics = {"linear_accuracy": linear_accuracy(bank, queries, data, args.seed), **metrics}
@@ -202,9 +206,10 @@ def evaluate(args: argparse.Namespace, model: SimSiam, data: Data, held_out: boo
 
 
 def std_ratio_at_collapse(args: argparse.Namespace) -> float | None:
-    """Return the train-mode std ratio of a collapsed batch, which is not 0 because the last batch norm has no affine.
+    """Return the train-mode std ratio if all rows of z but one are equal: 2 sqrt((1/B)(1 - 1/B)) in a batch of B.
 
-    With one outlier in a batch of B it is 2 sqrt((1/B)(1 - 1/B)). None if z does not come from this batch norm.
+    It is not 0, because a batch norm without affine parameters gives each channel variance 1. None if z does not come
+    from this batch norm.
     """
     share = 1 / args.batch
     affine_free = args.projector != "none" and args.head_bn == "default"
@@ -212,7 +217,10 @@ def std_ratio_at_collapse(args: argparse.Namespace) -> float | None:
 
 
 def training_metrics(log: list[dict[str, Any]]) -> dict[str, float | None]:
-    """Return metrics from train.jsonl: those of the last epoch, and of the untrained network (epoch 0)."""
+    """Return metrics from train.jsonl: those of the last epoch, and of the untrained network (epoch 0).
+
+    `train_seconds` does not include the evaluations between epochs (kNN, collapse).
+    """
     first, *epochs = log
     last = epochs[-1] if epochs else {}
     return {
@@ -239,8 +247,10 @@ def main(argv: list[str] | None = None) -> None:
     rank, _ = devices.init_process_group(device_name, device)
     start_time = time.perf_counter()
     data_folder = args.data or Path(arguments["data"])
+    streamed = arguments["size"] > images.MAX_IN_MEMORY_PIXELS
+    usage = f"batches of {image_folder.BLOCK if streamed else images.BLOCK} images"
     remedy = "use a --device with more memory, or --device cpu (same metrics)"
-    with run_lock(args.folder, rank), devices.report_oom(device, "batches of 500 images", remedy):
+    with run_lock(args.folder, rank), devices.report_oom(device, usage, remedy):
         data = images.load_or_stream(
             arguments["data_set"],
             data_folder,

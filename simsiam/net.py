@@ -1,19 +1,30 @@
 """Backbones of SimSiam: torchvision's ResNets without their classifier, and a small ResNet for the demo."""
 
+from typing import NamedTuple
+
 from torch import nn
 from torchvision import models
 from torchvision.models.resnet import BasicBlock
 
-NETWORKS = {  # name: (feature width, projector width)
-    "resnet8": (64, 256),
-    "resnet18": (512, 2048),
-    "resnet50": (2048, 2048),
+
+class Widths(NamedTuple):
+    """Width of the features of a backbone, of the projector's hidden layers, and of z by default (--dim)."""
+
+    features: int
+    hidden: int
+    dim: int
+
+
+NETWORKS = {
+    "resnet8": Widths(64, 256, 256),
+    "resnet18": Widths(512, 2048, 2048),
+    "resnet50": Widths(2048, 2048, 2048),
 }
 CIFAR_STEM_MAX_SIZE = 64  # pixels
 
 
 def build_backbone(network: str, size: int) -> nn.Module:
-    """Return a backbone: (B, 3, size, size) -> (B, width).
+    """Return a backbone: (B, 3, size, size) -> (B, features).
 
     The last batch norm of each residual block has initial scale zero (appendix A), except in resnet8. Up to 64 pixels
     the ResNets have the CIFAR stem: a 3x3 convolution with stride 1 and no max-pool (appendix D).

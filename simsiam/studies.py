@@ -31,7 +31,7 @@ study = partial(Study, metric="knn_accuracy", margin=5.0, must_beat=[beats_untra
 
 
 def on_mnist(main_study: Study) -> Study:
-    """Return the same study on 5,000 handwritten digits: an extra whose arms are called NAME@mnist5k."""
+    """Return `main_study` on MNIST-5k as an extra study; its arms are named NAME@mnist5k."""
     return replace(
         main_study,
         name=f"{main_study.name}-mnist5k",
@@ -84,18 +84,19 @@ def design(scale: str, settings: Settings) -> Design:
         study("simsiam-projector", "What does the projector contribute?", projectors),
         study(
             "simsiam-symmetric-loss",
-            "What does the symmetric loss contribute, and is it more than twice the comparisons?",
+            "What does the symmetric loss contribute, beyond twice as many comparisons?",
             ["asymmetric:base", "asymmetric-2x:base"],
             primary=2,
             published="linear 68.1 symmetric, 64.8 asymmetric, 67.3 asymmetric with two pairs an image (section "
             "4.6; ImageNet, ResNet-50, 100 epochs)",
         ),
     ]
-    declared = [Arm(name, arm_flags) for name, arm_flags in flags.items()]
-    declared += [arm for main_study in main_studies for arm in main_study.contrasts if isinstance(arm, Arm)]
+    arms = [Arm(name, arm_flags) for name, arm_flags in flags.items()]
+    # An arm may also be declared in the contrasts of a study, as in README.md.
+    in_contrasts = [arm for main_study in main_studies for arm in main_study.contrasts if isinstance(arm, Arm)]
     mnist_arms = [
         Arm(f"{arm.name}@mnist5k", f"{arm.flags} --data-set mnist5k".strip(), data="mnist5k.pt")
-        for arm in declared
+        for arm in [*arms, *in_contrasts]
         if any(arm.name in main_study.arms for main_study in main_studies)
     ]
     rates = ["", "@third", "@triple"]
@@ -140,7 +141,7 @@ def design(scale: str, settings: Settings) -> Design:
         scale,
         METRICS,
         [*main_studies, *extras, *(map(on_mnist, main_studies) if demo else ())],
-        arms=[*(Arm(name, arm_flags) for name, arm_flags in flags.items()), *(mnist_arms if demo else ())],
+        arms=[*arms, *(mnist_arms if demo else ())],
         data="cifar-10-batches-py" if scale == "gpu" and not settings.own_data else "",
         baselines=["untrained_knn_accuracy"],
         chance={"knn_accuracy": CHANCE},

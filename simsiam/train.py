@@ -30,6 +30,8 @@ Differs from the authors' code:
     --precision float32 turns autocast off.
  5. The demo scale is ours: glyphs, a small ResNet, and its own crop, hue, grayscale and learning rate. Its views have
     24 pixels (no antialiasing); it is evaluated at 32.
+ 6. On several CPU ranks each rank has its own batch statistics, because SyncBatchNorm requires CUDA. The value of the
+    std at collapse (eval.py) assumes those of the global batch.
 """
 
 import argparse
@@ -37,9 +39,9 @@ import copy
 import itertools
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -134,7 +136,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="batch norms of the heads: hidden: not at the projector's output; none: none at all (table 3)",
     )
     method.add_argument("--projector-layers", type=int, choices=(2, 3), help="3 on ImageNet, 2 on CIFAR")
-    method.add_argument("--dim", help="output width: an integer, or `backbone` for the backbone's width (appendix B)")
+    method.add_argument(
+        "--dim",
+        help="output width (appendix B): an integer, or `backbone` for the backbone's width; default: 256 for resnet8, "
+        "else 2048",
+    )
     method.add_argument(
         "--loss", choices=tuple(PAIRS), default="symmetric", help="asymmetric-2x: four views per image (section 4.6)"
     )
@@ -156,7 +162,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     del args.no_stop_gradient
     if args.data_set != "folder" and args.size != 32:
         fail(f"--size {args.size} requires --data-set folder ({args.data_set} images have 32 x 32 pixels): drop --size")
-    width, dim = NETWORKS[args.network]
+    width, _, dim = NETWORKS[args.network]
     if args.projector != "mlp" and args.dim not in (None, "backbone", str(width)):
         fail(f"--dim {args.dim} contradicts --projector {args.projector}, which has output width {width}: drop --dim")
     if args.head_bn != "default" and (args.projector == "bn" or (args.projector, args.head_bn) == ("none", "hidden")):
@@ -235,7 +241,7 @@ class SimSiam(nn.Module):
         head_bn: str = "default",
     ):
         super().__init__()
-        self.width, hidden = NETWORKS[network]
+        self.width, hidden, _ = NETWORKS[network]
         with seeding.seeded_fork_rng(seed, "backbone"):
             self.backbone = build_backbone(network, size)
         with seeding.seeded_fork_rng(seed, "projector"):
@@ -334,10 +340,10 @@ def augmentation(args: argparse.Namespace) -> Augmentation:
 
 
 def batches(args: argparse.Namespace, data: Data, epoch: int, rows: slice) -> Iterator[list[Tensor]]:
-    """Yield the batches of one epoch: lists of normalised views, (B, 3, S, S) each, for the `rows` of this rank.
+    """Yield the batches of one epoch: lists of normalised views for the `rows` of this rank.
 
-    `rows` index the global batch. The order of the images and their views depend only on (seed, epoch). The last
-    incomplete batch is dropped.
+    Views are (B, 3, pixels, pixels); see AUGMENTATION. `rows` index the global batch. The order of the images and their
+    views depend only on (seed, epoch). The last incomplete batch is dropped.
     """
     aug = augmentation(args)
     n_views = 1 + max(view for pair in PAIRS[args.loss] for view in pair)
@@ -357,31 +363,29 @@ def batches(args: argparse.Namespace, data: Data, epoch: int, rows: slice) -> It
 # ------------------------------------------------------------------------------------------------- train
 
 
-def extract_features(model: SimSiam, data: Data, split: str) -> list[Tensor]:
-    """Return backbone features (N, width), projections z (N, dim) and labels (N,) of a split, in eval mode.
+class Features(NamedTuple):
+    """Backbone features (N, width), projections z (N, dim) and labels (N,) of a split, in eval mode."""
 
-    `split` is "train" or "test".
-    """
-    return probes.extract_features([model.backbone, model.projector], data, split)
+    backbone: Tensor
+    z: Tensor
+    labels: Tensor
 
 
-def representation_metrics(bank: Sequence[Tensor], queries: Sequence[Tensor], classes: int, k: int) -> dict[str, float]:
-    """Return collapse metrics of the queries' z, and the kNN accuracy of features and of z in percent.
+def extract_features(model: SimSiam, data: Data, split: str) -> Features:
+    """Return the features of a split, "train" or "test"."""
+    return Features(*probes.extract_features([model.backbone, model.projector], data, split))
 
-    `bank` and `queries` are results of `extract_features`.
-    """
-    bank_features, bank_z, bank_labels = bank
-    features, z, labels = queries
+
+def representation_metrics(bank: Features, queries: Features, classes: int, k: int) -> dict[str, float]:
+    """Return collapse metrics of the queries' z, and the kNN accuracy of features and of z in percent."""
+    bank_features, features = (probes.Labelled(split.backbone, split.labels) for split in (bank, queries))
+    bank_z, z = (probes.Labelled(split.z, split.labels) for split in (bank, queries))
     return {
-        "std_ratio": probes.std_ratio(z),
-        "mean_cosine": probes.mean_cosine(z),
-        "effective_rank": probes.effective_rank(z),
-        "knn_accuracy": probes.knn_accuracy(
-            probes.Labelled(bank_features, bank_labels), probes.Labelled(features, labels), classes, k
-        ),
-        "knn_accuracy_z": probes.knn_accuracy(
-            probes.Labelled(bank_z, bank_labels), probes.Labelled(z, labels), classes, k
-        ),
+        "std_ratio": probes.std_ratio(queries.z),
+        "mean_cosine": probes.mean_cosine(queries.z),
+        "effective_rank": probes.effective_rank(queries.z),
+        "knn_accuracy": probes.knn_accuracy(bank_features, features, classes, k),
+        "knn_accuracy_z": probes.knn_accuracy(bank_z, z, classes, k),
     }
 
 
@@ -395,7 +399,10 @@ def evaluate_epoch(model: SimSiam, data: Data, k: int) -> dict[str, float]:
 
 @torch.no_grad()
 def untrained_metrics(args: argparse.Namespace, model: SimSiam, data: Data, rows: slice) -> dict[str, float]:
-    """Return the metrics of epoch 0. A copy of the model first runs 20 batches to estimate its running statistics."""
+    """Return the metrics of epoch 0. A copy of the model first runs 20 batches to estimate its running statistics.
+
+    At momentum 0.1 these still contain 12 % (0.9^20) of their initial values, mean 0 and variance 1.
+    """
     untrained = copy.deepcopy(model)
     for views in itertools.islice(batches(args, data, 0, rows), 20):
         z = untrained.projector(untrained.backbone(views[0]))
@@ -440,7 +447,7 @@ def train(args: argparse.Namespace, run: Run, model: SimSiam, data: Data, optimi
         # Cosine decay of the encoder's learning rate, once per epoch; the predictor's is constant by default.
         for group in optimizer.param_groups:
             factor = schedules.cosine(epoch / args.epochs) if group["schedule"] == "cosine" else 1.0
-            group["lr"] = args.lr * args.batch / 256 * factor
+            group["lr"] = optimizer.defaults["lr"] * factor
 
         for views in batches(args, data, epoch, rows):
             # One forward pass per view, not one for all views: each view needs its own batch statistics.

@@ -129,7 +129,7 @@ def main(device: torch.device, rounds: int) -> None:
     def step_outside_networks(mask: Tensor) -> None:
         q.grad = None
         train.denoising_contrast(q, k, mask, 0.1).backward()
-        nn.utils.clip_grad_norm_(online, train.CLIP, foreach=True)
+        nn.utils.clip_grad_norm_(online, args.clip, foreach=True)
         optimizer.step()
         train.ema_update(ema, online, 0.996)
 

@@ -26,7 +26,7 @@ from common import augment, checkpoints, images, seeding
 from common.run import Run
 from conmim import net, train
 from conmim.eval import RECIPES
-from conmim.train import ConMIM, denoising_contrast, loss_floor
+from conmim.train import ConMIM, denoising_contrast, loss_minimum
 
 ALL_ARMS, STUDIES = design("conmim")
 # These arms differ from base and no-pretraining in fine-tuning only.
@@ -201,16 +201,18 @@ def test_schedules_equal_those_of_the_authors_code():
 
 
 def test_parameter_counts():
-    small16, base16 = net.NETWORKS["vit_small_16"], net.NETWORKS["vit_base_16"]
+    small16, base16, large16 = (net.NETWORKS[f"vit_{size}_16"] for size in ("small", "base", "large"))
     with torch.device("meta"):
         modules = {
             "small": net.ViT(224, *small16, 0.1, "relative"),
             "base": net.ViT(224, *base16, 0.1, "relative"),
+            "large": net.ViT(224, *large16, 1e-5, "relative"),
             "projector": net.Projector(768, 4096, 256),
             "classifier": net.Classifier(224, *base16, 0.1, "relative", 1000),
         }
     counts = {name: sum(weight.numel() for weight in module.parameters()) for name, module in modules.items()}
-    assert counts == {"small": 21_599_400, "base": 85_666_128, "projector": 20_987_904, "classifier": 86_530_984}
+    expected = {"small": 21_599_400, "base": 85_666_128, "large": 303_137_216}
+    assert counts == expected | {"projector": 20_987_904, "classifier": 86_530_984}
 
 
 # ---------------------------------------------------------------------------------------------- loss
@@ -250,14 +252,35 @@ def test_loss_gradient_reaches_masked_queries_and_all_keys():
     assert torch.equal(q_gradient.abs().sum(2) > 0, mask) and (k_gradient.abs().sum(2) > 0).all()
 
 
-@pytest.mark.parametrize(("count", "floor", "chance"), [(196, 0.0088, 5.278), (64, 0.0029, 4.159)])
-def test_loss_of_perfect_and_of_uniform_similarities(count, floor, chance):
-    mask, orthogonal = torch.ones(1, count, dtype=torch.bool), torch.eye(count)[None]
-    loss = denoising_contrast(orthogonal, orthogonal, mask, 0.1).item()
-    assert loss == pytest.approx(loss_floor(count, 0.1), rel=1e-3)
-    assert loss_floor(count, 0.1) == pytest.approx(floor, abs=1e-4)
+@pytest.mark.parametrize(("count", "orthogonal", "chance"), [(196, 0.0088, 5.278), (64, 0.0029, 4.159)])
+def test_loss_of_orthogonal_and_of_equal_keys(count, orthogonal, chance):
+    mask, unit = torch.ones(1, count, dtype=torch.bool), torch.eye(count)[None]
+    assert denoising_contrast(unit, unit, mask, 0.1).item() == pytest.approx(orthogonal, abs=1e-4)
     constant = torch.ones(1, count, 4)
     assert denoising_contrast(constant, constant, mask, 0.1).item() == pytest.approx(chance, abs=1e-3)
+
+
+@pytest.mark.parametrize("trained_keys", [True, False])
+def test_loss_minimum_is_reached_by_freely_optimised_unit_vectors(trained_keys):
+    """With trained keys the minimum is a simplex. With fixed orthonormal keys it is the value in the docstring."""
+    count, temperature, mask = 5, 0.2, torch.ones(1, 5, dtype=torch.bool)
+    q, k = torch.randn(2, 1, count, 8, generator=torch.Generator().manual_seed(0))
+    k = k if trained_keys else torch.eye(8)[None, :count]
+    free = [vectors.requires_grad_() for vectors in ([q, k] if trained_keys else [q])]
+    optimizer = torch.optim.LBFGS(free, max_iter=300, tolerance_change=0.0, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = denoising_contrast(q, k, mask, temperature)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    expected = loss_minimum(count, temperature)
+    assert loss_minimum(1, temperature) == 0
+    if not trained_keys:
+        expected = math.log1p((count - 1) * math.exp(-math.sqrt(count / (count - 1)) / temperature))
+    assert closure().item() == pytest.approx(expected, rel=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------- gradients
@@ -389,7 +412,7 @@ def test_ema_copies_online_at_momentum_0_and_is_unchanged_at_1():
 def test_gradient_is_clipped_and_clipped_steps_are_counted(monkeypatch):
     clipped = {}
     for limit in (1e-3, 1e6):
-        monkeypatch.setattr(train, "CLIP", limit)
+        monkeypatch.setitem(ARMS, "base", ["--clip", str(limit)])
         model = small_model()
         clipped[limit] = train_one_step(model, random_batch())["clipped_fraction"]
         assert gradient_norm({name: weight.grad for name, weight in model.online.named_parameters()}) <= limit * 1.001
@@ -887,11 +910,11 @@ def test_no_pretraining_keeps_the_initial_weights(finished):
 
 def test_train_log_keys(finished):
     keys = {"epoch", "own_top1", "cross_top1", "position_r2", "key_effective_rank"}
-    keys |= {"examples_per_second", "seconds", "peak_memory"}
+    keys |= {"seconds", "peak_memory"}
     for arm in CELLS:
         lines = [json.loads(line) for line in (finished / arm / "0/train.jsonl").read_text().splitlines()]
         assert [line["epoch"] for line in lines] == [0, 1, 2] and set(lines[0]) == keys
-        assert set(lines[2]) == keys | {"loss", "clipped_fraction", "momentum", "lr"}
+        assert set(lines[2]) == keys | {"loss", "clipped_fraction", "momentum", "lr", "examples_per_second"}
         assert abs(lines[1]["loss"] - math.log(64)) < 2 and 0 <= lines[2]["clipped_fraction"] <= 1
 
 

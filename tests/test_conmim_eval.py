@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from conftest import FakeGPU
 from torch import nn
 from torch.nn.functional import normalize
+from torchvision.transforms import v2
 
-from common import checkpoints, devices, images, probes, seeding
+from common import checkpoints, devices, image_folder, images, probes, seeding
 from conmim import eval as evaluate
 from conmim import net, train
 from conmim.net import Classifier, Shape, ViT
@@ -233,6 +234,15 @@ def test_every_setting_of_the_recipe_changes_the_result(name, monkeypatch):
     assert not torch.equal(*states)
 
 
+def test_two_operations_of_rand_augment_are_each_applied_with_probability_one_half(monkeypatch):
+    applied = []
+    monkeypatch.setattr(v2.RandAugment, "forward", lambda operation, x: applied.append(operation.num_ops) or x)
+    with seeding.seeded_fork_rng(0, "RandAugment"):
+        for operation in 400 * evaluate.build_rand_augment(27):
+            operation(torch.zeros(1, 3, 4, 4))
+    assert 340 < sum(applied) < 460
+
+
 def test_mixup_labels_are_convex_combinations(monkeypatch):
     labels, cross_entropy = [], F.cross_entropy
 
@@ -354,15 +364,15 @@ def read_metrics(folder) -> dict:
 
 def test_metrics_json_keys(finished):
     keys = "finetune_accuracy linear_accuracy knn_accuracy finetune_accuracy_online linear_accuracy_online "
-    keys += "knn_accuracy_online own_top1 cross_top1 position_r2 key_effective_rank loss_floor key_linear_accuracy "
-    keys += "untrained_linear_accuracy train_seconds seconds examples_per_second peak_memory"
-    training_keys = ["train_loss", "clipped_fraction"]
+    keys += "knn_accuracy_online own_top1 cross_top1 position_r2 key_effective_rank loss_minimum key_linear_accuracy "
+    keys += "untrained_linear_accuracy train_seconds seconds peak_memory"
+    training_keys = ["train_loss", "clipped_fraction", "examples_per_second"]
     for arm in ARMS:
         metrics = read_metrics(finished / arm)
         expected = keys.split() + (training_keys if arm != "no-pretraining" else [])
         assert all(isinstance(metrics[key], float | int) for key in expected), arm
         assert metrics["diverged"] is False and len(metrics["data"]) == 64
-        assert metrics["loss_floor"] == pytest.approx(math.log(1 + 63 * math.exp(-10)))
+        assert metrics["loss_minimum"] == pytest.approx(math.log(1 + 63 * math.exp(-640 / 63)))
         assert not (finished / arm / "eval_state.pt").exists() and (finished / arm / "similarity.npz").exists()
     untrained = read_metrics(finished / "no-pretraining")
     assert all(untrained[name] is None for name in training_keys)
@@ -489,6 +499,18 @@ def test_metrics_of_a_diverged_run_are_null(finished, tmp_path):
     assert metrics["diverged"] is True and all(metrics[name] is None for name in evaluate.METRICS_IF_FINITE)
 
 
+@pytest.mark.parametrize(("size", "batch"), [(32, 500), (72, 256)])
+def test_out_of_memory_names_the_batch_of_the_evaluation(size, batch, pictures, tmp_path, monkeypatch, capsys):
+    def out_of_memory(*_):
+        raise MemoryError
+
+    train.main(run_flags(tmp_path, pictures, "--size", str(size), "--epochs", "0"))
+    monkeypatch.setattr(evaluate, "evaluate_run", out_of_memory)
+    with pytest.raises(SystemExit):
+        evaluate.main([str(tmp_path)])
+    assert f"with batches of {batch} images, 8 in fine-tuning" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("content", ["", "{\n{}\n", '{"loss": 1}\n'])
 def test_a_damaged_log_is_reported_in_one_line(content, finished, tmp_path, capsys):
     shutil.copytree(finished / "base", tmp_path / "run")
@@ -549,6 +571,20 @@ def test_recipes_of_larger_scales_run(scale, pictures, tmp_path, monkeypatch, ca
         assert end.value.code == 2 and "--held-out requires images of at most 64 pixels" in capsys.readouterr().err
 
 
+def test_streamed_test_images_are_resized_bicubically(pictures, tmp_path, monkeypatch):
+    interpolations, batches = [], image_folder.StreamedImages.batches
+
+    def recording_batches(data, *rest):
+        interpolations.append(data.interpolation)
+        return batches(data, *rest)
+
+    monkeypatch.setattr(image_folder.StreamedImages, "batches", recording_batches)
+    train.main(run_flags(tmp_path, pictures, "--size", "72", "--epochs", "0", "--rehearse", "1"))
+    assert interpolations == ["bicubic"]
+    evaluate.main([str(tmp_path)])
+    assert len(interpolations) > 2 and set(interpolations) == {"bicubic"}
+
+
 @pytest.mark.slow
 def test_fine_tuning_on_two_ranks_equals_one(pictures, tmp_path):
     """The classifier has no batch norm, so two ranks with half a batch each compute the gradient of the whole batch."""
@@ -589,7 +625,7 @@ def test_authors_checkpoints_are_evaluated(fine_tuned, pictures, tmp_path, monke
     monkeypatch.setitem(train.SCALES, "workers", (0, 0, 0))
     evaluate.main([str(out), *flags])
     metrics = read_metrics(out)
-    data = images.load_or_stream("folder", pictures, 96, CPU, 0)
+    data = images.load_or_stream("folder", pictures, 96, CPU, 0, interpolation="bicubic")
     if fine_tuned:
         hits = [(model.eval()(x).argmax(1) == y).float() for x, y in data.batches("test")]
         assert metrics["finetune_accuracy"] == pytest.approx(100 * torch.cat(hits).mean().item())

@@ -66,7 +66,7 @@ def write_run(root, arm, seed, *, diverged=False, changed_arguments=None, **chan
     }
     if diverged:
         metrics = dict.fromkeys(metrics)
-    metrics |= {"diverged": diverged, "seconds": 10.0, "loss_floor": 0.003} | changed_metrics
+    metrics |= {"diverged": diverged, "seconds": 10.0, "loss_minimum": 0.003} | changed_metrics
     (folder / "metrics.json").write_text(json.dumps(metrics))
     if not diverged:
         diagonal, noise = np.eye(64), rng.uniform(-0.3, 0.3, (2, 64, 64))

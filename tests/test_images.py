@@ -374,6 +374,15 @@ def test_workers_with_a_long_temporary_folder_are_refused(pictures, tmp_path, mo
     assert end.value.code == 2 and "set TMPDIR to a path of at most 75 bytes" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_test_views_are_resized_with_the_given_interpolation(interpolation, pictures):
+    data = images.load_or_stream("folder", pictures, 96, CPU, 0, interpolation=interpolation)
+    image, _ = data.test[5]
+    view = v2.functional.resize(image, [110], v2.InterpolationMode(interpolation))
+    expected = v2.functional.pil_to_tensor(v2.functional.center_crop(view, [96]))
+    torch.testing.assert_close(next(data.batches("test", 2, 3))[0][1], data.normalise(expected))
+
+
 def test_a_subset_is_fixed_and_equal_for_cached_and_streamed_images(pictures, tmp_path):
     data = copy_folder(pictures, tmp_path)
     full = images.load("folder", data, 32, CPU)

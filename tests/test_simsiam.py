@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from conftest import READ_BY_COMMON, ROOT, FakeRun, assert_usage_error, tiny
 from plan import design
 from torch import nn
 
-from common import checkpoints, files, images, probes
+from common import checkpoints, files, image_folder, images, probes
 from simsiam import eval as evaluate
 from simsiam import net, plot, train
 from simsiam.train import PAIRS, SimSiam, build_predictor, build_projector, simsiam_loss
@@ -326,7 +327,7 @@ class FakeStreamedImages:
         for rows in order:
             yield [torch.zeros(len(rows), 3, 32, 32, dtype=torch.uint8, device="cuda") for _ in range(n_views)]
 
-    def batches(self, split, rank=0, world=1):
+    def batches(self, split, start=0, step=1):
         yield torch.zeros(8, 3, 32, 32, device="cuda"), torch.zeros(8, dtype=torch.int64, device="cuda")
 
 
@@ -381,6 +382,45 @@ def test_lars_linear_probe_runs_on_a_fake_gpu(fake_gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(checkpoints, "save", lambda *_: None)
     model, probe = small_model().to("cuda"), {"epochs": 2, "batch": 4096, "lr": 0.1}
     assert evaluate.linear_probe_lars(model, FakeStreamedImages(), tmp_path, 0, probe) == 50.0
+
+
+def test_lars_linear_probe_encodes_its_batch_in_parts(fake_gpu, monkeypatch, tmp_path):
+    monkeypatch.setattr(evaluate, "digest", lambda module: "")
+    monkeypatch.setattr(checkpoints, "save", lambda *_: None)
+    monkeypatch.setattr(image_folder, "BLOCK", 6)
+    model, encoded = small_model().to("cuda"), []
+    model.backbone.register_forward_hook(lambda module, inputs, _: encoded.append(len(inputs[0])))
+    evaluate.linear_probe_lars(model, FakeStreamedImages(), tmp_path, 0, {"epochs": 1, "batch": 4096, "lr": 0.1})
+    assert encoded == [6, 6, 4, 8]  # the last are the test images
+
+
+def test_features_are_freed_before_the_lars_linear_probe(monkeypatch, tmp_path):
+    alive = []
+
+    def features(*_):
+        splits = [train.Features(*torch.ones(3, 4, 4)) for _ in range(2)]
+        alive.extend(weakref.ref(split.backbone) for split in splits)
+        return splits
+
+    monkeypatch.setattr(evaluate, "features_of_splits", features)
+    monkeypatch.setattr(evaluate, "representation_metrics", lambda *_: {})
+    monkeypatch.setattr(evaluate, "linear_probe_lars", lambda *_: float(sum(ref() is not None for ref in alive)))
+    data = object.__new__(image_folder.StreamedImages)
+    data.classes = 2
+    metrics = evaluate.evaluate(train.parse_args([]), small_model(), data, False, tmp_path)
+    assert len(alive) == 2 and metrics == {"linear_accuracy": 0.0}
+
+
+@pytest.mark.parametrize(("size", "batch"), [(32, 500), (72, 256)])
+def test_out_of_memory_names_the_batch_of_the_evaluation(size, batch, pictures, tmp_path, monkeypatch, capsys):
+    def out_of_memory(*_):
+        raise MemoryError
+
+    train.main(tiny(tmp_path, pictures, "--size", str(size), "--epochs", "1", "--rehearse", "1"))
+    monkeypatch.setattr(evaluate, "evaluate", out_of_memory)
+    with pytest.raises(SystemExit):
+        evaluate.main([str(tmp_path)])
+    assert f"with batches of {batch} images" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------- runs
