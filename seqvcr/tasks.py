@@ -18,11 +18,15 @@ the numbers. Rows with equal keys are in the same split.
 """
 
 import re
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+if not __package__:  # run as a script: import from this clone, not from an installed copy
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import cli, files, seeding
 from common.cli import fail
