@@ -151,10 +151,11 @@ def init_from_gpt2(model: GPT, path: Path, new_tokens: int) -> None:
     not in the checkpoint and keep their initial embedding.
     """
     weights = read_gpt2(path)
-    wte, wpe = model.wte.weight.detach().cpu(), model.wpe.weight.detach().cpu()
+    wte, length = model.wte.weight.detach().cpu(), len(model.wpe.weight)
     tokens, expected = len(weights["wte.weight"]), len(wte) - new_tokens
     if tokens != expected:
         fail(f"--init-from {path} has {tokens} tokens instead of {expected}: give GPT-2 with its original vocabulary")
     weights["wte.weight"] = torch.cat([weights["wte.weight"], wte[tokens:]])
-    weights["wpe.weight"] = weights.get("wpe.weight", wpe)[: len(wpe)]
+    if "wpe.weight" in weights:
+        weights["wpe.weight"] = weights["wpe.weight"][:length]
     checkpoints.load_weights(model, weights, f"--init-from {path}", "GPT-2 with the --layers and --width of this run")
