@@ -191,7 +191,8 @@ def report_oom(device: torch.device, usage: str, remedy: str, precision: str = "
         fail(f"out of memory on {device} with {usage} (peak {peak:.1f} GiB{shared}): {remedy}")
 
 
-ENVIRONMENT = ("torch", "device", "threads", "world")  # a resumed run is bit-identical only if these are equal
+# A resumed run is bit-identical only if these are equal. `Run.write_config` adds the precision.
+ENVIRONMENT = ("torch", "device", "threads", "world", "precision")
 
 
 def environment(device: torch.device) -> dict[str, object]:
