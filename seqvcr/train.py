@@ -292,18 +292,19 @@ def seqvcr_loss(
     The metrics, detached, are loss, cross entropy, L_var, L_cov and mean standard deviation of x. `layer` is the
     regularised level. There is one forward pass.
 
-    ABLATION (coefficients): `lambda1`, `lambda2`; if both are 0 (arm `off`) the projection is not used.
+    ABLATION (coefficients): `lambda1`, `lambda2`; if both are 0 (arm `off`) the projection is not used, and the metrics
+    are only the first two.
     """
     with devices.autocast(precision, tokens.device):
         logits, levels = model.gpt(tokens[:, :-1], answer)
     cross_entropy = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, -answer:].flatten())
-    loss, terms = cross_entropy, torch.zeros(3, device=tokens.device)
+    loss, metrics = cross_entropy, [cross_entropy]
     if lambda1 or lambda2:
         h, weight = levels[layer].float(), model.projection.weight
         variance, covariance, std = variance_covariance(h, weight, covariance_batch, axis)
         loss = cross_entropy + lambda1 * variance + lambda2 * covariance
-        terms = torch.stack([variance, covariance, std])
-    return loss, torch.cat([torch.stack([loss, cross_entropy]), terms]).detach()
+        metrics += [variance, covariance, std]
+    return loss, torch.stack([loss, *metrics]).detach()
 
 
 # ------------------------------------------------------------------------------------------------- data
@@ -387,10 +388,12 @@ def train(
         run.end_epoch(0, final_epoch, {})
         start_epoch = 0
     loss_fn = torch.compile(seqvcr_loss) if args.compile else seqvcr_loss
+    regulariser = ("variance_loss", "covariance_loss", "projected_std") if args.lambda1 or args.lambda2 else ()
+    names = ("loss", "cross_entropy", *regulariser, "clipped_fraction")
 
     for epoch in tqdm(range(start_epoch, final_epoch), run.name, final_epoch, initial=start_epoch, disable=None,
                       leave=False):  # fmt: skip
-        start_time, totals = time.perf_counter(), torch.zeros(6, device=device)
+        start_time, totals = time.perf_counter(), torch.zeros(len(names), device=device)
         epoch_steps = range(epoch * steps_per_epoch, min((epoch + 1) * steps_per_epoch, steps))
         model.train()
         for step, tokens in zip(epoch_steps, batches(args, task, data.train, epoch_steps), strict=True):
@@ -413,7 +416,6 @@ def train(
         if run.finish_if_diverged(epoch + 1, totals):
             return
         correct = token_correct(model.gpt, data.validation, answer).float()
-        names = ("loss", "cross_entropy", "variance_loss", "covariance_loss", "projected_std", "clipped_fraction")
         metrics = dict(zip(names, means, strict=True)) | {
             "exact_match": 100 * correct.prod(1).mean().item(),
             "step": epoch_steps.stop,
