@@ -71,8 +71,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.eval_parser(__doc__, "not needed, because the tasks are generated")
     parser.add_argument("--data-file", type=Path, help="new path of the training rows; default: as in training")
     parser.add_argument("--held-out", action="store_true", help="evaluate on the validation split, for tuning")
-    parser.add_argument("--alpha", type=cli.float_in(0), default=1.0, help="order of the entropies; paper: 1. Other "
-                        "orders are written to metrics-alpha-ALPHA.json")  # fmt: skip
+    parser.add_argument("--alpha", type=cli.float_in(0.5, 10), default=1.0, help="order of the entropies, 0.5 to 10 "
+                        "(float64 is too coarse for others); paper: 1. Other orders are written to "
+                        "metrics-alpha-ALPHA.json")  # fmt: skip
     parser.add_argument("--show", type=cli.int_in(1), metavar="N", help="print N answers and write nothing")
     return parser.parse_args(argv)
 

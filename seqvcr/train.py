@@ -116,7 +116,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     network = parser.add_argument_group("network")
     network.add_argument("--layers", type=cli.int_in(1, cli.MAX_LAYERS), help="transformer blocks")
     network.add_argument("--heads", type=cli.int_in(1, cli.MAX_WIDTH), help="attention heads")
-    network.add_argument("--width", type=cli.int_in(1, cli.MAX_WIDTH), help="hidden width D")
+    network.add_argument("--width", type=cli.int_in(2, cli.MAX_WIDTH), help="hidden width D")
     network.add_argument("--dropout", type=cli.float_in(0, 0.99), help="paper: 0.1 in its small networks")
     network.add_argument("--init-from", type=Path, help="pre-trained GPT-2 (model.safetensors or pytorch_model.bin), "
                          "multiplication only; `none` at paper scale: from scratch (table 7)")  # fmt: skip
@@ -457,6 +457,10 @@ def main(argv: list[str] | None = None) -> None:
         if args.train_size != STREAM and args.batch > len(data.train):
             fail(f"--batch {args.batch} is larger than the training set ({len(data.train)} examples): "
                  f"give at most {len(data.train)}")  # fmt: skip
+        rows = min(len(data.validation), len(data.test))
+        if rows < 3:  # entropy_batch is divided by log(rows - 1)
+            fail(f"--task {args.task} has {rows} rows for validation or test, too few for entropies: give a larger "
+                 "--size or, with --rehearse, --batch 3 or more")  # fmt: skip
         summary = f"{args.task} of size {args.size}, GPT of {args.layers} blocks of width {args.width}"
         digest = checkpoints.sha256(*(rows.cpu() for rows in data))
         provenance = devices.environment(device) | {"data": digest, "steps": args.steps}

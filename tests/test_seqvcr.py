@@ -215,6 +215,22 @@ def test_spectral_entropy_of_small_examples():
     assert evaluate.token_entropy(repeated[None]).item() == pytest.approx(math.log(3) / math.log(9))
 
 
+@pytest.mark.parametrize("order", ["0", "0.4", "11", "400"])
+def test_orders_of_the_entropy_beyond_the_range_of_float64_are_refused(order, capsys):
+    with pytest.raises(SystemExit):
+        evaluate.parse_args(["x", "--alpha", order])
+    assert f"--alpha: {order} is not between 0.5 and 10" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("order", [0.5, 10.0])
+def test_entropies_of_the_smallest_and_largest_order_are_exact(order):
+    """Eigenvalues that are 0 except for rounding do not count, and the powers of small ones do not underflow."""
+    rank_4 = torch.linalg.qr(normal(13, 13)).Q[:4].repeat(4, 1).float()
+    assert evaluate.spectral_entropy(rank_4, order).item() == pytest.approx(math.log(4), abs=1e-5)
+    full = torch.linalg.qr(normal(255, 255)).Q
+    assert evaluate.spectral_entropy(full, order).item() == pytest.approx(math.log(255), abs=1e-9)
+
+
 def test_batch_entropy_centres_each_position_and_is_at_most_one():
     h = torch.linalg.qr(normal(9, 9)).Q[:, None].repeat(1, 2, 1) + 100
     torch.testing.assert_close(evaluate.batch_entropy(h), torch.ones(2, dtype=DOUBLE))
@@ -484,6 +500,9 @@ def test_all_flags_are_used():
         (["--width", "65"], "multiple of --heads 4: give --heads 1"),
         (["--batch", "100"], "multiple of --covariance-batch 32: change --batch"),
         (["--batch", "1"], "less than 2"),
+        (["--size", "1", "--data-seed", "5", "--batch", "32"], "give a larger --size"),
+        (["--width", "1", "--heads", "1"], "1 is less than 2"),
+        (["--batch", "2", "--covariance-batch", "2", "--rehearse", "1"], "has 2 rows for validation or test, too few"),
         (["--size", "10"], "invalid --size 10 for the task multiplication: give 1 to 9"),
         (["--task", "lis", "--size", "1"], "give 2 to 200"),
         (["--task", "arithmetic", "--data-file", "x"], "--data-file requires --task multiplication, not arithmetic"),
