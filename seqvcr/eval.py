@@ -12,7 +12,8 @@ exact_match           % of rows whose answer tokens are all correct, with --chai
                       Greedy decoding gives the same number.
 position_accuracy     % correct for each answer token, more than in greedy decoding; digit_accuracy is the mean. None
                       with --chain-of-thought, where a given chain makes single tokens easy.
-chance_exact_match    exact match of always giving the most frequent training answer
+chance_exact_match    exact match of always giving the most frequent training answer, with --train-size stream that of
+                      a sample
 entropy               entropy of the hidden states Z (T, D) of a sequence: -sum p_i log p_i, p_i = eigenvalues of Z Z^T
                       divided by their sum (equation 2), divided by log(min(T, D)); mean over sequences; one per level
 entropy_mean, _min    its mean over all levels; its minimum over the levels between the first and the last
@@ -47,6 +48,7 @@ from seqvcr import tasks
 from seqvcr.net import GPT
 from seqvcr.train import (
     ETA,
+    STREAM,
     SeqVCR,
     answer_length,
     build_model,
@@ -59,6 +61,7 @@ from seqvcr.train import (
 SOLVED = 90.0  # exact match (%) from which a run counts as solved
 ENTROPY_BATCH = 256  # sequences per entropy_batch
 N_PROBE = 1024  # test rows for entropies and regulariser
+STREAM_SAMPLE = 10_000  # training rows for chance_exact_match with --train-size stream
 METRICS_IF_FINITE = (  # null in a diverged run
     "exact_match", "solved", "steps_to_solve", "position_accuracy", "digit_accuracy",
     "entropy", "entropy_mean", "entropy_min", "entropy_centred", "entropy_batch", "entropy_batch_level",
@@ -275,7 +278,9 @@ def main(argv: list[str] | None = None) -> None:
             return
         metrics: dict[str, Any] = {**provenance, "diverged": saved["diverged"]}
         metrics["position_order"] = "as in the row: least significant digit first in multiplication"
-        reference = data.train if len(data.train) else data.validation
+        reference = data.train
+        if arguments["train_size"] == STREAM:
+            reference = tasks.stream(task, arguments["seed"], 0, STREAM_SAMPLE, device)
         metrics["chance_exact_match"] = majority_accuracy(reference[:, task.question :], raw[:, task.question :])
         if saved["diverged"]:
             metrics |= dict.fromkeys(METRICS_IF_FINITE)

@@ -689,7 +689,22 @@ def test_streamed_rows_are_new_at_each_step(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "seqvcr_loss", recorded)
     train.main(tiny(tmp_path / "run", "--train-size", "stream", "--steps", "3", "--task", "arithmetic", "--size", "4"))
     assert len(batches) == 3 and not any(torch.equal(*pair) for pair in itertools.combinations(batches, 2))
-    evaluate.main([str(tmp_path / "run")])
+
+
+def test_the_most_frequent_answer_of_a_stream_is_that_of_training_rows(tmp_path, monkeypatch):
+    """Not that of the rows on which it is scored, which --held-out takes from the validation split."""
+    monkeypatch.setattr(tasks, "ROWS_PER_DRAW", 1 << 15)
+    monkeypatch.setattr(evaluate, "N_PROBE", 32)
+    flags = ["--train-size", "stream", "--task", "lis", "--size", "6", "--width", "8", "--heads", "1"]
+    train.main([*flags, "--rehearse", "1", "--device", "cpu", "--out", str(tmp_path)])
+    evaluate.main([str(tmp_path), "--held-out"])
+    task = tasks.build_task("lis", 6)
+    task.eval_rows = 128
+    answers = tasks.load(task, 0, None, "cpu").validation[:, -1]
+    most_frequent = tasks.stream(task, 0, 0, 10_000, "cpu")[:, -1].mode().values
+    assert most_frequent != answers.mode().values
+    expected = 100 * (answers == most_frequent).float().mean().item()
+    assert json.loads((tmp_path / "held_out.json").read_text())["chance_exact_match"] == pytest.approx(expected)
 
 
 def test_each_pass_over_the_data_yields_all_rows_once_in_a_new_order():
