@@ -3,15 +3,17 @@
     python seqvcr/eval.py runs/scratch                # a finished run of train.py
     python seqvcr/eval.py runs/scratch --show 10      # print test questions and the network's answers
 
-Metrics are measured on test rows without dropout, but for `cross_entropy` and `train_loss` (training, last epoch),
-`clipped_fraction` (all training steps) and `steps_to_solve` (validation rows). Level l is the output of block l; level
-0 is the embeddings. Only `variance_loss`, `covariance_loss`, `projected_std` and `regulariser_loss` use the projection.
-Answers and chains of thought are teacher-forced.
+Metrics are measured on test rows without dropout, except `cross_entropy` and `train_loss` (training, last epoch),
+`clipped_fraction` (all training steps) and `steps_to_solve` (validation rows). Level 0 is the embeddings; level l <
+--layers is the output of block l; the last level (= --layers) is after the final LayerNorm. Only `variance_loss`,
+`covariance_loss`, `projected_std` and `regulariser_loss` use the projection. Answers and chains of thought are
+teacher-forced.
 
 exact_match           % of rows whose answer tokens are all correct, with --chain-of-thought the whole chain, too.
                       Greedy decoding gives the same number.
-position_accuracy     % correct for each answer token, more than in greedy decoding; digit_accuracy is the mean. None
-                      with --chain-of-thought, where a given chain makes single tokens easy.
+position_accuracy     accuracy (%) of each answer token, usually above that of greedy decoding; digit_accuracy is the
+                      mean. null with --chain-of-thought.
+test_cross_entropy    cross entropy (nats) of the answer tokens. null with --chain-of-thought.
 chance_exact_match    exact match of always giving the most frequent training answer, with --train-size stream that of
                       a sample
 entropy               entropy of the hidden states Z (T, D) of a sequence: -sum p_i log p_i, p_i = eigenvalues of Z Z^T
@@ -227,7 +229,9 @@ def cross_entropy(gpt: GPT, rows: Tensor, answer: int) -> float:
 
 @torch.no_grad()
 def print_answers(args: argparse.Namespace, gpt: GPT, task: tasks.Task, raw: Tensor, rows: Tensor) -> None:
-    """Print rows of a task and the network's teacher-forced answers. A correct answer has a correct chain of thought.
+    """Print rows of a task and the network's teacher-forced answers.
+
+    An answer counts as correct only if its chain of thought is correct, too.
 
     `raw` (n, question + answer) contains task tokens. `rows` are the same rows as network tokens (`encode`).
     """
@@ -288,7 +292,8 @@ def main(argv: list[str] | None = None) -> None:
             answer = answer_length(train_args, task)
             correct = token_correct(model.gpt, rows, answer).float()
             metrics["exact_match"] = 100 * correct.prod(1).mean().item()
-            # After a given chain of thought single positions are easy: they would not compare with other arms.
+            # Teacher forcing supplies the correct chain of thought, so per-token accuracy is not comparable with other
+            # arms.
             metrics |= dict.fromkeys(("position_accuracy", "digit_accuracy", "test_cross_entropy"))
             if not arguments["chain_of_thought"]:
                 metrics["position_accuracy"] = [100 * share for share in correct.mean(0).tolist()]

@@ -91,7 +91,7 @@ class GPT(nn.Module):
         """Return (logits of the last `answer` positions (B, answer, vocabulary), levels) for int64 tokens (B, T).
 
         Levels are (B, T, D) each. Level 0 is the sum of embeddings before dropout (f_0); level l is the output of block
-        l. The last level is after the final LayerNorm.
+        l, except the last one, which is after the final LayerNorm.
         """
         x = self.wte(tokens) + self.wpe.weight[: tokens.shape[1]]
         levels = [x]

@@ -47,8 +47,8 @@ TRAIN, VALIDATION, TEST = range(3)
 class Task:
     """A task of one size: tokens, random rows, and the keys that define the split.
 
-    A row has `question` tokens, then `answer` tokens, uint8. `symbols` are the tokens as text. Validation and test each
-    get `held_out_permille` thousandths of the keys and at most `eval_rows` rows.
+    A row has `question` tokens, then `answer` tokens, uint8. `symbols` are the tokens as text.
+    Validation and test each get `held_out_permille` / 1000 of the keys and at most `eval_rows` rows.
     """
 
     name: str
@@ -398,7 +398,7 @@ def stream(task: Task, seed: int, step: int, count: int, device: torch.device | 
     There is no host-device synchronisation.
     """
     generator = seeding.generator(seed, f"stream of {task.name}", step)
-    rows = task.draw(generator, 2 * count + 64, device, True)  # at least 4 of 5 rows are training rows
+    rows = task.draw(generator, 2 * count + 64, device, True)  # on average at least 4 of 5 are training rows
     is_train = (split_of(task, rows) == TRAIN).int()
     return rows[is_train.argsort(descending=True, stable=True)[:count]]
 

@@ -16,8 +16,9 @@ the regulariser only and is not used at inference.
     h  hidden states of a level   (B, T, D)      N  --covariance-batch       lambda1, lambda2  --lambda1, --lambda2
     W  projection                 (d, D)         d  --projection-width
 
-Level l is the output of block l; level 0 is the embeddings. --layer selects the regularised level. An epoch here is
-about 1/20 of --steps (log and checkpoint interval), not a pass over the data.
+Level 0 is the embeddings; level l < --layers is the output of block l; the last level (= --layers) is after the final
+LayerNorm. --layer selects the regularised level. An epoch here is about 1/20 of --steps (log and checkpoint interval),
+not a pass over the data.
 
     python seqvcr/train.py                                              # demo: 2x2 digits, 4 min of one core
     python seqvcr/train.py --lambda1 0 --lambda2 0 --out runs/scratch2  # an ablation: only pause tokens
@@ -30,17 +31,21 @@ Differs from the paper, or is not specified there:
     on 5x5 digits, table 7; level 0: 0.97). So `gpu`, which trains from scratch, regularises level 0, in arithmetic too.
     `demo` and `paper` have the default.
  2. Cross entropy is the mean over the answer tokens; question and pause tokens have no loss. The covariance uses all
-    input positions. Level 0 is the sum of embeddings before dropout. The last level is after the final LayerNorm.
+    input positions. Level 0 is the sum of embeddings before dropout.
  3. Linear warm-up over 5 % of the steps, then cosine decay to zero; AdamW with weight decay 0.01 (0 on W); gradients
     clipped to norm 1, jointly for network and W. The paper specifies AdamW and the learning rate only.
- 4. The small network has GPT-2's architecture (learned positions, tied head), not that of Feng et al. (sinusoidal
-    positions, untied head). At `gpu` scale it also has other sizes and a shorter training than theirs (table 2: 4
-    heads, batch 128, learning rate 1e-4, 100 epochs): see SCALES. On CUDA it runs under bfloat16 autocast.
+ 4. The small network has GPT-2's architecture and initialisation (learned positions, tied head, embeddings with std
+    0.02), not those of Feng et al. (sinusoidal positions, untied head, LayerNorm on the sum of embeddings), so level 0
+    starts with small features. At `gpu` scale it also has other sizes and a shorter training than the paper's small
+    networks (table 2 of the paper: 4 heads, batch 128, learning rate 1e-4, 100 epochs): see SCALES.
  5. A question ends with "=" (eos in GPT-2's vocabulary). An answer has a fixed length and no end token.
  6. W has Xavier's initialisation, so a wider projection starts with smaller features. Entropies include the constant
-    positions (pause tokens, "="), so they depend on --pause.
+    positions (pause tokens, "="), so they depend on --pause. In arithmetic the padding before "=" is input like any
+    other token: attention does not mask it, and it enters the covariance and the entropies.
  7. The demo's batch of 128 gives four covariances of 32 sequences; the paper's batch is one of 32.
  8. `variance_covariance` stores neither covariances nor projected features: same values, less time and memory.
+ 9. On CUDA the training forward, including the logits, runs under bfloat16 autocast; loss, validation and evaluation
+    are float32.
 """
 
 import argparse
@@ -94,7 +99,7 @@ ETA = 0.001  # section 3.4
 EPOCHS = 20  # an epoch is about 1/20 of the steps: log, validation and checkpoint after each
 WARM_UP = 0.05  # fraction of the steps
 MAX_GRAD_NORM = 1.0
-PARTS = 16  # of the groups in SumOfSquares
+CHUNKS = 16  # SumOfSquares splits the groups into at most this many chunks
 WEIGHT_DECAY = 0.01
 GPT2_VOCABULARY = 50257
 GPT2_HEAD_WIDTH = 64  # in all sizes of GPT-2
@@ -127,8 +132,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optimisation.add_argument("--lr", type=cli.float_in(0), help="peak learning rate; paper: 5e-4, small networks 1e-4")
     lr_factor = "multiplies --lr; used by the studies"
     optimisation.add_argument("--lr-factor", type=cli.float_in(0), default=1.0, help=lr_factor)
-    use_compile = "use torch.compile; pays off in long runs on a GPU"
-    optimisation.add_argument("--compile", action="store_true", help=use_compile)
+    optimisation.add_argument("--compile", action="store_true", help="apply torch.compile to forward pass and loss")
     method = parser.add_argument_group("method")
     method.add_argument("--lambda1", type=cli.float_in(0), help="coefficient of the variance loss; paper: 1 in "
                         "multiplication, else 0.1 (appendix A)")  # fmt: skip
@@ -136,8 +140,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         "multiplication, else 0.5 (appendix A)")  # fmt: skip
     projection = "width d of the projection; paper: 2048 (section 3.4)"
     method.add_argument("--projection-width", type=cli.int_in(1, cli.MAX_WIDTH), default=2048, help=projection)
-    method.add_argument("--layer", help="regularised level. 0: embeddings; l: output of block l; last: "
-                        "output of the final LayerNorm; paper: last")  # fmt: skip
+    method.add_argument("--layer", help="regularised level. 0: embeddings; l < --layers: output of block "
+                        "l; last (= --layers): after the final LayerNorm; paper: last")  # fmt: skip
     axes = ("batch", "batch+length")
     method.add_argument("--covariance-axis", choices=axes, default="batch", help="batch: one covariance per position; "
                         "batch+length: one covariance over all positions (appendix F)")  # fmt: skip
@@ -239,22 +243,23 @@ def build_model(args: argparse.Namespace, task: tasks.Task, device: torch.device
 class SumOfSquares(torch.autograd.Function):
     """Sum over the rows of (h W^T)^2, (G, d), for h (G, n, D) and W (d, D). Backward recomputes h W^T (G, n, d).
 
-    h W^T is never stored as a whole: a part of the groups at a time fits into a CPU's cache.
+    h W^T is computed one chunk of the groups at a time, so that it fits into a CPU's cache. A single group (axis
+    batch+length with --batch equal to --covariance-batch) is one chunk.
     """
 
     @staticmethod
     def forward(context: Any, h: Tensor, weight: Tensor) -> Tensor:
         context.save_for_backward(h, weight)
-        return torch.cat([(part @ weight.T).square_().sum(1) for part in h.chunk(PARTS)])
+        return torch.cat([(chunk @ weight.T).square_().sum(1) for chunk in h.chunk(CHUNKS)])
 
     @staticmethod
     def backward(context: Any, grad_output: Tensor) -> tuple[Tensor, Tensor]:
         h, weight = context.saved_tensors
         grad_h, grad_weight = [], torch.zeros_like(weight)
-        for part, grad_part in zip(h.chunk(PARTS), (2 * grad_output[:, None]).chunk(PARTS), strict=True):
-            x = (part @ weight.T).mul_(grad_part)
+        for chunk, grad_chunk in zip(h.chunk(CHUNKS), (2 * grad_output[:, None]).chunk(CHUNKS), strict=True):
+            x = (chunk @ weight.T).mul_(grad_chunk)
             grad_h.append(x @ weight)
-            grad_weight.addmm_(x.flatten(0, 1).T, part.flatten(0, 1))
+            grad_weight.addmm_(x.flatten(0, 1).T, chunk.flatten(0, 1))
         return torch.cat(grad_h), grad_weight
 
 
@@ -424,7 +429,8 @@ def train(
             "seconds": seconds,
             "peak_memory": devices.peak_memory(device),
         }
-        # After a given chain of thought single positions are easy: they would not compare with other arms.
+        # Teacher forcing supplies the correct chain of thought, so per-token accuracy is not comparable with other
+        # arms.
         shares = [] if args.chain_of_thought else correct.mean(0).tolist()
         by_position = {f"accuracy_{position}": 100 * share for position, share in enumerate(shares)}
         run.end_epoch(epoch + 1, final_epoch, metrics, details=by_position)
