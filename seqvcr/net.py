@@ -87,8 +87,8 @@ class GPT(nn.Module):
                 self.h.append(init_weights(Block(width, heads, dropout), layers))
         self.ln_f = nn.LayerNorm(width)
 
-    def forward(self, tokens: Tensor, answer: int) -> tuple[Tensor, list[Tensor]]:
-        """Return (logits of the last `answer` positions (B, answer, vocabulary), levels) for int64 tokens (B, T).
+    def forward(self, tokens: Tensor, n_targets: int) -> tuple[Tensor, list[Tensor]]:
+        """Return (logits of the last `n_targets` positions (B, n_targets, vocabulary), levels) for int64 tokens (B, T).
 
         Levels are (B, T, D) each. Level 0 is the sum of embeddings before dropout (f_0); level l is the output of block
         l, except the last one, which is after the final LayerNorm.
@@ -100,7 +100,7 @@ class GPT(nn.Module):
             x = block(x)
             levels.append(x)
         levels[-1] = self.ln_f(x)
-        return F.linear(levels[-1][:, -answer:], self.wte.weight), levels
+        return F.linear(levels[-1][:, -n_targets:], self.wte.weight), levels
 
 
 def init_embedding(rows: int, width: int, seed: int, name: str) -> nn.Embedding:

@@ -91,8 +91,8 @@ TASK_DEFAULTS = {  #    multiplication  arithmetic  lis
     "covariance_batch": (32,            128,        128),
     "train_size":       (808_000,       1_000_000,  1_000_000),
     "size":             (4,             5,          50),
-    "size at demo":     (2,             3,          12),
 }  # fmt: skip
+DEMO_SIZES =            (2,             3,          12)  # fmt: skip
 TASK_NAMES = ("multiplication", "arithmetic", "lis")
 STREAM = 0  # value of --train-size stream
 ETA = 0.001  # section 3.4
@@ -152,8 +152,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = cli.parse(parser, SCALES, argv)
 
     cli.apply_lr_factor(args)
-    for name in ("lambda1", "lambda2", "covariance_batch", "train_size", "size"):
-        row = TASK_DEFAULTS["size at demo" if name == "size" and args.scale == "demo" else name]
+    defaults = TASK_DEFAULTS | {"size": DEMO_SIZES} if args.scale == "demo" else TASK_DEFAULTS
+    for name, row in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, row[TASK_NAMES.index(args.task)])
     if args.layer not in ("last", *map(str, range(args.layers + 1))):
@@ -263,16 +263,18 @@ class SumOfSquares(torch.autograd.Function):
         return torch.cat(grad_h), grad_weight
 
 
-def variance_covariance(h: Tensor, weight: Tensor, rows: int, axis: str = "batch") -> tuple[Tensor, Tensor, Tensor]:
+def variance_covariance(
+    h: Tensor, weight: Tensor, covariance_batch: int, axis: str = "batch"
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return (L_var, L_cov, mean standard deviation) of x = W h for h (B, T, D) and W (d, D), float32 (equation 4).
 
-    There is one covariance C (d x d) per position over `rows` sequences, or with axis `batch+length` one over all
-    positions of `rows` sequences. B must be a multiple of `rows`. The terms are means over all covariances. C is never
-    computed: with h centred over the n rows of its group, M = W^T W and S = h^T h / (n - 1), C = W S W^T and
+    There is one covariance C (d x d) per position over N = `covariance_batch` sequences, or with axis `batch+length`
+    one over all positions of N sequences. B must be a multiple of N. The terms are means over all covariances. C is
+    never computed: with h centred over the n rows of its group, M = W^T W and S = h^T h / (n - 1), C = W S W^T and
 
         sum of C^2  =  sum of (h M h^T)^2 / (n - 1)^2     (n x n)      or, for n > D,     tr (S M)^2     (D x D)
     """
-    groups = h.unflatten(0, (-1, rows))  # (B / rows, rows, T, D)
+    groups = h.unflatten(0, (-1, covariance_batch))  # (B / N, N, T, D)
     groups = groups.transpose(1, 2).flatten(0, 1) if axis == "batch" else groups.flatten(1, 2)
     centred = groups - groups.mean(1, keepdim=True)  # (G, n, D)
     n_minus_1 = centred.shape[1] - 1
@@ -289,10 +291,10 @@ def variance_covariance(h: Tensor, weight: Tensor, rows: int, axis: str = "batch
 
 
 def seqvcr_loss(
-    model: SeqVCR, tokens: Tensor, *, answer: int, lambda1: float, lambda2: float, layer: int, axis: str,
+    model: SeqVCR, tokens: Tensor, *, n_targets: int, lambda1: float, lambda2: float, layer: int, axis: str,
     covariance_batch: int, precision: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return (loss (equation 5), metrics (5,)) of `tokens` (B, length), of which the last `answer` are targets.
+    """Return (loss (equation 5), metrics (5,)) of `tokens` (B, length), of which the last `n_targets` are targets.
 
     The metrics, detached, are loss, cross entropy, L_var, L_cov and mean standard deviation of x. `layer` is the
     regularised level. There is one forward pass.
@@ -301,8 +303,8 @@ def seqvcr_loss(
     are only the first two.
     """
     with devices.autocast(precision, tokens.device):
-        logits, levels = model.gpt(tokens[:, :-1], answer)
-    cross_entropy = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, -answer:].flatten())
+        logits, levels = model.gpt(tokens[:, :-1], n_targets)
+    cross_entropy = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, -n_targets:].flatten())
     loss, metrics = cross_entropy, [cross_entropy]
     if lambda1 or lambda2:
         h, weight = levels[layer].float(), model.projection.weight
@@ -348,8 +350,8 @@ def batches(args: argparse.Namespace, task: tasks.Task, rows: Tensor, steps: ran
 
 
 @torch.no_grad()
-def token_correct(model: GPT, rows: Tensor, answer: int) -> Tensor:
-    """Return whether the teacher-forced argmax of each answer token is correct: (n, answer) bool for rows (n, length).
+def token_correct(model: GPT, rows: Tensor, n_targets: int) -> Tensor:
+    """Return whether the teacher-forced argmax of each target is correct: (n, n_targets) bool for rows (n, length).
 
     All tokens of a row are correct if and only if greedy decoding gives its answer: the first wrong token is the same.
     """
@@ -358,7 +360,7 @@ def token_correct(model: GPT, rows: Tensor, answer: int) -> Tensor:
     correct = []
     for block in rows.split(1024):
         tokens = block.long()
-        correct.append(model(tokens[:, :-1], answer)[0].argmax(2) == tokens[:, -answer:])
+        correct.append(model(tokens[:, :-1], n_targets)[0].argmax(2) == tokens[:, -n_targets:])
     model.train(was_training)
     return torch.cat(correct)
 
@@ -384,7 +386,7 @@ def train(
 ) -> None:  # fmt: skip
     """Train on encoded rows. Validates and saves a checkpoint after each epoch; resumes from the last checkpoint."""
     device = data.validation.device
-    answer, steps, steps_per_epoch = answer_length(args, task), args.steps, -(-args.steps // EPOCHS)
+    n_targets, steps, steps_per_epoch = answer_length(args, task), args.steps, -(-args.steps // EPOCHS)
     if args.rehearse:
         steps, steps_per_epoch = 2 * args.rehearse, args.rehearse
     final_epoch = -(-steps // steps_per_epoch)
@@ -408,7 +410,7 @@ def train(
             if args.dropout:
                 seeding.reseed(args.seed, "dropout", step)
             loss, batch_metrics = loss_fn(
-                model, tokens, answer=answer, lambda1=args.lambda1, lambda2=args.lambda2, layer=args.layer,
+                model, tokens, n_targets=n_targets, lambda1=args.lambda1, lambda2=args.lambda2, layer=args.layer,
                 axis=args.covariance_axis, covariance_batch=args.covariance_batch, precision=args.precision,
             )  # fmt: skip
             optimizer.zero_grad(set_to_none=True)
@@ -420,7 +422,7 @@ def train(
         seconds = time.perf_counter() - start_time
         if run.finish_if_diverged(epoch + 1, totals):
             return
-        correct = token_correct(model.gpt, data.validation, answer).float()
+        correct = token_correct(model.gpt, data.validation, n_targets).float()
         metrics = dict(zip(names, means, strict=True)) | {
             "exact_match": 100 * correct.prod(1).mean().item(),
             "step": epoch_steps.stop,

@@ -153,7 +153,7 @@ def some_rows(count: int, pause: int = 2) -> torch.Tensor:
     return tasks.with_pauses(task, task.all_rows()[: 31 * count : 31], pause).long()
 
 
-LOSS = {"answer": 4, "lambda1": 1.0, "lambda2": 0.004, "layer": 0, "axis": "batch", "covariance_batch": 4,
+LOSS = {"n_targets": 4, "lambda1": 1.0, "lambda2": 0.004, "layer": 0, "axis": "batch", "covariance_batch": 4,
         "precision": "float32"}  # fmt: skip
 
 
@@ -672,7 +672,9 @@ def test_the_rank_at_the_last_level_is_below_the_width():
     model = train.build_model(args, task, torch.device("cpu"))
     rows = train.encode(args, task, tasks.load(task, 64, None, "cpu").train)
     for layer, width in ((args.layers, 7), (1, 8)):
-        metrics = evaluate.regulariser_metrics(model, rows, task.answer, vars(args) | {"layer": layer})
+        metrics = evaluate.regulariser_metrics(
+            model, rows, task.answer, argparse.Namespace(**vars(args) | {"layer": layer})
+        )
         rank = evaluate.rank_bounds(rows[:, :-1], 32, width, layer)
         expected = evaluate.predict_minimum(rank, 64, args.lambda1, args.lambda2)[1].mean().item()
         assert metrics["predicted_loss"] == pytest.approx(expected) and metrics["regulariser_loss"] >= expected
