@@ -130,12 +130,14 @@ def run_flags(parser: Parser) -> argparse._ArgumentGroup:
     run.add_argument("--threads", type=int_in(1, MAX_THREADS), default=1,
                      help="CPU threads; changing it changes floating-point rounding")  # fmt: skip
     precisions = ("auto", "float32", "bfloat16")
-    run.add_argument("--precision", choices=precisions, default="auto", help="precision of the networks; losses are "
-                     "always float32. auto: bfloat16 on CUDA, else float32")  # fmt: skip
+    run.add_argument("--precision", choices=precisions, default="auto", help="precision of the networks' forward pass "
+                     "in training; losses are computed in float32 from its outputs. auto: bfloat16 on CUDA, else "
+                     "float32")  # fmt: skip
     run.add_argument("--replace", action="store_true", help="if --out contains a run with other flags, rename it to "
                      "OUT.replaced-N")  # fmt: skip
     run.add_argument("--resume-elsewhere", action="store_true", help="resume on another device, torch version, number "
-                     "of threads or processes: not bit-identical; recorded in args.json")  # fmt: skip
+                     "of threads or processes: not bit-identical; recorded in args.json. With --precision auto the "
+                     "precision can change with the device")  # fmt: skip
     run.add_argument("--tensorboard", action="store_true", help="also write the metrics of each epoch for TensorBoard, "
                      "into OUT/tensorboard (needs the package tensorboard)")  # fmt: skip
     run.add_argument("--rehearse", type=int_in(1), help="smoke test: two epochs of N steps on a subset", metavar="N")

@@ -165,6 +165,11 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+OOM_MESSAGES = (  # of plain RuntimeErrors: of the CPU's allocator, and of CUDA and its libraries (cuBLAS, cuDNN)
+    "can't allocate memory", "Storage size calculation overflowed", "CUDA error: out of memory", "STATUS_ALLOC_FAILED",
+)  # fmt: skip
+
+
 @contextmanager
 def report_oom(device: torch.device, usage: str, remedy: str, precision: str = "bfloat16") -> Iterator[None]:
     """Context manager: if the `with` block runs out of memory, exit with code 2 and print one line.
@@ -176,10 +181,9 @@ def report_oom(device: torch.device, usage: str, remedy: str, precision: str = "
         remedy += " or --precision bfloat16"
     try:
         yield
-    except (RuntimeError, MemoryError) as error:  # on a CPU torch raises RuntimeError
-        text = str(error)
-        too_large = "can't allocate memory" in text or "Storage size calculation overflowed" in text
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not too_large:
+    except (RuntimeError, MemoryError) as error:
+        is_oom = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not is_oom and not any(text in str(error) for text in OOM_MESSAGES):
             raise
         peak = peak_memory(device) / 2**30
         others = int(os.environ.get(RUNS_ON_THIS_GPU, "1")) - 1
@@ -187,7 +191,8 @@ def report_oom(device: torch.device, usage: str, remedy: str, precision: str = "
         fail(f"out of memory on {device} with {usage} (peak {peak:.1f} GiB{shared}): {remedy}")
 
 
-ENVIRONMENT = ("torch", "device", "threads", "world")  # a resumed run is bit-identical only if these are equal
+# A resumed run is bit-identical only if these are equal. `Run.write_config` adds the precision.
+ENVIRONMENT = ("torch", "device", "threads", "world", "precision")
 
 
 def environment(device: torch.device) -> dict[str, object]:

@@ -96,19 +96,24 @@ class Run:
         """Write args.json. In a resumed run, check that `environment` equals that of args.json.
 
         `environment` contains the entries of `devices.environment`, digests of data and weights, and the number of
-        steps. With --resume-elsewhere those of `devices.environment` may differ; the change is added to args.json.
+        steps. The precision that --precision selects on this device is added. With --resume-elsewhere precision and the
+        entries of `devices.environment` may differ; the change is added to args.json.
         Prints the first line of the run: its name, `summary` (data set and network) and device.
         """
         if self.rank:
             return
         print(f"{self.name}: {summary}, {environment['device']}", flush=True)
+        device = torch.device("cpu" if environment["device"] == "cpu" else "cuda")
+        bfloat16 = devices.uses_bfloat16(self.arguments["precision"], device)
+        environment = {**environment, "precision": "bfloat16" if bfloat16 else "float32"}
         path, provenance = self.folder / "args.json", script_provenance(self.source)
         if not path.exists():
             recorded = {**environment, "files": self.digests, **provenance, "format": FORMAT}
             files.write_json(path, {"arguments": self.arguments, "provenance": recorded})
             return
         arguments, old = read_arguments(self.folder)
-        current = old | (old["resumed"][-1] if old.get("resumed") else {})
+        # Earlier versions did not record the precision.
+        current = {"precision": environment["precision"], **old, **(old["resumed"][-1] if old.get("resumed") else {})}
         changes = {}
         for name, value in {**environment, "script": provenance["script"]}.items():
             if current.get(name) == value:

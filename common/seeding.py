@@ -1,8 +1,9 @@
 """Random numbers as a pure function of (seed, purpose, step).
 
 No generator keeps its state between steps. A resumed run therefore needs no saved generator state, and arms with the
-same seed get the same batches, views and initial weights. All numbers are drawn on the CPU and copied to the device,
-because CUDA generators give other numbers than the CPU generator, and these differ between GPU models.
+same seed get the same batches, views and initial weights. Numbers are drawn on the CPU and copied to the device,
+because CUDA generators give other numbers than the CPU generator, and these differ between GPU models. The exceptions
+are dropout and stochastic depth, which draw on the device (`reseed`).
 """
 
 import hashlib
@@ -41,7 +42,7 @@ def seeded_fork_rng(seed: int, purpose: str) -> Iterator[None]:
 def reseed(seed: int, purpose: str, step: int, rank: int = 0) -> None:
     """Seed the default generators of all devices for this step.
 
-    Dropout draws from them, so its masks depend on the device.
+    Dropout and stochastic depth draw from them, so their masks depend on the device.
     """
     torch.manual_seed(key(seed, f"{purpose} of rank {rank}", step))
 

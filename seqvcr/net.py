@@ -87,11 +87,11 @@ class GPT(nn.Module):
                 self.h.append(init_weights(Block(width, heads, dropout), layers))
         self.ln_f = nn.LayerNorm(width)
 
-    def forward(self, tokens: Tensor, answer: int) -> tuple[Tensor, list[Tensor]]:
-        """Return (logits of the last `answer` positions (B, answer, vocabulary), levels) for int64 tokens (B, T).
+    def forward(self, tokens: Tensor, n_targets: int) -> tuple[Tensor, list[Tensor]]:
+        """Return (logits of the last `n_targets` positions (B, n_targets, vocabulary), levels) for int64 tokens (B, T).
 
         Levels are (B, T, D) each. Level 0 is the sum of embeddings before dropout (f_0); level l is the output of block
-        l. The last level is after the final LayerNorm.
+        l, except the last one, which is after the final LayerNorm.
         """
         x = self.wte(tokens) + self.wpe.weight[: tokens.shape[1]]
         levels = [x]
@@ -100,7 +100,7 @@ class GPT(nn.Module):
             x = block(x)
             levels.append(x)
         levels[-1] = self.ln_f(x)
-        return F.linear(levels[-1][:, -answer:], self.wte.weight), levels
+        return F.linear(levels[-1][:, -n_targets:], self.wte.weight), levels
 
 
 def init_embedding(rows: int, width: int, seed: int, name: str) -> nn.Embedding:
@@ -151,10 +151,11 @@ def init_from_gpt2(model: GPT, path: Path, new_tokens: int) -> None:
     not in the checkpoint and keep their initial embedding.
     """
     weights = read_gpt2(path)
-    wte, wpe = model.wte.weight.detach().cpu(), model.wpe.weight.detach().cpu()
+    wte, length = model.wte.weight.detach().cpu(), len(model.wpe.weight)
     tokens, expected = len(weights["wte.weight"]), len(wte) - new_tokens
     if tokens != expected:
         fail(f"--init-from {path} has {tokens} tokens instead of {expected}: give GPT-2 with its original vocabulary")
     weights["wte.weight"] = torch.cat([weights["wte.weight"], wte[tokens:]])
-    weights["wpe.weight"] = weights.get("wpe.weight", wpe)[: len(wpe)]
+    if "wpe.weight" in weights:
+        weights["wpe.weight"] = weights["wpe.weight"][:length]
     checkpoints.load_weights(model, weights, f"--init-from {path}", "GPT-2 with the --layers and --width of this run")

@@ -18,11 +18,15 @@ the numbers. Rows with equal keys are in the same split.
 """
 
 import re
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+if not __package__:  # run as a script: import from this clone, not from an installed copy
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import cli, files, seeding
 from common.cli import fail
@@ -43,8 +47,8 @@ TRAIN, VALIDATION, TEST = range(3)
 class Task:
     """A task of one size: tokens, random rows, and the keys that define the split.
 
-    A row has `question` tokens, then `answer` tokens, uint8. `symbols` are the tokens as text. Validation and test each
-    get `held_out_permille` thousandths of the keys and at most `eval_rows` rows.
+    A row has `question` tokens, then `answer` tokens, uint8. `symbols` are the tokens as text.
+    Validation and test each get `held_out_permille` / 1000 of the keys and at most `eval_rows` rows.
     """
 
     name: str
@@ -394,7 +398,7 @@ def stream(task: Task, seed: int, step: int, count: int, device: torch.device | 
     There is no host-device synchronisation.
     """
     generator = seeding.generator(seed, f"stream of {task.name}", step)
-    rows = task.draw(generator, 2 * count + 64, device, True)  # at least 4 of 5 rows are training rows
+    rows = task.draw(generator, 2 * count + 64, device, True)  # on average at least 4 of 5 are training rows
     is_train = (split_of(task, rows) == TRAIN).int()
     return rows[is_train.argsort(descending=True, stable=True)[:count]]
 

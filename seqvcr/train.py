@@ -16,8 +16,9 @@ the regulariser only and is not used at inference.
     h  hidden states of a level   (B, T, D)      N  --covariance-batch       lambda1, lambda2  --lambda1, --lambda2
     W  projection                 (d, D)         d  --projection-width
 
-Level l is the output of block l; level 0 is the embeddings. --layer selects the regularised level. An epoch here is
-about 1/20 of --steps (log and checkpoint interval), not a pass over the data.
+Level 0 is the embeddings; level l < --layers is the output of block l; the last level (= --layers) is after the final
+LayerNorm. --layer selects the regularised level. An epoch here is about 1/20 of --steps (log and checkpoint interval),
+not a pass over the data.
 
     python seqvcr/train.py                                              # demo: 2x2 digits, 4 min of one core
     python seqvcr/train.py --lambda1 0 --lambda2 0 --out runs/scratch2  # an ablation: only pause tokens
@@ -30,17 +31,21 @@ Differs from the paper, or is not specified there:
     on 5x5 digits, table 7; level 0: 0.97). So `gpu`, which trains from scratch, regularises level 0, in arithmetic too.
     `demo` and `paper` have the default.
  2. Cross entropy is the mean over the answer tokens; question and pause tokens have no loss. The covariance uses all
-    input positions. Level 0 is the sum of embeddings before dropout. The last level is after the final LayerNorm.
+    input positions. Level 0 is the sum of embeddings before dropout.
  3. Linear warm-up over 5 % of the steps, then cosine decay to zero; AdamW with weight decay 0.01 (0 on W); gradients
     clipped to norm 1, jointly for network and W. The paper specifies AdamW and the learning rate only.
- 4. The small network has GPT-2's architecture (learned positions, tied head), not that of Feng et al. (sinusoidal
-    positions, untied head). At `gpu` scale it also has other sizes and a shorter training than theirs (table 2: 4
-    heads, batch 128, learning rate 1e-4, 100 epochs): see SCALES. On CUDA it runs under bfloat16 autocast.
+ 4. The small network has GPT-2's architecture and initialisation (learned positions, tied head, embeddings with std
+    0.02), not those of Feng et al. (sinusoidal positions, untied head, LayerNorm on the sum of embeddings), so level 0
+    starts with small features. At `gpu` scale it also has other sizes and a shorter training than the paper's small
+    networks (table 2 of the paper: 4 heads, batch 128, learning rate 1e-4, 100 epochs): see SCALES.
  5. A question ends with "=" (eos in GPT-2's vocabulary). An answer has a fixed length and no end token.
  6. W has Xavier's initialisation, so a wider projection starts with smaller features. Entropies include the constant
-    positions (pause tokens, "="), so they depend on --pause.
+    positions (pause tokens, "="), so they depend on --pause. In arithmetic the padding before "=" is input like any
+    other token: attention does not mask it, and it enters the covariance and the entropies.
  7. The demo's batch of 128 gives four covariances of 32 sequences; the paper's batch is one of 32.
  8. `variance_covariance` stores neither covariances nor projected features: same values, less time and memory.
+ 9. On CUDA the training forward, including the logits, runs under bfloat16 autocast; loss, validation and evaluation
+    are float32.
 """
 
 import argparse
@@ -86,15 +91,15 @@ TASK_DEFAULTS = {  #    multiplication  arithmetic  lis
     "covariance_batch": (32,            128,        128),
     "train_size":       (808_000,       1_000_000,  1_000_000),
     "size":             (4,             5,          50),
-    "size at demo":     (2,             3,          12),
 }  # fmt: skip
+DEMO_SIZES =            (2,             3,          12)  # fmt: skip
 TASK_NAMES = ("multiplication", "arithmetic", "lis")
 STREAM = 0  # value of --train-size stream
 ETA = 0.001  # section 3.4
 EPOCHS = 20  # an epoch is about 1/20 of the steps: log, validation and checkpoint after each
 WARM_UP = 0.05  # fraction of the steps
 MAX_GRAD_NORM = 1.0
-PARTS = 16  # of the groups in SumOfSquares
+CHUNKS = 16  # SumOfSquares splits the groups into at most this many chunks
 WEIGHT_DECAY = 0.01
 GPT2_VOCABULARY = 50257
 GPT2_HEAD_WIDTH = 64  # in all sizes of GPT-2
@@ -116,7 +121,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     network = parser.add_argument_group("network")
     network.add_argument("--layers", type=cli.int_in(1, cli.MAX_LAYERS), help="transformer blocks")
     network.add_argument("--heads", type=cli.int_in(1, cli.MAX_WIDTH), help="attention heads")
-    network.add_argument("--width", type=cli.int_in(1, cli.MAX_WIDTH), help="hidden width D")
+    network.add_argument("--width", type=cli.int_in(2, cli.MAX_WIDTH), help="hidden width D")
     network.add_argument("--dropout", type=cli.float_in(0, 0.99), help="paper: 0.1 in its small networks")
     network.add_argument("--init-from", type=Path, help="pre-trained GPT-2 (model.safetensors or pytorch_model.bin), "
                          "multiplication only; `none` at paper scale: from scratch (table 7)")  # fmt: skip
@@ -127,8 +132,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optimisation.add_argument("--lr", type=cli.float_in(0), help="peak learning rate; paper: 5e-4, small networks 1e-4")
     lr_factor = "multiplies --lr; used by the studies"
     optimisation.add_argument("--lr-factor", type=cli.float_in(0), default=1.0, help=lr_factor)
-    use_compile = "use torch.compile; pays off in long runs on a GPU"
-    optimisation.add_argument("--compile", action="store_true", help=use_compile)
+    optimisation.add_argument("--compile", action="store_true", help="apply torch.compile to forward pass and loss")
     method = parser.add_argument_group("method")
     method.add_argument("--lambda1", type=cli.float_in(0), help="coefficient of the variance loss; paper: 1 in "
                         "multiplication, else 0.1 (appendix A)")  # fmt: skip
@@ -136,8 +140,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         "multiplication, else 0.5 (appendix A)")  # fmt: skip
     projection = "width d of the projection; paper: 2048 (section 3.4)"
     method.add_argument("--projection-width", type=cli.int_in(1, cli.MAX_WIDTH), default=2048, help=projection)
-    method.add_argument("--layer", help="regularised level. 0: embeddings; l: output of block l; last: "
-                        "output of the final LayerNorm; paper: last")  # fmt: skip
+    method.add_argument("--layer", help="regularised level. 0: embeddings; l < --layers: output of block "
+                        "l; last (= --layers): after the final LayerNorm; paper: last")  # fmt: skip
     axes = ("batch", "batch+length")
     method.add_argument("--covariance-axis", choices=axes, default="batch", help="batch: one covariance per position; "
                         "batch+length: one covariance over all positions (appendix F)")  # fmt: skip
@@ -148,8 +152,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = cli.parse(parser, SCALES, argv)
 
     cli.apply_lr_factor(args)
-    for name in ("lambda1", "lambda2", "covariance_batch", "train_size", "size"):
-        row = TASK_DEFAULTS["size at demo" if name == "size" and args.scale == "demo" else name]
+    defaults = TASK_DEFAULTS | {"size": DEMO_SIZES} if args.scale == "demo" else TASK_DEFAULTS
+    for name, row in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, row[TASK_NAMES.index(args.task)])
     if args.layer not in ("last", *map(str, range(args.layers + 1))):
@@ -239,35 +243,38 @@ def build_model(args: argparse.Namespace, task: tasks.Task, device: torch.device
 class SumOfSquares(torch.autograd.Function):
     """Sum over the rows of (h W^T)^2, (G, d), for h (G, n, D) and W (d, D). Backward recomputes h W^T (G, n, d).
 
-    h W^T is never stored as a whole: a part of the groups at a time fits into a CPU's cache.
+    h W^T is computed one chunk of the groups at a time, so that it fits into a CPU's cache. A single group (axis
+    batch+length with --batch equal to --covariance-batch) is one chunk.
     """
 
     @staticmethod
     def forward(context: Any, h: Tensor, weight: Tensor) -> Tensor:
         context.save_for_backward(h, weight)
-        return torch.cat([(part @ weight.T).square_().sum(1) for part in h.chunk(PARTS)])
+        return torch.cat([(chunk @ weight.T).square_().sum(1) for chunk in h.chunk(CHUNKS)])
 
     @staticmethod
     def backward(context: Any, grad_output: Tensor) -> tuple[Tensor, Tensor]:
         h, weight = context.saved_tensors
         grad_h, grad_weight = [], torch.zeros_like(weight)
-        for part, grad_part in zip(h.chunk(PARTS), (2 * grad_output[:, None]).chunk(PARTS), strict=True):
-            x = (part @ weight.T).mul_(grad_part)
+        for chunk, grad_chunk in zip(h.chunk(CHUNKS), (2 * grad_output[:, None]).chunk(CHUNKS), strict=True):
+            x = (chunk @ weight.T).mul_(grad_chunk)
             grad_h.append(x @ weight)
-            grad_weight.addmm_(x.flatten(0, 1).T, part.flatten(0, 1))
+            grad_weight.addmm_(x.flatten(0, 1).T, chunk.flatten(0, 1))
         return torch.cat(grad_h), grad_weight
 
 
-def variance_covariance(h: Tensor, weight: Tensor, rows: int, axis: str = "batch") -> tuple[Tensor, Tensor, Tensor]:
+def variance_covariance(
+    h: Tensor, weight: Tensor, covariance_batch: int, axis: str = "batch"
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return (L_var, L_cov, mean standard deviation) of x = W h for h (B, T, D) and W (d, D), float32 (equation 4).
 
-    There is one covariance C (d x d) per position over `rows` sequences, or with axis `batch+length` one over all
-    positions of `rows` sequences. B must be a multiple of `rows`. The terms are means over all covariances. C is never
-    computed: with h centred over the n rows of its group, M = W^T W and S = h^T h / (n - 1), C = W S W^T and
+    There is one covariance C (d x d) per position over N = `covariance_batch` sequences, or with axis `batch+length`
+    one over all positions of N sequences. B must be a multiple of N. The terms are means over all covariances. C is
+    never computed: with h centred over the n rows of its group, M = W^T W and S = h^T h / (n - 1), C = W S W^T and
 
         sum of C^2  =  sum of (h M h^T)^2 / (n - 1)^2     (n x n)      or, for n > D,     tr (S M)^2     (D x D)
     """
-    groups = h.unflatten(0, (-1, rows))  # (B / rows, rows, T, D)
+    groups = h.unflatten(0, (-1, covariance_batch))  # (B / N, N, T, D)
     groups = groups.transpose(1, 2).flatten(0, 1) if axis == "batch" else groups.flatten(1, 2)
     centred = groups - groups.mean(1, keepdim=True)  # (G, n, D)
     n_minus_1 = centred.shape[1] - 1
@@ -284,26 +291,27 @@ def variance_covariance(h: Tensor, weight: Tensor, rows: int, axis: str = "batch
 
 
 def seqvcr_loss(
-    model: SeqVCR, tokens: Tensor, *, answer: int, lambda1: float, lambda2: float, layer: int, axis: str,
+    model: SeqVCR, tokens: Tensor, *, n_targets: int, lambda1: float, lambda2: float, layer: int, axis: str,
     covariance_batch: int, precision: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return (loss (equation 5), metrics (5,)) of `tokens` (B, length), of which the last `answer` are targets.
+    """Return (loss (equation 5), metrics (5,)) of `tokens` (B, length), of which the last `n_targets` are targets.
 
     The metrics, detached, are loss, cross entropy, L_var, L_cov and mean standard deviation of x. `layer` is the
     regularised level. There is one forward pass.
 
-    ABLATION (coefficients): `lambda1`, `lambda2`; if both are 0 (arm `off`) the projection is not used.
+    ABLATION (coefficients): `lambda1`, `lambda2`; if both are 0 (arm `off`) the projection is not used, and the metrics
+    are only the first two.
     """
     with devices.autocast(precision, tokens.device):
-        logits, levels = model.gpt(tokens[:, :-1], answer)
-    cross_entropy = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, -answer:].flatten())
-    loss, terms = cross_entropy, torch.zeros(3, device=tokens.device)
+        logits, levels = model.gpt(tokens[:, :-1], n_targets)
+    cross_entropy = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, -n_targets:].flatten())
+    loss, metrics = cross_entropy, [cross_entropy]
     if lambda1 or lambda2:
         h, weight = levels[layer].float(), model.projection.weight
         variance, covariance, std = variance_covariance(h, weight, covariance_batch, axis)
         loss = cross_entropy + lambda1 * variance + lambda2 * covariance
-        terms = torch.stack([variance, covariance, std])
-    return loss, torch.cat([torch.stack([loss, cross_entropy]), terms]).detach()
+        metrics += [variance, covariance, std]
+    return loss, torch.stack([loss, *metrics]).detach()
 
 
 # ------------------------------------------------------------------------------------------------- data
@@ -342,8 +350,8 @@ def batches(args: argparse.Namespace, task: tasks.Task, rows: Tensor, steps: ran
 
 
 @torch.no_grad()
-def token_correct(model: GPT, rows: Tensor, answer: int) -> Tensor:
-    """Return whether the teacher-forced argmax of each answer token is correct: (n, answer) bool for rows (n, length).
+def token_correct(model: GPT, rows: Tensor, n_targets: int) -> Tensor:
+    """Return whether the teacher-forced argmax of each target is correct: (n, n_targets) bool for rows (n, length).
 
     All tokens of a row are correct if and only if greedy decoding gives its answer: the first wrong token is the same.
     """
@@ -352,7 +360,7 @@ def token_correct(model: GPT, rows: Tensor, answer: int) -> Tensor:
     correct = []
     for block in rows.split(1024):
         tokens = block.long()
-        correct.append(model(tokens[:, :-1], answer)[0].argmax(2) == tokens[:, -answer:])
+        correct.append(model(tokens[:, :-1], n_targets)[0].argmax(2) == tokens[:, -n_targets:])
     model.train(was_training)
     return torch.cat(correct)
 
@@ -378,7 +386,7 @@ def train(
 ) -> None:  # fmt: skip
     """Train on encoded rows. Validates and saves a checkpoint after each epoch; resumes from the last checkpoint."""
     device = data.validation.device
-    answer, steps, steps_per_epoch = answer_length(args, task), args.steps, -(-args.steps // EPOCHS)
+    n_targets, steps, steps_per_epoch = answer_length(args, task), args.steps, -(-args.steps // EPOCHS)
     if args.rehearse:
         steps, steps_per_epoch = 2 * args.rehearse, args.rehearse
     final_epoch = -(-steps // steps_per_epoch)
@@ -387,10 +395,12 @@ def train(
         run.end_epoch(0, final_epoch, {})
         start_epoch = 0
     loss_fn = torch.compile(seqvcr_loss) if args.compile else seqvcr_loss
+    regulariser = ("variance_loss", "covariance_loss", "projected_std") if args.lambda1 or args.lambda2 else ()
+    names = ("loss", "cross_entropy", *regulariser, "clipped_fraction")
 
     for epoch in tqdm(range(start_epoch, final_epoch), run.name, final_epoch, initial=start_epoch, disable=None,
                       leave=False):  # fmt: skip
-        start_time, totals = time.perf_counter(), torch.zeros(6, device=device)
+        start_time, totals = time.perf_counter(), torch.zeros(len(names), device=device)
         epoch_steps = range(epoch * steps_per_epoch, min((epoch + 1) * steps_per_epoch, steps))
         model.train()
         for step, tokens in zip(epoch_steps, batches(args, task, data.train, epoch_steps), strict=True):
@@ -400,7 +410,7 @@ def train(
             if args.dropout:
                 seeding.reseed(args.seed, "dropout", step)
             loss, batch_metrics = loss_fn(
-                model, tokens, answer=answer, lambda1=args.lambda1, lambda2=args.lambda2, layer=args.layer,
+                model, tokens, n_targets=n_targets, lambda1=args.lambda1, lambda2=args.lambda2, layer=args.layer,
                 axis=args.covariance_axis, covariance_batch=args.covariance_batch, precision=args.precision,
             )  # fmt: skip
             optimizer.zero_grad(set_to_none=True)
@@ -412,8 +422,7 @@ def train(
         seconds = time.perf_counter() - start_time
         if run.finish_if_diverged(epoch + 1, totals):
             return
-        correct = token_correct(model.gpt, data.validation, answer).float()
-        names = ("loss", "cross_entropy", "variance_loss", "covariance_loss", "projected_std", "clipped_fraction")
+        correct = token_correct(model.gpt, data.validation, n_targets).float()
         metrics = dict(zip(names, means, strict=True)) | {
             "exact_match": 100 * correct.prod(1).mean().item(),
             "step": epoch_steps.stop,
@@ -422,7 +431,8 @@ def train(
             "seconds": seconds,
             "peak_memory": devices.peak_memory(device),
         }
-        # After a given chain of thought single positions are easy: they would not compare with other arms.
+        # Teacher forcing supplies the correct chain of thought, so per-token accuracy is not comparable with other
+        # arms.
         shares = [] if args.chain_of_thought else correct.mean(0).tolist()
         by_position = {f"accuracy_{position}": 100 * share for position, share in enumerate(shares)}
         run.end_epoch(epoch + 1, final_epoch, metrics, details=by_position)
@@ -455,6 +465,10 @@ def main(argv: list[str] | None = None) -> None:
         if args.train_size != STREAM and args.batch > len(data.train):
             fail(f"--batch {args.batch} is larger than the training set ({len(data.train)} examples): "
                  f"give at most {len(data.train)}")  # fmt: skip
+        rows = min(len(data.validation), len(data.test))
+        if rows < 3:  # entropy_batch is divided by log(rows - 1)
+            fail(f"--task {args.task} has {rows} rows for validation or test, too few for entropies: give a larger "
+                 "--size or, with --rehearse, --batch 3 or more")  # fmt: skip
         summary = f"{args.task} of size {args.size}, GPT of {args.layers} blocks of width {args.width}"
         digest = checkpoints.sha256(*(rows.cpu() for rows in data))
         provenance = devices.environment(device) | {"data": digest, "steps": args.steps}

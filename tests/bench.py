@@ -316,7 +316,7 @@ def measure_seqvcr(device: torch.device, rounds: int) -> None:
 
     def step(name: str, lambda1: float, lambda2: float) -> None:
         loss, _ = seqvcr.train.seqvcr_loss(
-            models[name], rows, answer=task.answer, lambda1=lambda1, lambda2=lambda2, layer=0, axis="batch",
+            models[name], rows, n_targets=task.answer, lambda1=lambda1, lambda2=lambda2, layer=0, axis="batch",
             covariance_batch=32, precision="auto",
         )  # fmt: skip
         optimizers[name].zero_grad(set_to_none=True)

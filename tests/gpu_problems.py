@@ -160,7 +160,7 @@ def seqvcr_problem(scale: str, rows: int, device: torch.device) -> Problem:
 
     def loss(precision: str) -> Tensor:
         return seqvcr.train.seqvcr_loss(
-            model, tokens, answer=task.answer, lambda1=args.lambda1, lambda2=args.lambda2, layer=args.layer,
+            model, tokens, n_targets=task.answer, lambda1=args.lambda1, lambda2=args.lambda2, layer=args.layer,
             axis=args.covariance_axis, covariance_batch=args.covariance_batch, precision=precision,
         )[0]  # fmt: skip
 

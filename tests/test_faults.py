@@ -349,8 +349,12 @@ def test_nan_or_infinity_finishes_the_run_as_diverged(fault, pictures, tmp_path,
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
-)
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+     RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+     RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")],
+)  # fmt: skip
 def test_out_of_memory_reports_peak_batch_size_and_remedy(error, pictures, tmp_path, monkeypatch, capsys):
     def loss(*_):
         raise error

@@ -20,7 +20,7 @@ EVAL_SCRIPT = str(ROOT / "simsiam/eval.py")
 
 
 def arguments(**changes) -> dict:
-    default = {"seed": 0, "data_seed": 0, "data": "data", "lr": 0.1, "device": "cpu"}
+    default = {"seed": 0, "data_seed": 0, "data": "data", "lr": 0.1, "device": "cpu", "precision": "auto"}
     return default | {"replace": False, "tensorboard": False, "resume_elsewhere": False} | changes
 
 
@@ -142,6 +142,27 @@ def test_resuming_in_another_environment_requires_a_flag_and_is_recorded(change,
     start(out, environment=change)  # in the new environment it resumes without the flag
     assert error_line(capsys, start, out)  # but no longer in the original environment
     assert len(json.loads((out / "args.json").read_text())["provenance"]["resumed"]) == 1
+
+
+def test_another_precision_is_a_change_of_the_environment_that_is_recorded(tmp_path, capsys):
+    gpu = {"device": "Another GPU"}
+    for precision, on_gpu in (("auto", "bfloat16"), ("float32", "float32")):
+        out = tmp_path / precision
+        train(start(out, precision=precision), range(2))
+        printed = error_line(capsys, start, out, environment=gpu, precision=precision)
+        assert ("precision float32 -> bfloat16" in printed) == (precision == "auto")
+        start(out, environment=gpu, resume_elsewhere=True, precision=precision)
+        recorded = json.loads((out / "args.json").read_text())["provenance"]
+        assert recorded["precision"] == "float32" and recorded["resumed"][-1]["precision"] == on_gpu
+
+
+def test_a_run_of_an_earlier_version_without_recorded_precision_resumes(tmp_path):
+    train(start(tmp_path), range(2))
+    config = json.loads((tmp_path / "args.json").read_text())
+    del config["provenance"]["precision"]
+    (tmp_path / "args.json").write_text(json.dumps(config))
+    finish(start(tmp_path), 3)
+    assert load_finished(tmp_path, EVAL_SCRIPT)[2]["epoch"] == 3
 
 
 def test_resume_elsewhere_does_not_allow_other_data(tmp_path, capsys):

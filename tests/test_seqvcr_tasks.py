@@ -120,8 +120,8 @@ def test_rows_of_a_data_file_in_the_validation_or_test_split_are_removed(tmp_pat
 
 
 def test_read_published_accepts_the_output_of_the_script(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "seqvcr/tasks.py"), "--size", "5", "--lines", "4"],
-                          capture_output=True, text=True, check=True, env={"PYTHONPATH": str(ROOT)})  # fmt: skip
+    command = [sys.executable, str(ROOT / "seqvcr/tasks.py"), "--size", "5", "--lines", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env={})
     assert len(tasks.read_published(write(tmp_path / "a.txt", done.stdout), 5)) == 4
 
 
