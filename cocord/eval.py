@@ -26,7 +26,7 @@ if not __package__:  # run as a script: import from this clone, not from an inst
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cocord.train import accuracy, build_model, load_data, student_weights
-from common import checkpoints, cli, devices
+from common import checkpoints, cli, devices, images
 from common.lock import run_lock
 from common.run import check_data, load_finished, read_log, write_metrics
 
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     start_time = time.perf_counter()
     data_folder = args.data or Path(arguments["data"])
     remedy = "use a --device with more memory, or --device cpu (same metrics)"
-    with run_lock(args.folder), devices.report_oom(device, "batches of 500 images", remedy):
+    with run_lock(args.folder), devices.report_oom(device, f"batches of {images.BLOCK} images", remedy):
         metrics: dict[str, Any] = {**from_log, **provenance, "diverged": saved["diverged"]}
         if metrics["diverged"]:
             metrics |= dict.fromkeys(METRICS_IF_FINITE)
