@@ -97,9 +97,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optimisation.add_argument("--lr", type=cli.float_in(0), help="learning rate of Adam, constant")
     optimisation.add_argument("--lr-factor", type=cli.float_in(0), default=1.0, help="multiplies --lr; "
                               "used by the robustness study")  # fmt: skip
-    optimisation.add_argument(
-        "--compile", action="store_true", help="use torch.compile; pays off in long runs on a GPU"
-    )
+    optimisation.add_argument("--compile", action="store_true", help="apply torch.compile to forward pass and loss")
     method = parser.add_argument_group("method")
     method.add_argument("--latent", type=cli.int_in(2, cli.MAX_WIDTH), help="N, number of features of the code")
     method.add_argument("--active", type=cli.int_in(1, cli.MAX_WIDTH), help="K, target number of active features")

@@ -129,9 +129,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optimisation.add_argument(
         "--clip", type=cli.float_in(1e-3), default=3.0, help="maximum gradient norm; authors' ViT-L command: 1"
     )
-    optimisation.add_argument(
-        "--compile", action="store_true", help="use torch.compile; pays off in long runs on a GPU"
-    )
+    optimisation.add_argument("--compile", action="store_true", help="apply torch.compile to the forward pass")
     optimisation.add_argument("--sync-batch-norm", action="store_true", help="batch statistics over all CUDA ranks")
     method = parser.add_argument_group("method (defaults at --scale paper: the paper's)")
     method.add_argument("--network", choices=tuple(NETWORKS), help="paper: vit_small_16, vit_base_16, vit_large_16")

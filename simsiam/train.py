@@ -113,9 +113,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optimisation.add_argument("--weight-decay", type=cli.float_in(0), help="applies to all parameters (appendix A)")
     toggle = argparse.BooleanOptionalAction
     optimisation.add_argument("--channels-last", action=toggle, default=True, help="memory format of convolutions")
-    optimisation.add_argument(
-        "--compile", action="store_true", help="use torch.compile; pays off in long runs on a GPU"
-    )
+    optimisation.add_argument("--compile", action="store_true", help="apply torch.compile to the forward pass")
     method = parser.add_argument_group("method (defaults at --scale paper: the paper's)")
     method.add_argument("--network", choices=tuple(NETWORKS), help="backbone; paper: resnet50, on CIFAR resnet18")
     method.add_argument(
