@@ -37,7 +37,7 @@ def on_mnist(main_study: Study) -> Study:
         name=f"{main_study.name}-mnist5k",
         question=f"{main_study.question[:-1]}, on handwritten digits?",
         contrasts=[f"{arm}@mnist5k:{reference}@mnist5k" for arm, reference in main_study.pairs],
-        must_beat=[beats_untrained("base@mnist5k")],
+        must_beat=[beats_untrained(f"{item.arm}@mnist5k") for item in main_study.must_beat],
         extra=True,
     )
 

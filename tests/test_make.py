@@ -599,7 +599,7 @@ def test_an_invalid_goal_or_variable_fails_before_anything_runs(repo, words, mes
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("arms=[*(Arm(", 'arms=[Arm("base"), *(Arm(', "arm 'base' is declared twice"),
+        ("arms=[*arms, *", 'arms=[Arm("base"), *arms, *', "arm 'base' is declared twice"),
         ('"no-stop-gradient:base"', '"no-stop-gradeint:base"', "arm 'no-stop-gradeint' is not declared"),
         ('"no-stop-gradient:base"', '"no-stop-gradient:bse"', "arm 'bse' is not declared"),
         ('"frozen-predictor:base"],', '"frozen-predictor:"],', "invalid contrast 'frozen-predictor:'"),
@@ -754,9 +754,9 @@ def test_another_data_matrix_retrains_the_runs(repo):
 
 @pytest.mark.slow
 def test_demo_runs_in_parallel_also_if_a_variable_contains_j(repo):
-    for words, parallel in ((["RUNS=my-jobs"], True), (["-j1"], False)):
-        text = subprocess.run(["make", "-n", "demo", *words], cwd=repo.folder, capture_output=True, text=True).stdout
-        assert bool(re.search(r"primary SCALE=demo .* -j\d+$", text, re.MULTILINE)) == parallel
+    for words, parallel in (("RUNS=my-jobs", True), ("-j1", False)):
+        printed = repo.make("-n", "demo", words)[2]
+        assert bool(re.search(r"DEVICE=cpu \\\n\t-j\d+$", printed, re.MULTILINE)) == parallel
 
 
 def test_demo_runs_the_primary_contrasts_with_one_seed_on_the_cpu(repo):
