@@ -94,14 +94,6 @@ class Request:
             tasks=tuple(variables.get("TASKS", "").split()),
             own_data=is_matrix(data) or "--data-set" in _flags(extra),
         )
-        designs = {paper: load(paper, scale, settings) for paper in dict.fromkeys(papers)}
-        for paper, design in designs.items():
-            arms = [arm for name, arm in design.by_name.items() if name not in design.teacher_names()]
-            of_every_arm = set.intersection(*(_flags(shlex.split(arm.flags)) for arm in arms))
-            if useless := sorted(_flags(extra) & of_every_arm):
-                raise DesignError(
-                    f"invalid EXTRA={variables['EXTRA']}: every arm of {paper} sets its own {useless[0]}: remove it"
-                )
         runs = Path(variables.get("RUNS") or f"runs/{scale}")
         return cls(
             variables=variables,
@@ -114,7 +106,7 @@ class Request:
             extra=extra,
             runs=runs,
             results=Path(variables.get("RESULTS") or runs / "report"),
-            designs=designs,
+            designs={paper: load(paper, scale, settings) for paper in dict.fromkeys(papers)},
             own_data=settings.own_data,
         )
 
@@ -154,6 +146,12 @@ class Request:
             held_out = ["--held-out"] if "--held-out" in extra else []
             extra = [f"--{name}={found[-1]}" for name, found in given.items() if found] + held_out
         return [*extra, *shlex.split(arm.flags)]
+
+    def overridden_extra(self, design: Design) -> str:
+        """Return a flag of EXTRA that every arm of a paper sets itself, so that it has no effect; "" if none."""
+        arms = [arm for name, arm in design.by_name.items() if name not in design.teacher_names()]
+        of_every_arm = set.intersection(*(_flags(shlex.split(arm.flags)) for arm in arms))
+        return min(_flags(self.extra) & of_every_arm, default="")
 
     def flags_text(self, design: Design, arm: Arm) -> str:
         """Return the content that the file `flags` of an up-to-date run has."""
