@@ -148,7 +148,7 @@ def linear_probe_lars(
         order = seeding.permutation(seed, "linear probe order", epoch, data.examples, "cpu")
         order = order[: steps_per_epoch * batch].view(steps_per_epoch, batch)[:, rows]
         for indices, (x,) in zip(order, data.views(transform, 1, order.tolist(), seed, epoch), strict=True):
-            with torch.no_grad():  # in parts: the whole batch through ResNet-50 would take 43 GB
+            with torch.no_grad():  # in parts, to limit memory
                 parts = x.split(image_folder.BLOCK)
                 features = torch.cat([model.backbone(data.normalise(part)) for part in parts])
             loss = F.cross_entropy(head(features), devices.upload(labels[indices], device))
@@ -197,7 +197,7 @@ def evaluate(args: argparse.Namespace, model: SimSiam, data: Data, held_out: boo
     bank, queries = features_of_splits(model, data, held_out)
     metrics = representation_metrics(bank, queries, data.classes, args.neighbours)
     if isinstance(data, image_folder.StreamedImages):
-        del bank, queries  # of ImageNet 21 GB, which the probe does not need
+        del bank, queries  # free memory that the probe does not need
         probe = PROBE | ({"epochs": 1} if args.rehearse else {})
         return {"linear_accuracy": linear_probe_lars(model, data, folder, args.seed, probe), **metrics}
     metrics = {"linear_accuracy": linear_accuracy(bank, queries, data, args.seed), **metrics}

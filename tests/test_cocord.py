@@ -496,7 +496,7 @@ def test_teacher_accuracy_is_measured_and_a_low_accuracy_exits_with_code_2(tmp_p
 
 
 def test_a_teacher_of_unknown_data_gives_a_warning_with_held_out(tmp_path, capsys):
-    """Its training images may contain the held-out ones. Teachers of teacher.py are refused if they do."""
+    """Such a teacher may have been trained on the held-out images. Teachers of teacher.py are refused if they were."""
     data = random_images(40)
     for name, content in {"external": {}, "ours": {"arguments": {}, "data": data.digest}}.items():
         torch.save({"model": frozen_teacher().state_dict(), **content}, tmp_path / name)

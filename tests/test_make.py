@@ -178,6 +178,8 @@ def test_extra_that_every_arm_overrides_is_refused(repo):
     code, calls, printed = repo.make("seqvcr-projection-width", "SEEDS=0", "EXTRA=--size 3")
     assert code == 2 and "error: invalid EXTRA: every arm of seqvcr sets its own --size: remove it" in printed
     assert not any("train.py" in call for call in calls)
+    repo.make("seqvcr-projection-width", "SEEDS=0")
+    assert repo.make("seqvcr-projection-width", "SEEDS=0", "EXTRA=--size 3")[0] == 2  # also if the runs are finished
     calls = repo.make("simsiam-predictor", "SEEDS=0", "EXTRA=--size 24")[1]
     assert runs(calls) == ["base/0", "no-predictor/0", "frozen-predictor/0"]
 

@@ -4,9 +4,8 @@
 
 The hours of an arm are the mean of its finished runs with the requested flags: training and eval.py, without the kNN
 evaluation after each epoch. Without such runs, the speed of the last epoch of its rehearsal gives the training time
-alone. Arms and
-teachers that several studies share are counted once. --unknown prints only the files that a rehearsal must create.
-Needs only the standard library.
+alone. Arms and teachers that several studies share are counted once. --unknown prints only the files that a rehearsal
+must create. Needs only the standard library.
 """
 
 from collections.abc import Mapping, Sequence
@@ -66,7 +65,8 @@ def cost_of_rehearsal(folder: Path) -> Cost | None:
         last_epoch = files.read_lines(folder / "train.jsonl")[-1]
         examples = saved["provenance"]["steps"] * saved["arguments"]["batch"]
         rate = last_epoch["examples_per_second"] if examples else None
-        return Cost(examples / rate / 3600 if rate else 0.0, rate, last_epoch["peak_memory"], "rehearsal")
+        hours = 0.0 if rate is None else examples / rate / 3600
+        return Cost(hours, rate, last_epoch["peak_memory"], "rehearsal")
     except (files.DamagedFile, KeyError, IndexError, TypeError, ZeroDivisionError):
         return None
 

@@ -74,7 +74,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class MustBeat:
-    """Baseline that `arm` must beat in `metric`. Otherwise contrasts with this reference are not informative.
+    """Baseline that `arm` must beat in `metric`. Otherwise contrasts with it are uninformative (`required_baselines`).
 
     The baseline is another metric of the same arm (`baseline_metric`) or the same metric of `baseline_arm`.
     `name` is its label on the page.

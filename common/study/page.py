@@ -35,7 +35,7 @@ LEGEND = {  # verdicts -> what they mean
     ("no difference",): "interval inside the margin",
     ("worse", "better"): "interval excludes zero, not inside the margin",
     ("higher", "lower"): "the same, no better side",
-    ("signs differ",): "between EMA and online weights",
+    ("signs differ",): "two metrics disagree in sign",
     ("unclear",): "none of these",
     ("too weak to test",): "reference does not clearly beat its baseline",
     ("no baseline", "one seed", "not run"): "no test possible",

@@ -76,9 +76,10 @@ def problems(request: Request, design: Design, study: Study) -> list[str]:
         )
     if any(len(digests) > 1 for digests in data.values()):
         reasons.append(f"runs used different data; move those with other data away and {remedy}")
-    mixed = [f"{teacher}, seed {block}" for (teacher, block), digests in teachers.items() if len(digests) > 1]
-    if mixed:
-        reasons.append(f"runs used different weights of the teacher ({_shortened(mixed)}); move them away and {remedy}")
+    retrained = [f"{teacher}, seed {block}" for (teacher, block), digests in teachers.items() if len(digests) > 1]
+    if retrained:
+        weights = f"weights of the teacher ({_shortened(retrained)})"
+        reasons.append(f"runs used different {weights}; move them away and {remedy}")
     return [f"{study.name}: {reason}" for reason in reasons]
 
 

@@ -147,11 +147,15 @@ class Request:
             extra = [f"--{name}={found[-1]}" for name, found in given.items() if found] + held_out
         return [*extra, *shlex.split(arm.flags)]
 
-    def overridden_extra(self, design: Design) -> str:
-        """Return a flag of EXTRA that every arm of a paper sets itself, so that it has no effect; "" if none."""
-        arms = [arm for name, arm in design.by_name.items() if name not in design.teacher_names()]
-        of_every_arm = set.intersection(*(_flags(shlex.split(arm.flags)) for arm in arms))
-        return min(_flags(self.extra) & of_every_arm, default="")
+    @cached_property
+    def overridden_extra(self) -> dict[str, str]:
+        """Return paper -> a flag of EXTRA that each of its arms sets itself, so that it has no effect; "" if none."""
+        result = {}
+        for paper, design in self.designs.items():
+            arms = [arm for name, arm in design.by_name.items() if name not in design.teacher_names()]
+            of_every_arm = set.intersection(*(_flags(shlex.split(arm.flags)) for arm in arms))
+            result[paper] = min(_flags(self.extra) & of_every_arm, default="")
+        return result
 
     def flags_text(self, design: Design, arm: Arm) -> str:
         """Return the content that the file `flags` of an up-to-date run has."""

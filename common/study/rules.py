@@ -65,9 +65,9 @@ def run_rules(request: Request, design: Design, arm: Arm, seed: int) -> str:
         prerequisites.append(target(teacher))
     train += request.flags(design, arm)
     model, metrics = target(folder / "model.pt"), target(folder / "metrics.json")
-    if flag := request.overridden_extra(design):
+    if flag := request.overridden_extra[paper]:
         sentence = f"error: invalid EXTRA: every arm of {paper} sets its own {flag}: remove it"
-        return f"{model} {metrics}:\n\t@echo {shell([sentence])} >&2; exit 2"
+        return f"{model} {metrics}: FORCE\n\t@echo {shell([sentence])} >&2; exit 2"
     lines = [f"# trained with other flags: {(old_flags or 'unknown').splitlines()[0]} ."] if retrain else []
     lines += [
         f"{model}: {'FORCE ' if retrain else ''}| {' '.join(prerequisites)}",
