@@ -561,7 +561,7 @@ def overlap_remark(summary: dict[str, Any]) -> str:
     for contrast in summary["all_contrasts"]:
         if contrast["metric"] == key and contrast["arm"] in primary and contrast["mean"] is not None:
             means = [tables.format_number(contrast[side], metric) for side in ("reference_mean", "arm_mean")]
-            parts.append(f"{contrast['arm']} {' -> '.join(means)} ({contrast['word']})")
+            parts.append(f"{contrast['arm']} {' -> '.join(means)} ({contrast['verdict']})")
     return f"Descriptive: kNN overlap with exactly K features: {'; '.join(parts)}." if parts else ""
 
 
@@ -581,7 +581,7 @@ def draw(view: results.View) -> dict[str, figures.Drawing]:
     curve_figure = figures.curves(lines, styles, view.highlight, caption)
     dot_figure = figures.dots(dots, styles, remarks, "the untrained code", view.caption)
     if study.name == "bsa-alpha":
-        summary["finding"] = " ".join([summary["finding"], *matched_activity_finding(runs, reference)])
+        summary["finding"] += matched_activity_finding(runs, reference)
         tradeoff = alpha_figure(runs, reference, active, caption)
         groups = {name: list(alphas) for name, alphas in families(runs).items()}
     else:

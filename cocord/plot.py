@@ -15,7 +15,7 @@ if not __package__:  # run as a script: import from this clone, not from an inst
 
 from cocord.studies import METRICS, design
 from common.study import figures, plotting, results, tables
-from common.study.figures import without_setting
+from common.study.names import without_setting
 
 PRIMARY = "accuracy"
 

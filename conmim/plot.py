@@ -23,6 +23,7 @@ if not __package__:  # run as a script: import from this clone, not from an inst
 from common.cli import NON_METHOD_FLAGS
 from common.study import figures, plotting, results, statistics, tables
 from common.study.analysis import TOO_WEAK, verdict_of
+from common.study.names import in_setting, setting_of
 from conmim.studies import METRICS, design
 
 PRIMARY, ONLINE = "finetune_accuracy", "finetune_accuracy_online"
@@ -154,8 +155,8 @@ def apply_paper_rules(summary: dict[str, Any]) -> dict[str, Any]:
         ]
         online = next(contrast for contrast in contrasts if contrast["metric"] == ONLINE)
         disagree = None not in (compared["mean"], online["mean"]) and compared["mean"] * online["mean"] < 0
-        if disagree and compared["word"] in ("worse", "better"):
-            compared["word"] = DISAGREE
+        if disagree and compared["verdict"] in ("worse", "better"):
+            compared["verdict"] = DISAGREE
         if not compared["primary"]:
             continue
         if disagree:
@@ -169,12 +170,12 @@ def apply_paper_rules(summary: dict[str, Any]) -> dict[str, Any]:
         diagnostics = "; ".join(difference_text(contrasts, name) for name in ("own_top1", "cross_top1", "position_r2"))
         sentence = f"Position diagnostics (they need no labels), {arm} minus {reference}: {diagnostics}."
         notes.append(sentence)
-        if compared["word"] in (TOO_WEAK, DISAGREE):
+        if compared["verdict"] in (TOO_WEAK, DISAGREE):
             added.append(sentence)
-    remarks = [f"{row['arm']} {row['word']}" for row in summary["rows"] if row["word"]]
+    remarks = [f"{row['arm']} {row['remark']}" for row in summary["rows"] if row["remark"]]
     if remarks:
         notes.append(f"{'; '.join(remarks)}.")
-    finding = " ".join([tables.finding(summary), *added])
+    finding = tables.finding(summary) + added
     return summary | verdict_of(summary) | {"finding": finding, "notes": notes + summary["notes"]}
 
 
@@ -432,8 +433,7 @@ def all_arms(folder: Path, study_arms: Sequence[str]) -> list[str]:
 def draw(view: results.View) -> dict[str, figures.Drawing]:
     """Return the figures of a study by name."""
     runs, seeds = view.runs, view.seeds
-    _, at, setting = view.reference.partition("@")
-    base = f"base{at}{setting}"
+    base = in_setting("base", setting_of(view.reference))
     baselines = list(dict.fromkeys(item.baseline_arm for item in view.study.must_beat))
     remarks = {
         row["arm"]: ", ".join(f"{len(row[name])} {name}" for name in ("diverged", "missing") if row[name])

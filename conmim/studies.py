@@ -7,6 +7,7 @@ ema keys the stop-gradient has no effect (bit-identical weights, a test checks t
 from functools import partial
 
 from common.study.design import Arm, Design, Metric, MustBeat, Robustness, Settings, Study, Sweep
+from common.study.names import in_setting, setting_of
 
 METRICS = {
     "finetune_accuracy": Metric("fine-tuned accuracy", "%", 1, "higher"),
@@ -32,10 +33,9 @@ MNIST = "--data-set mnist5k --labels 100 --finetune-epochs"
 
 def beats_scratch(arm: str) -> list[MustBeat]:
     """Require that `arm` beats no pre-training, with equal fine-tuning and with the steps of pre-training added."""
-    _, at, setting = arm.partition("@")
     baselines = {"no pre-training": "no-pretraining", "no pre-training, steps added": "no-pretraining-long"}
     return [
-        MustBeat(arm, label, "finetune_accuracy", baseline_arm=f"{baseline}{at}{setting}")
+        MustBeat(arm, label, "finetune_accuracy", baseline_arm=in_setting(baseline, setting_of(arm)))
         for label, baseline in baselines.items()
     ]
 

@@ -17,6 +17,7 @@ if not __package__:  # run as a script: import from this clone, not from an inst
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.study import figures, plotting, results, tables
+from common.study.names import without_setting
 from seqvcr.studies import METRICS, design
 
 PRIMARY = "exact_match"
@@ -57,15 +58,15 @@ def describe(runs: results.Runs) -> str:
 def arm_label(study: str, arm: str, arguments: Mapping[str, Any] | None) -> str:
     """Return the label of an arm in the figures of a study, without its setting."""
     if arguments is None:
-        return arm.partition("@")[0]
+        return without_setting(arm)
     coefficients = arguments["lambda1"], arguments["lambda2"]
     if (study == "seqvcr-coefficients" or "width" in study) and not any(coefficients):
-        return arm.partition("@")[0]
+        return without_setting(arm)
     if study == "seqvcr-coefficients":
         return "λ {:g}, {:g}".format(*coefficients)
     if "width" in study:
         return f"d = {arguments['projection_width']}"
-    return arm.partition("@")[0]
+    return without_setting(arm)
 
 
 def by_setting(
@@ -196,7 +197,7 @@ def width_figure(runs: results.Runs, arguments: Mapping[str, Mapping[str, Any]],
         for arm in off_arms:
             values = list(results.values(runs, arm, key).values())
             if values:
-                lines[arm.partition("@")[0]] = mean(values)
+                lines[without_setting(arm)] = mean(values)
         title = f"{METRICS[key].title}, {tasks(runs)}"
         panels.append(figures.Curves(title, curves, lines, "projection width d", "log"))
     styles = {
@@ -229,7 +230,7 @@ def draw(view: results.View) -> dict[str, figures.Drawing]:
     tested = list(dict.fromkeys([*(names[arm] for arm in tested if arm in names), *highlight]))
     training = curve_panels(runs, groups)
     remarks = {row["arm"]: f"{len(row['diverged'])} diverged" for row in view.summary["rows"] if row["diverged"]}
-    solved = {row["arm"]: row["word"] or "" for row in view.summary["rows"]}
+    solved = {row["arm"]: row["remark"] or "" for row in view.summary["rows"]}
     arms = list(dict.fromkeys([*(arm for group in groups.values() for arm in group), *study.arms]))
     styles = {arm: label_styles[names[arm]] if arm in names else view.styles[arm] for arm in arms}
     entropy = figures.curves(entropy_panels(runs, groups), label_styles, highlight, caption)

@@ -7,6 +7,7 @@ are never pooled. `base` has the default coefficients of its task and represents
 from functools import partial
 
 from common.study.design import Arm, Design, Metric, MustBeat, Robustness, SettingError, Settings, Study, Sweep
+from common.study.names import setting_of
 
 METRICS = {
     "exact_match": Metric("exact match", "%", 1, "higher"),
@@ -106,7 +107,7 @@ def off_arm(setting: str) -> str:
 
 def beats_off(arm: str) -> MustBeat:
     """Require that `arm` has a higher exact match than the arm without regulariser."""
-    return MustBeat(arm, "no regulariser", "exact_match", baseline_arm=off_arm(arm.partition("@")[2]))
+    return MustBeat(arm, "no regulariser", "exact_match", baseline_arm=off_arm(setting_of(arm)))
 
 
 def beats_majority(arm: str) -> MustBeat:

@@ -142,14 +142,14 @@ def test_every_study_gets_its_figures_tables_and_summary(tmp_path, study, seeds)
     assert [f"{contrast['arm']}:{contrast['reference']}" for contrast in summary["contrasts"]] == declared.contrasts
     assert summary["contrasts"][0]["metric"] == "fixed_topk_reconstruction_loss" and summary["margin"] == 0.01
     references = ["base", "base-stock-init"] if study == "bsa-alignment-loss" else ["base"]
-    assert [control["arm"] for control in summary["controls"]] == references
-    assert {control["passed"] for control in summary["controls"]} == {True if seeds > 1 else None}
+    assert [control["arm"] for control in summary["baselines"]] == references
+    assert {control["beaten"] for control in summary["baselines"]} == {True if seeds > 1 else None}
     assert (summary["verdict"] == "one seed") == (seeds == 1)
     assert set(summary["metrics"]) == set(METRICS) and not summary["not_run"]
     assert summary["data"] == "planted concepts, N = 512, K = 6, 1500 steps, batch 256"
     assert all(word in (tmp_path / "report" / f"{study}-curves.svg").read_text() for word in ("planted", "K = 6"))
     assert "Planted concepts" in summary["captions"][f"{study}-curves"]
-    matched = summary["finding"].partition("Reconstruction loss at")[2]
+    matched = " ".join(summary["finding"]).partition("Reconstruction loss at")[2]
     assert bool(matched) == (study == "bsa-alpha") and "95 %" not in matched  # one seed
 
 
@@ -202,10 +202,10 @@ def test_studies_are_drawn_although_all_runs_diverged(tmp_path):
             if not (tmp_path / "runs" / arm).exists():
                 run(tmp_path / "runs", arm, 0, diverged=True)
         summary = draw(tmp_path / "runs", study, 1, tmp_path / "report")
-        assert summary["verdict"] == "one seed" and not summary["counted"]
-        assert "base: 1 of 1 diverged, counted as chance" in summary["finding"]
+        assert summary["verdict"] == "one seed" and not summary["has_finding"]
+        assert "base: 1 of 1 diverged, counted as chance" in " ".join(summary["finding"])
         assert summary["contrasts"][0]["arm_mean"] == summary["contrasts"][0]["reference_mean"] == 1.0
-        assert "Reconstruction loss at" not in summary["finding"]
+        assert "Reconstruction loss at" not in " ".join(summary["finding"])
     assert len(list((tmp_path / "report").glob("*.png"))) == 2 * len(NAMES)
 
 
@@ -225,7 +225,7 @@ def test_unfinished_runs_count_as_missing(tmp_path):
     for arm in ("base", "mse"):
         (run(tmp_path / "runs", arm, 0) / "metrics.json").unlink()
     summary = draw(tmp_path / "runs", "bsa-distance", 1, tmp_path / "report")
-    assert summary["contrasts"][0]["word"] == "not run" and "mse: 1 of 1 missing (seed 0)." in summary["notes"]
+    assert summary["contrasts"][0]["verdict"] == "not run" and "mse: 1 of 1 missing (seed 0)." in summary["notes"]
     assert (tmp_path / "report/bsa-distance-metrics.png").exists()
 
 

@@ -105,9 +105,9 @@ def test_figures_and_tables_of_every_study(tmp_path, study, seeds):
     assert [f"{contrast['arm']}:{contrast['reference']}" for contrast in contrasts] == declared.contrasts
     assert summary["margin"] == 3.0 and [contrast["primary"] for contrast in contrasts].count(True) == 1
     tested = "online-keys" if study == "conmim-stop-gradient" else "base"
-    for required, baseline in zip(summary["controls"], ("no-pretraining", "no-pretraining-long"), strict=False):
+    for required, baseline in zip(summary["baselines"], ("no-pretraining", "no-pretraining-long"), strict=False):
         passed = None if seeds == 1 else True
-        assert (required["arm"], required["baseline_arm"], required["passed"]) == (tested, baseline, passed)
+        assert (required["arm"], required["baseline_arm"], required["beaten"]) == (tested, baseline, passed)
     assert (summary["verdict"] == "one seed") == (seeds == 1)
     assert summary["data"] == "glyphs (synthetic light digits), vit_demo, both positions, 3 epochs of batch 32"
     text = (tmp_path / "report" / f"{study}-factorial.svg").read_text()
@@ -121,10 +121,10 @@ def test_figures_and_tables_of_every_study(tmp_path, study, seeds):
 def test_arms_with_a_position_code_are_named(tmp_path, no_figure_files):
     write_runs(tmp_path / "runs", 2)
     summary = draw(tmp_path / "runs", "conmim-stop-gradient", 2, tmp_path / "report")
-    named = {row["arm"] for row in summary["rows"] if row["word"]}
+    named = {row["arm"] for row in summary["rows"] if row["remark"]}
     assert named == {"online-no-stop-gradient", "symmetric-no-stop-gradient"}
     assert any("has a position code" in note for note in summary["notes"])
-    assert "online-no-stop-gradient has a position code for keys in every seed" in summary["finding"]
+    assert "online-no-stop-gradient has a position code for keys in every seed" in " ".join(summary["finding"])
     runs = [{"position_r2": 0.99, "cross_top1": 0.99}, {"position_r2": 0.99, "cross_top1": 0.94}]
     assert plot.position_code(runs[:1]) and plot.position_code(runs) is None
 
@@ -168,7 +168,7 @@ def test_unfinished_runs_are_reported_as_missing(tmp_path):
     for path in (tmp_path / "runs").glob("*/*/metrics.json"):
         path.unlink()
     summary = draw(tmp_path / "runs", "conmim-asymmetry", 1, tmp_path / "report")
-    assert "symmetric: 1 of 1 missing (seed 0)." in summary["notes"] and not summary["counted"]
+    assert "symmetric: 1 of 1 missing (seed 0)." in summary["notes"] and not summary["has_finding"]
     assert (tmp_path / "report/conmim-asymmetry-factorial.png").exists()
 
 
@@ -228,16 +228,19 @@ def draw_with_accuracies(tmp_path, online=0.0, study="conmim-asymmetry"):
 
 def test_a_finding_requires_that_ema_and_online_weights_agree_in_sign(tmp_path, no_figure_files):
     summary = draw_with_accuracies(tmp_path / "agree")
-    assert summary["verdict"] == "worse" and summary["counted"]
+    assert summary["verdict"] == "worse" and summary["has_finding"]
     assert not any("disagree" in note for note in summary["notes"])
     summary = draw_with_accuracies(tmp_path / "disagree", online=20.0)
-    assert summary["verdict"] == plot.DISAGREE and not summary["counted"]
+    assert summary["verdict"] == plot.DISAGREE and not summary["has_finding"]
     primary = next(contrast for contrast in summary["contrasts"] if contrast["primary"])
-    assert primary["word"] == plot.DISAGREE and plot.DISAGREE in summary["headline"]
+    assert primary["verdict"] == plot.DISAGREE and plot.DISAGREE in summary["headline"]
     assert "no verdict" in summary["headline"]
-    assert plot.DISAGREE in summary["finding"] and ", worse (" not in summary["finding"].partition("Secondary")[0]
+    assert (
+        plot.DISAGREE in " ".join(summary["finding"])
+        and ", worse (" not in " ".join(summary["finding"]).partition("Secondary")[0]
+    )
     note = next(note for note in summary["notes"] if "disagree" in note)
-    assert "symmetric:base" in note and "-11.0" in note and "9.0" in note and note in summary["finding"]
+    assert "symmetric:base" in note and "-11.0" in note and "9.0" in note and note in " ".join(summary["finding"])
 
 
 @pytest.mark.parametrize("unbeaten", ["no-pretraining", "no-pretraining-long"])
@@ -248,8 +251,8 @@ def test_a_baseline_that_is_not_beaten_is_too_weak(unbeaten, tmp_path, no_figure
                 write_run(tmp_path / "runs", arm, seed)
         write_run(tmp_path / "runs", unbeaten, seed, finetune_accuracy=51.0 + seed)
     summary = draw(tmp_path / "runs", "conmim-asymmetry", 3, tmp_path / "report")
-    assert summary["verdict"] == "too weak to test" and not summary["counted"]
-    assert "no pre-training" in summary["finding"] and "Position diagnostics" in summary["finding"]
+    assert summary["verdict"] == "too weak to test" and not summary["has_finding"]
+    assert "no pre-training" in " ".join(summary["finding"]) and "Position diagnostics" in " ".join(summary["finding"])
 
 
 # ---------------------------------------------------------------------------------------------- statistics
@@ -297,10 +300,10 @@ def test_the_sign_rule_covers_every_primary_contrast(tmp_path, no_figure_files):
                 accuracies["finetune_accuracy_online"] = 30.0
             write_run(tmp_path / "runs", arm, seed, **accuracies)
     summary = draw(tmp_path / "runs", "conmim-calibration", 3, tmp_path / "report")
-    words = [contrast["word"] for contrast in summary["contrasts"]]
+    words = [contrast["verdict"] for contrast in summary["contrasts"]]
     assert words == ["worse", plot.DISAGREE]
     assert summary["calibration"] == {"online-keys": "reproduced", "basic-views": "unclear"}
-    assert summary["counted"] and plot.DISAGREE in summary["verdict"] and "no verdict" in summary["headline"]
+    assert summary["has_finding"] and plot.DISAGREE in summary["verdict"] and "no verdict" in summary["headline"]
 
 
 def test_a_study_is_drawn_before_base_has_runs(tmp_path):

@@ -9,6 +9,7 @@ from PIL import Image
 
 from common.study import figures, plotting
 from common.study.design import Arm, Design, Metric, MustBeat, Study
+from common.study.names import short_names, without_setting
 
 quantise_png = figures.quantise_png  # the fixture of conftest.py replaces it
 METRICS = {"knn": Metric("kNN accuracy", "%", 1, "higher"), "loss": Metric("loss", "", 2, "lower")}
@@ -22,7 +23,7 @@ def make_summary(by_arm, words, metric="knn", margin=5.0):
         differences = [a - b for a, b in zip(by_arm[arm], by_arm["base"], strict=True)]
         mean, n = sum(differences) / len(differences), len(differences)
         low, high = (mean - 1, mean + 1) if n > 1 else (None, None)
-        contrast = {"arm": arm, "reference": "base", "metric": metric, "primary": index == 0, "n": n, "word": word}
+        contrast = {"arm": arm, "reference": "base", "metric": metric, "primary": index == 0, "n": n, "verdict": word}
         contrasts.append(contrast | {"mean": mean, "low": low, "high": high})
     rows = [
         {"arm": arm, "metrics": {metric: {"values": {str(seed): value for seed, value in enumerate(values)}}}}
@@ -92,7 +93,7 @@ def test_an_axis_of_differences_never_turns_noise_into_an_effect(margin, metric,
 def test_one_seed_and_no_seed_have_no_bar():
     summary = make_summary({"base": [60], "arm": [20], "other": [59]}, ["one seed", "one seed"])
     summary["rows"][2]["metrics"] = {}
-    summary["contrasts"][1] |= {"mean": None, "low": None, "high": None, "n": 0, "word": "not run"}
+    summary["contrasts"][1] |= {"mean": None, "low": None, "high": None, "n": 0, "verdict": "not run"}
     drawing = figures.differences(summary)
     assert {"one seed", "not run"} <= set(dict(texts(drawing.figure))) and "no interval" in drawing.caption
     assert not [line for line in drawing.figure.axes[0].lines if line.get_color() == figures.NO_VERDICT]
@@ -119,9 +120,9 @@ def curves_of(arms, ends=None, seeds=3, spread=0.1):
 
 
 def test_names_have_no_setting_if_all_arms_share_it():
-    assert figures.short_names(["base@a", "arm@a"]) == ["base", "arm"]
-    assert figures.short_names(["base@a", "arm@b"]) == ["base@a", "arm@b"]
-    assert figures.short_names(["base", "arm@b"]) == ["base", "arm@b"]
+    assert short_names(["base@a", "arm@a"]) == ["base", "arm"]
+    assert short_names(["base@a", "arm@b"]) == ["base@a", "arm@b"]
+    assert short_names(["base", "arm@b"]) == ["base", "arm@b"]
 
 
 def test_the_slide_is_16_to_9_with_large_text_and_at_most_five_contrasts(tmp_path, monkeypatch):
@@ -161,9 +162,9 @@ def test_an_arm_has_one_style_in_its_paper_and_arms_of_a_study_differ(paper):
     styles = figures.arm_styles(list(design.by_name), [study.arms for study in studies])
     bases = {arm for arm in styles if arm.partition("@")[0] == "base"}
     assert {arm for arm, style in styles.items() if style["color"] == figures.BASE} == bases
-    assert all(style == styles[figures.without_setting(arm)] for arm, style in styles.items())
+    assert all(style == styles[without_setting(arm)] for arm, style in styles.items())
     for study in studies:
-        names = {figures.without_setting(arm) for arm in study.arms}
+        names = {without_setting(arm) for arm in study.arms}
         assert len({str(styles[name]) for name in names}) == len(names), study.name
         if len(names) <= 8:
             assert len({styles[name]["color"] for name in names}) == len(names), study.name

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from common.study import page, tables
+from common.study import analysis, page, tables
 
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -24,36 +24,33 @@ def contrast(word="worse", p=0.001, arm="arm", reference="base", **changes):
     values = {"mean": -40.0, "low": -45.0, "high": -35.0, "p": p, "n": 5, "seeds_needed": None}
     if word in ("one seed", "not run"):
         values |= {"low": None, "high": None, "p": None}
-    names = {"arm": arm, "reference": reference, "metric": "knn", "primary": True, "word": word}
+    names = {"arm": arm, "reference": reference, "metric": "knn", "primary": True, "verdict": word}
     return names | values | changes
 
 
 def row(arm):
     knn = {"mean": 50.0, "sd": 1.0, "n": 5, "low": 48.0, "high": 52.0, "values": {"0": 50.0}}
-    return {"arm": arm, "flags": "", "word": None, "metrics": {"knn": knn}, "diverged": [], "missing": []}
+    return {"arm": arm, "flags": "", "remark": None, "metrics": {"knn": knn}, "diverged": [], "missing": []}
 
 
 def summary(*contrasts, **changes):
     contrasts = contrasts or (contrast(),)
-    words = list(dict.fromkeys(item["word"] for item in contrasts))
-    verdict = words[0] if len(words) == 1 else "; ".join(f"{item['arm']}: {item['word']}" for item in contrasts)
+    words = list(dict.fromkeys(item["verdict"] for item in contrasts))
+    verdict = words[0] if len(words) == 1 else "; ".join(f"{item['arm']}: {item['verdict']}" for item in contrasts)
     arms = dict.fromkeys(name for item in contrasts for name in (item["arm"], item["reference"]))
-    default = {"version": 2, "paper": "Toy", "scale": "demo", "question": "What does it do?", "data": "ten pictures"}
+    default = {
+        "version": analysis.VERSION,
+        "paper": "Toy",
+        "scale": "demo",
+        "question": "What does it do?",
+        "data": "ten pictures",
+    }
     default |= {"published": "67.7 with, 0.1 without (table 1; ImageNet)", "reproduce": "make toy", "margin": 5.0}
-    default |= {"primary_metric": "knn", "metrics": {"knn": METRIC}, "seeds": [0, 1, 2, 3, 4], "controls": []}
+    default |= {"primary_metric": "knn", "metrics": {"knn": METRIC}, "seeds": [0, 1, 2, 3, 4], "baselines": []}
     default |= {"contrasts": list(contrasts), "all_contrasts": [], "rows": [row(arm) for arm in arms], "notes": []}
-    default |= {"provenance": {"commit": "c"}, "verdict": verdict, "counted": True, "not_run": []}
-    default |= {"headline": "It hurts: 50.0 -> 10.0 %.", "finding": "Accuracy falls by 40.0. Third. Fourth."}
+    default |= {"provenance": {"commit": "c"}, "verdict": verdict, "has_finding": True, "not_run": []}
+    default |= {"headline": "It hurts: 50.0 -> 10.0 %.", "finding": ["Accuracy falls by 40.0.", "Third.", "Fourth."]}
     return default | changes
-
-
-def earlier(verdict="lower"):
-    """A summary as it was published under earlier rules, which judged unpaired differences."""
-    old = contrast("lower", n_reference=4)
-    del old["p"], old["seeds_needed"]
-    result = summary(old, verdict=verdict, finding="It is 40.0 lower (95 % interval, n = 5). More.")
-    del result["version"], result["headline"]
-    return result
 
 
 def write(folder, studies, **options):
@@ -91,8 +88,8 @@ class Page(HTMLParser):
                 self.ids.append(value)
             if name in ("href", "src", "xlink:href"):
                 self.links.append(value)
-            if name == "class" and value.startswith("word "):
-                self.words.append([value.removeprefix("word "), ""])
+            if name == "class" and value.startswith("verdict "):
+                self.words.append([value.removeprefix("verdict "), ""])
 
     def handle_data(self, data):
         if self.words and self.open[-1:] == ["span"] and not self.words[-1][1]:
@@ -105,19 +102,18 @@ class Page(HTMLParser):
 EVERY_WORD = {f"toy-{index}": summary(contrast(word)) for index, word in enumerate(tables.VERDICT_COLOURS)}
 
 
-def test_each_verdict_has_its_colour_and_the_legend_names_it_in_at_most_105_words(tmp_path):
+def test_each_verdict_has_its_colour_and_the_legend_names_it_in_at_most_90_words(tmp_path):
     weak = contrast("higher", p=0.9, arm="weak")
-    parsed, _ = write(tmp_path, EVERY_WORD | {"toy-weak": summary(weak), "toy-old": earlier(), "toy-gone": None})
-    assert {word for _, word in parsed.words} >= {*tables.VERDICT_COLOURS, "higher†", "lower"}
+    parsed, _ = write(tmp_path, EVERY_WORD | {"toy-weak": summary(weak), "toy-gone": None})
+    assert {word for _, word in parsed.words} >= {*tables.VERDICT_COLOURS, "higher†"}
     for name, word in parsed.words:
-        if name != "earlier":
-            assert name == word.rstrip("†").replace(" ", "-")
-            assert f".word.{name} {{ background: {tables.VERDICT_COLOURS[word.rstrip('†')]};" in parsed.text
+        assert name == word.rstrip("†").replace(" ", "-")
+        assert f".verdict.{name} {{ background: {tables.VERDICT_COLOURS[word.rstrip('†')]};" in parsed.text
         assert word.rstrip("†") in parsed.legend
-    assert "†" in parsed.legend and page.EARLIER in parsed.legend
-    assert len(parsed.legend.split()) <= 105
+    assert "†" in parsed.legend
+    assert len(parsed.legend.split()) <= 90
     few, _ = write(tmp_path / "few", {"toy-arm": summary()})
-    assert "worse" in few.legend and not any(text in few.legend for text in ("better", "unclear", "†", "grey"))
+    assert "worse" in few.legend and not any(text in few.legend for text in ("better", "unclear", "†"))
 
 
 def luminance(colour):
@@ -127,8 +123,8 @@ def luminance(colour):
 
 
 def test_the_text_of_a_verdict_is_readable_on_its_colour():
-    rules = re.findall(r"background: (#\w{6}); color: (#\w{3});", page.word_styles())
-    assert len(rules) == len(tables.VERDICT_COLOURS) + 1
+    rules = re.findall(r"background: (#\w{6}); color: (#\w{3});", page.verdict_styles())
+    assert len(rules) == len(tables.VERDICT_COLOURS)
     for background, text in rules:
         dark, light = sorted([luminance(background), luminance("#" + text[1:] * 2)])
         assert (light + 0.05) / (dark + 0.05) > 4.4, (background, text)
@@ -142,7 +138,6 @@ def test_holm_over_the_primary_contrasts_of_the_page_decides_the_dagger(tmp_path
         "toy-c": summary(contrast("unclear", p=0.3)),
         "toy-d": summary(contrast("too weak to test", p=0.0001)),  # not in the family
         "toy-e": summary(contrast(p=0.03, primary=False), contrast("one seed", arm="x"), verdict="one seed"),
-        "toy-old": earlier(),
     }
     assert page.daggers(studies) == {("toy-a", "second", "base")}
     parsed, lines = write(tmp_path, studies)
@@ -238,19 +233,10 @@ def test_the_bar_shows_margin_zero_interval_and_mean_on_the_scale_of_its_paper(t
     )
 
 
-def test_a_study_published_under_earlier_rules_is_shown_unchanged_and_grey(tmp_path):
-    studies = {"toy-a": earlier(), "toy-b": earlier("not informative at this scale")}
-    parsed, lines = write(tmp_path, studies)
-    assert [word for name, word in parsed.words[1:] if name == "earlier"] == [
-        word for study in ("lower", "not informative at this scale") for word in [study]
-    ] * 2
-    assert {name for name, _ in parsed.words} == {"earlier"} and "†" not in parsed.text
-    assert parsed.overview.count(page.EARLIER) == 2 and "n\u00a0=\u00a05 and 4" in parsed.overview
-    assert "It is 40.0 lower (95 % interval, n = 5)." in parsed.overview and "Welch" in parsed.text
-    assert tables.DIFFERENCES_CAPTION not in html.unescape(parsed.text)
-    readme = page.readme(tmp_path, "index", "demo", list(studies), "make {}")
-    assert f"lower ({page.EARLIER})" in readme and tables.DIFFERENCES_CAPTION not in readme
-    assert lines[0] == f"toy-a: lower ({page.EARLIER}). It is 40.0 lower (95 % interval, n = 5)."
+def test_a_summary_of_another_version_is_named_and_not_shown(tmp_path):
+    parsed, lines = write(tmp_path, {"toy-a": summary(version=2)})
+    assert "toy-a.json is from another version of this project" in parsed.overview and "It hurts" not in parsed.text
+    assert lines == ["toy-a: toy-a.json is from another version of this project: draw it again (make report)"]
 
 
 def test_anchors_resolve_and_links_point_to_files(tmp_path):
@@ -333,8 +319,10 @@ def test_a_robustness_verdict_is_shown_beside_the_words(tmp_path):
 def test_names_and_texts_are_escaped(tmp_path):
     evil = "<script>alert(1)</script> & <b>x</b>"
     arms = contrast(arm="<i>arm</i>"), contrast(arm="other", reference="<i>arm</i>")
-    texts = dict.fromkeys(("question", "headline", "finding", "published", "data", "paper", "reproduce"), evil)
-    parsed, _ = write(tmp_path, {"toy-a": summary(*arms, notes=[evil], **texts), "toy-b": earlier(evil)})
+    texts = dict.fromkeys(("question", "headline", "published", "data", "paper", "reproduce"), evil)
+    parsed, _ = write(
+        tmp_path, {"toy-a": summary(*arms, notes=[evil], finding=[evil], **texts), "toy-b": summary(headline=evil)}
+    )
     assert not parsed.tags & {"script", "b", "i"} and "&lt;script&gt;" in parsed.text
     page.write_page(tmp_path, "index", "A < B", ["toy-a"], "make <b>")
     text = (tmp_path / "index.html").read_text()
@@ -382,7 +370,7 @@ def test_the_page_fits_on_a_phone(tmp_path):
     arm = "a-very-long-name-of-an-arm-without-any-space@architecture_of_teacher-architecture_of_student"
     long = summary(contrast(arm=arm), contrast("better", arm="x"), headline=f"{arm}: hurts.", verdict=f"{arm}: worse")
     many = long | {"metrics": {f"m{index}": METRIC for index in range(12)} | {"knn": METRIC}}
-    studies = EVERY_WORD | {"toy-long": many, "toy-old": earlier("not informative at this scale"), "toy-gone": None}
+    studies = EVERY_WORD | {"toy-long": many, "toy-gone": None}
     parsed, _ = write(tmp_path, studies)
     assert overflow(tmp_path, parsed.text) == 0
     assert overflow(tmp_path, parsed.text.replace(page.STYLE, "")) > 0  # the measurement can fail

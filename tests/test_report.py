@@ -85,14 +85,14 @@ def test_numbers_equal_scipy(tmp_path):
     assert (contrast["mean"], contrast["arm_mean"], contrast["reference_mean"]) == pytest.approx((-50.6, 12.0, 62.6))
     assert (contrast["low"], contrast["high"], contrast["p"]) == pytest.approx((low, high, expected.pvalue))
     assert contrast["correlation"] == pytest.approx(stats.pearsonr(ARM, BASE).statistic)
-    assert (summary["version"], summary["verdict"], summary["counted"]) == (2, "worse", True)
+    assert (summary["version"], summary["verdict"], summary["has_finding"]) == (analysis.VERSION, "worse", True)
     baseline = stats.ttest_rel(BASE, UNTRAINED).confidence_interval()
-    assert (summary["controls"][0]["low"], summary["controls"][0]["passed"]) == (pytest.approx(baseline.low), True)
+    assert (summary["baselines"][0]["low"], summary["baselines"][0]["beaten"]) == (pytest.approx(baseline.low), True)
     row = summary["rows"][0]
     assert (row["arm"], row["flags"], row["metrics"]["knn"]["values"]["3"]) == ("base", "--base", 66.0)
     assert summary["headline"] == "arm hurts: kNN accuracy 62.6 -> 12.0 % (untrained 20.1)."
     numbers = f"arm 12.0, base 62.6; 95 % interval {low:.1f} to {high:.1f}, n = 5"
-    assert summary["finding"] == f"kNN accuracy: arm minus base is -50.6 points, worse ({numbers})."
+    assert " ".join(summary["finding"]) == f"kNN accuracy: arm minus base is -50.6 points, worse ({numbers})."
     assert summary["provenance"]["source"] == "a" * 64 and summary["provenance"]["hours"] == pytest.approx(0.1)
     assert summary["notes"] == []
 
@@ -127,7 +127,9 @@ def test_missing_and_inconsistent_runs_are_counted_and_reported(tmp_path):
     assert (row["seeds"], row["metrics"]["knn"]["n"], row["metrics"]["knn"]["mean"]) == (5, 3, 11.0)
     contrast = summary["contrasts"][0]  # of the seeds that both arms have finished
     assert (contrast["n"], contrast["arm_mean"], contrast["reference_mean"]) == (3, 11.0, 62.0)
-    assert "arm: 1 of 5 diverged, counted as chance." in summary["finding"] and "n = 3" in summary["finding"]
+    assert "arm: 1 of 5 diverged, counted as chance." in " ".join(summary["finding"]) and "n = 3" in " ".join(
+        summary["finding"]
+    )
     cells = tables.arms_table(summary)[2]
     assert cells[-2:] == ["3", "1 of 5 diverged; 2 of 5 missing"]
 
@@ -155,14 +157,14 @@ def test_a_diverged_run_counts_as_chance(tmp_path):
     without = summarise(tmp_path)
     assert (without["verdict"], without["contrasts"][0]["n"]) == ("unclear", 3)
     assert "arm: 2 of 5 diverged, not averaged (seed 3, 4)." in without["notes"]
-    assert "arm: 2 of 5 diverged, not averaged." in without["finding"]
+    assert "arm: 2 of 5 diverged, not averaged." in " ".join(without["finding"])
     summary = summarise(tmp_path, chance=CHANCE, margin=5.0)
     contrast = summary["contrasts"][0]
     expected = stats.ttest_rel([*BASE[:3], 8.0, 8.0], BASE).confidence_interval()
     assert (contrast["n"], contrast["low"], contrast["high"]) == pytest.approx((5, expected.low, expected.high))
     assert summarise(tmp_path, margin=5.0)["verdict"] == "no difference" and summary["verdict"] == "unclear"
     assert "arm: 2 of 5 diverged, counted as chance (seed 3, 4)." in summary["notes"]
-    assert "arm: 2 of 5 diverged, counted as chance." in summary["finding"]
+    assert "arm: 2 of 5 diverged, counted as chance." in " ".join(summary["finding"])
     row = summary["rows"][1]
     assert (row["diverged"], row["metrics"]["knn"]["n"], row["metrics"]["spread"]["n"]) == ([3, 4], 5, 3)
     spread = next(item for item in summary["all_contrasts"] if item["metric"] == "spread")
@@ -171,15 +173,15 @@ def test_a_diverged_run_counts_as_chance(tmp_path):
     kept, counted = (
         summarise(tmp_path, chance=chance, contrasts=["weak:arm"], must_beat=must_beat) for chance in (None, CHANCE)
     )
-    assert (kept["controls"][0]["passed"], kept["controls"][0]["n"]) == (True, 3)
-    assert (counted["controls"][0]["passed"], counted["controls"][0]["n"]) == (False, 5)
+    assert (kept["baselines"][0]["beaten"], kept["baselines"][0]["n"]) == (True, 3)
+    assert (counted["baselines"][0]["beaten"], counted["baselines"][0]["n"]) == (False, 5)
     assert counted["verdict"] == "too weak to test"
 
 
 def test_an_arm_with_only_diverged_seeds_is_worse_if_chance_is_declared(tmp_path):
     grid(tmp_path, base=BASE, arm=[None] * 5)
     summary = summarise(tmp_path, chance=CHANCE)
-    assert (summary["verdict"], summary["counted"], summary["contrasts"][0]["arm_mean"]) == ("worse", True, 8.0)
+    assert (summary["verdict"], summary["has_finding"], summary["contrasts"][0]["arm_mean"]) == ("worse", True, 8.0)
     assert summarise(tmp_path, chance={"knn": {"": 1.0}})["contrasts"][0]["arm_mean"] == 1.0  # any other data set
 
 
@@ -187,8 +189,8 @@ def test_a_diverged_run_that_counts_is_no_reason_for_a_missing_value(tmp_path):
     """base diverged in seed 0, the arm was run only with seed 1, which base lacks."""
     run(tmp_path, "base", 0, None)
     run(tmp_path, "arm", 1, 50.0)
-    assert summarise(tmp_path)["contrasts"][0]["word"] == "base: 1 of 5 diverged"
-    assert summarise(tmp_path, chance=CHANCE)["contrasts"][0]["word"] == "not run"
+    assert summarise(tmp_path)["contrasts"][0]["verdict"] == "base: 1 of 5 diverged"
+    assert summarise(tmp_path, chance=CHANCE)["contrasts"][0]["verdict"] == "not run"
 
 
 def test_different_data_of_different_blocks_are_not_reported(tmp_path):
@@ -283,23 +285,23 @@ def test_null_and_non_finite_values_are_excluded(tmp_path):
 def test_an_arm_with_only_diverged_seeds_has_no_verdict(tmp_path):
     grid(tmp_path, base=BASE, arm=[None] * 5)
     summary = summarise(tmp_path)
-    assert (summary["verdict"], summary["counted"]) == ("arm: 5 of 5 diverged", False)
-    assert "arm:base cannot be compared on kNN accuracy" in summary["finding"]
+    assert (summary["verdict"], summary["has_finding"]) == ("arm: 5 of 5 diverged", False)
+    assert "arm:base cannot be compared on kNN accuracy" in " ".join(summary["finding"])
 
 
 def test_a_study_whose_base_fails_its_baseline_is_too_weak(tmp_path):
     grid(tmp_path, base=UNTRAINED[::-1], arm=ARM)  # base learnt nothing, although the arm is much lower
     summary = summarise(tmp_path)
-    assert summary["contrasts"][0]["high"] < 0 and summary["controls"][0]["passed"] is False
-    assert (summary["contrasts"][0]["word"], summary["verdict"]) == ("too weak to test", "too weak to test")
+    assert summary["contrasts"][0]["high"] < 0 and summary["baselines"][0]["beaten"] is False
+    assert (summary["contrasts"][0]["verdict"], summary["verdict"]) == ("too weak to test", "too weak to test")
     assert (
-        not summary["counted"]
+        not summary["has_finding"]
         and summary["headline"]
         == "Too weak to test: kNN accuracy of base (20.1) is not clearly above that of untrained (20.1)."
     )
-    assert summary["finding"].startswith("Too weak to test: kNN accuracy of base (20.1)")
+    assert " ".join(summary["finding"]).startswith("Too weak to test: kNN accuracy of base (20.1)")
     spread = [contrast for contrast in summary["all_contrasts"] if contrast["metric"] == "spread"]
-    assert [contrast["word"] for contrast in spread] == ["unclear"]  # the baseline says nothing about other metrics
+    assert [contrast["verdict"] for contrast in spread] == ["unclear"]  # the baseline says nothing about other metrics
 
 
 def test_a_failed_baseline_of_another_reference_does_not_change_the_primary_verdict(tmp_path):
@@ -309,9 +311,9 @@ def test_a_failed_baseline_of_another_reference_does_not_change_the_primary_verd
             run(tmp_path, arm, seed, knn + seed, untrained=15.0 + seed)
     must_beat = [MustBeat(arm, "untrained", "knn", baseline_metric="untrained_knn") for arm in ("base", "other")]
     summary = summarise(tmp_path, contrasts=["arm:base", "arm:other"], must_beat=must_beat)
-    assert [baseline["passed"] for baseline in summary["controls"]] == [True, False]
-    assert summary["verdict"] == "worse" and not summary["finding"].startswith("Too weak")
-    assert "Contrasts with other are too weak to test" in summary["finding"]
+    assert [baseline["beaten"] for baseline in summary["baselines"]] == [True, False]
+    assert summary["verdict"] == "worse" and not " ".join(summary["finding"]).startswith("Too weak")
+    assert "Contrasts with other are too weak to test" in " ".join(summary["finding"])
 
 
 def test_the_baseline_of_a_contrasts_arm_takes_precedence_over_those_of_its_setting(tmp_path):
@@ -327,15 +329,15 @@ def test_the_baseline_of_a_contrasts_arm_takes_precedence_over_those_of_its_sett
 def test_baselines_by_arm_direction_and_setting(tmp_path):
     grid(tmp_path, base=BASE, arm=ARM, scratch=UNTRAINED)
     other = [MustBeat("base", "no pretraining", "knn", baseline_arm="scratch")]
-    assert summarise(tmp_path, must_beat=other)["controls"][0]["passed"] is True
+    assert summarise(tmp_path, must_beat=other)["baselines"][0]["beaten"] is True
     design, lower = study(must_beat=other), METRICS | {"knn": replace(METRICS["knn"], better="lower")}
     summary = analysis.summarise(design, read(tmp_path, design.arms, range(5)), lower)
-    assert (summary["controls"][0]["passed"], summary["counted"]) == (False, False)
+    assert (summary["baselines"][0]["beaten"], summary["has_finding"]) == (False, False)
     for setting, accuracies in {"a": BASE, "b": UNTRAINED[::-1]}.items():  # base learns only in setting a
         grid(tmp_path, **{f"base@{setting}": accuracies, f"arm@{setting}": ARM})
     must_beat = [MustBeat(f"base@{setting}", "untrained", "knn", "untrained_knn") for setting in "ab"]
     both = summarise(tmp_path, contrasts=["arm@a:base@a", "arm@b:base@b"], primary=2, must_beat=must_beat)
-    assert both["verdict"] == "arm@a: worse; arm@b: too weak to test" and both["counted"]
+    assert both["verdict"] == "arm@a: worse; arm@b: too weak to test" and both["has_finding"]
 
 
 def test_a_contrast_with_a_baseline_arm_or_without_a_tested_arm_requires_no_baseline(tmp_path):
@@ -344,7 +346,7 @@ def test_a_contrast_with_a_baseline_arm_or_without_a_tested_arm_requires_no_base
     must_beat = [MustBeat(name, "no pretraining", "knn", baseline_arm="scratch") for name in ("base", "weak")]
     contrasts = ["arm:base", "base:scratch", "weak:scratch", "arm:weak", "weak:other", "arm:other"]
     summary = summarise(tmp_path, contrasts=contrasts, must_beat=must_beat)
-    words = {f"{contrast['arm']}:{contrast['reference']}": contrast["word"] for contrast in summary["contrasts"]}
+    words = {f"{contrast['arm']}:{contrast['reference']}": contrast["verdict"] for contrast in summary["contrasts"]}
     assert words == {
         "arm:base": "worse",
         "base:scratch": "better",
@@ -373,7 +375,7 @@ def test_a_failed_baseline_does_not_hide_the_other_primary_contrasts(tmp_path):
 def test_there_is_no_finding_if_the_baseline_was_not_run(tmp_path):
     grid(tmp_path, base=BASE, arm=ARM)
     missing = summarise(tmp_path, must_beat=[MustBeat("base", "no pretraining", "knn", baseline_arm="scratch")])
-    assert (missing["verdict"], missing["counted"]) == ("no baseline", False)
+    assert (missing["verdict"], missing["has_finding"]) == ("no baseline", False)
 
 
 def test_the_clearest_effect_on_another_metric_is_said_as_descriptive(tmp_path):
@@ -412,10 +414,10 @@ def test_no_difference_requires_a_margin(tmp_path):
     grid(tmp_path, base=BASE, arm=[value + noise for value, noise in zip(BASE, (0.1, -0.2, 0.3, 0, -0.1), strict=True)])
     assert summarise(tmp_path)["verdict"] == "unclear"
     wide = summarise(tmp_path, margin=4.0)
-    assert (wide["verdict"], wide["counted"]) == ("no difference", True)
-    assert "the interval lies within the margin of 4.0 points" in wide["finding"]
+    assert (wide["verdict"], wide["has_finding"]) == ("no difference", True)
+    assert "the interval lies within the margin of 4.0 points" in " ".join(wide["finding"])
     assert wide["headline"] == "arm makes no difference: kNN accuracy 62.6 -> 62.6 % (untrained 20.1)."
-    assert {contrast["word"] for contrast in wide["all_contrasts"] if contrast["metric"] == "spread"} == {"unclear"}
+    assert {contrast["verdict"] for contrast in wide["all_contrasts"] if contrast["metric"] == "spread"} == {"unclear"}
 
 
 def test_an_unclear_contrast_says_how_many_seeds_its_spread_needs(tmp_path):
@@ -425,18 +427,18 @@ def test_an_unclear_contrast_says_how_many_seeds_its_spread_needs(tmp_path):
         folder = tmp_path / str(effect)
         grid(folder, base=BASE, arm=[value + effect + e for value, e in zip(BASE, noise, strict=True)])
         contrast = summarise(folder, margin=1.0)["contrasts"][0]
-        assert (contrast["word"], contrast["seeds_needed"]) == ("unclear", 38)
-    assert "38 seeds would give a half-width of the margin" in summarise(folder, margin=1.0)["finding"]
+        assert (contrast["verdict"], contrast["seeds_needed"]) == ("unclear", 38)
+    assert "38 seeds would give a half-width of the margin" in " ".join(summarise(folder, margin=1.0)["finding"])
     assert summarise(folder)["contrasts"][0]["seeds_needed"] is None  # without a margin
 
 
 def test_one_seed_gives_values_but_no_interval(tmp_path):
     grid(tmp_path, base=[60.0], arm=[12.0])
     summary = summarise(tmp_path, seeds=1)
-    assert (summary["verdict"], summary["counted"]) == ("one seed", False)
-    assert summary["controls"][0]["passed"] is None and summary["contrasts"][0]["low"] is None
+    assert (summary["verdict"], summary["has_finding"]) == ("one seed", False)
+    assert summary["baselines"][0]["beaten"] is None and summary["contrasts"][0]["low"] is None
     expected = "kNN accuracy: arm minus base is -48.0 points (arm 12.0, base 60.0; one seed, no interval)."
-    assert summary["finding"] == expected
+    assert " ".join(summary["finding"]) == expected
     assert summary["headline"] == "arm, one seed: kNN accuracy 60.0 -> 12.0 % (untrained 20.0)."
     assert (
         "±" not in tables.markdown(tables.arms_table(summary))
@@ -447,7 +449,7 @@ def test_one_seed_gives_values_but_no_interval(tmp_path):
 def test_a_metric_with_judged_false_gets_no_verdict(tmp_path):
     grid(tmp_path, base=BASE, arm=ARM)
     contrasts = summarise(tmp_path)["all_contrasts"]
-    assert {contrast["word"] for contrast in contrasts if contrast["metric"] == "loss"} == {"not judged"}
+    assert {contrast["verdict"] for contrast in contrasts if contrast["metric"] == "loss"} == {"not judged"}
 
 
 def test_remark_of_gets_only_finished_seeds_and_the_finding_contains_its_remark(tmp_path):
@@ -460,9 +462,11 @@ def test_remark_of_gets_only_finished_seeds_and_the_finding_contains_its_remark(
 
     summary = summarise(tmp_path, remark_of=remark_of, contrasts=["arm:base", "other:base"])
     assert seeds_per_call == [5, 4, 5]
-    assert [row["word"] for row in summary["rows"]] == [None, *["collapsed in every seed"] * 2]
-    assert "arm collapsed in every seed" in summary["finding"]
-    assert re.search(r"\(descriptive\): other:base worse \(-50\.6, -\d+\.\d to -\d+\.\d\)\.$", summary["finding"])
+    assert [row["remark"] for row in summary["rows"]] == [None, *["collapsed in every seed"] * 2]
+    assert "arm collapsed in every seed" in " ".join(summary["finding"])
+    assert re.search(
+        r"\(descriptive\): other:base worse \(-50\.6, -\d+\.\d to -\d+\.\d\)\.$", " ".join(summary["finding"])
+    )
 
 
 def test_json_csv_and_markdown_contain_the_same_numbers(tmp_path):
@@ -475,7 +479,7 @@ def test_json_csv_and_markdown_contain_the_same_numbers(tmp_path):
     assert [float(row["value"]) for row in knn if row["kind"] == "seed" and row["arm"] == "arm"] == ARM
     assert [float(row["mean"]) for row in knn if row["kind"] == "arm"] == pytest.approx([62.6, 12.0])
     difference = next(row for row in knn if row["kind"] == "difference")
-    assert (difference["reference"], difference["word"]) == ("base", "worse") and difference["correlation"]
+    assert (difference["reference"], difference["verdict"]) == ("base", "worse") and difference["correlation"]
     half = stats.t.ppf(0.975, 4) * stats.sem(BASE)
     text = tables.as_markdown(summary)
     assert f"| base | --base | 62.6 ± {half:.1f} |" in text and "95 % Student-t interval" in text

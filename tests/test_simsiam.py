@@ -485,7 +485,7 @@ def test_arms_without_runs_are_listed_and_left_out(finished, tmp_path, capsys):
     summary = files.read_json(tmp_path / "simsiam-projector.json")
     assert summary["not_run"] == ["narrow"] and summary["notes"][0] == "Not run: narrow."
     assert [contrast["arm"] for contrast in summary["contrasts"]] == ["no-projector", "projector-bn"]
-    assert summary["contrasts"][0]["word"] == "not run"
+    assert summary["contrasts"][0]["verdict"] == "not run"
     assert "no-projector: 1 of 1 missing (seed 0)." in summary["notes"]
     with pytest.raises(SystemExit) as end:
         plot.main(["simsiam-width", "--runs", str(finished), "--results", str(tmp_path / "r")])

@@ -96,11 +96,13 @@ def test_robustness_from_runs_to_verdict(tmp_path, capsys):
     tested = ("base", "base@third", "base@triple")
     summary = draw(tmp_path, ["arm:base", "other:base", *AT_OTHER_RATES, *others], tested, ROBUST, 2)
     assert summary["verdict"] == f"{sweeps.TWO_RATES}: arm:base; {sweeps.ALL_RATES}: other:base"
-    assert summary["counted"] and "better at all three rates" in summary["finding"]
-    assert "worse at a third; worse at base's rate; unclear at three times" in summary["finding"]
-    assert "a third -40.0 (-40.0 to -40.0)" in summary["finding"]
-    assert "std ratio, arm:base: unclear at all three rates" in summary["finding"]
-    assert (tmp_path / "results" / "toy-x-sweep.svg").exists() and summary["finding"] in capsys.readouterr().out
+    assert summary["has_finding"] and "better at all three rates" in " ".join(summary["finding"])
+    assert "worse at a third; worse at base's rate; unclear at three times" in " ".join(summary["finding"])
+    assert "a third -40.0 (-40.0 to -40.0)" in " ".join(summary["finding"])
+    assert "std ratio, arm:base: unclear at all three rates" in " ".join(summary["finding"])
+    assert (tmp_path / "results" / "toy-x-sweep.svg").exists() and " ".join(
+        summary["finding"]
+    ) in capsys.readouterr().out
 
 
 def test_a_rate_at_which_base_fails_its_baseline_is_too_weak(tmp_path):
@@ -110,14 +112,14 @@ def test_a_rate_at_which_base_fails_its_baseline_is_too_weak(tmp_path):
         arm(tmp_path, f"arm{rate}", [2.0, 3.0, 4.0])
     summary = draw(tmp_path, ["arm:base", *AT_OTHER_RATES], ("base", "base@third", "base@triple"), ROBUST)
     assert summary["verdict"] == f"{sweeps.TWO_RATES}: arm:base"
-    assert "too weak to test at three times" in summary["finding"] and not summary["counted"]
+    assert "too weak to test at three times" in " ".join(summary["finding"]) and not summary["has_finding"]
 
 
 def test_robustness_without_runs_at_other_rates(tmp_path):
     arm(tmp_path, "base", [60.0, 61.0, 62.0])
     arm(tmp_path, "arm", [20.0, 21.0, 22.0])
     summary = draw(tmp_path, ["arm:base", *AT_OTHER_RATES], ["base"], ROBUST)
-    assert summary["verdict"] == f"{sweeps.INCOMPLETE}: arm:base" and "third" not in summary["finding"]
+    assert summary["verdict"] == f"{sweeps.INCOMPLETE}: arm:base" and "third" not in " ".join(summary["finding"])
     assert summary["not_run"] == ["base@third", "base@triple", "arm@third", "arm@triple"]
     assert summary["notes"] == ["Not run: base@third, base@triple, arm@third, arm@triple."]
 
@@ -152,7 +154,7 @@ def test_a_curve_from_runs_to_finding(tmp_path):
         summary["headline"] == "kNN accuracy, against base: 61.0 at 0, 60.5 at 0.1, 31.0 at 0.5, 13.0 at 1 (all worse)."
     )
     spread = "std ratio, against base: 0.50 at 0, 0.50 at 0.1, 0.50 at 0.5, 0.50 at 1 (all unclear)."
-    assert summary["finding"] == f"{summary['headline']} {spread}"
+    assert " ".join(summary["finding"]) == f"{summary['headline']} {spread}"
     svg = (tmp_path / "results" / "toy-x-sweep.svg").read_text()
     assert svg.count(">base<") == 2 and ">x<" not in svg  # only the main study's arms have labels, in both panels
 
@@ -183,7 +185,7 @@ def test_a_curve_of_unfinished_runs_has_no_value(tmp_path):
     for name in ("base", "all"):
         arm(tmp_path, name, [1.0], leak=0.1)
         (tmp_path / name / "0/metrics.json").unlink()
-    assert draw(tmp_path, ["all:base"], ["base"], LEAK)["finding"] == "No value yet."
+    assert " ".join(draw(tmp_path, ["all:base"], ["base"], LEAK)["finding"]) == "No value yet."
 
 
 def test_nothing_is_written_without_runs(tmp_path, capsys):

@@ -13,6 +13,7 @@ from common.study.results import Runs, notes, provenance, values
 from common.study.statistics import mean_interval, paired, seeds_needed, verdict
 from common.study.tables import descriptive_remark, finding, headline, primary_contrasts
 
+VERSION = 3  # of the JSON files that plot.py writes
 NOT_TESTED = ("not run", "one seed")
 COMPARED = ("reproduced", "reversed", "not reproduced", "unclear")  # with the expected verdict, see `_as_expected`
 TOO_WEAK = "too weak to test"  # a baseline that the contrast requires was not beaten
@@ -36,7 +37,7 @@ def summarise(
         for index, (arm, reference) in enumerate(study.pairs)
     ]
     result: dict[str, Any] = {
-        "version": 2,
+        "version": VERSION,
         "study": study.name,
         "question": study.question,
         "published": study.published,
@@ -48,33 +49,35 @@ def summarise(
         "metrics": {name: asdict(metric) for name, metric in metrics.items()},
         "contrasts": [contrast for contrast in contrasts if contrast["metric"] == key],
         "all_contrasts": contrasts,
-        "controls": [_baseline(runs, item, metrics[item.metric].better == "lower") for item in study.must_beat],
+        "baselines": [_baseline(runs, item, metrics[item.metric].better == "lower") for item in study.must_beat],
         "rows": [_row(runs, arm, metrics, remark_of) for arm in runs],
         "notes": notes(runs, metrics, key),
         "provenance": provenance(runs),
     }
     for contrast in result["contrasts"]:  # on other metrics the baselines say nothing
-        contrast["word"] = verdict_with_baselines(contrast, result["controls"])
+        contrast["verdict"] = verdict_with_baselines(contrast, result["baselines"])
     primary = primary_contrasts(result)
-    for baseline in result["controls"]:
-        baseline["primary"] = any(baseline in _required_baselines(contrast, result["controls"]) for contrast in primary)
+    for baseline in result["baselines"]:
+        baseline["primary"] = any(
+            baseline in _required_baselines(contrast, result["baselines"]) for contrast in primary
+        )
     result |= verdict_of(result)
     return result | {"remark": descriptive_remark(result), "finding": finding(result)}
 
 
 def verdict_of(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Return "verdict", "calibration", "counted" and "headline" of a summary, from its primary contrasts."""
+    """Return "verdict", "calibration", "has_finding" and "headline" of a summary, from its primary contrasts."""
     primary = primary_contrasts(summary)
     arms = [contrast["arm"] for contrast in primary]
     verdicts = {}
     for contrast in primary:
         arm, reference = contrast["arm"], contrast["reference"]
-        verdicts[arm if arms.count(arm) == 1 else f"{arm}:{reference}"] = contrast["word"]
+        verdicts[arm if arms.count(arm) == 1 else f"{arm}:{reference}"] = contrast["verdict"]
     words = set(verdicts.values())
     return {
         "verdict": words.pop() if len(words) == 1 else "; ".join(f"{arm}: {word}" for arm, word in verdicts.items()),
         "calibration": {arm: _as_expected(verdicts[arm], word) for arm, word in summary["expected"].items()},
-        "counted": any(word in FINDINGS for word in verdicts.values()),
+        "has_finding": any(word in FINDINGS for word in verdicts.values()),
         "headline": headline(summary),
     }
 
@@ -96,7 +99,7 @@ def _as_expected(word: str, expected: str) -> str:
 def _contrast(runs: Runs, arm: str, reference: str, key: str, metric: Metric, margin: float | None) -> dict[str, Any]:
     """Compare an arm with its reference on one metric, over the seeds that both have finished.
 
-    "word" is the verdict of the interval alone; `verdict_with_baselines` completes it.
+    "verdict" is that of the interval alone; `verdict_with_baselines` completes it.
     """
     by_seed, reference_by_seed = values(runs, arm, key), values(runs, reference, key)
     seeds = sorted(by_seed.keys() & reference_by_seed.keys())
@@ -111,13 +114,13 @@ def _contrast(runs: Runs, arm: str, reference: str, key: str, metric: Metric, ma
             for name, measured in ((arm, by_seed), (reference, reference_by_seed))
         }
         reasons = [f"{name}: {count} of {len(runs[name])} diverged" for name, count in diverged.items() if count]
-        return result | {"word": "; ".join(reasons) or "not run"}
+        return result | {"verdict": "; ".join(reasons) or "not run"}
     arm_values, reference_values = [by_seed[seed] for seed in seeds], [reference_by_seed[seed] for seed in seeds]
     difference = paired(arm_values, reference_values)
     result |= asdict(difference)
     result |= {"arm_mean": mean_interval(arm_values).mean, "reference_mean": mean_interval(reference_values).mean}
-    result["word"] = verdict(difference, metric.better, margin) if metric.judged else "not judged"
-    if result["word"] == "unclear" and margin and difference.sd:
+    result["verdict"] = verdict(difference, metric.better, margin) if metric.judged else "not judged"
+    if result["verdict"] == "unclear" and margin and difference.sd:
         needed = seeds_needed(difference.sd, margin)
         result["seeds_needed"] = needed if needed > len(seeds) else None
     return result
@@ -126,22 +129,22 @@ def _contrast(runs: Runs, arm: str, reference: str, key: str, metric: Metric, ma
 def _baseline(runs: Runs, must_beat: MustBeat, lower_is_better: bool) -> dict[str, Any]:
     """Compare an arm with the baseline that it must beat.
 
-    `passed` is True if the interval of arm minus baseline excludes zero on the better side, and None without an
+    `beaten` is True if the interval of arm minus baseline excludes zero on the better side, and None without an
     interval.
     """
     arm = values(runs, must_beat.arm, must_beat.metric)
     baseline_arm = must_beat.baseline_arm or must_beat.arm
     baseline = values(runs, baseline_arm, must_beat.baseline_metric or must_beat.metric)
     seeds = sorted(arm.keys() & baseline.keys())
-    statistics = ("mean", "low", "high", "arm_mean", "control_mean", "passed")
-    result = asdict(must_beat) | {"lower_wins": lower_is_better, "n": len(seeds)} | dict.fromkeys(statistics)
+    statistics = ("mean", "low", "high", "arm_mean", "baseline_mean", "beaten")
+    result = asdict(must_beat) | {"lower_is_better": lower_is_better, "n": len(seeds)} | dict.fromkeys(statistics)
     if seeds:
         difference = paired([arm[seed] for seed in seeds], [baseline[seed] for seed in seeds])
         result |= {"mean": difference.mean, "low": difference.low, "high": difference.high}
         result["arm_mean"] = mean_interval([arm[seed] for seed in seeds]).mean
-        result["control_mean"] = mean_interval([baseline[seed] for seed in seeds]).mean
+        result["baseline_mean"] = mean_interval([baseline[seed] for seed in seeds]).mean
         if difference.low is not None:
-            result["passed"] = verdict(difference, "lower" if lower_is_better else "higher") == "better"
+            result["beaten"] = verdict(difference, "lower" if lower_is_better else "higher") == "better"
     return result
 
 
@@ -153,12 +156,12 @@ def _required_baselines(contrast: dict[str, Any], baselines: list[dict[str, Any]
 
 def verdict_with_baselines(contrast: dict[str, Any], baselines: list[dict[str, Any]]) -> str:
     """Return the verdict of a contrast, or TOO_WEAK or NO_BASELINE if a baseline that it requires was not beaten."""
-    if contrast["low"] is None or contrast["word"] == "not judged":
-        return contrast["word"]
-    passed = [baseline["passed"] for baseline in _required_baselines(contrast, baselines)]
-    if False in passed:
+    if contrast["low"] is None or contrast["verdict"] == "not judged":
+        return contrast["verdict"]
+    beaten = [baseline["beaten"] for baseline in _required_baselines(contrast, baselines)]
+    if False in beaten:
         return TOO_WEAK
-    return NO_BASELINE if None in passed else contrast["word"]
+    return NO_BASELINE if None in beaten else contrast["verdict"]
 
 
 def _row(runs: Runs, arm: str, metrics: Mapping[str, Metric], remark_of: RemarkFunction | None) -> dict[str, Any]:
@@ -170,7 +173,7 @@ def _row(runs: Runs, arm: str, metrics: Mapping[str, Metric], remark_of: RemarkF
     return {
         "arm": arm,
         "flags": next((run.flags for run in runs[arm].values() if run.flags), ""),
-        "word": remark_of(finished) if remark_of and finished else None,
+        "remark": remark_of(finished) if remark_of and finished else None,
         "metrics": {
             name: asdict(mean_interval(list(by_seed.values())))
             | {"values": {str(seed): value for seed, value in by_seed.items()}}

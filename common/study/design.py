@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from common.cli import SCALES
+from common.study.names import in_setting, setting_of, without_setting
 
 RATES = {"third": "--lr-factor 0.333", "triple": "--lr-factor 3"}  # setting of an arm -> flags
 # At demo scale seeds 0-9 were seen while the recipes were designed, and 100-102 are pilots.
@@ -259,7 +260,7 @@ class Design:
         self.studies = [*main_studies, *robustness, *extras]
         used = {arm for study in robustness for arm in study.arms}
         return [
-            replace(arm, name=f"{arm.name}@{rate}", flags=f"{arm.flags} {flags}".strip())
+            replace(arm, name=in_setting(arm.name, rate), flags=f"{arm.flags} {flags}".strip())
             for rate, flags in RATES.items()
             for arm in arms
             if arm.name in used and arm.name not in self.robustness.fixed
@@ -395,8 +396,8 @@ def _base_again(paper: str, base: Arm, main_study: Study) -> tuple[Arm, Study]:
     The arm equals `base`, with other initial weights and order on the same data. It needs no baseline: a false
     difference counts, whatever the arms have learned.
     """
-    name, at, setting = base.name.partition("@")
-    arm = replace(base, name=f"{name}-again{at}{setting}", flags=f"{base.flags} --seed-offset 1000".strip())
+    name = in_setting(f"{without_setting(base.name)}-again", setting_of(base.name))
+    arm = replace(base, name=name, flags=f"{base.flags} --seed-offset 1000".strip())
     study = Study(
         name=f"{paper}-base-again",
         question="A/A test: does the analysis report a difference between two equal arms?",
@@ -434,7 +435,7 @@ def _robustness_on(name: str, main_studies: Sequence[Study], robustness: Robustn
     baselines = [pair for pair in baselines if pair not in primary]
 
     def at(rate: str, name: str) -> str:
-        return f"{name}@{rate}" if rate and name and name not in robustness.fixed else name
+        return in_setting(name, rate) if name and name not in robustness.fixed else name
 
     rates = ["", *RATES]
     contrasts = [f"{at(rate, arm)}:{at(rate, reference)}" for rate in rates for arm, reference in primary]

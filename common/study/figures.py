@@ -25,6 +25,7 @@ from matplotlib.transforms import Bbox, ScaledTranslation
 from PIL import Image
 
 from common.files import write_bytes
+from common.study.names import contrast_name, have_one_setting, setting_of, short_names, without_setting
 from common.study.results import Curve
 from common.study.statistics import mean_interval
 from common.study.tables import NO_VERDICT, VERDICT_COLOURS
@@ -94,17 +95,6 @@ class Dots(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------------------- style
-
-
-def without_setting(arm: str) -> str:
-    """Return the name of an arm without "@setting"."""
-    return arm.partition("@")[0]
-
-
-def short_names(arms: Collection[str]) -> list[str]:
-    """Return the names of arms, without "@setting" if all have the same one."""
-    same = len({arm.partition("@")[2] for arm in arms}) == 1
-    return [without_setting(arm) if same else arm for arm in arms]
 
 
 def arm_styles(arms: Sequence[str], studies: Sequence[Collection[str]]) -> dict[str, dict[str, Any]]:
@@ -449,21 +439,16 @@ def contrast_labels(contrasts: Sequence[Mapping[str, Any]]) -> tuple[list[str], 
 
     Otherwise a row has arm and reference, in two lines if they are long. A common setting is shown once.
     """
-    references = {contrast["reference"] for contrast in contrasts}
-    names = [(contrast["arm"], contrast["reference"]) for contrast in contrasts]
-    settings = {name.partition("@")[2] for pair in names for name in pair}
-    if len(settings) == 1:
-        names = [(without_setting(arm), without_setting(reference)) for arm, reference in names]
-    where = f" ({settings.pop()})" if len(settings) == 1 and settings != {""} else ""
-    if len(references) == 1:
-        return [arm for arm, _ in names], f"arm − {names[0][1]}{where}"
-    labels = []
-    for arm, reference in names:
-        setting = arm.partition("@")[2]
-        if setting and setting == reference.partition("@")[2]:
-            arm, reference = without_setting(arm), f"{without_setting(reference)} ({setting})"
-        labels.append(f"{arm}\n− {reference}" if len(arm) + len(reference) > 26 else f"{arm} − {reference}")
-    return labels, f"arm − reference{where}"
+    pairs = [(contrast["arm"], contrast["reference"]) for contrast in contrasts]
+    arms = [arm for pair in pairs for arm in pair]
+    where = ""
+    if have_one_setting(arms):
+        where = f" ({setting_of(arms[0])})" if setting_of(arms[0]) else ""
+        pairs = [(without_setting(arm), without_setting(reference)) for arm, reference in pairs]
+    if len({reference for _, reference in pairs}) == 1:
+        return [arm for arm, _ in pairs], f"arm − {pairs[0][1]}{where}"
+    labels = [contrast_name(*pair) for pair in pairs]
+    return [label.replace(" − ", "\n− ") if len(label) > 29 else label for label in labels], f"arm − reference{where}"
 
 
 def _ordered_contrasts(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -510,7 +495,7 @@ def draw_differences(axis: Axes, summary: Mapping[str, Any], contrasts: Sequence
     below = axis.transData + ScaledTranslation(0, -9 * size / 72, axis.figure.dpi_scale_trans)
     axis.tick_params(axis="y", length=0)
     for y, (contrast, values) in enumerate(zip(contrasts, by_row, strict=True)):
-        colour = verdict_colour(contrast["word"])
+        colour = verdict_colour(contrast["verdict"])
         axis.get_yticklabels()[y].set(**{"fontweight": "bold"} if contrast["primary"] else {"color": "#666666"})
         if contrast["low"] is not None:
             ends = [contrast["low"], contrast["high"]]
@@ -520,7 +505,7 @@ def draw_differences(axis: Axes, summary: Mapping[str, Any], contrasts: Sequence
         axis.plot(values, [y] * len(values), "o", color="#333333", alpha=0.55, mec="none", zorder=3, **place)
         weight = "bold" if contrast["primary"] else "normal"
         axis.annotate(
-            contrast["word"], (1, y), xycoords=("axes fraction", "data"), xytext=(6, 0), textcoords="offset points",
+            contrast["verdict"], (1, y), xycoords=("axes fraction", "data"), xytext=(6, 0), textcoords="offset points",
             va="center", fontweight=weight, color="#555555" if colour == NO_VERDICT else colour,
         )  # fmt: skip
     label = f"difference in {metric['label']}" + (f" ({unit})" if unit else "")

@@ -5,7 +5,6 @@
 Reads <study>.json and <study>-*.svg, or .png if there is no .svg. A main study without a JSON file is shown as
 not run; an extra without one is omitted. Verdicts come from the JSON files. The page adds only two marks: Holm's
 dagger, and "depends on the learning rate" where the verdict is the opposite at another learning rate.
-A file without "version" was published under earlier rules. Its verdict is shown in grey and not judged anew.
 """
 
 import base64
@@ -20,6 +19,7 @@ from common.cli import Parser, fail
 from common.files import read_json, write_text
 from common.study import analysis, sweeps, tables
 from common.study.figures import GREY
+from common.study.names import contrast_name
 from common.study.statistics import holm
 
 Summary = Mapping[str, Any]
@@ -46,14 +46,6 @@ BARS += "one scale per paper and metric."
 DIFFERENCES = f"{CHANGE} Difference: arm − reference, 95 % interval over n seeds."
 DAGGER = "†: does not survive Holm's correction over this page"
 DEPENDS_ON_RATE = "depends on the learning rate"
-EARLIER = "published under earlier rules"
-EARLIER_LEGEND = f"{EARLIER}; lower, higher: excludes zero; not resolved: includes it; "
-EARLIER_LEGEND += "not informative: baseline not beaten"
-EARLIER_CAPTION = "Differences with Welch's 95 % interval, as published under earlier rules."
-EARLIER_NOTE = (
-    "An earlier recipe (seeds 0 to 4, unpaired intervals), not yet repeated. Not resolved: the interval includes zero; "
-    "not informative: too weak to test."
-)
 FIRST_FIGURES = ("differences", "summary", "curves")  # shown in this order; the others are folded
 FALLBACK_FIGURES = ("sweep", "metrics", "")  # the first that exists is shown if there is none of FIRST_FIGURES
 STYLE = """
@@ -71,7 +63,7 @@ section > *, details > * { max-width: 56rem; } section > details, .wide { max-wi
 small, .small { line-height: 1.35; font-size: .82rem; color: var(--soft); }
 code { background: var(--card); padding: .1rem .3rem; }
 .legend { font-size: .85rem; color: var(--soft); line-height: 1.9; }
-.word { display: inline-block; border-radius: .3rem; padding: 0 .5rem; font-size: .85rem; font-weight: 600;
+.verdict { display: inline-block; border-radius: .3rem; padding: 0 .5rem; font-size: .85rem; font-weight: 600;
   line-height: 1.5rem; background: #aaa; color: #000; overflow-wrap: normal; }
 table { border-collapse: collapse; } th, td { text-align: left; vertical-align: top; }
 .overview { width: 100%; font-size: .95rem; }
@@ -107,37 +99,31 @@ details { margin: .8rem 0; } summary { cursor: pointer; color: var(--link); }
 """
 
 
-def css_class(word: str) -> str:
+def css_class(verdict: str) -> str:
     """Return the CSS class of a verdict."""
-    return word.replace(" ", "-") if word in tables.VERDICT_COLOURS else "other"
+    return verdict.replace(" ", "-") if verdict in tables.VERDICT_COLOURS else "other"
 
 
-def word_styles() -> str:
+def verdict_styles() -> str:
     """Return the CSS rules of the verdicts: background with readable text, and the colour of the bar."""
     rules = []
-    for word, colour in tables.VERDICT_COLOURS.items():
+    for verdict, colour in tables.VERDICT_COLOURS.items():
         text = "#fff" if colour in ("#0072B2", "#7B4FA3", GREY) else "#000"
-        rules.append(f".word.{css_class(word)} {{ background: {colour}; color: {text}; }}")
-        rules.append(f".bar.{css_class(word)} {{ color: {colour}; }}")
-    rules.append(f".word.earlier {{ background: {GREY}; color: #fff; }} .bar.earlier {{ color: {GREY}; }}")
+        rules.append(f".verdict.{css_class(verdict)} {{ background: {colour}; color: {text}; }}")
+        rules.append(f".bar.{css_class(verdict)} {{ color: {colour}; }}")
     return "\n".join(rules)
 
 
 def read_summary(folder: Path, study: str) -> Summary | str:
-    """Return a study's summary, or a sentence that says why it is missing.
-
-    Contrasts that were published under earlier rules get the keys of the tables: their two arms may differ in n.
-    """
+    """Return a study's summary, or a sentence that says why it is missing."""
     try:
         summary = dict(read_json(folder / f"{study}.json"))
     except FileNotFoundError:
         return "Not run yet"
     except (ValueError, TypeError):
         return f"{study}.json cannot be read"
-    if is_earlier(summary):
-        for contrast in summary["contrasts"]:
-            counts = dict.fromkeys((contrast["n"], contrast["n_reference"]))
-            contrast |= {"n": " and ".join(map(str, counts)), "seeds_needed": None}
+    if summary.get("version") != analysis.VERSION:
+        return f"{study}.json is from another version of this project: draw it again (make report)"
     return summary
 
 
@@ -166,16 +152,10 @@ def split_figures(study: str, figures: Sequence[Path]) -> tuple[Sequence[Path], 
     return figures[:count], figures[count:]
 
 
-def is_earlier(summary: Summary) -> bool:
-    """Return whether the study was published under earlier rules."""
-    return "version" not in summary
-
-
 def sentences(summary: Summary) -> list[str]:
     """Return the headline and the sentences of the finding that add to it."""
-    finding = [f"{text.rstrip('.')}." for text in summary["finding"].split(". ") if text]
-    headline = summary.get("headline") or finding[0]
-    added = [text for text in finding if text.rstrip(".").removeprefix("Too weak to test: ") not in headline]
+    headline = summary["headline"]
+    added = [text for text in summary["finding"] if text.rstrip(".").removeprefix("Too weak to test: ") not in headline]
     return [text.replace(" -> ", " → ") for text in (headline, *added)]
 
 
@@ -193,12 +173,12 @@ def daggers(summaries: Mapping[str, Summary | str]) -> set[tuple[str, str, str]]
     tested = {
         (study, contrast["arm"], contrast["reference"]): contrast
         for study, summary in summaries.items()
-        if not isinstance(summary, str) and not is_earlier(summary)
+        if not isinstance(summary, str)
         for contrast in tables.primary_contrasts(summary)
-        if contrast["p"] is not None and contrast["word"] in TESTED
+        if contrast["p"] is not None and contrast["verdict"] in TESTED
     }
     survivors = holm({key: contrast["p"] for key, contrast in tested.items()})
-    return {key for key, contrast in tested.items() if contrast["word"] in RESOLVED and key not in survivors}
+    return {key for key, contrast in tested.items() if contrast["verdict"] in RESOLVED and key not in survivors}
 
 
 def marks_of(folder: Path, summaries: Mapping[str, Summary | str]) -> Marks:
@@ -208,12 +188,12 @@ def marks_of(folder: Path, summaries: Mapping[str, Summary | str]) -> Marks:
     """
     result = dict.fromkeys(daggers(summaries), "†")
     for study, summary in summaries.items():
-        if isinstance(summary, str) or is_earlier(summary):
+        if isinstance(summary, str):
             continue
         primary = {(contrast["arm"], contrast["reference"]) for contrast in tables.primary_contrasts(summary)}
         for path in sorted(folder.glob(f"{study.partition('-')[0]}-*.json")):
             other = read_summary(folder, path.stem)
-            if isinstance(other, str) or is_earlier(other) or other["primary_metric"] != summary["primary_metric"]:
+            if isinstance(other, str) or other["primary_metric"] != summary["primary_metric"]:
                 continue
             for arm, reference in sorted(primary & sweeps.opposite_at_another_rate(other)):
                 key = (study, arm, reference)
@@ -222,46 +202,40 @@ def marks_of(folder: Path, summaries: Mapping[str, Summary | str]) -> Marks:
     return result
 
 
-def shown_words(summaries: Mapping[str, Summary | str]) -> tuple[set[str], bool]:
-    """Return the verdicts on a page, and whether one was published under earlier rules."""
-    words, earlier = set(), False
+def mark_of(study: str, contrast: Mapping[str, Any], marks: Marks) -> str:
+    """Return the mark of a contrast, "" if it has none."""
+    return marks.get((study, contrast["arm"], contrast["reference"]), "")
+
+
+def shown_verdicts(summaries: Mapping[str, Summary | str]) -> set[str]:
+    """Return the verdicts on a page."""
+    verdicts = set()
     for summary in summaries.values():
         if isinstance(summary, str):
-            words.add("not run")
-        elif is_earlier(summary):
-            earlier = True
+            verdicts.add("not run")
         else:
-            words.update(contrast["word"] for contrast in tables.primary_contrasts(summary))
-    return words, earlier
+            verdicts.update(contrast["verdict"] for contrast in tables.primary_contrasts(summary))
+    return verdicts
 
 
-def word_html(word: str, mark: str = "", name: str = "") -> str:
-    """Return a verdict and its mark as coloured HTML. `name`: CSS class, by default that of the verdict."""
-    return f'<span class="word {name or css_class(word)}">{escape(word + mark)}</span>'
+def verdict_html(verdict: str, mark: str = "") -> str:
+    """Return a verdict and its mark as coloured HTML."""
+    return f'<span class="verdict {css_class(verdict)}">{escape(verdict + mark)}</span>'
 
 
 def legend(summaries: Mapping[str, Summary | str], markup: bool) -> str:
     """Return the legend of the verdicts that occur, as HTML (`markup`) or Markdown."""
-    words, earlier = shown_words(summaries)
+    verdicts = shown_verdicts(summaries)
     parts = []
     for group, meaning in LEGEND.items():
-        present = [word for word in group if word in words]
+        present = [verdict for verdict in group if verdict in verdicts]
         if present:
-            named = " ".join(map(word_html, present)) if markup else ", ".join(f"**{word}**" for word in present)
+            named = (
+                " ".join(map(verdict_html, present)) if markup else ", ".join(f"**{verdict}**" for verdict in present)
+            )
             parts.append(f"{named} {meaning}" if markup else f"{named}: {meaning}")
     parts += [DAGGER] if daggers(summaries) else []
-    if earlier:
-        parts.append(f"{word_html('grey', name='earlier')} {EARLIER_LEGEND}" if markup else EARLIER_LEGEND)
     return f"{BARS if markup else DIFFERENCES} {'; '.join(parts)}."
-
-
-def contrast_label(contrast: Mapping[str, Any]) -> str:
-    """Return "arm − reference", with a setting that both share in brackets."""
-    arm, _, setting = contrast["arm"].partition("@")
-    reference, _, reference_setting = contrast["reference"].partition("@")
-    if setting != reference_setting:
-        return f"{contrast['arm']} − {contrast['reference']}"
-    return f"{arm} − {reference}" + (f" ({setting})" if setting else "")
 
 
 def numbers(contrast: Mapping[str, Any], metric: Mapping[str, Any]) -> str:
@@ -283,10 +257,10 @@ def bar_scale(summary: Summary) -> float:
     return max([abs(end) for end in [*ends, summary["margin"]] if end is not None], default=0.0)
 
 
-def bar_html(contrast: Mapping[str, Any], margin: float | None, scale: float, name: str) -> str:
+def bar_html(contrast: Mapping[str, Any], margin: float | None, scale: float) -> str:
     """Return the difference of a contrast as an SVG: margin, zero, interval and mean. "" if there is no value.
 
-    Values from -scale to scale fill the width, so that zero is in the middle. `name`: CSS class of the colour.
+    Values from -scale to scale fill the width, so that zero is in the middle.
     """
     if contrast["mean"] is None:
         return ""
@@ -302,35 +276,30 @@ def bar_html(contrast: Mapping[str, Any], margin: float | None, scale: float, na
     if contrast["low"] is not None:
         parts.append(f'<line class="interval" x1="{x(contrast["low"])}" x2="{x(contrast["high"])}" y1="12" y2="12"/>')
     parts.append(f'<circle cx="{x(contrast["mean"])}" cy="12" r="5"/>')
-    return f'<svg class="bar {name}" viewBox="0 0 200 24" aria-hidden="true">{"".join(parts)}</svg>'
+    style = css_class(contrast["verdict"])
+    return f'<svg class="bar {style}" viewBox="0 0 200 24" aria-hidden="true">{"".join(parts)}</svg>'
 
 
 def contrasts_html(study: str, summary: Summary, marks: Marks, scale: float | None = None) -> str:
     """Return verdict, and with a `scale` also bar and numbers, of every primary contrast."""
-    metric, contrasts, earlier = summary["metrics"][summary["primary_metric"]], tables.primary_contrasts(summary), []
-    if is_earlier(summary):  # one verdict for all primary contrasts
-        earlier = [f"{word_html(summary['verdict'], name='earlier')} <small>{EARLIER}</small>"]
-    words, rows = [], []
+    metric, contrasts = summary["metrics"][summary["primary_metric"]], tables.primary_contrasts(summary)
+    verdicts, rows = [], []
     for contrast in contrasts:
-        mark = marks.get((study, contrast["arm"], contrast["reference"]), "")
-        word = "" if earlier else word_html(contrast["word"], mark)
-        words.append(word)
-        name = "earlier" if earlier else css_class(contrast["word"])
-        bar = "" if scale is None else bar_html(contrast, summary["margin"], scale, name)
-        label = f"{contrast_label(contrast)}: " if len(contrasts) > 1 else ""
-        rows.append(
-            f'<div class="contrast">{bar}{word}<small>{escape(label + numbers(contrast, metric))}</small></div>'
-        )
-    parts = list(dict.fromkeys(words)) if scale is None else rows
-    if has_study_verdict(summary) and not earlier:
+        verdicts.append(verdict_html(contrast["verdict"], mark_of(study, contrast, marks)))
+        label = f"{contrast_name(contrast['arm'], contrast['reference'])}: " if len(contrasts) > 1 else ""
+        text = f"<small>{escape(label + numbers(contrast, metric))}</small>"
+        bar = "" if scale is None else bar_html(contrast, summary["margin"], scale)
+        rows.append(f'<div class="contrast">{bar}{verdicts[-1]}{text}</div>')
+    parts = list(dict.fromkeys(verdicts)) if scale is None else rows
+    if has_study_verdict(summary):
         parts.append(f'<span class="small">{escape(summary["verdict"])}</span>')
-    return " ".join([*parts, *earlier])
+    return " ".join(parts)
 
 
 def has_study_verdict(summary: Summary) -> bool:
-    """Return whether the verdict says more than the words of the contrasts, as that of a robustness study does."""
-    words = {contrast["word"] for contrast in tables.primary_contrasts(summary)}
-    return any(part.rpartition(": ")[2] not in words for part in summary["verdict"].split("; "))
+    """Return whether the verdict says more than the verdicts of the contrasts, as that of a robustness study does."""
+    verdicts = {contrast["verdict"] for contrast in tables.primary_contrasts(summary)}
+    return any(part.rpartition(": ")[2] not in verdicts for part in summary["verdict"].split("; "))
 
 
 def paper_groups(summaries: Mapping[str, Summary | str]) -> dict[str, list[str]]:
@@ -381,7 +350,7 @@ def overview_html(summaries: Mapping[str, Summary | str], marks: Marks, folder: 
         for study in studies:
             summary = summaries[study]
             if isinstance(summary, str):
-                cells = [escape(f"{summary}."), word_html("not run"), tables.DASH]
+                cells = [escape(f"{summary}."), verdict_html("not run"), tables.DASH]
             else:
                 verdict = contrasts_html(study, summary, marks, scales[summary["primary_metric"]])
                 cells = [escape(result_sentence(summary)), verdict, escape(without_brackets(summary["published"]))]
@@ -440,17 +409,12 @@ def is_equal_arms(study: str) -> bool:
     return study.endswith("-base-again")
 
 
-def difference_caption(summary: Summary) -> str:
-    """Return the caption of the tables of differences."""
-    return EARLIER_CAPTION if is_earlier(summary) else tables.DIFFERENCES_CAPTION
-
-
 def setting_html(summary: Summary, setting: str, arms: Sequence[str]) -> str:
     """Return the two tables of one setting, with its name as a heading unless it is ""."""
     parts = [f"<h3>{escape(setting)}</h3>"] if setting else []
     for rows, caption in (
         (tables.arms_table(summary, arms), tables.caption(summary)),
-        (tables.differences_table(summary, arms), difference_caption(summary)),
+        (tables.differences_table(summary, arms), tables.DIFFERENCES_CAPTION),
     ):
         parts.append(html_table(rows) + f'<p class="small">{escape(caption)}</p>')
     return "\n".join(parts)
@@ -469,7 +433,7 @@ def study_html(
     links = " · ".join(f'<a href="{escape(link)}">{label}</a>' for label, link in study_links(folder, study).items())
     links = f'<p class="small">{links}</p>' if links else ""
     if isinstance(summary, str):
-        text = f"{word_html('not run')} {escape(summary)}. Run it: <code>{escape(command)}</code>"
+        text = f"{verdict_html('not run')} {escape(summary)}. Run it: <code>{escape(command)}</code>"
         return f"{head}<p>{text}</p>\n{links}</section>"
     provenance = []
     for key, value in summary["provenance"].items():
@@ -513,27 +477,27 @@ def calibration_sentence(folder: Path, extras: Sequence[str]) -> str:
         if isinstance(summary, str):
             continue
         if is_equal_arms(name):
-            words = [contrast["word"] for contrast in tables.primary_contrasts(summary)]
-            equal_arms += [word for word in words if word not in analysis.NOT_TESTED]
+            verdicts = [contrast["verdict"] for contrast in tables.primary_contrasts(summary)]
+            equal_arms += [verdict for verdict in verdicts if verdict not in analysis.NOT_TESTED]
         else:
-            effects += [word for word in summary.get("calibration", {}).values() if word != "not run"]
+            effects += [verdict for verdict in summary.get("calibration", {}).values() if verdict != "not run"]
     parts = []
     if equal_arms:
-        false = sum(word in RESOLVED for word in equal_arms)
-        others = [word for word in dict.fromkeys(equal_arms) if word not in RESOLVED]
-        counts = ", ".join(f"{equal_arms.count(word)} {word}" for word in others)
+        false = sum(verdict in RESOLVED for verdict in equal_arms)
+        others = [verdict for verdict in dict.fromkeys(equal_arms) if verdict not in RESOLVED]
+        counts = ", ".join(f"{equal_arms.count(verdict)} {verdict}" for verdict in others)
         text = f"A/A tests: {false} of {len(equal_arms)} gave a false difference"
         parts.append(f"{text} ({counts})." if counts else f"{text}.")
     if effects:
-        words = [word for word in analysis.COMPARED if word in effects]
-        parts.append(f"Known effects: {', '.join(f'{effects.count(word)} {word}' for word in words)}.")
+        verdicts = [verdict for verdict in analysis.COMPARED if verdict in effects]
+        parts.append(f"Known effects: {', '.join(f'{effects.count(verdict)} {verdict}' for verdict in verdicts)}.")
     return " ".join(parts)
 
 
 def study_counts(summaries: Mapping[str, Summary | str]) -> str:
     """Return one sentence: the number of studies, of those run, and of those with a finding."""
     run = [summary for summary in summaries.values() if not isinstance(summary, str)]
-    findings = sum(summary["counted"] for summary in run)
+    findings = sum(summary["has_finding"] for summary in run)
     noun = "study" if len(summaries) == 1 else "studies"
     return f"{len(summaries)} {noun}, {len(run)} run, {findings} with a finding."
 
@@ -558,7 +522,7 @@ def write_page(
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}</title>
-<style>{STYLE}{word_styles()}</style>
+<style>{STYLE}{verdict_styles()}</style>
 </head>
 <body>
 <h1>{escape(title)}</h1>
@@ -597,15 +561,13 @@ def overview_markdown(summaries: Mapping[str, Summary | str], marks: Marks, fold
                 continue
             metric = summary["metrics"][summary["primary_metric"]]
             contrasts = tables.primary_contrasts(summary)
-            differences = [f"{contrast_label(contrast)}: {numbers(contrast, metric)}" for contrast in contrasts]
-            words = [
-                contrast["word"] + marks.get((study, contrast["arm"], contrast["reference"]), "")
+            differences = [
+                f"{contrast_name(contrast['arm'], contrast['reference'])}: {numbers(contrast, metric)}"
                 for contrast in contrasts
             ]
-            verdict = "<br>".join(words if len(set(words)) > 1 else words[:1])
-            if is_earlier(summary):
-                verdict = f"{summary['verdict']} ({EARLIER})"
-            elif has_study_verdict(summary):
+            verdicts = [contrast["verdict"] + mark_of(study, contrast, marks) for contrast in contrasts]
+            verdict = "<br>".join(verdicts if len(set(verdicts)) > 1 else verdicts[:1])
+            if has_study_verdict(summary):
                 verdict = f"{verdict}<br>{summary['verdict']}"
             published = without_brackets(summary["published"])
             rows.append([link, result_sentence(summary), "<br>".join(differences), verdict, published])
@@ -620,23 +582,18 @@ def results_table(folder: Path, studies: Sequence[str], link: str) -> str:
         name = f"[{study}]({link}#{study})"
         if isinstance(summary, str):
             rows.append([name, f"{summary}.", "not run"])
-        elif is_earlier(summary):
-            metric = summary["metrics"][summary["primary_metric"]]
-            contrasts = [
-                f"{contrast_label(item)}: {numbers(item, metric)}" for item in tables.primary_contrasts(summary)
-            ]
-            rows.append([name, f"{metric['label']}: {'; '.join(contrasts)}", f"{summary['verdict']} ‡"])
         else:
-            words = {}
-            for contrast in tables.primary_contrasts(summary):
-                mark = marks.get((study, contrast["arm"], contrast["reference"]), "")
-                words[contrast_label(contrast)] = contrast["word"] + mark
-            same = len(set(words.values())) == 1
-            verdicts = [word if same else f"{label}: {word}" for label, word in words.items()]
+            by_contrast = {
+                contrast_name(contrast["arm"], contrast["reference"]): contrast["verdict"]
+                + mark_of(study, contrast, marks)
+                for contrast in tables.primary_contrasts(summary)
+            }
+            verdicts = dict.fromkeys(by_contrast.values())
+            if len(verdicts) > 1:
+                verdicts = dict.fromkeys(f"{label}: {verdict}" for label, verdict in by_contrast.items())
             sentence = result_sentence(summary).removeprefix("Too weak to test: ")
-            rows.append([name, sentence, "; ".join(dict.fromkeys(verdicts))])
-    table = tables.markdown(rows)
-    return f"{table}\n\n‡ {EARLIER_NOTE}" if "‡" in table else table
+            rows.append([name, sentence, "; ".join(verdicts)])
+    return tables.markdown(rows)
 
 
 def readme(folder: Path, name: str, scale: str, studies: Sequence[str], command: str, counts: str = "") -> str:
@@ -663,7 +620,7 @@ def readme(folder: Path, name: str, scale: str, studies: Sequence[str], command:
             [f"![{path.stem}]({path.stem}.png)\n\n{captions.get(path.stem, '')}".strip() for path in paths]
             for paths in split_figures(study, figures[study])
         )
-        text = tables.as_markdown(summary).replace(tables.DIFFERENCES_CAPTION, difference_caption(summary))
+        text = tables.as_markdown(summary)
         links = [f"[{label}]({link})" for label, link in study_links(folder, study).items()]
         remark = summary.get("remark", "").replace(" -> ", " → ")
         parts += [summary["question"], f"**{headline}** {remark}".strip(), published_sentence(study, summary)]
@@ -677,8 +634,7 @@ def terminal_line(study: str, summary: Summary | str) -> str:
     """Return a study's verdict and headline as one line."""
     if isinstance(summary, str):
         return f"{study}: {summary}"
-    earlier = f" ({EARLIER})" if is_earlier(summary) else ""
-    return f"{study}: {summary['verdict']}{earlier}. {sentences(summary)[0]}"
+    return f"{study}: {summary['verdict']}. {sentences(summary)[0]}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

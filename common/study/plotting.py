@@ -121,7 +121,7 @@ def main(
     summary["captions"] = {f"{study.name}-{name}": caption for name, (_, caption) in drawn.items()}
     with exit_codes(report):
         write_report(report, study.name, summary, drawn)
-    print(f"{study.name}: {summary['finding']}")
+    print(f"{study.name}: {' '.join(summary['finding'])}")
 
 
 def write_report(folder: Path, study: str, summary: Mapping[str, Any], drawn: Mapping[str, figures.Drawing]) -> None:

@@ -22,6 +22,7 @@ from common.files import read_json, write_text
 from common.run import script_provenance
 from common.study import page
 from common.study.design import Design, DesignError, Study
+from common.study.names import setting_of
 from common.study.request import Request, read_text
 
 README_SCALE = "demo"  # the scale whose results are in the project's README, between these two lines
@@ -55,7 +56,7 @@ def problems(request: Request, design: Design, study: Study) -> list[str]:
         sources.setdefault(script, set()).add(provenance.get("source"))
         if folders[folder] not in design.teacher_names():
             sources.setdefault(f"{design.paper}/eval.py", set()).add(provenance["eval_source"])
-        setting, block = folders[folder].partition("@")[2], request.data_seed(int(folder.name))
+        setting, block = setting_of(folders[folder]), request.data_seed(int(folder.name))
         data.setdefault((setting, block), set()).add(provenance.get("data"))
         if teacher := design.arm(folders[folder]).needs:
             teachers.setdefault((teacher, block), set()).add(provenance.get("teacher_weights"))

@@ -10,6 +10,7 @@ from typing import Any
 from common.cli import NON_METHOD_FLAGS
 from common.files import FAILURE_FILE, read_json
 from common.study.design import Study
+from common.study.names import without_setting
 
 PROVENANCE = {  # key in args.json's provenance -> plural for the note about differing values
     "source": "versions of the training code (sha256)",
@@ -63,7 +64,7 @@ class View:
     def highlight(self) -> list[str]:
         """The arms in the order of their importance in a figure: base, those of the primary contrasts, the others."""
         primary = [name for pair in self.study.pairs[: self.study.primary] for name in pair[::-1]]
-        base = [arm for arm in self.study.arms if arm.partition("@")[0] == "base"]
+        base = [arm for arm in self.study.arms if without_setting(arm) == "base"]
         return list(dict.fromkeys([*base, *primary, *self.study.arms]))
 
 

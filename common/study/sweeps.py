@@ -18,7 +18,7 @@ from common.cli import NON_METHOD_FLAGS
 from common.study import figures, results, tables
 from common.study.analysis import NOT_TESTED, TOO_WEAK
 from common.study.design import FINDINGS, Sweep
-from common.study.figures import without_setting
+from common.study.names import contrast_name, in_setting, without_setting
 
 RATE_LABELS = {"third": "a third", "": "base's rate", "triple": "three times"}  # text after an arm's last "@" -> label
 OPPOSITE = {"worse": "better", "better": "worse", "higher": "lower", "lower": "higher"}
@@ -56,7 +56,7 @@ def swept_values(runs: results.Runs, reference: str, sweep: Sweep) -> dict[str, 
     return dict(sorted(swept.items(), key=lambda item: item[1]))
 
 
-def sweep_finding(summary: Mapping[str, Any], swept: Mapping[str, float], sweep: Sweep) -> str:
+def sweep_finding(summary: Mapping[str, Any], swept: Mapping[str, float], sweep: Sweep) -> list[str]:
     """Return a sentence per metric: the means in the order of the swept values, with verdicts against the reference."""
     rows, sentences = {row["arm"]: row["metrics"] for row in summary["rows"]}, []
     reference = tables.primary_contrasts(summary)[0]["reference"]
@@ -64,7 +64,7 @@ def sweep_finding(summary: Mapping[str, Any], swept: Mapping[str, float], sweep:
         metric = summary["metrics"][name]
         contrasts = summary["contrasts" if name == summary["primary_metric"] else "all_contrasts"]
         words = {
-            contrast["arm"]: contrast["word"]
+            contrast["arm"]: contrast["verdict"]
             for contrast in contrasts
             if contrast["metric"] == name and contrast["reference"] == reference and contrast["arm"] in swept
         }
@@ -79,7 +79,7 @@ def sweep_finding(summary: Mapping[str, Any], swept: Mapping[str, float], sweep:
             against = f", against {without_setting(reference)}" if words else ""
             common = f" (all {next(iter(words.values()))})" if same else ""
             sentences.append(f"{metric['label']}{against}: {', '.join(points)}{common}.")
-    return " ".join(sentences) or "No value yet."
+    return sentences or ["No value yet."]
 
 
 def sweep_figure(view: results.View, swept: Mapping[str, float], sweep: Sweep) -> figures.Drawing:
@@ -141,9 +141,7 @@ def contrasts_by_rate(summary: Mapping[str, Any], metric: str) -> dict[str, dict
     for contrast in summary["contrasts"]:
         if contrast["primary"]:
             arm, reference = contrast["arm"], contrast["reference"]
-            pairs = {
-                rate: (f"{arm}@{rate}", f"{reference}@{rate}") if rate else (arm, reference) for rate in RATE_LABELS
-            }
+            pairs = {rate: (in_setting(arm, rate), in_setting(reference, rate)) for rate in RATE_LABELS}
             by_rate = {rate: contrasts[pair] for rate, pair in pairs.items() if pair in contrasts}
             result[f"{arm}:{reference}"] = by_rate
     return result
@@ -153,7 +151,7 @@ def opposite_at_another_rate(summary: Mapping[str, Any]) -> set[tuple[str, str]]
     """Return (arm, reference) of the contrasts of a robustness study whose verdict another rate resolves oppositely."""
     result = set()
     for name, by_rate in contrasts_by_rate(summary, summary["primary_metric"]).items():
-        words = {rate: contrast["word"] for rate, contrast in by_rate.items()}
+        words = {rate: contrast["verdict"] for rate, contrast in by_rate.items()}
         if OPPOSITE.get(words.get("", "")) in words.values():
             arm, _, reference = name.partition(":")
             result.add((arm, reference))
@@ -184,7 +182,7 @@ def robustness(summary: dict[str, Any], sweep: Sweep) -> dict[str, Any]:
         for name, by_rate in contrasts_by_rate(summary, key).items():
             verdicts, numbers = {}, []
             for rate, contrast in by_rate.items():
-                verdicts[rate] = contrast["word"]
+                verdicts[rate] = contrast["verdict"]
                 bounds = "" if contrast["low"] is None else f" ({tables.format_interval(contrast, metric)})"
                 numbers.append(f"{RATE_LABELS[rate]} {tables.format_number(contrast['mean'], metric)}{bounds}")
             if primary:
@@ -193,14 +191,14 @@ def robustness(summary: dict[str, Any], sweep: Sweep) -> dict[str, Any]:
                 phrase = f"{verdicts['']} at all three rates"
             else:
                 phrase = "; ".join(f"{verdict} at {RATE_LABELS[rate]}" for rate, verdict in verdicts.items())
-            sentences.append(f"{metric['label']}, {name}: {phrase} [{', '.join(numbers)}]")
+            sentences.append(f"{metric['label']}, {name}: {phrase} [{', '.join(numbers)}].")
             if primary:
-                headline.append(sentences[-1])
+                headline.append(sentences[-1].removesuffix("."))
     return summary | {
         "verdict": "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in names_by_verdict.items()),
         "headline": "; ".join(headline) + ".",
-        "finding": ". ".join(sentences) + ".",
-        "counted": ALL_RATES in names_by_verdict,
+        "finding": sentences,
+        "has_finding": ALL_RATES in names_by_verdict,
     }
 
 
@@ -216,7 +214,8 @@ def rates_figure(summary: Mapping[str, Any], sweep: Sweep, caption: str) -> figu
             for axis, name in zip(axes[row], columns, strict=True):
                 rates_panel(axis, summary, contrasts[name])
                 if row == 0:
-                    axis.set_title(panel_title(name))
+                    arm, reference = name.split(":")
+                    axis.set_title(contrast_name(arm, reference, minus="\nminus "))
                 if row == len(axes) - 1:
                     axis.set_xlabel("times the learning rate")
             label = summary["metrics"][metric]["label"]
@@ -227,7 +226,7 @@ def rates_figure(summary: Mapping[str, Any], sweep: Sweep, caption: str) -> figu
                     axis.axhspan(
                         -summary["margin"], summary["margin"], color="#0072B2", alpha=0.1, linewidth=0, zorder=0
                     )
-        words = [by_rate["word"] for metric in sweep.metrics for rates in contrasts_by_rate(summary, metric).values()
+        words = [by_rate["verdict"] for metric in sweep.metrics for rates in contrasts_by_rate(summary, metric).values()
                  for by_rate in rates.values()]  # fmt: skip
         markers = {
             word: {"color": figures.verdict_colour(word), "marker": "o", "linestyle": ""}
@@ -238,13 +237,6 @@ def rates_figure(summary: Mapping[str, Any], sweep: Sweep, caption: str) -> figu
             markers["no verdict"] = {"color": figures.NO_VERDICT, "marker": "o", "linestyle": ""}
         text = "Mean paired difference with 95 % interval; faint dots: differences of the seeds; light band: margin. "
         return figures.add_legend(figure, markers, text + caption)
-
-
-def panel_title(contrast: str) -> str:
-    """Return the title of a panel for "arm:reference". The setting is shown once."""
-    arm, reference = contrast.split(":")
-    setting = arm.partition("@")[2]
-    return f"{without_setting(arm)}\nminus {without_setting(reference)}" + (f"\n({setting})" if setting else "")
 
 
 def rates_panel(axis: Axes, summary: Mapping[str, Any], by_rate: Mapping[str, dict[str, Any]]) -> None:
@@ -259,7 +251,7 @@ def rates_panel(axis: Axes, summary: Mapping[str, Any], by_rate: Mapping[str, di
             axis.text(x, 0.5, "no value", ha="center", transform=axis.get_xaxis_transform(), **figures.SMALL)
             continue
         differences = figures.paired_differences(summary, contrast)
-        colour = figures.verdict_colour(contrast["word"])
+        colour = figures.verdict_colour(contrast["verdict"])
         axis.plot([x + 0.16] * len(differences), differences, "o", color="#333333", ms=4, alpha=0.5, mec="none")
         if contrast["low"] is not None:
             axis.plot([x, x], [contrast["low"], contrast["high"]], color=colour, linewidth=2.4)
@@ -277,7 +269,7 @@ def draw(view: results.View) -> dict[str, figures.Drawing]:
         swept = swept_values(view.runs, view.reference, sweep)
         summary["finding"] = sweep_finding(summary, swept, sweep)
         if summary["verdict"] != TOO_WEAK:
-            summary["headline"] = summary["finding"].partition(". ")[0].rstrip(".") + "."
+            summary["headline"] = summary["finding"][0]
         return {"sweep": sweep_figure(view, swept, sweep)}
     summary |= robustness(summary, sweep)
     return {"sweep": rates_figure(summary, sweep, view.caption)}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files import write_json, write_text
+from common.study.names import have_one_setting, setting_of, without_setting
 
 DASH = "–"
 DIFFERENCES_CAPTION = (
@@ -19,7 +20,7 @@ DIFFERENCES_CAPTION = (
     "half-width of an interval that includes zero would equal the margin, from the spread."
 )
 CSV_COLUMNS = ["kind", "arm", "reference", "metric", "seed", "value", "mean", "sd", "n", "low", "high", "p"]
-CSV_COLUMNS += ["correlation", "arm_mean", "reference_mean", "seeds_needed", "word"]
+CSV_COLUMNS += ["correlation", "arm_mean", "reference_mean", "seeds_needed", "verdict"]
 NO_VERDICT = "#AAAAAA"
 VERDICT_COLOURS = {  # on the page and in figures
     "worse": "#D55E00",
@@ -79,34 +80,29 @@ def headline(summary: Mapping[str, Any]) -> str:
     """
     metric = summary["metrics"][summary["primary_metric"]]
     primary = primary_contrasts(summary)
-    baselines = [baseline for baseline in summary["controls"] if baseline["primary"] and baseline["mean"] is not None]
-    one_setting = len({contrast["arm"].partition("@")[2] for contrast in primary}) == 1
-
-    def short(arm: str) -> str:
-        return arm.partition("@")[0] if one_setting else arm
-
+    baselines = [baseline for baseline in summary["baselines"] if baseline["primary"] and baseline["mean"] is not None]
     failed = []
     for baseline in baselines:
-        if baseline["passed"] is False:
+        if baseline["beaten"] is False:
             baseline_metric = summary["metrics"][baseline["metric"]]
-            own, other = (format_number(baseline[key], baseline_metric) for key in ("arm_mean", "control_mean"))
-            arm = f"{baseline_metric['label']} of {short(baseline['arm'])} ({own})"
+            own, other = (format_number(baseline[key], baseline_metric) for key in ("arm_mean", "baseline_mean"))
+            arm = f"{baseline_metric['label']} of {_short(baseline['arm'], summary)} ({own})"
             failed.append(f"{arm} {relation(baseline)} that of {baseline['name']} ({other})")
-    if failed and {contrast["word"] for contrast in primary} == {"too weak to test"}:
+    if failed and {contrast["verdict"] for contrast in primary} == {"too weak to test"}:
         return f"Too weak to test: {failed[0]}."
     parts = []
     for contrast in primary:
-        name, reference = short(contrast["arm"]), short(contrast["reference"])
-        if reference.partition("@")[0] != "base":
+        name, reference = _short(contrast["arm"], summary), _short(contrast["reference"], summary)
+        if without_setting(reference) != "base":
             name = f"{name} (instead of {reference})"
         if contrast["mean"] is None:
-            parts.append(f"{name}: {contrast['word']}")
+            parts.append(f"{name}: {contrast['verdict']}")
             continue
-        phrase = PHRASES.get(contrast["word"], f"{{arm}}: no verdict ({contrast['word']}):").format(arm=name)
+        phrase = PHRASES.get(contrast["verdict"], f"{{arm}}: no verdict ({contrast['verdict']}):").format(arm=name)
         before, after = (format_number(contrast[key], metric) for key in ("reference_mean", "arm_mean"))
         parts.append(f"{phrase} {metric['label']} {before} -> {after} {metric['unit']}".strip())
     shown = {
-        f"{baseline['name'].removeprefix('the ')} {format_number(baseline['control_mean'], metric)}"
+        f"{baseline['name'].removeprefix('the ')} {format_number(baseline['baseline_mean'], metric)}"
         for baseline in baselines
         if baseline["metric"] == summary["primary_metric"]
     }
@@ -116,8 +112,8 @@ def headline(summary: Mapping[str, Any]) -> str:
 
 def relation(baseline: Mapping[str, Any]) -> str:
     """Describe how an arm that does not beat its baseline compares with it: "is not clearly above" or "is below"."""
-    better, worse = ("below", "above") if baseline["lower_wins"] else ("above", "below")
-    beaten = baseline["low"] > 0 if baseline["lower_wins"] else baseline["high"] < 0
+    better, worse = ("below", "above") if baseline["lower_is_better"] else ("above", "below")
+    beaten = baseline["low"] > 0 if baseline["lower_is_better"] else baseline["high"] < 0
     return f"is {worse}" if beaten else f"is not clearly {better}"
 
 
@@ -131,7 +127,7 @@ def descriptive_remark(summary: Mapping[str, Any]) -> str:
     sentences = []
     if second:
         parts = [
-            f"{_change(contrast, summary)} ({contrast['word']})"
+            f"{_change(contrast, summary)} ({contrast['verdict']})"
             for primary in summary["contrasts"]
             if primary["primary"]
             for contrast in summary["all_contrasts"]
@@ -148,7 +144,7 @@ def descriptive_remark(summary: Mapping[str, Any]) -> str:
             for contrast in summary["all_contrasts"]
             if contrast["metric"] not in (summary["primary_metric"], second)
             and (contrast["arm"], contrast["reference"]) in pairs
-            and contrast["word"] in words
+            and contrast["verdict"] in words
         ]
         effects.sort(key=lambda contrast: abs(contrast["mean"]) / max(contrast["sd"], 1e-12), reverse=True)
         clearest += effects[:1]
@@ -161,9 +157,13 @@ def _change(contrast: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     """Describe a contrast by its means: "linear accuracy of narrow: 73.2 -> 70.1 %"."""
     metric = summary["metrics"][contrast["metric"]]
     before, after = (format_number(contrast[key], metric) for key in ("reference_mean", "arm_mean"))
-    settings = {primary["arm"].partition("@")[2] for primary in summary["contrasts"] if primary["primary"]}
-    arm = contrast["arm"] if len(settings) > 1 else contrast["arm"].partition("@")[0]
-    return f"{metric['label']} of {arm}: {before} -> {after} {metric['unit']}".strip()
+    return f"{metric['label']} of {_short(contrast['arm'], summary)}: {before} -> {after} {metric['unit']}".strip()
+
+
+def _short(arm: str, summary: Mapping[str, Any]) -> str:
+    """Return the name of an arm, without its setting if all primary contrasts are in the same one."""
+    primary = [contrast["arm"] for contrast in primary_contrasts(summary)]
+    return without_setting(arm) if have_one_setting(primary) else arm
 
 
 def primary_contrasts(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -171,11 +171,11 @@ def primary_contrasts(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [contrast for contrast in summary["contrasts"] if contrast["primary"]]
 
 
-def finding(summary: Mapping[str, Any]) -> str:
-    """Return the finding: failed baselines, primary contrasts, remarks on their arms, then secondary contrasts."""
+def finding(summary: Mapping[str, Any]) -> list[str]:
+    """Return the finding as sentences: failed baselines, primary contrasts, remarks on their arms, the others."""
     metric = summary["metrics"][summary["primary_metric"]]
     rows = {row["arm"]: row for row in summary["rows"]}
-    failed = [baseline for baseline in summary["controls"] if baseline["passed"] is False]
+    failed = [baseline for baseline in summary["baselines"] if baseline["beaten"] is False]
     sentences = [
         f"Too weak to test: {_failed_baseline(baseline, summary)}" for baseline in failed if baseline["primary"]
     ]
@@ -184,7 +184,7 @@ def finding(summary: Mapping[str, Any]) -> str:
     remarks = []
     for arm in dict.fromkeys(arm for contrast in primary for arm in (contrast["arm"], contrast["reference"])):
         row = rows[arm]
-        remarks += [f"{arm} {row['word']}"] if row["word"] else []
+        remarks += [f"{arm} {row['remark']}"] if row["remark"] else []
         if row["diverged"]:
             values = row["metrics"].get(summary["primary_metric"], {"values": {}})["values"]
             treatment = "counted as chance" if str(row["diverged"][0]) in values else "not averaged"
@@ -195,7 +195,7 @@ def finding(summary: Mapping[str, Any]) -> str:
             numbers = format_number(contrast["mean"], metric)
             if contrast["low"] is not None:
                 numbers += f", {format_interval(contrast, metric)}"
-            secondary.append(f"{contrast['arm']}:{contrast['reference']} {contrast['word']} ({numbers})")
+            secondary.append(f"{contrast['arm']}:{contrast['reference']} {contrast['verdict']} ({numbers})")
     if remarks:
         sentences.append("; ".join(remarks))
     if secondary:
@@ -205,14 +205,14 @@ def finding(summary: Mapping[str, Any]) -> str:
         for baseline in failed
         if not baseline["primary"]
     ]
-    return " ".join(f"{sentence}." for sentence in sentences)
+    return [f"{sentence}." for sentence in sentences]
 
 
 def _failed_baseline(baseline: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     """Describe an arm that did not beat its baseline."""
     metric = summary["metrics"][baseline["metric"]]
     arm_mean = format_number(baseline["arm_mean"], metric)
-    baseline_mean = format_number(baseline["control_mean"], metric)
+    baseline_mean = format_number(baseline["baseline_mean"], metric)
     difference = format_number(baseline["mean"], metric)
     return (
         f"{metric['label']} of {baseline['arm']} ({arm_mean}) {relation(baseline)} its baseline, {baseline['name']} "
@@ -222,7 +222,7 @@ def _failed_baseline(baseline: Mapping[str, Any], summary: Mapping[str, Any]) ->
 
 def _contrast_sentence(contrast: Mapping[str, Any], metric: Mapping[str, Any], margin: float | None) -> str:
     """Describe a primary contrast with its verdict, means, interval and number of seeds."""
-    arm, reference, word, label = contrast["arm"], contrast["reference"], contrast["word"], metric["label"]
+    arm, reference, word, label = contrast["arm"], contrast["reference"], contrast["verdict"], metric["label"]
     if contrast["mean"] is None:
         return f"{arm}:{reference} cannot be compared on {label} ({word})"
     arm_mean, reference_mean = (format_number(contrast[key], metric) for key in ("arm_mean", "reference_mean"))
@@ -241,16 +241,16 @@ def _contrast_sentence(contrast: Mapping[str, Any], metric: Mapping[str, Any], m
 
 def arms_by_setting(summary: Mapping[str, Any]) -> dict[str, list[str]]:
     """Return setting -> arms of its tables: the arms "NAME@SETTING" and the references they are compared with."""
-    setting_of = {row["arm"]: row["arm"].partition("@")[2] for row in summary["rows"]}
+    settings = {row["arm"]: setting_of(row["arm"]) for row in summary["rows"]}
     compared: dict[str, set[str]] = {}
     for contrast in summary["contrasts"]:
-        arms = compared.setdefault(setting_of[contrast["arm"]], set())
+        arms = compared.setdefault(settings[contrast["arm"]], set())
         arms.update((contrast["arm"], contrast["reference"]))
     in_a_contrast = set().union(*compared.values())
     result = {}
     for setting, arms in compared.items():
-        others = {arm for arm in setting_of if arm not in in_a_contrast and setting_of[arm] == setting}
-        result[setting] = [arm for arm in setting_of if arm in arms or arm in others]
+        others = {arm for arm in settings if arm not in in_a_contrast and settings[arm] == setting}
+        result[setting] = [arm for arm in settings if arm in arms or arm in others]
     return result
 
 
@@ -267,7 +267,7 @@ def arms_table(summary: Mapping[str, Any], arms: Collection[str] | None = None) 
             stats = row["metrics"].get(name, {"mean": None, "low": None})
             half_width = "" if stats["low"] is None else f" ± {format_number(stats['high'] - stats['mean'], metric)}"
             cells.append(format_number(stats["mean"], metric) + half_width)
-        remarks = [row["word"]] if row["word"] else []
+        remarks = [row["remark"]] if row["remark"] else []
         for state in ("diverged", "missing"):
             if row[state]:
                 remarks.append(f"{len(row[state])} of {row.get('seeds', len(summary['seeds']))} {state}")
@@ -287,7 +287,7 @@ def differences_table(summary: Mapping[str, Any], arms: Collection[str] | None =
         name = f"{arm}:{reference}" + (" (primary)" if contrast["primary"] else "")
         difference, bounds = format_number(contrast["mean"], metric), format_interval(contrast, metric)
         seeds = str(contrast["seeds_needed"] or DASH)
-        table.append([name, difference, bounds, str(contrast["n"]), seeds, contrast["word"]])
+        table.append([name, difference, bounds, str(contrast["n"]), seeds, contrast["verdict"]])
     return table
 
 
