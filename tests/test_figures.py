@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -10,6 +11,7 @@ from PIL import Image
 from common.study import figures, plotting
 from common.study.design import Arm, Design, Metric, MustBeat, Study
 from common.study.names import short_names, without_setting
+from common.study.results import View
 
 quantise_png = figures.quantise_png  # the fixture of conftest.py replaces it
 METRICS = {"knn": Metric("kNN accuracy", "%", 1, "higher"), "loss": Metric("loss", "", 2, "lower")}
@@ -182,6 +184,12 @@ def test_only_three_curves_of_a_panel_are_highlighted():
     assert len(axis.collections) == 3  # no bands for faint arms
     few = figures.curves([figures.Curves("loss", curves_of(arms[:3]))], figures.arm_styles(arms[:3], []))
     assert "Faint" not in few.caption
+
+
+def test_arms_of_primary_contrasts_are_more_important_than_their_references():
+    study = Study("toy", "?", ["second:off", "base:off", "first:base", "third:base"], "knn", primary=3)
+    view = View(Path("runs"), [0], study, {}, {}, "", {}, {})
+    assert view.highlight == ["base", "second", "first", "off", "third"]
 
 
 @pytest.mark.parametrize(("spread", "lines"), [(0.1, False), (10.0, True)])

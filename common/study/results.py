@@ -62,10 +62,13 @@ class View:
 
     @property
     def highlight(self) -> list[str]:
-        """The arms in the order of their importance in a figure: base, those of the primary contrasts, the others."""
-        primary = [name for pair in self.study.pairs[: self.study.primary] for name in pair[::-1]]
+        """The arms in the order of their importance in a figure.
+
+        This is: base, the arms of the primary contrasts, their references, the others.
+        """
         base = [arm for arm in self.study.arms if without_setting(arm) == "base"]
-        return list(dict.fromkeys([*base, *primary, *self.study.arms]))
+        arms, references = zip(*self.study.pairs[: self.study.primary], strict=True)
+        return list(dict.fromkeys([*base, *arms, *references, *self.study.arms]))
 
 
 def read_runs(
