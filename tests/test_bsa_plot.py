@@ -142,8 +142,8 @@ def test_every_study_gets_its_figures_tables_and_summary(tmp_path, study, seeds)
     assert [f"{contrast['arm']}:{contrast['reference']}" for contrast in summary["contrasts"]] == declared.contrasts
     assert summary["contrasts"][0]["metric"] == "fixed_topk_reconstruction_loss" and summary["margin"] == 0.01
     references = ["base", "base-stock-init"] if study == "bsa-alignment-loss" else ["base"]
-    assert [control["arm"] for control in summary["baselines"]] == references
-    assert {control["beaten"] for control in summary["baselines"]} == {True if seeds > 1 else None}
+    assert [baseline["arm"] for baseline in summary["baselines"]] == references
+    assert {baseline["beaten"] for baseline in summary["baselines"]} == {True if seeds > 1 else None}
     assert (summary["verdict"] == "one seed") == (seeds == 1)
     assert set(summary["metrics"]) == set(METRICS) and not summary["not_run"]
     assert summary["data"] == "planted concepts, N = 512, K = 6, 1500 steps, batch 256"
@@ -203,9 +203,10 @@ def test_studies_are_drawn_although_all_runs_diverged(tmp_path):
                 run(tmp_path / "runs", arm, 0, diverged=True)
         summary = draw(tmp_path / "runs", study, 1, tmp_path / "report")
         assert summary["verdict"] == "one seed" and not summary["has_finding"]
-        assert "base: 1 of 1 diverged, counted as chance" in " ".join(summary["finding"])
+        finding = " ".join(summary["finding"])
+        assert "base: 1 of 1 diverged, counted as chance" in finding
         assert summary["contrasts"][0]["arm_mean"] == summary["contrasts"][0]["reference_mean"] == 1.0
-        assert "Reconstruction loss at" not in " ".join(summary["finding"])
+        assert "Reconstruction loss at" not in finding
     assert len(list((tmp_path / "report").glob("*.png"))) == 2 * len(NAMES)
 
 

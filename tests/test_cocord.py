@@ -743,7 +743,7 @@ def test_plot_writes_figures_and_findings(study, finished, tmp_path):
     summary = json.loads((tmp_path / f"{study}.json").read_text())
     contrasts = [f"{contrast['arm']}:{contrast['reference']}" for contrast in summary["contrasts"]]
     assert contrasts == STUDIES[study] and not summary["not_run"]
-    assert all(control["arm_mean"] is not None for control in summary["baselines"])
+    assert all(baseline["arm_mean"] is not None for baseline in summary["baselines"])
     assert any("1 of 2 missing (seed 1)" in note for note in summary["notes"])
     names = {path.name.removeprefix(f"{study}-") for path in tmp_path.iterdir() if path.suffix in (".png", ".svg")}
     figures = ("differences", "summary", "curves", "metrics")

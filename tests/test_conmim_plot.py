@@ -235,12 +235,10 @@ def test_a_finding_requires_that_ema_and_online_weights_agree_in_sign(tmp_path, 
     primary = next(contrast for contrast in summary["contrasts"] if contrast["primary"])
     assert primary["verdict"] == plot.DISAGREE and plot.DISAGREE in summary["headline"]
     assert "no verdict" in summary["headline"]
-    assert (
-        plot.DISAGREE in " ".join(summary["finding"])
-        and ", worse (" not in " ".join(summary["finding"]).partition("Secondary")[0]
-    )
+    finding = " ".join(summary["finding"])
+    assert plot.DISAGREE in finding and ", worse (" not in finding.partition("Secondary")[0]
     note = next(note for note in summary["notes"] if "disagree" in note)
-    assert "symmetric:base" in note and "-11.0" in note and "9.0" in note and note in " ".join(summary["finding"])
+    assert "symmetric:base" in note and "-11.0" in note and "9.0" in note and note in finding
 
 
 @pytest.mark.parametrize("unbeaten", ["no-pretraining", "no-pretraining-long"])
@@ -252,7 +250,8 @@ def test_a_baseline_that_is_not_beaten_is_too_weak(unbeaten, tmp_path, no_figure
         write_run(tmp_path / "runs", unbeaten, seed, finetune_accuracy=51.0 + seed)
     summary = draw(tmp_path / "runs", "conmim-asymmetry", 3, tmp_path / "report")
     assert summary["verdict"] == "too weak to test" and not summary["has_finding"]
-    assert "no pre-training" in " ".join(summary["finding"]) and "Position diagnostics" in " ".join(summary["finding"])
+    finding = " ".join(summary["finding"])
+    assert "no pre-training" in finding and "Position diagnostics" in finding
 
 
 # ---------------------------------------------------------------------------------------------- statistics

@@ -30,7 +30,7 @@ def contrast(word="worse", p=0.001, arm="arm", reference="base", **changes):
 
 def row(arm):
     knn = {"mean": 50.0, "sd": 1.0, "n": 5, "low": 48.0, "high": 52.0, "values": {"0": 50.0}}
-    return {"arm": arm, "flags": "", "remark": None, "metrics": {"knn": knn}, "diverged": [], "missing": []}
+    return {"arm": arm, "flags": "", "remark": None, "metrics": {"knn": knn}, "diverged": [], "missing": [], "seeds": 5}
 
 
 def summary(*contrasts, **changes):
@@ -49,6 +49,7 @@ def summary(*contrasts, **changes):
     default |= {"primary_metric": "knn", "metrics": {"knn": METRIC}, "seeds": [0, 1, 2, 3, 4], "baselines": []}
     default |= {"contrasts": list(contrasts), "all_contrasts": [], "rows": [row(arm) for arm in arms], "notes": []}
     default |= {"provenance": {"commit": "c"}, "verdict": verdict, "has_finding": True, "not_run": []}
+    default |= {"remark": "", "captions": {}, "calibration": {}, "second_metric": None, "seed_draws": "weights"}
     default |= {"headline": "It hurts: 50.0 -> 10.0 %.", "finding": ["Accuracy falls by 40.0.", "Third.", "Fourth."]}
     return default | changes
 
@@ -235,8 +236,9 @@ def test_the_bar_shows_margin_zero_interval_and_mean_on_the_scale_of_its_paper(t
 
 def test_a_summary_of_another_version_is_named_and_not_shown(tmp_path):
     parsed, lines = write(tmp_path, {"toy-a": summary(version=2)})
-    assert "toy-a.json is from another version of this project" in parsed.overview and "It hurts" not in parsed.text
-    assert lines == ["toy-a: toy-a.json is from another version of this project: draw it again (make report)"]
+    sentence = "toy-a.json was written by another version of this project"
+    assert sentence in parsed.overview and "It hurts" not in parsed.text
+    assert lines == [f"toy-a: {sentence}"]
 
 
 def test_anchors_resolve_and_links_point_to_files(tmp_path):

@@ -36,6 +36,7 @@ def study(**changes) -> Study:
 
 
 ABOUT = {"paper": "toy", "scale": "demo", "data": "ten pictures", "reproduce": "make toy-arm SCALE=demo", "not_run": []}
+ABOUT |= {"seed_draws": "initial weights"}
 
 
 def run(
@@ -227,10 +228,8 @@ def test_each_arm_has_its_own_seeds(tmp_path):
 
 def test_the_caption_says_what_a_seed_draws(tmp_path):
     grid(tmp_path, base=BASE, arm=ARM)
-    summary = summarise(tmp_path)
-    blocks = summary | {"seed_draws": "data, initial weights and order"}
-    assert tables.caption(blocks).endswith("over n seeds. A seed draws data, initial weights and order.")
-    assert tables.caption(summary).endswith("A seed draws initial weights.")  # published without the key
+    summary = summarise(tmp_path) | {"seed_draws": "data, initial weights and order"}
+    assert tables.caption(summary).endswith("over n seeds. A seed draws data, initial weights and order.")
 
 
 def test_seeds_of_given_data_draw_their_split():
@@ -312,8 +311,9 @@ def test_a_failed_baseline_of_another_reference_does_not_change_the_primary_verd
     must_beat = [MustBeat(arm, "untrained", "knn", baseline_metric="untrained_knn") for arm in ("base", "other")]
     summary = summarise(tmp_path, contrasts=["arm:base", "arm:other"], must_beat=must_beat)
     assert [baseline["beaten"] for baseline in summary["baselines"]] == [True, False]
-    assert summary["verdict"] == "worse" and not " ".join(summary["finding"]).startswith("Too weak")
-    assert "Contrasts with other are too weak to test" in " ".join(summary["finding"])
+    finding = " ".join(summary["finding"])
+    assert summary["verdict"] == "worse" and not finding.startswith("Too weak")
+    assert "Contrasts with other are too weak to test" in finding
 
 
 def test_the_baseline_of_a_contrasts_arm_takes_precedence_over_those_of_its_setting(tmp_path):
@@ -463,10 +463,9 @@ def test_remark_of_gets_only_finished_seeds_and_the_finding_contains_its_remark(
     summary = summarise(tmp_path, remark_of=remark_of, contrasts=["arm:base", "other:base"])
     assert seeds_per_call == [5, 4, 5]
     assert [row["remark"] for row in summary["rows"]] == [None, *["collapsed in every seed"] * 2]
-    assert "arm collapsed in every seed" in " ".join(summary["finding"])
-    assert re.search(
-        r"\(descriptive\): other:base worse \(-50\.6, -\d+\.\d to -\d+\.\d\)\.$", " ".join(summary["finding"])
-    )
+    finding = " ".join(summary["finding"])
+    assert "arm collapsed in every seed" in finding
+    assert re.search(r"\(descriptive\): other:base worse \(-50\.6, -\d+\.\d to -\d+\.\d\)\.$", finding)
 
 
 def test_json_csv_and_markdown_contain_the_same_numbers(tmp_path):

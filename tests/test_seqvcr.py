@@ -881,7 +881,7 @@ def test_plot_writes_figures_and_summary_of_each_study(finished, tmp_path, capsy
         if "width" in study:
             expected.add("width")
         assert figures == expected and all(row["remark"] == "0 of 1 solved" for row in summary["rows"])
-        assert summary["baselines"] and all(control["arm_mean"] is not None for control in summary["baselines"])
+        assert summary["baselines"] and all(baseline["arm_mean"] is not None for baseline in summary["baselines"])
         assert any("1 of 2 missing (seed 1)" in note for note in summary["notes"]) and not summary["not_run"]
     summary = json.loads((tmp_path / "seqvcr-coefficients.json").read_text())
     primary = [contrast["arm"] for contrast in summary["contrasts"] if contrast["primary"]]

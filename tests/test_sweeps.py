@@ -96,10 +96,11 @@ def test_robustness_from_runs_to_verdict(tmp_path, capsys):
     tested = ("base", "base@third", "base@triple")
     summary = draw(tmp_path, ["arm:base", "other:base", *AT_OTHER_RATES, *others], tested, ROBUST, 2)
     assert summary["verdict"] == f"{sweeps.TWO_RATES}: arm:base; {sweeps.ALL_RATES}: other:base"
-    assert summary["has_finding"] and "better at all three rates" in " ".join(summary["finding"])
-    assert "worse at a third; worse at base's rate; unclear at three times" in " ".join(summary["finding"])
-    assert "a third -40.0 (-40.0 to -40.0)" in " ".join(summary["finding"])
-    assert "std ratio, arm:base: unclear at all three rates" in " ".join(summary["finding"])
+    finding = " ".join(summary["finding"])
+    assert summary["has_finding"] and "better at all three rates" in finding
+    assert "worse at a third; worse at base's rate; unclear at three times" in finding
+    assert "a third -40.0 (-40.0 to -40.0)" in finding
+    assert "std ratio, arm:base: unclear at all three rates" in finding
     assert (tmp_path / "results" / "toy-x-sweep.svg").exists() and " ".join(
         summary["finding"]
     ) in capsys.readouterr().out

@@ -2,7 +2,7 @@
 
 | step | module |
 | --- | --- |
-| declare arms, contrasts and studies | design.py |
+| declare arms, contrasts and studies | design.py, names.py (ARM@SETTING) |
 | check make's variables, write the rules for runs | request.py, rules.py (`run_rules`) |
 | choose a GPU, estimate the cost | slots.py, cost.py |
 | read the runs | results.py |

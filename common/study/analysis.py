@@ -73,33 +73,33 @@ def verdict_of(summary: Mapping[str, Any]) -> dict[str, Any]:
     for contrast in primary:
         arm, reference = contrast["arm"], contrast["reference"]
         verdicts[arm if arms.count(arm) == 1 else f"{arm}:{reference}"] = contrast["verdict"]
-    words = set(verdicts.values())
+    distinct = set(verdicts.values())
     return {
-        "verdict": words.pop() if len(words) == 1 else "; ".join(f"{arm}: {word}" for arm, word in verdicts.items()),
-        "calibration": {arm: _as_expected(verdicts[arm], word) for arm, word in summary["expected"].items()},
-        "has_finding": any(word in FINDINGS for word in verdicts.values()),
+        "verdict": distinct.pop() if len(distinct) == 1 else "; ".join(": ".join(item) for item in verdicts.items()),
+        "calibration": {arm: _as_expected(verdicts[arm], expected) for arm, expected in summary["expected"].items()},
+        "has_finding": any(found in FINDINGS for found in verdicts.values()),
         "headline": headline(summary),
     }
 
 
-def _as_expected(word: str, expected: str) -> str:
-    """Compare a verdict with the expected one: one of COMPARED, or "not run".
+def _as_expected(found: str, expected: str) -> str:
+    """Compare the verdict `found` with the expected one: one of COMPARED, or "not run".
 
     "not reproduced": a difference was expected and there is none, or the reverse.
     """
-    if word == expected:
+    if found == expected:
         return "reproduced"
-    if word in NOT_TESTED:
+    if found in NOT_TESTED:
         return "not run"
-    if word not in FINDINGS:
+    if found not in FINDINGS:
         return "unclear"
-    return "not reproduced" if "no difference" in (word, expected) else "reversed"
+    return "not reproduced" if "no difference" in (found, expected) else "reversed"
 
 
 def _contrast(runs: Runs, arm: str, reference: str, key: str, metric: Metric, margin: float | None) -> dict[str, Any]:
     """Compare an arm with its reference on one metric, over the seeds that both have finished.
 
-    "verdict" is that of the interval alone; `verdict_with_baselines` completes it.
+    "verdict" uses only the interval; `verdict_with_baselines` completes it.
     """
     by_seed, reference_by_seed = values(runs, arm, key), values(runs, reference, key)
     seeds = sorted(by_seed.keys() & reference_by_seed.keys())

@@ -119,9 +119,9 @@ def arm_styles(arms: Sequence[str], studies: Sequence[Collection[str]]) -> dict[
     return styles | {arm: styles[without_setting(arm)] for arm in arms}
 
 
-def verdict_colour(word: str) -> str:
-    """Return the colour of a verdict. A word that is not a verdict is light grey."""
-    return VERDICT_COLOURS.get(word, NO_VERDICT)
+def verdict_colour(verdict: str) -> str:
+    """Return the colour of a verdict. Any other text is light grey."""
+    return VERDICT_COLOURS.get(verdict, NO_VERDICT)
 
 
 def minimum_span(title: str) -> float:

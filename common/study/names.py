@@ -1,4 +1,4 @@
-"""Names of arms: "NAME", or "NAME@SETTING". A setting is a task, a data set, a pair of networks or a learning rate."""
+"""Names of arms: "NAME" or "NAME@SETTING". A setting is, for example, a task, a data set or a learning rate."""
 
 from collections.abc import Collection
 
@@ -29,7 +29,7 @@ def short_names(arms: Collection[str]) -> list[str]:
 
 
 def contrast_name(arm: str, reference: str, minus: str = " − ") -> str:
-    """Return "arm − reference", with a setting that both share in brackets."""
+    """Return "arm − reference", with a setting that both share in brackets. `minus`: the text between the names."""
     setting = setting_of(arm)
     if not setting or setting != setting_of(reference):
         return f"{arm}{minus}{reference}"

@@ -115,7 +115,7 @@ def verdict_styles() -> str:
 
 
 def read_summary(folder: Path, study: str) -> Summary | str:
-    """Return a study's summary, or a sentence that says why it is missing."""
+    """Return a study's summary, or a sentence that says why it cannot be shown."""
     try:
         summary = dict(read_json(folder / f"{study}.json"))
     except FileNotFoundError:
@@ -123,7 +123,7 @@ def read_summary(folder: Path, study: str) -> Summary | str:
     except (ValueError, TypeError):
         return f"{study}.json cannot be read"
     if summary.get("version") != analysis.VERSION:
-        return f"{study}.json is from another version of this project: draw it again (make report)"
+        return f"{study}.json was written by another version of this project"
     return summary
 
 
@@ -161,7 +161,7 @@ def sentences(summary: Summary) -> list[str]:
 
 def result_sentence(summary: Summary) -> str:
     """Return the headline, and if the study is too weak to test also what else was seen."""
-    remark = summary.get("remark", "") if summary["verdict"] == analysis.TOO_WEAK else ""
+    remark = summary["remark"] if summary["verdict"] == analysis.TOO_WEAK else ""
     return f"{sentences(summary)[0]} {remark.replace(' -> ', ' → ')}".strip()
 
 
@@ -442,10 +442,8 @@ def study_html(
         provenance.append(f"{key}: {text}")
     notes = "".join(f"<li>{escape(note)}</li>" for note in summary["notes"])
     headline, *others = sentences(summary)
-    second = summary.get("remark", "").replace(" -> ", " → ") or (
-        others.pop(0) if others and len(others[0]) < 300 else ""
-    )
-    captions = summary.get("captions", {})
+    second = summary["remark"].replace(" -> ", " → ") or (others.pop(0) if others and len(others[0]) < 300 else "")
+    captions = summary["captions"]
     shown, folded = (
         [figure_html(path, captions.get(path.stem, "")) for path in paths] for paths in split_figures(study, figures)
     )
@@ -480,7 +478,7 @@ def calibration_sentence(folder: Path, extras: Sequence[str]) -> str:
             verdicts = [contrast["verdict"] for contrast in tables.primary_contrasts(summary)]
             equal_arms += [verdict for verdict in verdicts if verdict not in analysis.NOT_TESTED]
         else:
-            effects += [verdict for verdict in summary.get("calibration", {}).values() if verdict != "not run"]
+            effects += [verdict for verdict in summary["calibration"].values() if verdict != "not run"]
     parts = []
     if equal_arms:
         false = sum(verdict in RESOLVED for verdict in equal_arms)
@@ -615,14 +613,14 @@ def readme(folder: Path, name: str, scale: str, studies: Sequence[str], command:
             parts.append(f"{summary}. Run it: `{command.replace('{}', study)}`")
             continue
         headline, *others = sentences(summary)
-        captions = summary.get("captions", {})
+        captions = summary["captions"]
         shown, folded = (
             [f"![{path.stem}]({path.stem}.png)\n\n{captions.get(path.stem, '')}".strip() for path in paths]
             for paths in split_figures(study, figures[study])
         )
         text = tables.as_markdown(summary)
         links = [f"[{label}]({link})" for label, link in study_links(folder, study).items()]
-        remark = summary.get("remark", "").replace(" -> ", " → ")
+        remark = summary["remark"].replace(" -> ", " → ")
         parts += [summary["question"], f"**{headline}** {remark}".strip(), published_sentence(study, summary)]
         parts += shown
         parts += [" · ".join(links), "<details><summary>Tables, notes and further figures</summary>"]

@@ -62,10 +62,7 @@ class View:
 
     @property
     def highlight(self) -> list[str]:
-        """The arms in the order of their importance in a figure.
-
-        This is: base, the arms of the primary contrasts, their references, the others.
-        """
+        """The arms by importance in a figure: base, the arms of primary contrasts, their references, the others."""
         base = [arm for arm in self.study.arms if without_setting(arm) == "base"]
         arms, references = zip(*self.study.pairs[: self.study.primary], strict=True)
         return list(dict.fromkeys([*base, *arms, *references, *self.study.arms]))

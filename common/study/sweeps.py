@@ -63,21 +63,21 @@ def sweep_finding(summary: Mapping[str, Any], swept: Mapping[str, float], sweep:
     for name in sweep.metrics:
         metric = summary["metrics"][name]
         contrasts = summary["contrasts" if name == summary["primary_metric"] else "all_contrasts"]
-        words = {
+        verdicts = {
             contrast["arm"]: contrast["verdict"]
             for contrast in contrasts
             if contrast["metric"] == name and contrast["reference"] == reference and contrast["arm"] in swept
         }
-        words = words if metric["judged"] else {}
-        same = len(words) > 1 and len(set(words.values())) == 1
+        verdicts = verdicts if metric["judged"] else {}
+        same = len(verdicts) > 1 and len(set(verdicts.values())) == 1
         points = []
         for arm, value in swept.items():
             if name in rows[arm]:
-                word = f" ({words[arm]})" if arm in words and not same else ""
-                points.append(f"{tables.format_number(rows[arm][name]['mean'], metric)} at {value:g}{word}")
+                verdict = f" ({verdicts[arm]})" if arm in verdicts and not same else ""
+                points.append(f"{tables.format_number(rows[arm][name]['mean'], metric)} at {value:g}{verdict}")
         if points:
-            against = f", against {without_setting(reference)}" if words else ""
-            common = f" (all {next(iter(words.values()))})" if same else ""
+            against = f", against {without_setting(reference)}" if verdicts else ""
+            common = f" (all {next(iter(verdicts.values()))})" if same else ""
             sentences.append(f"{metric['label']}{against}: {', '.join(points)}{common}.")
     return sentences or ["No value yet."]
 
@@ -151,8 +151,8 @@ def opposite_at_another_rate(summary: Mapping[str, Any]) -> set[tuple[str, str]]
     """Return (arm, reference) of the contrasts of a robustness study whose verdict another rate resolves oppositely."""
     result = set()
     for name, by_rate in contrasts_by_rate(summary, summary["primary_metric"]).items():
-        words = {rate: contrast["verdict"] for rate, contrast in by_rate.items()}
-        if OPPOSITE.get(words.get("", "")) in words.values():
+        verdicts = {rate: contrast["verdict"] for rate, contrast in by_rate.items()}
+        if OPPOSITE.get(verdicts.get("", "")) in verdicts.values():
             arm, _, reference = name.partition(":")
             result.add((arm, reference))
     return result
@@ -226,14 +226,18 @@ def rates_figure(summary: Mapping[str, Any], sweep: Sweep, caption: str) -> figu
                     axis.axhspan(
                         -summary["margin"], summary["margin"], color="#0072B2", alpha=0.1, linewidth=0, zorder=0
                     )
-        words = [by_rate["verdict"] for metric in sweep.metrics for rates in contrasts_by_rate(summary, metric).values()
-                 for by_rate in rates.values()]  # fmt: skip
-        markers = {
-            word: {"color": figures.verdict_colour(word), "marker": "o", "linestyle": ""}
-            for word in figures.VERDICT_COLOURS
-            if word in words
+        verdicts = {
+            contrast["verdict"]
+            for metric in sweep.metrics
+            for by_rate in contrasts_by_rate(summary, metric).values()
+            for contrast in by_rate.values()
         }
-        if set(words) - set(figures.VERDICT_COLOURS):
+        markers = {
+            verdict: {"color": figures.verdict_colour(verdict), "marker": "o", "linestyle": ""}
+            for verdict in figures.VERDICT_COLOURS
+            if verdict in verdicts
+        }
+        if verdicts - set(figures.VERDICT_COLOURS):
             markers["no verdict"] = {"color": figures.NO_VERDICT, "marker": "o", "linestyle": ""}
         text = "Mean paired difference with 95 % interval; faint dots: differences of the seeds; light band: margin. "
         return figures.add_legend(figure, markers, text + caption)

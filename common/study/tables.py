@@ -113,8 +113,8 @@ def headline(summary: Mapping[str, Any]) -> str:
 def relation(baseline: Mapping[str, Any]) -> str:
     """Describe how an arm that does not beat its baseline compares with it: "is not clearly above" or "is below"."""
     better, worse = ("below", "above") if baseline["lower_is_better"] else ("above", "below")
-    beaten = baseline["low"] > 0 if baseline["lower_is_better"] else baseline["high"] < 0
-    return f"is {worse}" if beaten else f"is not clearly {better}"
+    clearly_worse = baseline["low"] > 0 if baseline["lower_is_better"] else baseline["high"] < 0
+    return f"is {worse}" if clearly_worse else f"is not clearly {better}"
 
 
 def descriptive_remark(summary: Mapping[str, Any]) -> str:
@@ -123,7 +123,7 @@ def descriptive_remark(summary: Mapping[str, Any]) -> str:
     These are at most two, by mean / standard deviation of the paired differences: one on a metric with a better side,
     and one on a metric without. They carry no verdict of the study.
     """
-    second = summary.get("second_metric")
+    second = summary["second_metric"]
     sentences = []
     if second:
         parts = [
@@ -222,17 +222,17 @@ def _failed_baseline(baseline: Mapping[str, Any], summary: Mapping[str, Any]) ->
 
 def _contrast_sentence(contrast: Mapping[str, Any], metric: Mapping[str, Any], margin: float | None) -> str:
     """Describe a primary contrast with its verdict, means, interval and number of seeds."""
-    arm, reference, word, label = contrast["arm"], contrast["reference"], contrast["verdict"], metric["label"]
+    arm, reference, verdict, label = contrast["arm"], contrast["reference"], contrast["verdict"], metric["label"]
     if contrast["mean"] is None:
-        return f"{arm}:{reference} cannot be compared on {label} ({word})"
+        return f"{arm}:{reference} cannot be compared on {label} ({verdict})"
     arm_mean, reference_mean = (format_number(contrast[key], metric) for key in ("arm_mean", "reference_mean"))
     details = f"{arm} {arm_mean}, {reference} {reference_mean}"
     difference = amount(contrast["mean"], metric)
     if contrast["low"] is None:
         return f"{label}: {arm} minus {reference} is {difference} ({details}; one seed, no interval)"
     interval = f"95 % interval {format_interval(contrast, metric)}, n = {contrast['n']}"
-    text = f"{label}: {arm} minus {reference} is {difference}, {word} ({details}; {interval})"
-    if word == "no difference":
+    text = f"{label}: {arm} minus {reference} is {difference}, {verdict} ({details}; {interval})"
+    if verdict == "no difference":
         text += f"; the interval lies within the margin of {amount(margin or 0, metric)}"
     if contrast["seeds_needed"]:
         text += f"; with this spread {contrast['seeds_needed']} seeds would give a half-width of the margin"
@@ -270,7 +270,7 @@ def arms_table(summary: Mapping[str, Any], arms: Collection[str] | None = None) 
         remarks = [row["remark"]] if row["remark"] else []
         for state in ("diverged", "missing"):
             if row[state]:
-                remarks.append(f"{len(row[state])} of {row.get('seeds', len(summary['seeds']))} {state}")
+                remarks.append(f"{len(row[state])} of {row['seeds']} {state}")
         n = row["metrics"].get(summary["primary_metric"], {"n": 0})["n"]
         table.append([row["arm"], row["flags"], *cells, str(n), "; ".join(remarks)])
     return table
@@ -295,9 +295,7 @@ def caption(summary: Mapping[str, Any]) -> str:
     """Return the caption of `arms_table`."""
     if len(summary["seeds"]) == 1:
         return "Values of one seed: no interval."
-    return (
-        f"Mean and 95 % Student-t interval over n seeds. A seed draws {summary.get('seed_draws', 'initial weights')}."
-    )
+    return f"Mean and 95 % Student-t interval over n seeds. A seed draws {summary['seed_draws']}."
 
 
 def markdown(table: list[list[str]]) -> str:
