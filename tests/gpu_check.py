@@ -7,25 +7,27 @@
 Needs no network, no data and no git history. If CIFAR or the MeSH concepts are not in --data, random numbers of the
 same shape replace them. Writes report.md, report.json and log.txt (output of the scripts, tracebacks) to --report and
 updates them after each case. A failed case does not stop the others. Exit code 1 unless all applicable cases passed.
-On a GPU, the parts without timing run concurrently in --jobs processes.
+On a GPU, the parts without timing run concurrently in --jobs processes. The parts run in this order, the longest last:
+with --minutes, they are the ones that may not be run.
 
 agreement  with the same weights and batch, CPU and device agree in float32: loss, gradients, optimisers, views, masks,
            data, metrics. In bfloat16 the device's difference from float32 may be three times the CPU's
-exchange   a run trained on the device is evaluated on the CPU, and vice versa
-arms       each arm of the design at demo scale: a few steps, evaluation, figures
-scales     each arm of the design at gpu scale: 20 steps at full width and batch size; two steps of paper-scale networks
 sync       no host-device synchronisation in a step; the profiler counts synchronising calls and pageable copies
 resume     a run that is killed after an epoch and resumed gives the weights of an uninterrupted run
 ranks      training with two gloo ranks on one device agrees with training in one process
 make       one study through make
-packing    throughput of concurrent runs on one device against one run at a time
+exchange   a run trained on the device is evaluated on the CPU, and vice versa
 speed      examples per second at gpu scale; time share of matrix products; a large product; plain references
+packing    throughput of concurrent runs on one device against one run at a time
 switches   channels-last, cuDNN's benchmark mode, --compile: same results, and the gain of each
+scales     each arm of the design at gpu scale: 20 steps at full width and batch size; two steps of paper-scale networks
+arms       each arm of the design at demo scale: a few steps, evaluation, figures
 """
 
 import contextlib
 import dataclasses
 import io
+import itertools
 import math
 import os
 import platform
@@ -53,9 +55,9 @@ from common import cli, devices, files
 from common.cli import fail
 
 PARTS: dict[str, Callable[[Check], Iterator[Case]]] = {
-    "agreement": gpu_parts.agreement, "exchange": gpu_parts.exchange, "arms": gpu_parts.arms,
-    "scales": gpu_parts.scales, "sync": gpu_parts.sync, "resume": gpu_parts.resume, "ranks": gpu_parts.ranks,
-    "make": gpu_parts.make, "packing": gpu_parts.packing, "speed": gpu_speed.speed, "switches": gpu_speed.switches,
+    "agreement": gpu_parts.agreement, "sync": gpu_parts.sync, "resume": gpu_parts.resume, "ranks": gpu_parts.ranks,
+    "make": gpu_parts.make, "exchange": gpu_parts.exchange, "speed": gpu_speed.speed, "packing": gpu_parts.packing,
+    "switches": gpu_speed.switches, "scales": gpu_parts.scales, "arms": gpu_parts.arms,
 }  # fmt: skip
 TIMED = ("packing", "speed", "switches")  # parts that measure time: no other process may run
 JOB_TIMEOUT = 900  # seconds
@@ -232,20 +234,16 @@ def main(argv: list[str] | None = None) -> int:
 
         def add(new: list[Row]) -> None:
             rows.extend(new)
-            rows.sort(key=lambda row: list(PARTS).index(row.part))
+            rows.sort(key=lambda row: args.parts.index(row.part))
             for row in new:
                 print(f"{row.outcome:>14}  {row.seconds:6.1f} s  {row.part}: {row.case}: {row.found}", flush=True)
             write_report(args.report, machine, rows, check.numbers)
 
-        jobs = args.jobs or default_jobs(device)
-        sequential = list(args.parts)
-        if jobs > 1:
-            sequential = [part for part in args.parts if part in TIMED]
-            concurrent = split_into_jobs([part for part in args.parts if part not in TIMED], args.papers)
+        def run_concurrently(concurrent: list[Job]) -> None:
             with ThreadPoolExecutor(jobs) as pool:
                 futures = [
-                    pool.submit(run_job, job, check, check.work / f"job-{number}", minutes_left)
-                    for number, job in enumerate(concurrent)
+                    pool.submit(run_job, job, check, check.work / f"job-{job[0]}-{job[1][0]}", minutes_left)
+                    for job in concurrent
                 ]
                 for future in as_completed(futures):
                     new_rows, numbers, text = future.result()
@@ -253,12 +251,19 @@ def main(argv: list[str] | None = None) -> int:
                     with open(log, "a", encoding="utf-8") as file:
                         file.write(text)
                     add(new_rows)
-        for part in sequential:
-            for name, case in list_cases(check, part):
-                if minutes_left() <= 0:
-                    add([Row(part, name, "not run", 0.0, f"the time limit of {args.minutes:g} minutes was reached")])
-                else:
-                    add([run_case(part, name, case, log)])
+
+        jobs = args.jobs or default_jobs(device)
+        for timed, group in itertools.groupby(args.parts, key=lambda part: part in TIMED):
+            if jobs > 1 and not timed:
+                run_concurrently(split_into_jobs(list(group), args.papers))
+                continue
+            for part in group:
+                for name, case in list_cases(check, part):
+                    if minutes_left() <= 0:
+                        limit = f"the time limit of {args.minutes:g} minutes was reached"
+                        add([Row(part, name, "not run", 0.0, limit)])
+                    else:
+                        add([run_case(part, name, case, log)])
     counts = Counter(row.outcome for row in rows)
     print(f"{summary(counts)} in {time.perf_counter() - start:.0f} s{note}; report: {args.report / 'report.md'}")
     return int(counts["failed"] + counts["not run"] > 0)

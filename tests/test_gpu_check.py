@@ -140,6 +140,24 @@ def test_concurrent_jobs_are_merged_into_one_report(tmp_path, monkeypatch):
     assert "=== sync: " in (tmp_path / "report/log.txt").read_text()
 
 
+def test_parts_run_in_their_order_and_only_untimed_neighbours_run_concurrently(tmp_path, monkeypatch):
+    ran = []
+
+    def split_into_jobs(parts, papers):
+        ran.append(parts)
+        return []
+
+    def record(part):
+        return lambda _: ran.append(part) or iter(())
+
+    monkeypatch.setattr(gpu_check, "split_into_jobs", split_into_jobs)
+    for part in gpu_check.TIMED:
+        monkeypatch.setitem(gpu_check.PARTS, part, record(part))
+    gpu_check.main(["--device", "cpu", "--jobs", "2", "--report", str(tmp_path)])
+    before = ["agreement", "sync", "resume", "ranks", "make", "exchange"]
+    assert ran == [before, "speed", "packing", "switches", ["scales", "arms"]]
+
+
 def test_without_a_gpu_the_error_offers_the_dry_run(tmp_path, capsys):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
