@@ -48,6 +48,8 @@ def select_device(name: str, scale: str, distributed: bool = False) -> torch.dev
     # Disable TF32: its 10-bit mantissa is too coarse for the collapse metrics.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.benchmark = True  # input shapes are fixed
+    # On Hopper, cuDNN attention may round the dropout probability to multiples of 1/16 (pytorch pull request 174245).
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 
@@ -191,7 +193,8 @@ def report_oom(device: torch.device, usage: str, remedy: str, precision: str = "
         fail(f"out of memory on {device} with {usage} (peak {peak:.1f} GiB{shared}): {remedy}")
 
 
-# A resumed run is bit-identical only if these are equal. `Run.write_config` adds the precision.
+# On a CPU a resumed run is bit-identical if these are equal (on a GPU the order of atomic additions varies).
+# `Run.write_config` adds the precision.
 ENVIRONMENT = ("torch", "device", "threads", "world", "precision")
 
 

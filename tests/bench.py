@@ -326,7 +326,8 @@ def measure_seqvcr(device: torch.device, rounds: int) -> None:
     def plain() -> None:
         targets = rows[:, 1:].clone()
         targets[:, : -task.answer] = -100  # ignored by cross_entropy
-        loss = F.cross_entropy(minimal(rows[:, :-1]).flatten(0, 1), targets.flatten())
+        with devices.autocast("auto", device):
+            loss = F.cross_entropy(minimal(rows[:, :-1]).flatten(0, 1), targets.flatten())
         optimizers["plain"].zero_grad()
         loss.backward()
         optimizers["plain"].step()

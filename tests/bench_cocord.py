@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from cocord import net, train
-from common import images
+from common import devices, images
 
 PAIRS = ("resnet56-resnet20", "resnet110-resnet32", "vgg13-vgg8")
 BATCH = 64
@@ -74,16 +74,17 @@ class PlainReference:
         m = self.model
         x, swapped_x, teacher_x = (view.to(self.device) for view in views)
         labels = labels.to(self.device)
-        feature, logits = m.student(x)
-        z, swapped_z = m.head(feature), m.head(m.student(swapped_x)[0])
-        p, swapped_p = m.predictor(z), m.predictor(swapped_z)
-        q = F.normalize(z, dim=1)
-        with torch.no_grad():
+        with devices.autocast("auto", self.device):
+            feature, logits = m.student(x)
+            z, swapped_z = m.head(feature), m.head(m.student(swapped_x)[0])
+            p, swapped_p = m.predictor(z), m.predictor(swapped_z)
+        q, p, swapped_p, logits = F.normalize(z.float(), dim=1), p.float(), swapped_p.float(), logits.float()
+        with torch.no_grad(), devices.autocast("auto", self.device):
             self.ema_update(m.slow_student, m.student, 0.9)
             self.ema_update(m.slow_head, m.head, 0.9)
             self.ema_update(m.teacher_head, m.head, 0.999)
-            k = F.normalize(m.teacher_head(self.teacher(teacher_x)[0]), dim=1)
-            u, swapped_u = m.slow_head(m.slow_student(swapped_x)[0]), m.slow_head(m.slow_student(x)[0])
+            k = F.normalize(m.teacher_head(self.teacher(teacher_x)[0]).float(), dim=1)
+            u, swapped_u = (m.slow_head(m.slow_student(view)[0]).float() for view in (swapped_x, x))
         positive = torch.einsum("nc,nc->n", [q, k]).unsqueeze(-1)
         negative = torch.einsum("nc,ck->nk", [q, m.queue.T.clone().detach()])
         similarities = torch.cat([positive, negative], dim=1) / 0.1

@@ -53,7 +53,8 @@ def agreement(check: Check) -> Iterator[Case]:
     for paper in check.papers:
         for scale in ("demo",) if check.dry_run else ("demo", "gpu"):
             yield f"{paper}, {scale}: loss and gradients", partial(agree_on_gradients, check, paper, scale)
-        yield f"{paper}: bfloat16", partial(agree_under_bfloat16, check, paper)
+        for scale in ("demo", "gpu") if paper == "conmim" and not check.dry_run else ("demo",):
+            yield f"{paper}, {scale}: bfloat16", partial(agree_under_bfloat16, check, paper, scale)
         yield f"{paper}: optimiser", partial(agree_on_optimiser, check, paper)
     yield "views and masks", partial(agree_on_views, check)
     yield "data of Seq-VCR", partial(agree_on_sequences, check)
@@ -64,10 +65,10 @@ def agreement(check: Check) -> Iterator[Case]:
 
 # Allowed relative difference of gradients: (of each parameter, of the full gradient). Rounding switches a few ReLUs:
 # on the CPU, a change of all weights by 1e-7 changes a parameter's gradient by 0.003 and the full gradient by 0.002
-# (CoCoRD, gpu scale).
+# (CoCoRD, gpu scale), and one by 1e-5, as of cuDNN's fast convolutions, the full gradient by 0.02.
 GRADIENT_TOLERANCES = {
-    "simsiam": (5e-2, 1e-2),
-    "cocord": (5e-2, 1e-2),
+    "simsiam": (5e-2, 3e-2),
+    "cocord": (5e-2, 3e-2),
     "conmim": (5e-2, 2e-3),
     "bsa": (1e-3, 1e-3),
     "seqvcr": (1e-3, 1e-3),
@@ -96,7 +97,8 @@ def agree_on_gradients(check: Check, paper: str, scale: str) -> str:
     difference = relative_difference(gradient, cpu_gradient)
     scaling = abs((gradient @ cpu_gradient / (cpu_gradient @ cpu_gradient)).item() - 1)
     expect(difference <= tolerance, f"full gradient: relative difference {difference:.2g}, allowed {tolerance}")
-    expect(scaling <= tolerance / 5, f"full gradient: length differs by {scaling:.2g}, allowed {tolerance / 5:g}")
+    allowed = min(tolerance / 5, 2e-3)
+    expect(scaling <= allowed, f"full gradient: length differs by {scaling:.2g}, allowed {allowed:g}")
     return (
         f"relative differences: loss {error:.1e}, full gradient {difference:.1e}; "
         f"worst parameter {errors[worst]:.2g} times the tolerance ({worst})"
@@ -111,10 +113,10 @@ def bfloat16_errors(problem: Problem) -> tuple[float, float]:
     return loss_error, relative_difference(flatten(bfloat16_gradients, gradients), flatten(gradients, gradients))
 
 
-def agree_under_bfloat16(check: Check, paper: str) -> str:
+def agree_under_bfloat16(check: Check, paper: str, scale: str) -> str:
     """Bfloat16 may differ from float32 by three times the difference on the CPU, plus 2^-8 (rounding)."""
-    cpu_errors = bfloat16_errors(PROBLEMS[paper]("demo", 32, CPU))
-    errors = bfloat16_errors(PROBLEMS[paper]("demo", 32, check.device))
+    cpu_errors = bfloat16_errors(PROBLEMS[paper](scale, 32, CPU))
+    errors = bfloat16_errors(PROBLEMS[paper](scale, 32, check.device))
     for name, error, cpu_error in zip(("loss", "gradient"), errors, cpu_errors, strict=True):
         allowed = 3 * cpu_error + 2**-8
         expect(error <= allowed, f"{name}: {error:.3g} from float32, on the CPU {cpu_error:.3g}")
@@ -261,7 +263,7 @@ def evaluate_on_both(check: Check, paper: str, trained_on: str, evaluated_on: st
     if paper == "cocord":
         check.train_teacher("vgg_s64", "exchange/cocord")
     folder = f"exchange/{paper}/{trained_on.replace(':', '-')}/0"
-    PAPERS[paper].train.main(check.flags(paper, folder, rehearse=2, device=trained_on))
+    PAPERS[paper].train.main(check.flags(paper, folder, "--precision", "float32", rehearse=2, device=trained_on))
     results = []
     for device in (trained_on, evaluated_on):
         PAPERS[paper].eval.main([str(check.work / folder), "--device", device])
@@ -412,12 +414,13 @@ def sync(check: Check) -> Iterator[Case]:
 def run_with_windows(check: Check, paper: str, out: str, windows: list[Window], steps: int) -> None:
     """Train at gpu scale (dry run: demo scale), with windows in the second epoch."""
     more = ["--teacher", "resnet56", "--student", "resnet20"] if paper == "cocord" and not check.dry_run else []
-    if paper == "cocord":
-        train_teacher_of(check, f"{out}/cocord", more)
     folder = check.work / out / paper / "base"
     try:
-        with data_or_random(check) as matrix, open_windows(windows, steps):
-            PAPERS[paper].train.main(gpu_flags(check, paper, f"{out}/{paper}/base/0", matrix, steps, *more))
+        with data_or_random(check) as matrix:
+            if paper == "cocord":
+                train_teacher_of(check, f"{out}/cocord", more)
+            with open_windows(windows, steps):
+                PAPERS[paper].train.main(gpu_flags(check, paper, f"{out}/{paper}/base/0", matrix, steps, *more))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -458,7 +461,8 @@ def train_weights(
     check: Check, paper: str, out: str, kill: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Train for two epochs. Returns (initial weights, final weights). With `kill`, stop after one epoch and resume."""
-    argv = check.flags(paper, out, rehearse=2 if check.dry_run else 4)
+    dropout = ["--dropout", "0.1"] if paper == "seqvcr" else []  # its masks are drawn on the device
+    argv = check.flags(paper, out, *dropout, rehearse=2 if check.dry_run else 4)
     real_save, initial_weights = Run.save, {}
 
     def save(run: Run, epoch: int, metrics: dict, state: dict) -> None:
@@ -503,6 +507,11 @@ def kill_and_resume(check: Check, paper: str) -> str:
 # ------------------------------------------------------------------------------------------------- ranks
 
 
+# Allowed `relative_distance` between one and two ranks. Measured on the CPU: after a change of the weights by 1e-5 up
+# to 0.02; if the batch norms of the ranks are not synchronised 0.07 (SimSiam) and 0.3 (ConMIM).
+RANKS_TOLERANCE = 0.03
+
+
 def ranks(check: Check) -> Iterator[Case]:
     for paper in ("simsiam", "conmim"):
         if paper in check.papers and (paper == "simsiam" or not check.dry_run):
@@ -533,7 +542,7 @@ def compare_two_ranks(check: Check, paper: str) -> str:
     one_rank, two_ranks = saved
     start = PAPERS[paper].train.build_model(argparse.Namespace(**one_rank["arguments"]), CPU).state_dict()
     difference = relative_distance(two_ranks["model"], one_rank["model"], start)
-    expect(difference <= TOLERANCE, f"relative distance {difference:.1e}, allowed {TOLERANCE}")
+    expect(difference <= RANKS_TOLERANCE, f"relative distance {difference:.1e}, allowed {RANKS_TOLERANCE}")
     return f"relative distance {difference:.1e}"
 
 

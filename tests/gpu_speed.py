@@ -87,7 +87,8 @@ def time_a_paper(check: Check, paper: str) -> str:
         "TFLOP/s": flops.get_total_flops() / step_seconds / 1e12,
     }
     line = f"{batch / step_seconds:,.0f} examples/s ({1000 * step_seconds:.2f} ms per step of {batch})"
-    line += f"; {counter.operations} operations; matrix products alone: {numbers['products / step']:.0%} of the step"
+    line += f"; {counter.operations} operations; matrix products alone, one launch each: "
+    line += f"{numbers['products / step']:.0%} of the step"
     line += f"; {numbers['TFLOP/s']:.3g} TFLOP/s"
     if large := check.numbers.get("large product, TFLOP/s"):
         numbers["share of the large product"] = numbers["TFLOP/s"] / large
@@ -167,12 +168,12 @@ def short_run(check: Check, paper: str, out: str, more: list[str], matrix: list[
 def switch(check: Check, paper: str, name: str, on: list[str], off: list[str]) -> str:
     """Compare two runs that differ in one switch.
 
-    Their losses must agree to 2 %, because different kernels round differently.
+    Their losses must agree to 5 %, because different kernels round differently.
     """
     with data_or_random(check) as matrix:
         ms_on, loss_on = short_run(check, paper, f"switches/{paper}/{name}-on/0", on, matrix)
         ms_off, loss_off = short_run(check, paper, f"switches/{paper}/{name}-off/0", off, matrix)
-    expect(abs(loss_on - loss_off) <= 0.02 * max(1.0, abs(loss_off)), f"loss {loss_on:.5g}, without {loss_off:.5g}")
+    expect(abs(loss_on - loss_off) <= 0.05 * max(1.0, abs(loss_off)), f"loss {loss_on:.5g}, without {loss_off:.5g}")
     times = f"{ms_on:.2f} ms per step, without {ms_off:.2f} ({ms_off / ms_on:.2f} times as fast)"
     return f"{times}; loss {loss_on:.4f}, without {loss_off:.4f}"
 

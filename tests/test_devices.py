@@ -71,10 +71,12 @@ def test_torchrun_on_a_script_without_ranks_is_an_error(monkeypatch, capsys):
     devices.select_device("cpu", "demo")
 
 
-def test_tf32_is_disabled(monkeypatch):
+def test_tf32_and_cudnn_attention_are_disabled(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    torch.backends.cuda.enable_cudnn_sdp(True)
     devices.select_device("cpu", "demo")
     assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_random_numbers_are_drawn_on_the_cpu_for_all_devices(fake_gpu: FakeGPU, monkeypatch):

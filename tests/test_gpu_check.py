@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 
 import gpu_check
+import gpu_parts
 import pytest
 import torch
-from gpu_tools import TOLERANCE, relative_distance, trace_statistics
+from gpu_tools import TOLERANCE, CaseFailed, relative_distance, trace_statistics
 from torch._subclasses import FakeTensorMode
 
+from common import images
 from common.run import Run
 from simsiam import train
 
@@ -156,6 +158,20 @@ def test_parts_run_in_their_order_and_only_untimed_neighbours_run_concurrently(t
     gpu_check.main(["--device", "cpu", "--jobs", "2", "--report", str(tmp_path)])
     before = ["agreement", "sync", "resume", "ranks", "make", "exchange"]
     assert ran == [before, "speed", "packing", "switches", ["scales", "arms"]]
+
+
+@pytest.mark.parametrize("part", ["sync", "speed", "scales"])
+def test_teachers_are_trained_on_random_pixels_if_cifar_is_missing(part, tmp_path, monkeypatch):
+    """At gpu scale CoCoRD's teacher reads CIFAR-100 as its students do; a dry run has glyphs and would not notice."""
+    teachers, real_cifar = [], images.cifar
+
+    def train_teacher_of(*_) -> None:
+        teachers.append(images.cifar is not real_cifar)
+        raise CaseFailed("stop here")
+
+    monkeypatch.setattr(gpu_parts, "train_teacher_of", train_teacher_of)
+    check(tmp_path, "--device", "cpu", "--papers", "cocord", "--parts", part)
+    assert teachers and all(teachers)
 
 
 def test_without_a_gpu_the_error_offers_the_dry_run(tmp_path, capsys):
