@@ -7,8 +7,8 @@
 Needs no network, no data and no git history. If CIFAR or the MeSH concepts are not in --data, random numbers of the
 same shape replace them. Writes report.md, report.json and log.txt (output of the scripts, tracebacks) to --report and
 updates them after each case. A failed case does not stop the others. Exit code 1 unless all applicable cases passed.
-On a GPU, the parts without timing run concurrently in --jobs processes. The parts run in this order, the longest last:
-with --minutes, they are the ones that may not be run.
+On a GPU, the parts without timing run concurrently in --jobs processes. By default the parts run in this order, the
+longest last: with --minutes, those may not be run.
 
 agreement  with the same weights and batch, CPU and device agree in float32: loss, gradients, optimisers, views, masks,
            data, metrics. In bfloat16 the device's difference from float32 may be three times the CPU's
