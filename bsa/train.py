@@ -334,7 +334,8 @@ def read_matrix(path: Path) -> np.ndarray:
         fail(
             f"--data {path} contains {len(matrices)} numeric matrices: give a file with one matrix, one row per concept"
         )
-    if (np.isfinite(matrices[0]) & (np.abs(matrices[0]) > MAX_ABS_VALUE)).any():
+    limit = np.float64(MAX_ABS_VALUE)  # not a Python float: it would become infinity in float16
+    if (np.isfinite(matrices[0]) & (np.abs(matrices[0]) > limit)).any():
         fail(f"--data {path} contains absolute values above {MAX_ABS_VALUE:g}: rescale the matrix")
     if matrices[0].shape[1] < 2:
         fail(f"--data {path} has one column: give at least two, because rows are scaled to equal norm")

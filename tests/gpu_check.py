@@ -39,7 +39,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +199,14 @@ def run_job(
         return [Row(part, ", ".join(papers), "failed", 0.0, finding)], {}, done.stderr
 
 
+def finished_rows(folder: Path) -> list[Row]:
+    """Return the cases that the job with this report folder has finished so far."""
+    try:
+        return [Row(**row) for row in files.read_json(folder / "report.json")["rows"]]
+    except FileNotFoundError:
+        return []
+
+
 def parse_args(argv: list[str] | None = None) -> Any:
     parser = cli.Parser(__doc__)
     parser.add_argument("--device", default="auto", help="auto, cuda or cuda:N; cpu: dry run")
@@ -232,25 +240,31 @@ def main(argv: list[str] | None = None) -> int:
         def minutes_left() -> float:
             return args.minutes - (time.perf_counter() - start) / 60
 
+        def in_order(rows: list[Row]) -> list[Row]:
+            return sorted(rows, key=lambda row: args.parts.index(row.part))
+
         def add(new: list[Row]) -> None:
-            rows.extend(new)
-            rows.sort(key=lambda row: args.parts.index(row.part))
+            rows[:] = in_order(rows + new)
             for row in new:
                 print(f"{row.outcome:>14}  {row.seconds:6.1f} s  {row.part}: {row.case}: {row.found}", flush=True)
             write_report(args.report, machine, rows, check.numbers)
 
         def run_concurrently(concurrent: list[Job]) -> None:
             with ThreadPoolExecutor(jobs) as pool:
-                futures = [
-                    pool.submit(run_job, job, check, check.work / f"job-{job[0]}-{job[1][0]}", minutes_left)
-                    for job in concurrent
-                ]
-                for future in as_completed(futures):
-                    new_rows, numbers, text = future.result()
-                    check.numbers |= numbers
-                    with open(log, "a", encoding="utf-8") as file:
-                        file.write(text)
-                    add(new_rows)
+                running = {}  # report folders of the jobs that have not ended
+                for job in concurrent:
+                    folder = check.work / f"job-{job[0]}-{job[1][0]}"
+                    running[pool.submit(run_job, job, check, folder, minutes_left)] = folder
+                while running:
+                    for future in wait(running, timeout=2, return_when=FIRST_COMPLETED).done:
+                        del running[future]
+                        new_rows, numbers, text = future.result()
+                        check.numbers |= numbers
+                        with open(log, "a", encoding="utf-8") as file:
+                            file.write(text)
+                        add(new_rows)
+                    unfinished = [row for folder in running.values() for row in finished_rows(folder)]
+                    write_report(args.report, machine, in_order(rows + unfinished), check.numbers)
 
         jobs = args.jobs or default_jobs(device)
         for timed, group in itertools.groupby(args.parts, key=lambda part: part in TIMED):

@@ -330,6 +330,12 @@ def test_the_error_for_an_unreadable_matrix_contains_the_path(content, tmp_path,
     assert "pickle" not in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_float16_matrix_is_read_without_warning(tmp_path):
+    np.save(tmp_path / "half.npy", matrix().astype(np.float16))
+    assert np.array_equal(train.read_matrix(tmp_path / "half.npy"), matrix().astype(np.float16).astype(np.float32))
+
+
 # ---------------------------------------------------------------------------------------------- arms
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import gpu_check
@@ -140,6 +141,28 @@ def test_concurrent_jobs_are_merged_into_one_report(tmp_path, monkeypatch):
     assert code == 1 and outcomes == [("scales", "failed"), ("sync", "passed"), ("sync", "not applicable")]
     assert report["rows"][0]["found"] == "exit code 1: OSError: crashed"
     assert "=== sync: " in (tmp_path / "report/log.txt").read_text()
+
+
+def test_the_report_contains_the_finished_cases_of_a_job_that_still_runs(tmp_path, monkeypatch):
+    row = gpu_check.Row("sync", "first case", "passed", 1.0, "done")
+    seen = threading.Event()
+
+    def run_job(job, check, folder, minutes_left):
+        folder.mkdir()
+        gpu_check.write_report(folder, {"device": "a GPU"}, [row], {})
+        assert seen.wait(60)
+        return [row], {}, ""
+
+    def write_report(folder, machine, rows, numbers):
+        real_write_report(folder, machine, rows, numbers)
+        if folder == tmp_path and rows == [row]:
+            seen.set()
+
+    real_write_report = gpu_check.write_report
+    monkeypatch.setattr(gpu_check, "run_job", run_job)
+    monkeypatch.setattr(gpu_check, "write_report", write_report)
+    assert gpu_check.main(["--device", "cpu", "--jobs", "2", "--parts", "sync", "--report", str(tmp_path)]) == 0
+    assert len(json.loads((tmp_path / "report.json").read_text())["rows"]) == 1
 
 
 def test_parts_run_in_their_order_and_only_untimed_neighbours_run_concurrently(tmp_path, monkeypatch):
