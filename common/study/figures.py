@@ -200,10 +200,11 @@ def separate_labels(figure: Figure) -> None:
         right = min([start for start in starts if start > left + 1], default=figure.bbox.width)
         width = right - left - 0.1 * figure.dpi
         lines = axis.get_title("left").split("\n")
-        title_width = axis._left_title.get_window_extent().width  # type: ignore[attr-defined]  # has no public name
+        title = axis._left_title  # type: ignore[attr-defined]  # has no public name
+        title_width = title.get_window_extent().width
         if title_width > width:
             characters = max(12, int(max(map(len, lines)) * width / title_width))
-            axis.set_title("\n".join(textwrap.fill(line, characters) for line in lines))
+            title.set_text("\n".join(textwrap.fill(line, characters) for line in lines))
             broken = True
     if broken:
         lay_out(figure)
@@ -566,8 +567,7 @@ def summary_slide(
             shown = dict(list(shown.items())[:8])
             draw_dots(right, panel, shown)
             right.set_yticklabels([textwrap.fill(name, 17) for name in short_names(shown)])
-            lines = [textwrap.fill(line, 28) for line in panel.title.split("\n")]
-            right.set_title("\n".join(lines), pad=18 if panel.lines else 6)
+            right.set_title(panel.title, pad=18 if panel.lines else 6)
             for label in right.get_yticklabels():
                 label.set_fontsize(14.5)
             if panel.hollow:
