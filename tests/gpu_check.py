@@ -1,6 +1,6 @@
 """Check a GPU (`make gpu-check`): does everything run, do the results agree with the CPU's, how fast is it?
 
-    make gpu-check PYTHON=python3                        # on an H200, 70 cases took 6 minutes
+    make gpu-check PYTHON=python3                        # 70 of its cases took 6 minutes on an H200
     make gpu-check DEVICE=cpu                            # dry run at tiny sizes; shows nothing about a GPU
     make gpu-check PARTS="agreement sync" PAPERS=bsa     # some parts, some papers
 
@@ -189,14 +189,14 @@ def run_job(
     try:
         done = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True, timeout=JOB_TIMEOUT)
     except subprocess.TimeoutExpired:
-        return [Row(part, ", ".join(papers), "failed", JOB_TIMEOUT, f"timeout after {JOB_TIMEOUT} seconds")], {}, ""
-    try:
-        report = files.read_json(folder / "report.json")
-        return [Row(**row) for row in report["rows"]], report["numbers"], (folder / "log.txt").read_text()
-    except (OSError, files.DamagedFile, KeyError) as error:
-        last_line = (done.stderr.strip().splitlines() or [str(error)])[-1]
-        finding = f"exit code {done.returncode}: {last_line}"
-        return [Row(part, ", ".join(papers), "failed", 0.0, finding)], {}, done.stderr
+        failure = Row(part, ", ".join(papers), "failed", JOB_TIMEOUT, f"timeout after {JOB_TIMEOUT} seconds")
+        return [*finished_rows(folder), failure], {}, ""
+    rows = finished_rows(folder)
+    if done.returncode == int(any(row.outcome in ("failed", "not run") for row in rows)):
+        return rows, files.read_json(folder / "report.json")["numbers"], (folder / "log.txt").read_text()
+    last_line = (done.stderr.strip().splitlines() or [""])[-1]
+    failure = Row(part, ", ".join(papers), "failed", 0.0, f"exit code {done.returncode}: {last_line}")
+    return [*rows, failure], {}, done.stderr
 
 
 def finished_rows(folder: Path) -> list[Row]:
@@ -251,7 +251,7 @@ def main(argv: list[str] | None = None) -> int:
 
         def run_concurrently(concurrent: list[Job]) -> None:
             with ThreadPoolExecutor(jobs) as pool:
-                running = {}  # report folders of the jobs that have not ended
+                running, shown = {}, []  # report folders of the jobs that have not ended; their cases in the report
                 for job in concurrent:
                     folder = check.work / f"job-{job[0]}-{job[1][0]}"
                     running[pool.submit(run_job, job, check, folder, minutes_left)] = folder
@@ -264,7 +264,9 @@ def main(argv: list[str] | None = None) -> int:
                             file.write(text)
                         add(new_rows)
                     unfinished = [row for folder in running.values() for row in finished_rows(folder)]
-                    write_report(args.report, machine, in_order(rows + unfinished), check.numbers)
+                    if unfinished != shown:
+                        write_report(args.report, machine, in_order(rows + unfinished), check.numbers)
+                        shown = unfinished
 
         jobs = args.jobs or default_jobs(device)
         for timed, group in itertools.groupby(args.parts, key=lambda part: part in TIMED):

@@ -143,6 +143,23 @@ def test_concurrent_jobs_are_merged_into_one_report(tmp_path, monkeypatch):
     assert "=== sync: " in (tmp_path / "report/log.txt").read_text()
 
 
+@pytest.mark.parametrize("code", [-9, 1, None], ids=["killed", "exception", "timeout"])
+def test_a_job_that_ends_early_is_a_failure_and_keeps_its_finished_cases(code, tmp_path, monkeypatch):
+    row = gpu_check.Row("sync", "first case", "passed", 1.0, "done")
+
+    def run(command, timeout, **options):
+        gpu_check.write_report(tmp_path, {"device": "a GPU"}, [row], {})
+        if code is None:
+            raise subprocess.TimeoutExpired(command, timeout)
+        return subprocess.CompletedProcess(command, code, "", "last words")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    a_check = gpu_check.Check(torch.device("cpu"), ["bsa"], tmp_path, tmp_path)
+    rows = gpu_check.run_job(("sync", ["bsa"]), a_check, tmp_path, lambda: 5.0)[0]
+    assert rows[0] == row and [row.outcome for row in rows] == ["passed", "failed"]
+    assert rows[1].found.startswith("timeout after" if code is None else f"exit code {code}: last words")
+
+
 def test_the_report_contains_the_finished_cases_of_a_job_that_still_runs(tmp_path, monkeypatch):
     row = gpu_check.Row("sync", "first case", "passed", 1.0, "done")
     seen = threading.Event()
