@@ -95,12 +95,15 @@ def test_robustness_from_runs_to_verdict(tmp_path, capsys):
     others = [contrast.replace("arm", "other") for contrast in AT_OTHER_RATES]
     tested = ("base", "base@third", "base@triple")
     summary = draw(tmp_path, ["arm:base", "other:base", *AT_OTHER_RATES, *others], tested, ROBUST, 2)
-    assert summary["verdict"] == f"{sweeps.TWO_RATES}: arm:base; {sweeps.ALL_RATES}: other:base"
+    assert summary["verdict"] == f"{sweeps.TWO_RATES}: arm − base; {sweeps.ALL_RATES}: other − base"
     finding = " ".join(summary["finding"])
     assert summary["has_finding"] and "better at all three rates" in finding
-    assert "worse at a third; worse at base's rate; unclear at three times" in finding
+    assert "arm − base, kNN accuracy: worse at a third and base's rate, unclear at three times" in finding
+    assert summary["headline"].startswith(
+        "arm − base: worse at a third and base's rate, unclear at three times; other − base"
+    )
     assert "a third -40.0 (-40.0 to -40.0)" in finding
-    assert "std ratio, arm:base: unclear at all three rates" in finding
+    assert "arm − base, std ratio: unclear at all three rates" in finding
     assert (tmp_path / "results" / "toy-x-sweep.svg").exists() and finding in capsys.readouterr().out
 
 
@@ -110,7 +113,7 @@ def test_a_rate_at_which_base_fails_its_baseline_is_too_weak(tmp_path):
         arm(tmp_path, f"base{rate}", [60.0, 61.0, 62.0] if rate != "@triple" else [11.0, 10.0, 12.0])
         arm(tmp_path, f"arm{rate}", [2.0, 3.0, 4.0])
     summary = draw(tmp_path, ["arm:base", *AT_OTHER_RATES], ("base", "base@third", "base@triple"), ROBUST)
-    assert summary["verdict"] == f"{sweeps.TWO_RATES}: arm:base"
+    assert summary["verdict"] == f"{sweeps.TWO_RATES}: arm − base"
     assert "too weak to test at three times" in " ".join(summary["finding"]) and not summary["has_finding"]
 
 
@@ -118,7 +121,7 @@ def test_robustness_without_runs_at_other_rates(tmp_path):
     arm(tmp_path, "base", [60.0, 61.0, 62.0])
     arm(tmp_path, "arm", [20.0, 21.0, 22.0])
     summary = draw(tmp_path, ["arm:base", *AT_OTHER_RATES], ["base"], ROBUST)
-    assert summary["verdict"] == f"{sweeps.INCOMPLETE}: arm:base" and "third" not in " ".join(summary["finding"])
+    assert summary["verdict"] == f"{sweeps.INCOMPLETE}: arm − base" and "third" not in " ".join(summary["finding"])
     assert summary["not_run"] == ["base@third", "base@triple", "arm@third", "arm@triple"]
     assert summary["notes"] == ["Not run: base@third, base@triple, arm@third, arm@triple."]
 

@@ -131,30 +131,29 @@ def sweep_figure(view: results.View, swept: Mapping[str, float], sweep: Sweep) -
 # ------------------------------------------------------------------------------------------------- robustness
 
 
-def contrasts_by_rate(summary: Mapping[str, Any], metric: str) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return "arm:reference" -> rate -> contrast on `metric`, for every primary contrast and declared rate."""
+def contrasts_by_rate(summary: Mapping[str, Any], metric: str) -> dict[tuple[str, str], dict[str, dict[str, Any]]]:
+    """Return (arm, reference) -> rate -> contrast on `metric`, for every primary contrast and declared rate."""
     contrasts = {}
     for contrast in summary["all_contrasts"]:
         if contrast["metric"] == metric:
             contrasts[contrast["arm"], contrast["reference"]] = contrast
-    result: dict[str, dict[str, dict[str, Any]]] = {}
+    result = {}
     for contrast in summary["contrasts"]:
         if contrast["primary"]:
             arm, reference = contrast["arm"], contrast["reference"]
             pairs = {rate: (in_setting(arm, rate), in_setting(reference, rate)) for rate in RATE_LABELS}
             by_rate = {rate: contrasts[pair] for rate, pair in pairs.items() if pair in contrasts}
-            result[f"{arm}:{reference}"] = by_rate
+            result[arm, reference] = by_rate
     return result
 
 
 def opposite_at_another_rate(summary: Mapping[str, Any]) -> set[tuple[str, str]]:
     """Return (arm, reference) of the contrasts of a robustness study whose verdict another rate resolves oppositely."""
     result = set()
-    for name, by_rate in contrasts_by_rate(summary, summary["primary_metric"]).items():
+    for pair, by_rate in contrasts_by_rate(summary, summary["primary_metric"]).items():
         verdicts = {rate: contrast["verdict"] for rate, contrast in by_rate.items()}
         if OPPOSITE.get(verdicts.get("", "")) in verdicts.values():
-            arm, _, reference = name.partition(":")
-            result.add((arm, reference))
+            result.add(pair)
     return result
 
 
@@ -179,21 +178,25 @@ def robustness(summary: dict[str, Any], sweep: Sweep) -> dict[str, Any]:
     sentences, headline = [], []
     for key in sweep.metrics:
         metric, primary = summary["metrics"][key], key == summary["primary_metric"]
-        for name, by_rate in contrasts_by_rate(summary, key).items():
-            verdicts, numbers = {}, []
+        for (arm, reference), by_rate in contrasts_by_rate(summary, key).items():
+            name = contrast_name(arm, reference)
+            verdicts: dict[str, str] = {}
+            rates_by_verdict: dict[str, list[str]] = {}
+            numbers = []
             for rate, contrast in by_rate.items():
                 verdicts[rate] = contrast["verdict"]
+                rates_by_verdict.setdefault(contrast["verdict"], []).append(RATE_LABELS[rate])
                 bounds = "" if contrast["low"] is None else f" ({tables.format_interval(contrast, metric)})"
                 numbers.append(f"{RATE_LABELS[rate]} {tables.format_number(contrast['mean'], metric)}{bounds}")
             if primary:
                 names_by_verdict.setdefault(robustness_verdict(verdicts), []).append(name)
-            if len(set(verdicts.values())) == 1 and len(verdicts) == len(RATE_LABELS):
+            if len(rates_by_verdict) == 1 and len(verdicts) == len(RATE_LABELS):
                 phrase = f"{verdicts['']} at all three rates"
             else:
-                phrase = "; ".join(f"{verdict} at {RATE_LABELS[rate]}" for rate, verdict in verdicts.items())
-            sentences.append(f"{metric['label']}, {name}: {phrase} [{', '.join(numbers)}].")
+                phrase = ", ".join(f"{verdict} at {' and '.join(rates)}" for verdict, rates in rates_by_verdict.items())
+            sentences.append(f"{name}, {metric['label']}: {phrase} [{', '.join(numbers)}].")
             if primary:
-                headline.append(sentences[-1].removesuffix("."))
+                headline.append(f"{name}: {phrase}")
     return summary | {
         "verdict": "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in names_by_verdict.items()),
         "headline": "; ".join(headline) + ".",
@@ -211,11 +214,10 @@ def rates_figure(summary: Mapping[str, Any], sweep: Sweep, caption: str) -> figu
         axes = figure.subplots(len(sweep.metrics), len(columns), squeeze=False, sharey="row")
         for row, metric in enumerate(sweep.metrics):
             contrasts = contrasts_by_rate(summary, metric)
-            for axis, name in zip(axes[row], columns, strict=True):
-                rates_panel(axis, summary, contrasts[name])
+            for axis, pair in zip(axes[row], columns, strict=True):
+                rates_panel(axis, summary, contrasts[pair])
                 if row == 0:
-                    arm, reference = name.split(":")
-                    axis.set_title(contrast_name(arm, reference, minus="\nminus "))
+                    axis.set_title(contrast_name(*pair, minus="\nminus "))
                 if row == len(axes) - 1:
                     axis.set_xlabel("times the learning rate")
             label = summary["metrics"][metric]["label"]
