@@ -193,6 +193,8 @@ def run_job(
         return [*finished_rows(folder), failure], {}, ""
     rows = finished_rows(folder)
     if done.returncode == int(any(row.outcome in ("failed", "not run") for row in rows)):
+        if not rows:  # the part has no case for these papers
+            return [], {}, ""
         return rows, files.read_json(folder / "report.json")["numbers"], (folder / "log.txt").read_text()
     last_line = (done.stderr.strip().splitlines() or [""])[-1]
     failure = Row(part, ", ".join(papers), "failed", 0.0, f"exit code {done.returncode}: {last_line}")

@@ -143,6 +143,11 @@ def test_concurrent_jobs_are_merged_into_one_report(tmp_path, monkeypatch):
     assert "=== sync: " in (tmp_path / "report/log.txt").read_text()
 
 
+def test_a_concurrent_part_without_cases_is_no_failure(tmp_path):
+    code, report, _ = check(tmp_path, "--device", "cpu", "--papers", "bsa", "--parts", "ranks", "sync", "--jobs", "2")
+    assert code == 0 and {row["part"] for row in report["rows"]} == {"sync"}
+
+
 @pytest.mark.parametrize("code", [-9, 1, None], ids=["killed", "exception", "timeout"])
 def test_a_job_that_ends_early_is_a_failure_and_keeps_its_finished_cases(code, tmp_path, monkeypatch):
     row = gpu_check.Row("sync", "first case", "passed", 1.0, "done")
