@@ -47,9 +47,6 @@ request  = $(foreach v,$(REQUEST),$(if $(filter-out undefined,$(origin $v)),$v=$
 venv    := $(if $(PYTHON),,.venv/installed)
 python  := $(or $(PYTHON),python)
 run      = $(if $(GPUS),$(python) -m common.study.slots "$(GPUS)" )$(LAUNCH) $(python)
-# A process that was killed (exit code 128 + signal) cannot write its reason itself.
-record-death = [ $$code -lt 128 ] || ! [ -d "$$folder" ] || [ -e "$$folder/failure.txt" ] || \
-	echo "killed by signal $$((code - 128)) (9: often too little memory)" >"$$folder/failure.txt"; exit $$code
 planner := $(or $(PYTHON),$(wildcard .venv/bin/python),python3)
 data    := $(subst $(space),\ ,$(DATA))
 short-flags = $(filter-out --%,$(firstword -$(MAKEFLAGS)))

@@ -322,7 +322,7 @@ def test_only_publish_writes_to_results(repo):
 def commands(*words: str) -> dict[str, list[str]]:
     """Return run ("paper/arm/seed") -> words of its training command, from the generated rules."""
     text = rules.rules_text(Request.parse(["RUNS=no-runs", *words]))
-    lines = re.findall(r"^no-runs/(\S+)/model\.pt: .*\n\t\$\(run\) (.*) \|\| \{ .*$", text, re.MULTILINE)
+    lines = re.findall(r"^no-runs/(\S+)/model\.pt: .*\n\t\$\(run\) (.*) \|\| sh .*$", text, re.MULTILINE)
     return {run: shlex.split(command) for run, command in lines}
 
 

@@ -175,7 +175,7 @@ def test_the_overview_has_a_row_per_study_grouped_by_paper(tmp_path):
     assert cells[1].endswith("67.7 with, 0.1 without")  # the remark in brackets is in the section only
     assert "(table 1; ImageNet)" in parsed.text and "not run" in cells[2] and "cannot be read" in cells[5]
     assert "4 studies, 2 run, 2 with a finding" in parsed.text
-    assert "Run it: <code>make toy-b SCALE=demo</code>" in parsed.text and lines[1] == "toy-b: Not run yet"
+    assert "Run it: <code>make toy-b SCALE=demo</code>" in parsed.text and lines[-1] == "not run yet: 1 of 4 studies"
     readme = page.readme(tmp_path, "index", "demo", list(studies), "make {} SCALE=demo")
     order = [
         readme.index(text) for text in ("| **Toy**", "[toy-a](#toy-a)", "| **Other & Co**", "## toy-a", "## other-d")

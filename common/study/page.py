@@ -46,6 +46,7 @@ BARS += "one scale per paper and metric."
 DIFFERENCES = f"{CHANGE} Difference: arm − reference, 95 % interval over n seeds."
 DAGGER = "†: does not survive Holm's correction over this page"
 DEPENDS_ON_RATE = "depends on the learning rate"
+NOT_RUN = "Not run yet"
 FIRST_FIGURES = ("differences", "summary", "curves")  # shown in this order; the others are folded
 FALLBACK_FIGURES = ("sweep", "metrics", "")  # the first that exists is shown if there is none of FIRST_FIGURES
 STYLE = """
@@ -119,7 +120,7 @@ def read_summary(folder: Path, study: str) -> Summary | str:
     try:
         summary = dict(read_json(folder / f"{study}.json"))
     except FileNotFoundError:
-        return "Not run yet"
+        return NOT_RUN
     except (ValueError, TypeError):
         return f"{study}.json cannot be read"
     if summary.get("version") != analysis.VERSION:
@@ -533,11 +534,11 @@ not sizes.{link}</p>
 </html>
 """
     write_text(folder / f"{name}.html", page)
-    return [terminal_line(study, summary) for study, summary in summaries.items()]
+    return terminal_lines(summaries)
 
 
 def write_pages(folder: Path, scale: str, studies: Sequence[str], extras: Sequence[str], command: str) -> list[str]:
-    """Write index.html, and extras.html if an extra has a summary. Return one line per study with its verdict."""
+    """Write index.html, and extras.html if an extra has a summary. Return `terminal_lines` of both."""
     finished_extras = [study for study in extras if (folder / f"{study}.json").exists()]
     counts = calibration_sentence(folder, finished_extras)
     lines = write_page(folder, "index", scale, studies, command, "extras" if finished_extras else "", counts)
@@ -628,11 +629,15 @@ def readme(folder: Path, name: str, scale: str, studies: Sequence[str], command:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def terminal_line(study: str, summary: Summary | str) -> str:
-    """Return a study's verdict and headline as one line."""
-    if isinstance(summary, str):
-        return f"{study}: {summary}"
-    return f"{study}: {summary['verdict']}. {sentences(summary)[0]}"
+def terminal_lines(summaries: Mapping[str, Summary | str]) -> list[str]:
+    """Return a line per study with its verdict and headline, and the number of studies that have not run."""
+    lines = [
+        f"{study}: {summary}" if isinstance(summary, str) else f"{study}: {summary['verdict']}. {sentences(summary)[0]}"
+        for study, summary in summaries.items()
+        if summary != NOT_RUN
+    ]
+    missing = len(summaries) - len(lines)
+    return [*lines, f"not run yet: {missing} of {len(summaries)} studies"] if missing else lines
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -71,7 +71,7 @@ def run_rules(request: Request, design: Design, arm: Arm, seed: int) -> str:
     lines = [f"# trained with other flags: {(old_flags or 'unknown').splitlines()[0]} ."] if retrain else []
     lines += [
         f"{model}: {'FORCE ' if retrain else ''}| {' '.join(prerequisites)}",
-        f"\t$(run) {shell(train)} || {{ code=$$? folder={shell([folder])}; $(record-death); }}",
+        f"\t$(run) {shell(train)} || sh common/study/killed.sh $$? {shell([folder])}",
         f"\t{write_line(new_flags, shell([folder / 'flags']))}",
         f".PRECIOUS: {model} {metrics}",  # both are written atomically, so an interrupted make must not delete them
     ]
