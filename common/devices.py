@@ -193,7 +193,8 @@ def report_oom(device: torch.device, usage: str, remedy: str, precision: str = "
         fail(f"out of memory on {device} with {usage} (peak {peak:.1f} GiB{shared}): {remedy}")
 
 
-# On a CPU a resumed run is bit-identical if these are equal (on a GPU the order of atomic additions varies).
+# On the same model of CPU a resumed run is bit-identical if these are equal (on a GPU the order of atomic additions
+# varies).
 # `Run.write_config` adds the precision.
 ENVIRONMENT = ("torch", "device", "threads", "world", "precision")
 

@@ -156,7 +156,7 @@ def test_every_study_gets_its_figures_tables_and_summary(tmp_path, study, seeds)
 def test_without_runs_a_message_is_printed_and_nothing_is_written(tmp_path, capsys):
     assert draw(tmp_path / "runs", "bsa-distance", 2, tmp_path / "report") is None
     assert capsys.readouterr().out == (
-        f"bsa-distance: no finished run in {tmp_path / 'runs'}; make bsa-distance SCALE=demo trains them\n"
+        f"bsa-distance: no finished runs in {tmp_path / 'runs'}; make bsa-distance SCALE=demo trains them\n"
     )
     assert not (tmp_path / "report").exists()
 

@@ -132,7 +132,7 @@ def test_arms_with_a_position_code_are_named(tmp_path, no_figure_files):
 def test_without_runs_nothing_is_written(tmp_path, capsys):
     assert draw(tmp_path / "runs", "conmim-asymmetry", 2, tmp_path / "report") is None
     assert capsys.readouterr().out == (
-        f"conmim-asymmetry: no finished run in {tmp_path / 'runs'}; make conmim-asymmetry SCALE=demo trains them\n"
+        f"conmim-asymmetry: no finished runs in {tmp_path / 'runs'}; make conmim-asymmetry SCALE=demo trains them\n"
     )
     assert not (tmp_path / "report").exists()
 

@@ -919,5 +919,5 @@ def test_plot_lists_missing_runs_of_an_unfinished_study(finished, tmp_path, caps
 
 def test_plot_draws_nothing_without_runs_and_count_solved_counts_seeds(tmp_path, capsys):
     plot.main(["seqvcr-level", "--runs", str(tmp_path), "--results", str(tmp_path / "r")])
-    assert "no finished run" in capsys.readouterr().out and not (tmp_path / "r").exists()
+    assert "no finished runs" in capsys.readouterr().out and not (tmp_path / "r").exists()
     assert plot.count_solved([{"solved": True}, {"solved": False}, {"solved": True}]) == "2 of 3 solved"

@@ -180,7 +180,7 @@ def test_runs_without_a_reference_are_not_drawn(tmp_path, capsys):
     arm(tmp_path, "x", [1.0], leak=0.1)
     with pytest.raises(FileNotFoundError):
         draw(tmp_path, ["all:base", "x:base"], ["base"], LEAK)
-    assert "no finished run" in capsys.readouterr().out
+    assert "no finished runs" in capsys.readouterr().out
 
 
 def test_a_curve_of_unfinished_runs_has_no_value(tmp_path):
@@ -193,7 +193,7 @@ def test_a_curve_of_unfinished_runs_has_no_value(tmp_path):
 def test_nothing_is_written_without_runs(tmp_path, capsys):
     with pytest.raises(FileNotFoundError):
         draw(tmp_path, ["arm:base"], ["base"], LEAK)
-    assert "no finished run" in capsys.readouterr().out and not (tmp_path / "results").exists()
+    assert "no finished runs" in capsys.readouterr().out and not (tmp_path / "results").exists()
 
 
 # ------------------------------------------------------------------------------------------------- papers

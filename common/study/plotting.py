@@ -94,7 +94,7 @@ def main(
     runs = {arm: runs[arm] for arm in study.arms}
     data = describe(runs)
     if not data:
-        print(f"{study.name}: no finished run in {folder}; make {study.name} SCALE={args.scale} trains them")
+        print(f"{study.name}: no finished runs in {folder}; make {study.name} SCALE={args.scale} trains them")
         for note in (note for by_seed in runs.values() for run in by_seed.values() for note in run.notes):
             print(note)
         return
